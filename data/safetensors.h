@@ -1,0 +1,485 @@
+// safetensors.h - weights, states and latents on disk.
+//
+// What it is: a reader and a writer of the safetensors format, which is 8 bytes of header length
+// (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and the raw numbers. And
+// SafeFile, by which every file of this project is written whole or not at all.
+// What it is not: a container in memory. Both stream: a 100 GB file takes a 1 MB buffer.
+//
+// How to read it: section 1 is what a full disk meets, section 3 what a hostile file meets. A
+// reader that exists has checked everything but the numbers themselves, so nobody checks again.
+// Every failure is an Error (see math.h): one sentence that names the file.
+#pragma once
+
+#include "../math.h"
+
+#include <cerrno>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <set>
+#include <utility>
+
+#include <fcntl.h>
+
+#include <nlohmann/json.hpp>
+
+// ---------------------------------------------------------------------------------------------
+// 1. Whole files or none
+
+// A file that appears under its name only when complete: bytes go to PATH.tmp beside it, which
+// commit() flushes to the disk and renames. Without a commit, and after any error, PATH is what it
+// was and PATH.tmp is gone.
+class SafeFile {
+ public:
+  // Opens PATH.tmp; fails if it cannot, or if fewer than `bytes` are free there.
+  explicit SafeFile(const std::string& path, uint64_t bytes = 0)
+      : path_(path), temporary_(path + ".tmp") {
+    // A rename would replace a device such as /dev/null by a plain file.
+    std::error_code error;
+    if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error))
+      fail("cannot write %s: it exists and is not a regular file", path.c_str());
+    file_ = std::fopen(temporary_.c_str(), "wb");
+    if (!file_) give_up(errno);
+    auto available = std::filesystem::space(temporary_, error).available;
+    if (!error && available < bytes) {
+      abandon();
+      fail("cannot write %s: it needs %llu bytes and the disk has %llu available", path.c_str(),
+           static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(available));
+    }
+  }
+  ~SafeFile() { abandon(); }
+  SafeFile(const SafeFile&) = delete;
+  SafeFile& operator=(const SafeFile&) = delete;
+
+  // Appends `bytes` bytes; fails if the disk does not take them.
+  void write(const void* data, size_t bytes) {
+    if (!file_) fail("cannot write %s: it is closed already", path_.c_str());
+    if (bytes && std::fwrite(data, 1, bytes, file_) != bytes) give_up(errno);
+  }
+  void write(const std::string& text) { write(text.data(), text.size()); }
+
+  // Makes the file appear under its name, after its bytes have reached the disk.
+  void commit() {
+    if (!file_) fail("cannot write %s: it is closed already", path_.c_str());
+    if (std::fflush(file_) != 0 || fsync(fileno(file_)) != 0) give_up(errno);
+    FILE* file = std::exchange(file_, nullptr);
+    if (std::fclose(file) != 0 || std::rename(temporary_.c_str(), path_.c_str()) != 0) {
+      int reason = errno;
+      std::remove(temporary_.c_str());
+      give_up(reason);
+    }
+    flush_directory();
+  }
+
+  // Gives the new contents up and leaves PATH as it was; nothing to do after a commit.
+  void abandon() {
+    if (!file_) return;
+    std::fclose(std::exchange(file_, nullptr));
+    std::remove(temporary_.c_str());
+  }
+
+ private:
+  [[noreturn]] void give_up(int reason) {
+    abandon();
+    fail("cannot write %s: %s; what was there before is unchanged, so %s and try again",
+         path_.c_str(), std::strerror(reason),
+         reason == ENOENT ? "create its directory" : "make room or choose another place");
+  }
+  // The new name lives in the directory: a power cut could undo it until that is flushed as well.
+  // Where a directory cannot be opened or flushed there is nothing more that we could do.
+  void flush_directory() const {
+    auto parent = std::filesystem::path(path_).parent_path();
+    int directory = open(parent.empty() ? "." : parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (directory < 0) return;
+    int reason = fsync(directory) == 0 ? 0 : errno;
+    close(directory);
+    if (reason == EIO || reason == ENOSPC)
+      fail("%s was written, but its directory did not reach the disk: %s", path_.c_str(),
+           std::strerror(reason));
+  }
+
+  std::string path_, temporary_;
+  FILE* file_ = nullptr;
+};
+
+// ---------------------------------------------------------------------------------------------
+// 2. The types of numbers
+
+// IEEE half precision, read only: nothing here writes it.
+struct f16 {
+  uint16_t bits;
+
+  operator float() const {
+    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    float magnitude = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                      : exponent == 0 ? std::ldexp(float(mantissa), -24)  // subnormal
+                                      : std::ldexp(float(1024 + mantissa), exponent - 25);
+    return bits >> 15 ? -magnitude : magnitude;
+  }
+};
+enum class bool8 : uint8_t {};  // a bool may hold 0 and 1 only; a byte of a file may hold anything
+
+// clang-format off
+#define FOR_EACH_DTYPE(X)                                          \
+  X(F64, double)   X(F32, float)    X(F16, f16)      X(BF16, bf16) \
+  X(I64, int64_t)  X(I32, int32_t)  X(I16, int16_t)  X(I8, int8_t) \
+  X(U64, uint64_t) X(U32, uint32_t) X(U16, uint16_t) X(U8, uint8_t) X(BOOL, bool8)
+// clang-format on
+
+template <class T>
+constexpr bool is_floating =
+    std::is_floating_point_v<T> || std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
+
+// The safetensors name of T: dtype_name<float>() is "F32".
+template <class T>
+const char* dtype_name() {
+#define X(NAME, Type) \
+  if (std::is_same_v<T, Type>) return #NAME;
+  FOR_EACH_DTYPE(X)
+#undef X
+  return "none";
+}
+
+// Bytes of one number of that dtype; 0 if there is no such dtype.
+inline size_t dtype_bytes(const std::string& dtype) {
+#define X(NAME, Type) \
+  if (dtype == #NAME) return sizeof(Type);
+  FOR_EACH_DTYPE(X)
+#undef X
+  return 0;
+}
+
+// "[2, 3]"
+inline std::string shape_text(const std::vector<size_t>& shape) {
+  std::string text;
+  for (size_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
+  return "[" + text + "]";
+}
+
+// A name out of a file, fit for a terminal: escaped and cut, for it may be long and hold anything.
+inline std::string printable(const std::string& name) {
+  using nlohmann::json;
+  return json(name.size() <= 200 ? name : name.substr(0, 200) + "...")
+      .dump(-1, ' ', true, json::error_handler_t::replace);
+}
+
+// dtype x shape in bytes, or nothing if that overflows or the dtype is unknown.
+inline std::optional<size_t> tensor_bytes(const std::string& dtype,
+                                          const std::vector<size_t>& shape) {
+  size_t bytes = dtype_bytes(dtype);
+  if (bytes == 0) return {};
+  for (size_t n : shape)
+    if (__builtin_mul_overflow(bytes, n, &bytes)) return {};
+  return bytes;
+}
+
+// ---------------------------------------------------------------------------------------------
+// 3. Reading
+
+struct TensorInfo {
+  std::string name, dtype;
+  std::vector<size_t> shape;
+  size_t begin, end;  // bytes, from the end of the header
+
+  size_t count() const { return (end - begin) / dtype_bytes(dtype); }
+};
+
+class SafetensorsReader {
+ public:
+  // Opens and validates a file; fails unless every byte of it is accounted for.
+  explicit SafetensorsReader(const std::string& path) : path_(path) {
+    std::error_code error;
+    if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error))
+      fail("cannot read %s: it is not a regular file", path.c_str());
+    file_.reset(std::fopen(path.c_str(), "rb"));
+    if (!file_) fail("cannot open %s: %s", path.c_str(), std::strerror(errno));
+    size_t size = std::filesystem::file_size(path);
+    parse(read_header(size));
+    check_layout(size - data_start_);
+    for (size_t i = 0; i < tensors_.size(); ++i) index_[tensors_[i].name] = i;
+  }
+
+  // All tensors, in the order of their bytes.
+  const std::vector<TensorInfo>& tensors() const { return tensors_; }
+
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+
+  // The tensor of that name, or null.
+  const TensorInfo* find(const std::string& name) const {
+    auto at = index_.find(name);
+    return at == index_.end() ? nullptr : &tensors_[at->second];
+  }
+
+  // The tensor of that name and shape; fails if the file lacks it or has it in another shape.
+  const TensorInfo& require(const std::string& name, const std::vector<size_t>& shape) const {
+    const TensorInfo* tensor = find(name);
+    if (!tensor)
+      reject("tensor " + printable(name) + " of shape " + shape_text(shape) + " is missing");
+    if (tensor->shape != shape)
+      reject("tensor " + printable(name) + " has shape " + shape_text(tensor->shape) +
+             ", expected " + shape_text(shape));
+    return *tensor;
+  }
+
+  // Fails if the file holds a tensor that is not among `names`.
+  void require_only(const std::set<std::string>& names) const {
+    for (const TensorInfo& tensor : tensors_)
+      if (!names.count(tensor.name)) reject("unknown tensor " + printable(tensor.name));
+  }
+
+  // Numbers [first, first + count) of a tensor into out, as T: double, float and bf16 take every
+  // floating dtype (rounding to nearest), int64_t every integer one. Fails on the wrong kind.
+  template <class T>
+  void read(const TensorInfo& tensor, T* out, size_t first, size_t count) const {
+    if (first > tensor.count() || count > tensor.count() - first)
+      reject("numbers " + std::to_string(first) + " to " + std::to_string(first + count) +
+             " of tensor " + printable(tensor.name) + " lie outside it");
+#define X(NAME, Source) \
+  if (tensor.dtype == #NAME) return read_as<Source>(tensor, out, first, count);
+    FOR_EACH_DTYPE(X)
+#undef X
+  }
+
+  // All of an integer tensor; fails if it is not one.
+  std::vector<int64_t> read_integers(const TensorInfo& tensor) const {
+    std::vector<int64_t> out(tensor.count());
+    read(tensor, out.data(), 0, out.size());
+    return out;
+  }
+
+ private:
+  using Json = nlohmann::json;
+
+  [[noreturn]] void reject(const std::string& what) const {
+    fail("%s: %s", path_.c_str(), what.c_str());
+  }
+
+  void read_bytes(size_t offset, void* out, size_t bytes) const {
+    for (char* to = static_cast<char*>(out); bytes > 0;) {
+      ssize_t got = pread(fileno(file_.get()), to, bytes, off_t(offset));
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) reject(std::string("cannot read: ") + std::strerror(errno));
+      if (got == 0) reject("the file became shorter while it was read");
+      to += got, offset += size_t(got), bytes -= size_t(got);
+    }
+  }
+
+  template <class Source, class T>
+  void read_as(const TensorInfo& tensor, T* out, size_t first, size_t count) const {
+    static_assert(std::is_same_v<T, int64_t> || is_floating<T>,
+                  "read double, float, bf16, int64_t");
+    if constexpr (is_floating<Source> != is_floating<T>) {
+      reject("tensor " + printable(tensor.name) + " is " + tensor.dtype + ", expected " +
+             (is_floating<T> ? "a floating" : "an integer") + " dtype");
+    } else {
+      size_t offset = data_start_ + tensor.begin + first * sizeof(Source);
+      if constexpr (std::is_same_v<Source, T>) return read_bytes(offset, out, count * sizeof(T));
+      std::vector<Source> buffer(std::min<size_t>(count, (1 << 20) / sizeof(Source)));
+      for (size_t n; count > 0; count -= n, out += n, offset += n * sizeof(Source)) {
+        n = std::min(count, buffer.size());
+        read_bytes(offset, buffer.data(), n * sizeof(Source));
+        for (size_t i = 0; i < n; ++i) {
+          if constexpr (std::is_same_v<Source, uint64_t>)
+            if (buffer[i] > INT64_MAX)
+              reject("tensor " + printable(tensor.name) + " holds " + std::to_string(buffer[i]) +
+                     ", more than a signed 64-bit integer does");
+          if constexpr (std::is_same_v<T, bf16>)
+            out[i] = bf16(static_cast<float>(buffer[i]));
+          else
+            out[i] = static_cast<T>(buffer[i]);
+        }
+      }
+    }
+  }
+
+  // The header's text. Its length comes from the file, so it is believed only within bounds.
+  std::string read_header(size_t size) {
+    constexpr size_t limit = 100'000'000;
+    uint64_t length = 0;
+    if (size < sizeof length)
+      reject("not a safetensors file: it has " + std::to_string(size) +
+             " bytes, expected 8 or more");
+    read_bytes(0, &length, sizeof length);
+    if (length > limit)
+      reject("not a safetensors file: its header claims " + std::to_string(length) +
+             " bytes, expected at most " + std::to_string(limit));
+    if (length > size - sizeof length)
+      reject("truncated: its header claims " + std::to_string(length) + " bytes, but only " +
+             std::to_string(size - sizeof length) + " follow");
+    data_start_ = sizeof length + size_t(length);
+    std::string text(size_t(length), ' ');
+    read_bytes(sizeof length, text.data(), text.size());
+    return text;
+  }
+
+  void parse(const std::string& text) {
+    // The library keeps the last of two equal keys and nests without limit: look while it parses.
+    std::vector<std::set<std::string>> keys;
+    auto watch = [&](int depth, Json::parse_event_t event, Json& value) {
+      if (depth > 2 &&
+          (event == Json::parse_event_t::object_start || event == Json::parse_event_t::array_start))
+        reject("the header nests deeper than a shape in a tensor");
+      if (event == Json::parse_event_t::object_start) keys.emplace_back();
+      if (event == Json::parse_event_t::object_end) keys.pop_back();
+      if (event == Json::parse_event_t::key && !keys.back().insert(value).second)
+        reject("the header has " + printable(value) + " twice");
+      return true;
+    };
+    Json header;
+    try {
+      header = Json::parse(text, watch);
+    } catch (const Json::parse_error& error) {
+      reject("the header is not valid JSON at its byte " + std::to_string(error.byte));
+    } catch (const Json::exception&) {
+      reject("the header is not valid JSON: a number in it is out of range");
+    }
+    if (!header.is_object() || text[0] != '{')
+      reject("the header is not a JSON object that begins with {");
+    for (const auto& [name, entry] : header.items())
+      if (name == "__metadata__")
+        parse_metadata(entry);
+      else
+        tensors_.push_back(parse_tensor(name, entry));
+  }
+
+  void parse_metadata(const Json& entry) {
+    if (!entry.is_object()) reject("__metadata__ is not a JSON object");
+    for (const auto& [key, value] : entry.items()) {
+      if (!value.is_string()) reject("__metadata__ " + printable(key) + " is not a string");
+      metadata_[key] = value;
+    }
+  }
+
+  TensorInfo parse_tensor(const std::string& name, const Json& entry) const {
+    const std::string tensor = "tensor " + printable(name);
+    if (!entry.is_object() || entry.size() != 3 || !entry.contains("dtype") ||
+        !entry.contains("shape") || !entry.contains("data_offsets"))
+      reject(tensor + " must have exactly dtype, shape and data_offsets");
+    auto sizes = [&](const char* key) {
+      bool good = entry[key].is_array();
+      for (const Json& n : entry[key]) good = good && n.is_number_unsigned();
+      if (!good) reject(tensor + ": " + key + " is not a list of non-negative integers");
+      return entry[key].get<std::vector<size_t>>();
+    };
+    if (!entry["dtype"].is_string() || dtype_bytes(entry["dtype"]) == 0)
+      reject(tensor + " has an unknown dtype, expected F64, F32, F16, BF16, an integer or BOOL");
+    std::vector<size_t> shape = sizes("shape"), offsets = sizes("data_offsets");
+    if (offsets.size() != 2 || offsets[0] > offsets[1])
+      reject(tensor + ": data_offsets is " + shape_text(offsets) + ", expected [begin, end]");
+    auto bytes = tensor_bytes(entry["dtype"], shape);
+    if (!bytes) reject(tensor + ": the product of its shape overflows 64 bits");
+    if (*bytes != offsets[1] - offsets[0])
+      reject(tensor + ": its dtype and shape need " + std::to_string(*bytes) +
+             " bytes, its offsets span " + std::to_string(offsets[1] - offsets[0]));
+    return {name, entry["dtype"], shape, offsets[0], offsets[1]};
+  }
+
+  // Sorts the tensors by their bytes, which must cover [0, data_bytes) exactly once.
+  void check_layout(size_t data_bytes) {
+    std::stable_sort(tensors_.begin(), tensors_.end(), [](const auto& a, const auto& b) {
+      return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
+    });
+    size_t end = 0;
+    for (const TensorInfo& tensor : tensors_) {
+      if (tensor.begin != end)
+        reject("tensor " + printable(tensor.name) + " begins at byte " +
+               std::to_string(tensor.begin) + ", expected " + std::to_string(end) +
+               ": the offsets " + (tensor.begin < end ? "overlap" : "leave a hole"));
+      end = tensor.end;
+    }
+    if (end != data_bytes)
+      reject((end > data_bytes ? "truncated: " : "bytes after the last tensor: ") +
+             std::string("it has ") + std::to_string(data_bytes) + " bytes of data, expected " +
+             std::to_string(end));
+  }
+
+  std::string path_;
+  std::unique_ptr<FILE, int (*)(FILE*)> file_{nullptr, std::fclose};
+  size_t data_start_ = 0;
+  std::vector<TensorInfo> tensors_;
+  std::map<std::string, size_t> index_;
+  std::map<std::string, std::string> metadata_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// 4. Writing
+
+// Declare every tensor, write their numbers in the same order, finish. Declare wide types first:
+// then every tensor lies at a multiple of its own size, which readers that map the file like.
+class SafetensorsWriter {
+ public:
+  // Touches no file yet: the size is known only after the last declare().
+  explicit SafetensorsWriter(std::string path, std::map<std::string, std::string> metadata = {})
+      : path_(std::move(path)) {
+    if (!metadata.empty()) header_["__metadata__"] = std::move(metadata);
+  }
+
+  // Adds a tensor; fails on a repeated name, an unknown dtype, or more bytes than 64 bits count.
+  void declare(const std::string& name, const std::string& dtype,
+               const std::vector<size_t>& shape) {
+    if (file_) reject("tensor " + printable(name) + " is declared after the first write");
+    if (name == "__metadata__" || header_.contains(name))
+      reject("tensor " + printable(name) + " cannot be declared: the name is taken");
+    auto bytes = tensor_bytes(dtype, shape);
+    size_t end = 0;
+    if (!bytes || __builtin_add_overflow(total_, *bytes, &end))
+      reject("tensor " + printable(name) + " has an unknown dtype or is too large");
+    header_[name] = {{"dtype", dtype}, {"shape", shape}, {"data_offsets", {total_, end}}};
+    tensors_.push_back({name, dtype, shape, total_, end});
+    total_ = end;
+  }
+
+  // Appends the next `count` numbers of the current tensor, all or a piece of it, as they are;
+  // fails on another dtype than was declared, on too many, or if the disk does not take them.
+  template <class T>
+  void write(const T* data, size_t count) {
+    if (!file_) begin();
+    while (current_ < tensors_.size() && tensors_[current_].end == written_) ++current_;
+    if (count == 0) return;
+    if (current_ == tensors_.size()) reject("more numbers are written than were declared");
+    const TensorInfo& tensor = tensors_[current_];
+    if (tensor.dtype != dtype_name<T>())
+      reject("tensor " + printable(tensor.name) + " is declared " + tensor.dtype + ", not " +
+             dtype_name<T>());
+    if (count > (tensor.end - written_) / sizeof(T))
+      reject("tensor " + printable(tensor.name) + " gets more numbers than " +
+             shape_text(tensor.shape) + " holds");
+    file_->write(data, count * sizeof(T));
+    written_ += count * sizeof(T);
+  }
+
+  // Makes the file appear; fails if a declared number was not written.
+  void finish() {
+    if (!file_) begin();
+    if (written_ != total_)
+      reject("only " + std::to_string(written_) + " of " + std::to_string(total_) +
+             " declared bytes were written");
+    file_->commit();
+  }
+
+ private:
+  [[noreturn]] void reject(const std::string& what) {
+    if (file_) file_->abandon();
+    fail("cannot write %s: %s", path_.c_str(), what.c_str());
+  }
+
+  void begin() {
+    std::string text;
+    try {
+      text = header_.dump();
+    } catch (const nlohmann::json::exception&) {
+      reject("a name or a metadata string is not UTF-8");
+    }
+    text.resize(round_up(text.size(), 8), ' ');  // so that the data begins at a multiple of 8
+    uint64_t length = text.size();
+    file_.emplace(path_, sizeof length + length + total_);
+    file_->write(&length, sizeof length);
+    file_->write(text);
+  }
+
+  std::string path_;
+  nlohmann::json header_ = nlohmann::json::object();
+  std::vector<TensorInfo> tensors_;
+  std::optional<SafeFile> file_;
+  size_t total_ = 0, written_ = 0, current_ = 0;
+};

@@ -1,0 +1,636 @@
+// dit.cu - the model: a single-stream diffusion transformer, forward and backward by hand.
+//
+// What it is: the parameter table, each operation with its backward derived above it, one block,
+// and the chain of blocks with activation checkpointing. What it is not: training (train.cu), or
+// how a branch joins the trunk (mvsplit.cu). It has no AdaLN and no timestep embedding: the network
+// reads the noise level off its input. Blocks have no biases.
+//
+// How to read it: section 1 is what is computed with; sections 2 to 5 are the operations, in the
+// order of the forward pass; 6 is a block, 7 the memory, 8 the network. Shapes: B sequences of T
+// tokens (N image tokens, then L text tokens) of D channels; H heads of hd = D/H channels; FFN
+// width F. Rows (B T) of any array are its tokens; every weight is (out, in) and acts as y = x W^T.
+#pragma once
+
+#include "mvsplit.cu"
+
+// ---------------------------------------------------------------------------------------------
+// 1. Configuration and parameters
+
+// What a residual mode means: the kind of merge after attention and after the FFN.
+struct Residual {
+  const char* name;
+  Merge attention, ffn;
+};
+inline const Residual residuals[] = {
+    {"postnorm", Merge::plain, Merge::plain},
+    {"layerscale", Merge::layerscale, Merge::layerscale},
+    {"rezero", Merge::rezero, Merge::rezero},
+    {"mvsplit", Merge::mvsplit, Merge::mvsplit},
+    {"mvsplit-attention", Merge::mvsplit, Merge::plain},  // the split on one branch only
+    {"mvsplit-ffn", Merge::plain, Merge::mvsplit},
+    {"mvsplit-noleak", Merge::mvsplit_noleak, Merge::mvsplit_noleak},
+};
+
+struct Config {
+  size_t depth = 48, width = 64, heads = 4, ffn = 192;
+  size_t channels = 1, height = 32, image_width = 32, patch = 4;
+  size_t text_tokens = 8, text_dim = 64;
+  std::string residual = "mvsplit";
+  double norm_eps = 1e-6;      // of the merges and the input norms
+  double alpha = 0, beta = 1;  // MV-Split's gates at the start
+  double lambda = 1e-2;        // LayerScale's at the start; ReZero's is 0
+  double writer_std = -1;      // W_O, W2 ~ N(0, std^2); negative: the mode's own, see below
+  double final_std = 0;        // the final projection
+
+  size_t image_tokens() const { return height / patch * (image_width / patch); }
+  size_t tokens() const { return image_tokens() + text_tokens; }
+  size_t head_dim() const { return width / heads; }
+  size_t patch_dim() const { return patch * patch * channels; }
+  size_t pixels() const { return channels * height * image_width; }
+  size_t text_size() const { return text_tokens * text_dim; }
+  bool projects_text() const { return text_dim != width; }
+
+  const Residual& mode() const {
+    std::string known;
+    for (const Residual& r : residuals) {
+      if (residual == r.name) return r;
+      known += std::string(known.empty() ? "" : ", ") + r.name;
+    }
+    fail("residual '%s' is not known: choose one of %s", residual.c_str(), known.c_str());
+  }
+  // Writers start at zero, so that the network starts as the identity; where the gate is what
+  // starts small (LayerScale, ReZero) the writer must not be zero too, or neither would get a
+  // gradient.
+  double writer_init() const {
+    if (writer_std >= 0) return writer_std;
+    return residual == "layerscale" || residual == "rezero" ? 0.02 : 0;
+  }
+  void check() const;
+};
+
+// Throws Error, with what to change, unless the sizes fit together.
+inline void Config::check() const {
+  mode();
+  if (!depth || !width || !heads || !ffn || !channels || !height || !image_width || !patch ||
+      !text_tokens || !text_dim)
+    fail("every size of the model must be at least 1");
+  if (depth > 100000 || width > 1 << 20 || ffn > 1 << 20 || channels > 4096 || height > 1 << 16 ||
+      image_width > 1 << 16 || text_tokens > 1 << 16 || text_dim > 1 << 20)
+    fail("a size of the model is out of range (depth 100,000, widths 1,048,576, images 65,536)");
+  if (width % heads)
+    fail("width %zu is not divisible by %zu heads: choose a number of heads that divides the width",
+         width, heads);
+  if (head_dim() % 4)
+    fail("head dimension %zu (width %zu / heads %zu) is not a multiple of 4, which 2-D RoPE needs",
+         head_dim(), width, heads);
+  if (ffn % 4) fail("ffn %zu is not a multiple of 4", ffn);
+  if (height % patch || image_width % patch)
+    fail(
+        "an image of %zux%zu cannot be cut into patches of %zux%zu: choose a patch that divides "
+        "both",
+        height, image_width, patch, patch);
+  if (!(norm_eps > 0) || norm_eps > 1) fail("norm-eps %g is not in (0, 1]", norm_eps);
+}
+
+// The parameter table: each parameter once. Allocation, initialisation, AdamW, files, gradient
+// checks and reports are all driven from it.
+enum class Init { uniform, normal, constant };  // U(-scale, scale), N(0, scale^2), scale
+
+struct Parameter {
+  std::string name;  // as in the checkpoint
+  std::vector<size_t> shape;
+  Init init;
+  double scale;
+  size_t offset = 0;  // in elements, from the start of the slab
+
+  size_t count() const {
+    size_t n = 1;
+    for (size_t s : shape) n *= s;
+    return n;
+  }
+  bool decays() const { return shape.size() >= 2; }  // weight decay: matrices only
+  // The name without the block's number: the reports' unit.
+  std::string family() const {
+    size_t begin = name.find("blocks.");
+    if (begin != 0) return name;
+    return "blocks.*" + name.substr(name.find('.', 7));
+  }
+};
+
+struct Table {
+  std::vector<Parameter> parameters;
+  size_t size = 0;          // elements of the slab
+  size_t block_stride = 0;  // elements from a block's parameters to the next block's
+
+  const Parameter& at(const std::string& name) const {
+    for (const Parameter& p : parameters)
+      if (p.name == name) return p;
+    fail("there is no parameter '%s' in this configuration", name.c_str());
+  }
+  size_t count() const {
+    size_t n = 0;
+    for (const Parameter& p : parameters) n += p.count();
+    return n;
+  }
+};
+
+// Each tensor starts at a multiple of 8 elements (16 bytes of bf16). A (D, D) matrix is a multiple
+// of 16 long, so W_Q, W_K, W_V follow one another without a gap and are read as one (3D, D) matrix.
+inline Table parameter_table(const Config& c) {
+  Table table;
+  auto add = [&](std::string name, std::vector<size_t> shape, Init init, double scale) {
+    Parameter p{std::move(name), std::move(shape), init, scale};
+    p.offset = round_up(table.size, 8);
+    table.size = p.offset + p.count();
+    table.parameters.push_back(std::move(p));
+  };
+  auto linear = [](size_t fan_in) { return 1 / std::sqrt(double(fan_in)); };
+  size_t D = c.width, p = c.patch;
+  add("patch_embed.patch_proj.weight", {D, c.channels, p, p}, Init::uniform, linear(c.patch_dim()));
+  add("patch_embed.patch_proj.bias", {D}, Init::uniform, linear(c.patch_dim()));
+  if (c.projects_text())
+    add("context_proj.weight", {D, c.text_dim}, Init::uniform, linear(c.text_dim));
+  const Merge merges[2] = {c.mode().attention, c.mode().ffn};
+  for (size_t i = 0; i < c.depth; ++i) {
+    std::string block = "blocks." + std::to_string(i) + ".";
+    table.size = round_up(table.size, 64);
+    size_t start = table.size;
+    for (const char* name : {"q_proj", "k_proj", "v_proj"})
+      add(block + "operator." + name + ".weight", {D, D}, Init::uniform, linear(D));
+    add(block + "operator.proj.weight", {D, D}, Init::normal, c.writer_init());
+    add(block + "ffn.w13.weight", {2 * c.ffn, D}, Init::uniform, linear(D));
+    add(block + "ffn.w2.weight", {D, c.ffn}, Init::normal, c.writer_init());
+    for (int m = 0; m < 2; ++m) {
+      std::string number = std::to_string(m + 1);
+      if (splits(merges[m])) {
+        add(block + "fused_mvsplit_norm" + number + ".alpha", {D}, Init::constant, c.alpha);
+        add(block + "fused_mvsplit_norm" + number + ".beta", {D}, Init::constant, c.beta);
+      } else if (merges[m] == Merge::layerscale) {
+        add(block + "layerscale" + number, {D}, Init::constant, c.lambda);
+      } else if (merges[m] == Merge::rezero) {
+        add(block + "rezero" + number, {1}, Init::constant, 0);
+      }
+    }
+    table.size = round_up(table.size, 64);
+    table.block_stride = table.size - start;
+  }
+  add("final_proj.weight", {c.patch_dim(), D}, Init::normal, c.final_std);
+  add("final_proj.bias", {c.patch_dim()}, Init::constant, 0);
+  table.size = round_up(table.size, 64);
+  return table;
+}
+
+// Pointers to the parameters in a slab (weights: P = const T; gradients: P their type). A parameter
+// that the configuration does not have is null.
+template <class P>
+struct BlockParameters {
+  P *qkv, *proj, *w13, *w2;  // (3D, D), (D, D), (2F, D) gate half first, (D, F)
+  Gates<P> gates[2];         // after attention, after the FFN
+};
+
+template <class P>
+struct Parameters {
+  P *patch_weight, *patch_bias, *context, *final_weight, *final_bias;
+  BlockParameters<P> first_block;
+  size_t block_stride;
+
+  BlockParameters<P> block(size_t i) const {
+    BlockParameters<P> b = first_block;
+    auto shift = [&](P*& p) { p = p ? p + i * block_stride : nullptr; };
+    for (P** p : {&b.qkv, &b.proj, &b.w13, &b.w2}) shift(*p);
+    for (Gates<P>& g : b.gates) shift(g.alpha), shift(g.beta), shift(g.lambda);
+    return b;
+  }
+};
+
+template <class P>
+Parameters<P> locate(const Config& config, const Table& table, P* slab) {
+  auto find = [&](const std::string& name) -> P* {
+    for (const Parameter& p : table.parameters)
+      if (p.name == name) return slab + p.offset;
+    return nullptr;
+  };
+  auto gates = [&](Merge merge, const std::string& number) {
+    std::string split = "blocks.0.fused_mvsplit_norm" + number;
+    P* lambda = find((merge == Merge::rezero ? "blocks.0.rezero" : "blocks.0.layerscale") + number);
+    return Gates<P>{merge, find(split + ".alpha"), find(split + ".beta"), lambda};
+  };
+  BlockParameters<P> first{find("blocks.0.operator.q_proj.weight"),
+                           find("blocks.0.operator.proj.weight"),
+                           find("blocks.0.ffn.w13.weight"),
+                           find("blocks.0.ffn.w2.weight"),
+                           {gates(config.mode().attention, "1"), gates(config.mode().ffn, "2")}};
+  return {find("patch_embed.patch_proj.weight"),
+          find("patch_embed.patch_proj.bias"),
+          find("context_proj.weight"),
+          find("final_proj.weight"),
+          find("final_proj.bias"),
+          first,
+          table.block_stride};
+}
+
+// ---------------------------------------------------------------------------------------------
+// 2. Linear maps
+//
+// Y = X W^T. With G the cotangent of Y: <G, dX W^T + X dW^T> = <G W, dX> + <G^T X, dW>, so
+//     dX = G W,     dW = G^T X = sum_t g_t x_t^T.
+
+// Y (rows, out) = X (rows, in) W^T, W (out, in).
+template <class TY, class T>
+void linear_forward(Device& device, TY* Y, const T* X, const T* W, size_t rows, size_t out,
+                    size_t in) {
+  gemm(device, Matrix(Y, out), Matrix(X, in), Matrix(W, in).transpose(), {rows, out, in});
+}
+
+// dX (rows, in) = G W, or += if `accumulate`.
+template <class TX, class T>
+void linear_backward_input(Device& device, TX* dX, const T* G, const T* W, size_t rows, size_t out,
+                           size_t in, bool accumulate = false) {
+  gemm(device, Matrix(dX, in), Matrix(G, out), Matrix(W, in), {rows, in, out}, 1, accumulate);
+}
+
+// dW (out, in) = G^T X, or += if `accumulate`.
+template <class P, class T>
+void linear_backward_weight(Device& device, P* dW, const T* G, const T* X, size_t rows, size_t out,
+                            size_t in, bool accumulate) {
+  gemm(device, Matrix(dW, in), Matrix(G, out).transpose(), Matrix(X, in), {out, in, rows}, 1,
+       accumulate);
+}
+
+// Y (rows, n) += bias (n), on each row.
+template <class T>
+void bias_forward(const Device& device, T* Y, const T* bias, size_t rows, size_t n) {
+  using A = Acc<T>;
+  for_each(device, rows * n, [=] HD(size_t i) { Y[i] = T(A(Y[i]) + A(bias[i % n])); });
+}
+
+// dbias (n) = the sum of the rows of G (rows, n), or += if `accumulate`.
+template <class P, class T>
+void bias_backward(const Device& device, P* dbias, const T* G, size_t rows, size_t n,
+                   bool accumulate) {
+  for_each_team(device, n, Team::max_size, [=] HD(Team team) {
+    Acc<T> sum = 0;
+    for (size_t row = team.rank; row < rows; row += team.size)
+      sum += Acc<T>(G[row * n + team.index]);
+    sum = team.sum(sum);
+    if (team.rank == 0) dbias[team.index] = P(accumulate ? Acc<T>(dbias[team.index]) + sum : sum);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 3. Images and patches
+//
+// A patch (p, p, C) of the image is one token. Going in, its numbers are ordered (channel, row,
+// column), as a convolution's weight is; coming out, (row, column, channel). Both are permutations,
+// so each is the other direction's backward.
+
+enum class PatchOrder { channel_first, channel_last };
+
+struct Patches {
+  size_t channels, height, width, patch;  // of the image; patch divides height and width
+
+  HD size_t tokens() const { return height / patch * (width / patch); }
+  HD size_t dim() const { return patch * patch * channels; }
+  // Index into one image (C, H, W) of number e of image token n.
+  HD size_t pixel(size_t n, size_t e, PatchOrder order) const {
+    size_t per_row = width / patch, c, in_patch;
+    if (order == PatchOrder::channel_first)
+      c = e / (patch * patch), in_patch = e % (patch * patch);
+    else
+      c = e % channels, in_patch = e / channels;
+    size_t y = n / per_row * patch + in_patch / patch, x = n % per_row * patch + in_patch % patch;
+    return (c * height + y) * width + x;
+  }
+};
+
+// tokens (B, length, dim) from image (B, C, H, W); rows after the image tokens get zeros.
+template <class T, class A>
+void image_to_tokens(const Device& device, T* tokens, const A* image, size_t batch, size_t length,
+                     Patches p, PatchOrder order) {
+  for_each(device, batch * length * p.dim(), [=] HD(size_t i) {
+    size_t e = i % p.dim(), n = i / p.dim() % length, b = i / p.dim() / length;
+    size_t pixels = p.channels * p.height * p.width;
+    tokens[i] = n < p.tokens() ? T(image[b * pixels + p.pixel(n, e, order)]) : T(0);
+  });
+}
+
+// image (B, C, H, W) from tokens (B, length, dim) + bias (dim; may be null); text rows are ignored.
+template <class T, class A>
+void tokens_to_image(const Device& device, A* image, const A* tokens, const T* bias, size_t batch,
+                     size_t length, Patches p, PatchOrder order) {
+  for_each(device, batch * p.tokens() * p.dim(), [=] HD(size_t i) {
+    size_t e = i % p.dim(), n = i / p.dim() % p.tokens(), b = i / p.dim() / p.tokens();
+    size_t pixels = p.channels * p.height * p.width;
+    image[b * pixels + p.pixel(n, e, order)] =
+        tokens[(b * length + n) * p.dim() + e] + (bias ? A(bias[e]) : A(0));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 4. Attention
+//
+// Q, K, V lie side by side in one (B, T, 3, H, hd) array, as the product with (W_Q; W_K; W_V)
+// leaves them. Q and K are rotated and normalised in place; the matrix product walks over heads by
+// strides.
+
+struct Heads {
+  size_t batch, length, heads, dim;  // B, T, H, hd
+
+  HD size_t width() const { return heads * dim; }
+};
+
+// 4.1 Two-dimensional RoPE and QK-norm
+//
+// A head's channels are two halves x1, x2 of hd/2. Each pair (x1_j, x2_j) of an image token at
+// (row, col) of the patch grid is rotated by the angle row w_j for j < hd/4, col w_(j - hd/4) after
+// that, w_j = 10000^(-2j/(hd/2)). Text tokens are not rotated. Then RMS-norm over the head, without
+// gain. A rotation R keeps the norm and the norm has no gain, so the two commute:
+//
+//     y = r R x,     r = (|x|^2 / hd + eps)^(-1/2).
+//
+// Backward. With x' = R x, equation (49) gives dx' = r g - (r^3/hd) <g, x'> x'. Since y = r x',
+// this is
+//     dx' = r (g - (<g, y> / hd) y)      and      dx = R^T dx':
+// the saved y and r are enough, x is not kept.
+
+constexpr double qk_eps = 1e-6, rope_theta = 10000;
+
+// cos and sin (N, hd/2) of each image token's angles.
+template <class A>
+void rope_table(std::vector<A>& cosine, std::vector<A>& sine, size_t grid_rows, size_t grid_columns,
+                size_t head_dim) {
+  size_t quarter = head_dim / 4;
+  for (size_t n = 0; n < grid_rows * grid_columns; ++n)
+    for (size_t j = 0; j < 2 * quarter; ++j) {
+      double position = double(j < quarter ? n / grid_columns : n % grid_columns);
+      double w = std::pow(rope_theta, -2.0 * double(j % quarter) / double(head_dim / 2));
+      cosine.push_back(A(std::cos(position * w)));
+      sine.push_back(A(std::sin(position * w)));
+    }
+}
+
+// The rotation tables and how many tokens at the start of a sequence they cover.
+template <class A>
+struct Rope {
+  const A *cosine, *sine;  // (image_tokens, hd/2)
+  size_t image_tokens;
+
+  HD A cos_of(size_t token, size_t j, size_t half) const {
+    return token < image_tokens ? cosine[token * half + j] : A(1);
+  }
+  HD A sin_of(size_t token, size_t j, size_t half) const {
+    return token < image_tokens ? sine[token * half + j] : A(0);
+  }
+};
+
+// Q and K inside qkv (B, T, 3, H, hd), in place; r (B, T, 2, H) is kept. One team a head vector:
+// the teams of a token are its H query heads, then its H key heads.
+template <class T>
+void rope_qk_norm_forward(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
+  using A = Acc<T>;
+  size_t half = h.dim / 2;
+  for_each_team(device, h.batch * h.length * 2 * h.heads, 32, [=] HD(Team team) {
+    size_t row = team.index / (2 * h.heads), token = row % h.length;
+    T* x = qkv + row * 3 * h.width() + team.index % (2 * h.heads) * h.dim;
+    A squares = 0;
+    for (size_t j = team.rank; j < half; j += team.size)
+      squares += A(x[j]) * A(x[j]) + A(x[j + half]) * A(x[j + half]);
+    A scale = inverse_rms(team.sum(squares), h.dim, A(qk_eps));
+    for (size_t j = team.rank; j < half; j += team.size) {
+      A c = rope.cos_of(token, j, half), s = rope.sin_of(token, j, half);
+      A x1 = A(x[j]), x2 = A(x[j + half]);
+      x[j] = T(scale * (x1 * c + x2 * s));
+      x[j + half] = T(scale * (x2 * c - x1 * s));
+    }
+    if (team.rank == 0) r[team.index] = scale;
+  });
+}
+
+// dqkv's Q and K parts, in place: from the gradient of y to the gradient of x. y is in qkv.
+template <class T>
+void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Acc<T>* r,
+                           Rope<Acc<T>> rope, Heads h) {
+  using A = Acc<T>;
+  size_t half = h.dim / 2;
+  for_each_team(device, h.batch * h.length * 2 * h.heads, 32, [=] HD(Team team) {
+    size_t row = team.index / (2 * h.heads), token = row % h.length;
+    size_t offset = row * 3 * h.width() + team.index % (2 * h.heads) * h.dim;
+    const T* y = qkv + offset;
+    T* g = dqkv + offset;
+    A gy = 0, scale = r[team.index];
+    for (size_t j = team.rank; j < half; j += team.size)
+      gy += A(g[j]) * A(y[j]) + A(g[j + half]) * A(y[j + half]);
+    gy = team.sum(gy) / A(h.dim);
+    for (size_t j = team.rank; j < half; j += team.size) {
+      A c = rope.cos_of(token, j, half), s = rope.sin_of(token, j, half);
+      A d1 = scale * (A(g[j]) - gy * A(y[j]));
+      A d2 = scale * (A(g[j + half]) - gy * A(y[j + half]));
+      g[j] = T(d1 * c - d2 * s);  // R^T turns the other way
+      g[j + half] = T(d2 * c + d1 * s);
+    }
+  });
+}
+
+// 4.2 Softmax attention
+//
+//     S = Q K^T / sqrt(hd),   A = softmax by rows of S,   Y = A V          for each head.
+//
+// Backward, with G the cotangent of Y. Y = A V is linear in each factor:
+//     dV = A^T G,     dA = G V^T.
+// A row a = softmax(s) has da_j = a_j (ds_j - sum_k a_k ds_k), that is da = (diag(a) - a a^T) ds.
+// The Jacobian is symmetric, so the gradient is the same matrix applied to dA's row:
+//
+//     dS_j = a_j (dA_j - <a, dA>).
+//
+// Its null space. x^T (diag(a) - a a^T) x = sum a_j x_j^2 - (sum a_j x_j)^2 is the variance of x
+// under the probabilities a, which are all positive: it is zero for x constant and for nothing
+// else. So the null space is span(1), and dS measures only how dA VARIES along the row.
+//
+// Lemma 1. dA_j = <g_i, V_j>. If all tokens have the same value, V_j = vbar, then dA = <g_i, vbar>
+// 1 is in the null space: dS = 0 exactly, and with it dQ = dK = 0. When token states collapse to
+// their mean, queries and keys stop learning: in a collapsed network their gradients fall by orders
+// of magnitude at once. Meanwhile the writer's gradient sum_i g_i y_i^T (39) is alive, with y_i =
+// vbar for all i: it has become the mean-coherent gradient of section 5 in mvsplit.cu. Finally S =
+// Q K^T / sqrt(hd) gives
+//     dQ = dS K / sqrt(hd),     dK = dS^T Q / sqrt(hd).
+
+// The Q (part 0), K (1) or V (2) matrices (T, hd) of all sequences and heads inside a qkv array.
+template <class T>
+Matrix<T> head_part(T* qkv, size_t part, Heads h) {
+  return Matrix<T>(qkv + part * h.width(), 3 * h.width()).batch(h.length * 3 * h.width(), h.dim);
+}
+// The heads' slices (T, hd) of a (B, T, D) array, and the (T, T) matrices of a (B, H, T, T) one.
+template <class T>
+Matrix<T> head_slice(T* y, Heads h) {
+  return Matrix<T>(y, h.width()).batch(h.length * h.width(), h.dim);
+}
+template <class T>
+Matrix<T> head_square(T* a, Heads h) {
+  return Matrix<T>(a, h.length).batch(h.heads * h.length * h.length, h.length * h.length);
+}
+
+// Y (B, T, D) from qkv (B, T, 3, H, hd). The probabilities P (B, H, T, T) are kept; the scores
+// (B, H, T, T) are scratch, in Acc<T>: a score of 8 rounded to bf16 would be off by up to 0.016,
+// and its probability by 1.6%.
+template <class T>
+void attention_forward(Device& device, T* Y, T* P, Acc<T>* scores, const T* qkv, Heads h) {
+  using A = Acc<T>;
+  size_t n = h.length;
+  gemm(device, head_square(scores, h), head_part(qkv, 0, h), head_part(qkv, 1, h).transpose(),
+       {n, n, h.dim, h.batch, h.heads}, A(1) / std::sqrt(A(h.dim)));
+  for_each_team(device, h.batch * h.heads * n, threads_for(n / 4), [=] HD(Team team) {
+    A* s = scores + team.index * n;
+    A largest = s[0], sum = 0;
+    for (size_t j = team.rank; j < n; j += team.size) largest = max_(largest, s[j]);
+    largest = team.max(largest);  // exp never overflows
+    for (size_t j = team.rank; j < n; j += team.size) sum += s[j] = exp_(s[j] - largest);
+    A scale = A(1) / team.sum(sum);
+    for (size_t j = team.rank; j < n; j += team.size) P[team.index * n + j] = T(scale * s[j]);
+  });
+  gemm(device, head_slice(Y, h), head_square(P, h), head_part(qkv, 2, h),
+       {n, h.dim, n, h.batch, h.heads});
+}
+
+// dqkv (=) (B, T, 3, H, hd) from dY (B, T, D). Scratch: dA (B, H, T, T) in Acc<T>, dS (B, H, T, T).
+template <class T>
+void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const T* qkv, Acc<T>* dA,
+                        T* dS, Heads h) {
+  using A = Acc<T>;
+  size_t n = h.length;
+  A scale = A(1) / std::sqrt(A(h.dim));
+  Sizes to_tokens{n, h.dim, n, h.batch, h.heads};
+  gemm(device, head_part(dqkv, 2, h), head_square(P, h).transpose(), head_slice(dY, h), to_tokens);
+  gemm(device, head_square(dA, h), head_slice(dY, h), head_part(qkv, 2, h).transpose(),
+       {n, n, h.dim, h.batch, h.heads});
+  for_each_team(device, h.batch * h.heads * n, threads_for(n / 4), [=] HD(Team team) {
+    const T* a = P + team.index * n;
+    const A* da = dA + team.index * n;
+    A inner = 0;
+    for (size_t j = team.rank; j < n; j += team.size) inner += A(a[j]) * da[j];
+    inner = team.sum(inner);
+    for (size_t j = team.rank; j < n; j += team.size)
+      dS[team.index * n + j] = T(A(a[j]) * (da[j] - inner));
+  });
+  gemm(device, head_part(dqkv, 0, h), head_square(dS, h), head_part(qkv, 1, h), to_tokens, scale);
+  gemm(device, head_part(dqkv, 1, h), head_square(dS, h).transpose(), head_part(qkv, 0, h),
+       to_tokens, scale);
+}
+
+// ---------------------------------------------------------------------------------------------
+// 5. SwiGLU
+//
+// [g, v] = W13 x (gate half first), h = silu(g) * v, silu(g) = g s with s = 1 / (1 + e^-g).
+// Backward: ds/dg = s (1 - s), so silu'(g) = s + g s (1 - s) = s (1 + g (1 - s)), and
+//     dg = dh * v * silu'(g),     dv = dh * silu(g).
+
+template <class A>
+HD A sigmoid(A g) {
+  return A(1) / (A(1) + exp_(-g));
+}
+
+// hidden (rows, F) from u = [g, v] (rows, 2F).
+template <class T>
+void swiglu_forward(const Device& device, T* hidden, const T* u, size_t rows, size_t F) {
+  using A = Acc<T>;
+  for_each(device, rows * F / 4, [=] HD(size_t i) {
+    size_t row = i / (F / 4), f = i % (F / 4) * 4;
+    Quad<A> g = load<A>(u + row * 2 * F + f), v = load<A>(u + row * 2 * F + F + f);
+    for (int k = 0; k < 4; ++k) v[k] *= g[k] * sigmoid(g[k]);
+    store(hidden + row * F + f, v);
+  });
+}
+
+// du (rows, 2F) = from dhidden (rows, F).
+template <class T>
+void swiglu_backward(const Device& device, T* du, const T* dhidden, const T* u, size_t rows,
+                     size_t F) {
+  using A = Acc<T>;
+  for_each(device, rows * F / 4, [=] HD(size_t i) {
+    size_t row = i / (F / 4), f = i % (F / 4) * 4;
+    Quad<A> g = load<A>(u + row * 2 * F + f), v = load<A>(u + row * 2 * F + F + f);
+    Quad<A> dh = load<A>(dhidden + row * F + f), dg, dv;
+    for (int k = 0; k < 4; ++k) {
+      A s = sigmoid(g[k]);
+      dg[k] = dh[k] * v[k] * s * (A(1) + g[k] * (A(1) - s));
+      dv[k] = dh[k] * g[k] * s;
+    }
+    store(du + row * 2 * F + f, dg);
+    store(du + row * 2 * F + F + f, dv);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 6. A block
+//
+//     qkv = X W_QKV^T        Q, K rotated and normalised      Y = attention(Q, K, V)
+//     X1 = merge_1(X, Y W_O^T)                 h = SwiGLU(X1 W13^T)
+//     X' = merge_2(X1, h W2^T)
+
+// What a block's forward leaves for its backward. X is the block's input.
+template <class T>
+struct BlockSaved {
+  T *X, *qkv, *P, *Y, *F1, *X1, *u, *hidden, *F2;
+  Acc<T>* r_qk;
+  MergeSaved<Acc<T>> merge[2];
+};
+
+// Arrays that live within one block's pass, shared by all blocks.
+template <class T>
+struct BlockScratch {
+  Acc<T>* scores;                         // (B, H, T, T)
+  T *dF, *dhidden, *du, *dY, *dqkv, *dS;  // (B T, D), (, F), (, 2F), (, D), (, 3D), (B, H, T, T)
+  MergeScratch<Acc<T>> merge;
+};
+
+// The sizes and tables that all blocks share.
+template <class T>
+struct BlockShape {
+  Tokens tokens;
+  Heads heads;
+  size_t D, F;
+  double eps;
+  Rope<Acc<T>> rope;
+};
+
+// X_next (B, T, D) from s.X.
+template <class T>
+void block_forward(Device& device, T* X_next, BlockSaved<T> s, BlockParameters<const T> w,
+                   BlockScratch<T> scratch, const BlockShape<T>& b) {
+  size_t rows = b.tokens.rows(), D = b.D, F = b.F;
+  linear_forward(device, s.qkv, s.X, w.qkv, rows, 3 * D, D);
+  rope_qk_norm_forward(device, s.qkv, s.r_qk, b.rope, b.heads);
+  attention_forward(device, s.Y, s.P, scratch.scores, s.qkv, b.heads);
+  linear_forward(device, s.F1, s.Y, w.proj, rows, D, D);
+  merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.gates[0], b.tokens, D, b.eps);
+
+  linear_forward(device, s.u, s.X1, w.w13, rows, 2 * F, D);
+  swiglu_forward(device, s.hidden, s.u, rows, F);
+  linear_forward(device, s.F2, s.hidden, w.w2, rows, D, F);
+  merge_forward(device, X_next, s.merge[1], s.X1, s.F2, w.gates[1], b.tokens, D, b.eps);
+}
+
+// G holds dL/dX_next on entry and dL/dX on return; parameter gradients = (or += if `accumulate`).
+// Each line undoes one of block_forward's, last first. The trunk's gradient stays in G: the merges
+// replace it, and the branch's first linear map adds its part.
+template <class T, class P>
+void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
+                    BlockParameters<const T> w, BlockScratch<T> t, const BlockShape<T>& b,
+                    bool accumulate) {
+  size_t rows = b.tokens.rows(), D = b.D, F = b.F;
+  merge_backward(device, G, t.dF, d.gates[1], G, s.X1, s.F2, w.gates[1], s.merge[1], t.merge,
+                 b.tokens, D, accumulate);
+  linear_backward_weight(device, d.w2, t.dF, s.hidden, rows, D, F, accumulate);
+  linear_backward_input(device, t.dhidden, t.dF, w.w2, rows, D, F);
+  swiglu_backward(device, t.du, t.dhidden, s.u, rows, F);
+  linear_backward_weight(device, d.w13, t.du, s.X1, rows, 2 * F, D, accumulate);
+  linear_backward_input(device, G, t.du, w.w13, rows, 2 * F, D, true);
+
+  merge_backward(device, G, t.dF, d.gates[0], G, s.X, s.F1, w.gates[0], s.merge[0], t.merge,
+                 b.tokens, D, accumulate);
+  linear_backward_weight(device, d.proj, t.dF, s.Y, rows, D, D, accumulate);
+  linear_backward_input(device, t.dY, t.dF, w.proj, rows, D, D);
+  attention_backward(device, t.dqkv, t.dY, s.P, s.qkv, t.scores, t.dS, b.heads);
+  rope_qk_norm_backward(device, t.dqkv, s.qkv, s.r_qk, b.rope, b.heads);
+  linear_backward_weight(device, d.qkv, t.dqkv, s.X, rows, 3 * D, D, accumulate);
+  linear_backward_input(device, G, t.dqkv, w.qkv, rows, 3 * D, D, true);
+}

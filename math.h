@@ -1,0 +1,736 @@
+// math.h - the machine and the scalar maths.
+//
+// What it is: everything below the network. A Device (a CPU or one NVIDIA GPU, chosen at run time),
+// memory that is planned before it is taken, kernels written once for both machines, one matrix
+// product, the bf16 number, and random numbers that depend on nothing but their index.
+// What it is not: a tensor library. There are pointers with a shape in a comment, and loops.
+//
+// How to read it: section 3 (teams) is the one idea that the other files need. A kernel is a lambda
+// over a Team. On a GPU a team is a thread block; on a CPU it is a single thread, rank 0 of size 1:
+//
+//   for_each_team(device, rows, threads_for(D), [=] HD(Team team) {
+//     const float* x = X + team.index * D;                                // this team's row
+//     float s = 0;
+//     for (size_t d = team.rank; d < D; d += team.size) s += x[d] * x[d]; // shared among threads
+//     s = team.sum(s);                                                    // the same in all of
+//     them
+//   });
+//
+// so that the same source is a CUDA kernel and a plain loop that a debugger can step through.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include <omp.h>
+#include <unistd.h>
+
+#ifdef __CUDACC__
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
+#define HD __host__ __device__
+#else
+#define HD
+#endif
+
+// ---------------------------------------------------------------------------------------------
+// 1. Errors
+//
+// Two kinds. Bad input (a flag, a file) is the user's to mend: fail() throws one clear sentence,
+// and main() prints it and exits with status 2. A CUDA status that is not success is ours: die()
+// says where and exits with status 1.
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
+  char text[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  throw Error(text);
+}
+
+[[noreturn]] inline void die(const char* file, int line, const char* call, const char* status) {
+  std::fprintf(stderr, "%s:%d: %s: %s\n", file, line, call, status);
+  std::exit(1);
+}
+
+#ifdef __CUDACC__
+#define CUDA_CHECK(call)                                                                     \
+  do {                                                                                       \
+    cudaError_t status_ = (call);                                                            \
+    if (status_ != cudaSuccess) die(__FILE__, __LINE__, #call, cudaGetErrorString(status_)); \
+  } while (0)
+#define CUBLAS_CHECK(call)                                            \
+  do {                                                                \
+    cublasStatus_t status_ = (call);                                  \
+    if (status_ != CUBLAS_STATUS_SUCCESS)                             \
+      die(__FILE__, __LINE__, #call, cublasGetStatusString(status_)); \
+  } while (0)
+#endif
+
+// ---------------------------------------------------------------------------------------------
+// 2. Numbers
+//
+// T is what is stored (double for gradient checks, float on a CPU, bf16 on a GPU). Acc<T> is what
+// sums are made in: double for double, float for the others.
+
+// bfloat16: the upper half of a float. Eight bits of exponent, seven of mantissa.
+struct bf16 {
+  uint16_t bits;
+
+  bf16() = default;
+  HD bf16(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    // Round to nearest, ties to even: add just under half of the last kept bit, and the rest of
+    // that half if the last kept bit is odd. A carry out of the mantissa is the right next
+    // exponent. NaN must not be rounded into infinity: it keeps a quiet bit instead.
+    bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+    bits = nan ? uint16_t(u >> 16 | 0x40) : uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+  }
+  HD operator float() const {
+    uint32_t u = uint32_t(bits) << 16;
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+  }
+};
+
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Four neighbouring channels: what one thread loads and stores at once (8 bytes of bf16, 16 of
+// float). Widths are multiples of four, so rows are read by quads and never have a tail.
+template <class A>
+struct alignas(4 * sizeof(A)) Quad {
+  A v[4];
+  HD A& operator[](int i) { return v[i]; }
+  HD A operator[](int i) const { return v[i]; }
+};
+
+template <class A>
+HD Quad<A> quad(A x) {
+  return {{x, x, x, x}};
+}
+#define QUAD_OPERATOR(op)                                              \
+  template <class A>                                                   \
+  HD Quad<A> operator op(Quad<A> a, Quad<A> b) {                       \
+    return {{a[0] op b[0], a[1] op b[1], a[2] op b[2], a[3] op b[3]}}; \
+  }                                                                    \
+  template <class A>                                                   \
+  HD Quad<A> operator op(A a, Quad<A> b) {                             \
+    return quad(a) op b;                                               \
+  }
+QUAD_OPERATOR(+)
+QUAD_OPERATOR(-)
+QUAD_OPERATOR(*)
+#undef QUAD_OPERATOR
+
+template <class A>
+HD A dot(Quad<A> a, Quad<A> b) {
+  return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+}
+
+// One wide load or store, converting between storage and sums.
+template <class A, class T>
+HD Quad<A> load(const T* p) {
+  Quad<T> q = *reinterpret_cast<const Quad<T>*>(p);
+  return {{A(q[0]), A(q[1]), A(q[2]), A(q[3])}};
+}
+template <class T, class A>
+HD void store(T* p, Quad<A> q) {
+  *reinterpret_cast<Quad<T>*>(p) = {{T(q[0]), T(q[1]), T(q[2]), T(q[3])}};
+}
+
+// The elementary functions by type, so that double stays double and float stays float everywhere.
+HD inline float exp_(float x) { return expf(x); }
+HD inline double exp_(double x) { return exp(x); }
+template <class A>
+HD A rsqrt_(A x) {
+  return A(1) / std::sqrt(x);
+}
+template <class A>
+HD A max_(A a, A b) {
+  return a > b ? a : b;
+}
+
+template <class A>
+HD A min_(A a, A b) {
+  return a < b ? a : b;
+}
+
+inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+inline size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
+
+// ---------------------------------------------------------------------------------------------
+// 3. The device and its memory
+
+// One CPU or one GPU. All GPU work goes into one stream, in order, so a kernel sees what the one
+// before it wrote; the host waits only in synchronize() and download().
+struct Device {
+  bool gpu = false;
+  std::string name = "CPU";
+  size_t allocated = 0;    // bytes held by slabs now
+  size_t allocations = 0;  // slabs ever taken: constant once training runs
+#ifdef __CUDACC__
+  cudaStream_t stream = nullptr;
+  cublasHandle_t blas = nullptr;
+  void* blas_workspace = nullptr;
+#endif
+
+  explicit Device(bool on_gpu = false);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  static int gpus() {
+    int count = 0;
+#ifdef __CUDACC__
+    if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
+#endif
+    return count;
+  }
+  // cuBLAS gets its workspace from us: its own would be allocated out of the plan's sight, and a
+  // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph.
+  static size_t workspace_bytes(bool on_gpu) { return on_gpu ? size_t(32) << 20 : 0; }
+
+  // Bytes that could be taken now.
+  size_t available() const;
+
+  void synchronize() const {
+#ifdef __CUDACC__
+    if (gpu) CUDA_CHECK(cudaStreamSynchronize(stream));
+#endif
+  }
+  void* allocate(size_t bytes);
+  void release(void* data, size_t bytes);
+  void fill(void* data, int byte, size_t bytes) const;
+  void copy(void* to, const void* from, size_t bytes) const;      // device to device
+  void upload(void* to, const void* from, size_t bytes) const;    // host to device
+  void download(void* to, const void* from, size_t bytes) const;  // device to host; waits
+};
+
+inline Device::Device(bool on_gpu) : gpu(on_gpu) {
+  if (!gpu) return;
+#ifdef __CUDACC__
+  if (gpus() == 0) fail("no CUDA device was found: use --device cpu");
+  cudaDeviceProp properties;
+  CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
+  name = properties.name;
+  CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  CUBLAS_CHECK(cublasCreate(&blas));
+  CUBLAS_CHECK(cublasSetStream(blas, stream));
+  blas_workspace = allocate(workspace_bytes(true));
+  CUBLAS_CHECK(cublasSetWorkspace(blas, blas_workspace, workspace_bytes(true)));
+  // Partial sums of a bf16 product stay in fp32 even where cuBLAS splits the inner dimension.
+  CUBLAS_CHECK(cublasSetMathMode(
+      blas, static_cast<cublasMath_t>(CUBLAS_DEFAULT_MATH |
+                                      CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+#else
+  fail("this binary was built without CUDA: build with nvcc, or use --device cpu");
+#endif
+}
+
+inline Device::~Device() {
+#ifdef __CUDACC__
+  if (!gpu) return;
+  cublasDestroy(blas);
+  release(blas_workspace, workspace_bytes(true));
+  cudaStreamDestroy(stream);
+#endif
+}
+
+inline size_t Device::available() const {
+#ifdef __CUDACC__
+  if (gpu) {
+    size_t free = 0, total = 0;
+    CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return free;
+  }
+#endif
+  size_t kib = 0;
+  if (FILE* file = std::fopen("/proc/meminfo", "r")) {
+    char line[128];
+    while (std::fgets(line, sizeof line, file))
+      if (std::sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
+    std::fclose(file);
+  }
+  return kib ? kib * 1024 : size_t(sysconf(_SC_AVPHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+}
+
+inline void* Device::allocate(size_t bytes) {
+  void* data = nullptr;
+#ifdef __CUDACC__
+  if (gpu && cudaMalloc(&data, bytes) != cudaSuccess) data = nullptr;
+#endif
+  if (!gpu) data = std::aligned_alloc(256, round_up(bytes, 256));
+  if (!data) fail("%.2f GB of memory could not be taken on %s", 1e-9 * double(bytes), name.c_str());
+  allocated += bytes;
+  ++allocations;
+  return data;
+}
+
+inline void Device::release(void* data, size_t bytes) {
+  allocated -= bytes;
+#ifdef __CUDACC__
+  if (gpu) {
+    cudaFree(data);
+    return;
+  }
+#endif
+  std::free(data);
+}
+
+inline void Device::fill(void* data, int byte, size_t bytes) const {
+#ifdef __CUDACC__
+  if (gpu) {
+    CUDA_CHECK(cudaMemsetAsync(data, byte, bytes, stream));
+    return;
+  }
+#endif
+  std::memset(data, byte, bytes);
+}
+
+// The three copies differ in direction, which CUDA reads off the pointers.
+inline void Device::copy(void* to, const void* from, size_t bytes) const {
+#ifdef __CUDACC__
+  if (gpu) {
+    CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+inline void Device::upload(void* to, const void* from, size_t bytes) const {
+  copy(to, from, bytes);
+  synchronize();  // the caller may free its host buffer
+}
+inline void Device::download(void* to, const void* from, size_t bytes) const {
+  copy(to, from, bytes);
+  synchronize();
+}
+
+// Memory is planned before it is taken. A layout function takes its arrays from a Carver: first
+// from one without a base, which only counts, then, once the sum is known to fit, from the slab
+// itself.
+struct Carver {
+  std::byte* base = nullptr;
+  size_t used = 0;
+
+  template <class T>
+  T* take(size_t count) {
+    used = round_up(used, 256);
+    T* data = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += count * sizeof(T);
+    return data;
+  }
+};
+
+// One allocation, freed with its owner. New slabs hold NaN in every float type (0xff bytes): an
+// array that is read before it is written shows.
+struct Slab {
+  Device& device;
+  std::byte* data;
+  size_t bytes;
+
+  Slab(Device& on, size_t size, int fill_byte = 0xff)
+      : device(on),
+        data(static_cast<std::byte*>(on.allocate(std::max<size_t>(size, 256)))),
+        bytes(std::max<size_t>(size, 256)) {
+    device.fill(data, fill_byte, bytes);
+  }
+  ~Slab() { device.release(data, bytes); }
+  Slab(const Slab&) = delete;
+  Slab& operator=(const Slab&) = delete;
+};
+
+// ---------------------------------------------------------------------------------------------
+// 4. Teams: kernels written once
+
+// The threads that work on one piece: `size` of them, this one is `rank`, the piece is `index`.
+// Reductions add in a fixed order (no atomics), so the same sizes give the same bits.
+struct Team {
+  size_t index;
+  int rank, size;
+
+  // The same threads seen as a grid, for sums over rows: 32 columns wide on a GPU, 1 on a CPU.
+  HD int columns() const { return size < 32 ? size : 32; }
+  HD int column() const { return rank % columns(); }
+  HD int rows() const { return size / columns(); }
+  HD int row() const { return rank / columns(); }
+
+  HD void sync() const {
+#ifdef __CUDA_ARCH__
+    __syncthreads();
+#endif
+  }
+
+  // Combine x over the team with a commutative `op`; every thread gets the result.
+  template <class A, class Op>
+  HD A reduce(A x, Op op) const {
+#ifdef __CUDA_ARCH__
+    // Exchange with the lane whose number differs in one bit, five times. Both partners add the
+    // same two numbers, so all 32 lanes agree to the last bit.
+    for (int bit = 16; bit > 0; bit /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, bit));
+    if (size > 32) {
+      __shared__ A partial[32];
+      if (rank % 32 == 0) partial[rank / 32] = x;
+      __syncthreads();
+      x = partial[0];
+      for (int warp = 1; warp < size / 32; ++warp) x = op(x, partial[warp]);
+      __syncthreads();  // before anyone may write `partial` again
+    }
+#else
+    (void)op;
+#endif
+    return x;
+  }
+  template <class A>
+  HD A sum(A x) const {
+    return reduce(x, [](A a, A b) { return a + b; });
+  }
+  template <class A>
+  HD A max(A x) const {
+    return reduce(x, [](A a, A b) { return max_(a, b); });
+  }
+
+  // Sum x over the rows of the grid; every thread of a column gets its column's sum.
+  template <class V>
+  HD V sum_rows(V x) const {
+#ifdef __CUDA_ARCH__
+    __shared__ V slot[max_size];
+    slot[rank] = x;
+    __syncthreads();
+    x = slot[column()];
+    for (int r = 1; r < rows(); ++r) x = x + slot[column() + r * columns()];
+    __syncthreads();
+#endif
+    return x;
+  }
+
+  static constexpr int max_size = 256;
+};
+
+// Threads for a team whose loop has n independent items: whole warps, at most eight.
+inline int threads_for(size_t n) { return int(std::clamp<size_t>(round_up(n, 32), 32, 256)); }
+
+#ifdef __CUDACC__
+template <class Body>
+__global__ void __launch_bounds__(Team::max_size) team_kernel(Body body) {
+  body(Team{blockIdx.x, int(threadIdx.x), int(blockDim.x)});
+}
+template <class Body>
+__global__ void __launch_bounds__(256) element_kernel(size_t n, Body body) {
+  size_t i = blockIdx.x * size_t(256) + threadIdx.x;
+  if (i < n) body(i);
+}
+#endif
+
+// Run body(team) for `teams` teams of `threads` threads each (on a CPU: of one thread each).
+template <class Body>
+void for_each_team(const Device& device, size_t teams, int threads, const Body& body) {
+  if (teams == 0) return;
+#ifdef __CUDACC__
+  if (device.gpu) {
+    if (teams > 0x7fffffff) fail("a kernel over %zu teams is too large for one launch", teams);
+    team_kernel<<<unsigned(teams), threads, 0, device.stream>>>(body);
+    CUDA_CHECK(cudaGetLastError());
+    return;
+  }
+#endif
+  (void)device, (void)threads;
+#pragma omp parallel for schedule(static) if (teams > 1)
+  for (size_t i = 0; i < teams; ++i) body(Team{i, 0, 1});
+}
+
+// Run body(i) for each i < n, independently.
+template <class Body>
+void for_each(const Device& device, size_t n, const Body& body) {
+  if (n == 0) return;
+#ifdef __CUDACC__
+  if (device.gpu) {
+    if (ceil_div(n, 256) > 0x7fffffff) fail("a kernel over %zu elements is too large", n);
+    element_kernel<<<unsigned(ceil_div(n, 256)), 256, 0, device.stream>>>(n, body);
+    CUDA_CHECK(cudaGetLastError());
+    return;
+  }
+#endif
+  (void)device;
+#pragma omp parallel for schedule(static) if (n > 4096)
+  for (size_t i = 0; i < n; ++i) body(i);
+}
+
+// A sequence of kernels that is always the same: on a GPU it is recorded once as a CUDA graph and
+// replayed by one launch, on a CPU it simply runs. What changes from step to step (the step number,
+// the learning rate) therefore lives in device memory, never in a kernel's arguments.
+class Graph {
+ public:
+  Graph() = default;
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+
+  template <class Sequence>
+  void run(Device& device, const Sequence& sequence) {
+#ifdef __CUDACC__
+    if (device.gpu) {
+      if (!executable_) record(device, sequence);
+      CUDA_CHECK(cudaGraphLaunch(executable_, device.stream));
+      return;
+    }
+#endif
+    (void)device;
+    sequence();
+  }
+
+#ifdef __CUDACC__
+  ~Graph() {
+    if (executable_) cudaGraphExecDestroy(executable_);
+  }
+
+ private:
+  template <class Sequence>
+  void record(Device& device, const Sequence& sequence) {
+    cudaGraph_t graph;
+    CUDA_CHECK(cudaStreamBeginCapture(device.stream, cudaStreamCaptureModeThreadLocal));
+    sequence();
+    CUDA_CHECK(cudaStreamEndCapture(device.stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&executable_, graph, 0));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+  }
+  cudaGraphExec_t executable_ = nullptr;
+#endif
+};
+
+// ---------------------------------------------------------------------------------------------
+// 5. The matrix product
+
+// A row-major matrix, or a batch of them numbered (outer, inner): element (i, j) of matrix (o, n)
+// is data[o * outer + n * inner + i * stride + j], with i and j exchanged if `transposed`.
+// Attention uses the batch to walk (sequence, head) over the heads' slices of a (B, T, 3, H, hd)
+// array in place.
+template <class T>
+struct Matrix {
+  T* data;
+  size_t stride;
+  bool transposed = false;
+  size_t outer = 0, inner = 0;
+
+  Matrix(T* d, size_t s) : data(d), stride(s) {}
+  Matrix transpose() const {
+    Matrix m = *this;
+    m.transposed = !transposed;
+    return m;
+  }
+  Matrix batch(size_t outer_stride, size_t inner_stride) const {
+    Matrix m = *this;
+    m.outer = outer_stride;
+    m.inner = inner_stride;
+    return m;
+  }
+  HD T* at(size_t o, size_t n) const { return data + o * outer + n * inner; }
+};
+
+struct Sizes {
+  size_t m, n, k;               // C is (m, n), the sum runs over k
+  size_t outer = 1, inner = 1;  // how many products
+};
+
+// The CPU product. Each task makes one tile of C: it packs a panel of A and one of B into the order
+// in which the innermost loop reads them (and into Acc<T>), and multiplies panels by register
+// blocks of rows x columns. Tiles are independent and each sums k in the same order, whatever the
+// number of threads, so the bits do not depend on it.
+template <class A>
+struct HostGemm {
+#ifdef __AVX512F__
+  static constexpr int vector_bytes = 64;
+#else
+  static constexpr int vector_bytes = 32;
+#endif
+  static constexpr int lanes = vector_bytes / sizeof(A);
+  static constexpr int rows = 6, columns = 2 * lanes;  // 12 accumulators hide the latency of a FMA
+  static constexpr size_t tile_m = 96, tile_n = 256, tile_k = 256;
+  typedef A Vector __attribute__((vector_size(vector_bytes)));
+
+  // acc(rows, columns) = a(k, rows)^T b(k, columns)
+  static void block(A* acc, size_t acc_stride, const A* a, const A* b, size_t k, bool first) {
+    Vector c[rows][2];
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < 2; ++j)
+        if (first)
+          c[i][j] = Vector{};
+        else
+          std::memcpy(&c[i][j], acc + i * acc_stride + j * lanes, vector_bytes);
+    for (size_t p = 0; p < k; ++p, a += rows, b += columns) {
+      Vector b0, b1;
+      std::memcpy(&b0, b, vector_bytes);
+      std::memcpy(&b1, b + lanes, vector_bytes);
+      for (int i = 0; i < rows; ++i) {
+        c[i][0] += a[i] * b0;
+        c[i][1] += a[i] * b1;
+      }
+    }
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < 2; ++j)
+        std::memcpy(acc + i * acc_stride + j * lanes, &c[i][j], vector_bytes);
+  }
+
+  // Strips of `width` lines of op(M) (rows of A, columns of B), k-major within a strip, zero
+  // padded.
+  template <class T>
+  static void pack(A* out, const T* data, size_t line_step, size_t k_step, size_t lines, size_t k,
+                   size_t width) {
+    for (size_t start = 0; start < lines; start += width, out += width * k) {
+      size_t w = std::min(width, lines - start);
+      const T* from = data + start * line_step;
+      if (w < width) std::fill(out, out + width * k, A(0));
+      if (line_step == 1)
+        for (size_t p = 0; p < k; ++p)
+          for (size_t i = 0; i < w; ++i) out[p * width + i] = A(from[i + p * k_step]);
+      else
+        for (size_t i = 0; i < w; ++i)
+          for (size_t p = 0; p < k; ++p) out[p * width + i] = A(from[i * line_step + p * k_step]);
+    }
+  }
+
+  // C[m0.., n0..] = alpha op(A) op(B) + beta C for one tile.
+  template <class T, class TC>
+  static void tile(TC* C, size_t ldc, const T* Am, size_t a_row, size_t a_k, const T* Bm,
+                   size_t b_col, size_t b_k, size_t m, size_t n, size_t k, A alpha, A beta) {
+    alignas(64) static thread_local A pa[tile_m * tile_k], pb[tile_n * tile_k],
+        acc[tile_m * tile_n];
+    static_assert(tile_m % rows == 0 && tile_n % columns == 0, "panels are whole strips");
+    for (size_t k0 = 0; k0 < k; k0 += tile_k) {
+      size_t kk = std::min(tile_k, k - k0);
+      pack(pa, Am + k0 * a_k, a_row, a_k, m, kk, rows);
+      pack(pb, Bm + k0 * b_k, b_col, b_k, n, kk, columns);
+      for (size_t j = 0; j < n; j += columns)
+        for (size_t i = 0; i < m; i += rows)
+          block(acc + i * tile_n + j, tile_n, pa + i * kk, pb + j * kk, kk, k0 == 0);
+    }
+    for (size_t i = 0; i < m; ++i)
+      for (size_t j = 0; j < n; ++j) {
+        A c = alpha * acc[i * tile_n + j];
+        // With beta = 0, C may hold anything, NaN included: it is not read.
+        C[i * ldc + j] = TC(beta == 0 ? c : c + beta * A(C[i * ldc + j]));
+      }
+  }
+
+  template <class T, class TC>
+  static void run(Matrix<TC> C, Matrix<const T> Am, Matrix<const T> Bm, Sizes s, A alpha, A beta) {
+    size_t a_row = Am.transposed ? 1 : Am.stride, a_k = Am.transposed ? Am.stride : 1;
+    size_t b_col = Bm.transposed ? Bm.stride : 1, b_k = Bm.transposed ? 1 : Bm.stride;
+    // Shorter tiles when there would be too few to share among the threads.
+    size_t products = s.outer * s.inner, tn = ceil_div(s.n, tile_n), tm = tile_m;
+    while (tm > 2 * rows && products * tn * ceil_div(s.m, tm) < size_t(2 * omp_get_max_threads()))
+      tm = round_up(tm / 2, rows);
+    size_t tasks = products * tn * ceil_div(s.m, tm);
+    // Waking a thread costs microseconds, so small products stay on this one.
+#pragma omp parallel for schedule(dynamic) if (tasks > 1 && products * s.m * s.n * s.k > 30000)
+    for (size_t task = 0; task < tasks; ++task) {
+      size_t j = task % tn * tile_n, rest = task / tn;
+      size_t i = rest % ceil_div(s.m, tm) * tm, product = rest / ceil_div(s.m, tm);
+      size_t o = product / s.inner, h = product % s.inner;
+      tile(C.at(o, h) + i * C.stride + j, C.stride, Am.at(o, h) + i * a_row, a_row, a_k,
+           Bm.at(o, h) + j * b_col, b_col, b_k, std::min(tm, s.m - i), std::min(tile_n, s.n - j),
+           s.k, alpha, beta);
+    }
+  }
+};
+
+#ifdef __CUDACC__
+template <class T>
+constexpr cudaDataType_t cuda_type = std::is_same_v<T, double>  ? CUDA_R_64F
+                                     : std::is_same_v<T, float> ? CUDA_R_32F
+                                                                : CUDA_R_16BF;
+
+// cuBLAS is column-major: it sees each row-major matrix as its transpose, so C = A B is asked for
+// as C^T = B^T A^T. It has one batch stride, so the inner index is a loop.
+template <class T, class TC>
+void device_gemm(Device& device, Matrix<TC> C, Matrix<const T> A, Matrix<const T> B, Sizes s,
+                 Acc<T> alpha, Acc<T> beta) {
+  auto op = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
+  auto compute = std::is_same_v<T, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
+  for (size_t h = 0; h < s.inner; ++h)
+    CUBLAS_CHECK(cublasGemmStridedBatchedEx(
+        device.blas, op(B.transposed), op(A.transposed), int(s.n), int(s.m), int(s.k), &alpha,
+        B.at(0, h), cuda_type<T>, int(B.stride), int64_t(B.outer), A.at(0, h), cuda_type<T>,
+        int(A.stride), int64_t(A.outer), &beta, C.at(0, h), cuda_type<TC>, int(C.stride),
+        int64_t(C.outer), int(s.outer), compute, CUBLAS_GEMM_DEFAULT));
+}
+#endif
+
+// C = alpha op(A) op(B) + beta C for each matrix of the batch; C (m,n), op(A) (m,k), op(B) (k,n).
+// Sums in Acc<T>; C may be stored as T or as Acc<T>.
+template <class TC, class TA, class TB>
+void gemm(Device& device, Matrix<TC> C, Matrix<TA> A, Matrix<TB> B, Sizes s,
+          Acc<std::remove_const_t<TA>> alpha = 1, Acc<std::remove_const_t<TA>> beta = 0) {
+  using T = std::remove_const_t<TA>;
+  static_assert(std::is_same_v<T, std::remove_const_t<TB>>, "both factors are stored alike");
+  auto view = [](auto m) {
+    Matrix<const T> v(m.data, m.stride);
+    v.transposed = m.transposed, v.outer = m.outer, v.inner = m.inner;
+    return v;
+  };
+#ifdef __CUDACC__
+  if (device.gpu) return device_gemm<T, TC>(device, C, view(A), view(B), s, alpha, beta);
+#endif
+  (void)device;
+  HostGemm<Acc<T>>::template run<T, TC>(C, view(A), view(B), s, alpha, beta);
+}
+
+// ---------------------------------------------------------------------------------------------
+// 6. Random numbers
+//
+// Counter-based: a number is a function of (seed, stream, index) and of nothing else. The CPU and
+// the GPU draw the same noise, a resumed run draws what an unbroken one would, and no state is
+// saved.
+
+struct Random4 {
+  uint32_t v[4];
+};
+
+// Philox 4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+HD inline Random4 philox(Random4 counter, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    uint64_t p0 = uint64_t(0xD2511F53u) * counter.v[0], p1 = uint64_t(0xCD9E8D57u) * counter.v[2];
+    counter = {{uint32_t(p1 >> 32) ^ counter.v[1] ^ key0, uint32_t(p1),
+                uint32_t(p0 >> 32) ^ counter.v[3] ^ key1, uint32_t(p0)}};
+    key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+  }
+  return counter;
+}
+HD inline Random4 random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
+  return philox(
+      {{uint32_t(index), uint32_t(index >> 32), uint32_t(stream), uint32_t(stream >> 32)}},
+      uint32_t(seed), uint32_t(seed >> 32));
+}
+// 53 random bits as a double in [0, 1).
+HD inline double unit_interval(uint32_t high, uint32_t low) {
+  return double((uint64_t(high) << 32 | low) >> 11) * 0x1p-53;
+}
+HD inline double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
+  Random4 r = random_bits(seed, stream, index);
+  return unit_interval(r.v[0], r.v[1]);
+}
+// N(0, 1) by Box and Muller. In double, so that the two machines agree to the last bit of a float
+// except where double itself lies within a rounding of a tie.
+HD inline double gaussian(uint64_t seed, uint64_t stream, uint64_t index) {
+  Random4 r = random_bits(seed, stream, index);
+  double u = 1 - unit_interval(r.v[0], r.v[1]);  // (0, 1]: log is finite
+  return sqrt(-2 * log(u)) * cos(6.283185307179586 * unit_interval(r.v[2], r.v[3]));
+}

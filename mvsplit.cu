@@ -1,0 +1,398 @@
+// mvsplit.cu - the residual merges, in token space.
+//
+// What it is: how a block's branch output F joins the trunk X. Post-Norm, LayerScale, ReZero and
+// MV-Split, each fused with the RMSNorm that follows it, forward and backward, and the small
+// algebra of token means that explains why very deep networks need the last of them. What it is
+// not: the network. Attention, the FFN and the chain of blocks are in dit.cu.
+//
+// The mean here is over TOKENS, never over channels: J X replaces every token of a segment by the
+// average token. (LayerNorm's mean, which runs over the channels of one token, plays no part.)
+//
+// How to read it: section 1 defines J and P and proves the three facts that everything uses;
+// section 2 is RMSNorm; section 3 is one formula with all merges in it; section 4 derives its
+// backward down to the lines of code; section 5 says what the split does to the gradient of a
+// residual writer. (n) is the equation's number in the paper.
+#pragma once
+
+#include "math.h"
+
+// ---------------------------------------------------------------------------------------------
+// 1. The token mean and the rest
+//
+// X is (T, D), a token a row. J = (1/T) 1 1^T averages over tokens, P = I - J centers:
+//
+//     X = J X + P X = mu(X) + c(X).                                                           (3)
+//
+// J is symmetric, and J J = (1/T^2) 1 (1^T 1) 1^T = J, so P P = I - 2J + J = P and J P = J - J = 0:
+// complementary orthogonal projectors. Hence, for any U and V,
+//
+//     <J U, P V> = tr(U^T J P V) = 0:   a mean and a centered array are orthogonal,
+//
+// and the adjoint of "take the mean" is "take the mean", which is all a backward pass needs to
+// know.
+//
+// A sequence has two segments, image tokens then text tokens, and the merges average within each
+// one: J_seg = blkdiag(J_image, J_text), P_seg = I - J_seg.  (43)  Both projectors stay projectors.
+// The global mean is a weighted sum of the segment means, J J_seg = J, so J P_seg = 0  (44)-(45):
+// what is centered in each segment is centered globally, and a gate on the segment means reaches
+// the global mean as well. Diagnostics use the global J.
+
+// How tokens lie in memory: `batch` sequences of `image` then `text` rows.
+struct Tokens {
+  size_t batch, image, text;
+
+  HD size_t length() const { return image + text; }
+  HD size_t rows() const { return batch * length(); }
+  HD size_t first(size_t segment) const { return segment == 0 ? 0 : image; }
+  HD size_t count(size_t segment) const { return segment == 0 ? image : text; }
+  // The mean that belongs to a row: its number among the batch * 2 segment means.
+  HD size_t segment_of(size_t row) const {
+    return row / length() * 2 + (row % length() < image ? 0 : 1);
+  }
+};
+
+// Sum body(row, d), which looks at the four channels d..d+3, over the rows of each (sequence,
+// segment), and call finish(segment, d, sum) with the result; `zero` fixes the type of the sum. One
+// team has one segment and 128 neighbouring channels; its grid of threads deals the rows out and
+// adds up in a fixed order.
+template <class Sum, class Body, class Finish>
+void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, const Body& body,
+                     const Finish& finish) {
+  size_t tiles = ceil_div(D, 128);
+  for_each_team(device, tokens.batch * 2 * tiles, Team::max_size, [=] HD(Team team) {
+    size_t segment = team.index / tiles, channel = team.index % tiles * 128;
+    size_t start = segment / 2 * tokens.length() + tokens.first(segment % 2);
+    size_t end = start + tokens.count(segment % 2);
+    for (size_t tile = 0; tile < 128; tile += 4 * team.columns()) {
+      size_t d = channel + tile + 4 * team.column();
+      Sum sum = zero;
+      if (d < D)
+        for (size_t row = start + team.row(); row < end; row += team.rows())
+          sum = sum + body(row, d);
+      sum = team.sum_rows(sum);
+      if (d < D && team.row() == 0) finish(segment, d, sum);
+    }
+  });
+}
+
+// Two sums in one pass.
+template <class A>
+struct QuadPair {
+  Quad<A> a, b;
+};
+template <class A>
+HD QuadPair<A> operator+(QuadPair<A> x, QuadPair<A> y) {
+  return {x.a + y.a, x.b + y.b};
+}
+
+// Segment means of X and of F in one pass: xbar, fbar (B, 2, D) from X, F (B, T, D). Eq. (43).
+template <class T>
+void segment_means(const Device& device, Acc<T>* xbar, Acc<T>* fbar, const T* X, const T* F,
+                   Tokens tokens, size_t D) {
+  using A = Acc<T>;
+  sum_over_tokens(
+      device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
+      [=] HD(size_t row, size_t d) {
+        return QuadPair<A>{load<A>(X + row * D + d), load<A>(F + row * D + d)};
+      },
+      [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
+        // An empty segment has no mean and nobody asks for it; 1/1 keeps it free of NaN.
+        A scale = A(1) / A(max_<size_t>(tokens.count(segment % 2), 1));
+        store(xbar + segment * D + d, scale * sum.a);
+        store(fbar + segment * D + d, scale * sum.b);
+      });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 2. RMSNorm
+//
+// y = r z with r = (|z|^2 / D + eps)^(-1/2), one r a token, no learned gain.
+//
+// Backward. dr = -1/2 r^3 (2/D) <z, dz> = -(r^3 / D) <z, dz>. With the cotangent g of y,
+//
+//     <g, dy> = r <g, dz> + <g, z> dr = < r g - (r^3 / D) <g, z> z, dz >,
+//
+// so the gradient of z is
+//
+//     Delta = r g - q z,     q = (r^3 / D) <g, z>.                                            (49)
+//
+// The norm of z is (up to eps) projected out: Delta is orthogonal to z, since y does not change
+// when z is scaled. A consequence for very deep networks: what one layer adds can only turn a
+// token.
+
+// r for one row, given the sum of its squares.
+template <class A>
+HD A inverse_rms(A sum_of_squares, size_t D, A eps) {
+  return rsqrt_(sum_of_squares / A(D) + eps);
+}
+
+// Y = r X by rows; r (B, n) is kept for the backward. X is (B, n, D) packed; Y's sequences are
+// y_stride elements apart, so that image and text tokens land in their places of one (B, T, D)
+// array.
+template <class T>
+void rmsnorm_forward(const Device& device, T* Y, Acc<T>* r, const T* X, size_t batch, size_t n,
+                     size_t D, size_t y_stride, double eps) {
+  using A = Acc<T>;
+  for_each_team(device, batch * n, threads_for(D / 4), [=] HD(Team team) {
+    const T* x = X + team.index * D;
+    T* y = Y + team.index / n * y_stride + team.index % n * D;
+    A squares = 0;
+    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
+      Quad<A> v = load<A>(x + d);
+      squares += dot(v, v);
+    }
+    A scale = inverse_rms(team.sum(squares), D, A(eps));
+    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) store(y + d, scale * load<A>(x + d));
+    if (team.rank == 0) r[team.index] = scale;
+  });
+}
+
+// dX (=) from dY by (49); X, r, dX (B, n, D) packed, dY strided as Y above.
+template <class T>
+void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, const Acc<T>* r,
+                      size_t batch, size_t n, size_t D, size_t y_stride) {
+  using A = Acc<T>;
+  for_each_team(device, batch * n, threads_for(D / 4), [=] HD(Team team) {
+    const T* x = X + team.index * D;
+    const T* g = dY + team.index / n * y_stride + team.index % n * D;
+    A scale = r[team.index], gx = 0;
+    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size)
+      gx += dot(load<A>(g + d), load<A>(x + d));
+    A q = scale * scale * scale / A(D) * team.sum(gx);
+    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size)
+      store(dX + team.index * D + d, scale * load<A>(g + d) - q * load<A>(x + d));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 3. The merges
+//
+//     plain        Z = X + F                                   (Post-Norm)
+//     layerscale   Z = X + lambda * F        lambda in R^D
+//     rezero       Z = X + lambda F          lambda a number
+//     mvsplit      Z = X + beta * P F + alpha * J (F - X)      alpha, beta in R^D             (7)
+//     mvsplit_noleak      without the leaky term: Z = X + beta * P F + alpha * J F
+//
+// and always X_next = RMSNorm(Z)  (8). J and P act within segments; * is by channel.
+//
+// What MV-Split does: apply P and J to (7), using that they commute with a gain by channel:
+//
+//     P Z = P X + beta * P F           the centered part is a residual stream with gain beta,
+//     J Z = (1 - alpha) * J X + alpha * J F                                                   (9)
+//
+// while the mean is a leaky integrator: it forgets alpha of its past at each merge, so it cannot
+// grow without bound over a thousand layers, and what the branches write into it comes in with gain
+// alpha. LayerScale has one gain for both and never forgets: J Z = J X + lambda * J F.
+
+enum class Merge { plain, layerscale, rezero, mvsplit, mvsplit_noleak };
+
+inline bool splits(Merge merge) {
+  return merge == Merge::mvsplit || merge == Merge::mvsplit_noleak;
+}
+
+// The learned gains of one merge, or their gradients. Only those of its kind are there: alpha, beta
+// (D) when it splits, lambda (D) for LayerScale, lambda (1) for ReZero.
+template <class T>
+struct Gates {
+  Merge merge;
+  T *alpha, *beta, *lambda;
+};
+
+// What the forward leaves for the backward: r (B, T), and the segment means (B, 2, D) if it splits.
+template <class A>
+struct MergeSaved {
+  A *r, *xbar, *fbar;
+};
+
+// Z at four channels of one token: the only place where the merges differ on the way forward.
+// xbar and fbar point to the token's segment.
+template <class T, class A>
+HD Quad<A> merge_rule(Gates<const T> gates, Quad<A> x, Quad<A> f, const A* xbar, const A* fbar,
+                      size_t d) {
+  switch (gates.merge) {
+    case Merge::plain:
+      return x + f;
+    case Merge::layerscale:
+      return x + load<A>(gates.lambda + d) * f;
+    case Merge::rezero:
+      return x + A(gates.lambda[0]) * f;
+    default: {
+      Quad<A> f_mean = load<A>(fbar + d), to_mean = f_mean;
+      if (gates.merge == Merge::mvsplit) to_mean = f_mean - load<A>(xbar + d);
+      return x + load<A>(gates.beta + d) * (f - f_mean) + load<A>(gates.alpha + d) * to_mean;
+    }
+  }
+}
+
+// X_next = RMSNorm(Z(X, F)), eqs. (7)-(8). X, F, X_next (B, T, D).
+template <class T>
+void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
+                   const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps) {
+  using A = Acc<T>;
+  if (splits(gates.merge)) segment_means(device, saved.xbar, saved.fbar, X, F, tokens, D);
+  for_each_team(device, tokens.rows(), threads_for(D / 4), [=] HD(Team team) {
+    size_t row = team.index, segment = tokens.segment_of(row);
+    const A *xbar = saved.xbar + segment * D, *fbar = saved.fbar + segment * D;
+    auto z = [&](size_t d) {
+      return merge_rule(gates, load<A>(X + row * D + d), load<A>(F + row * D + d), xbar, fbar, d);
+    };
+    A squares = 0;
+    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) squares += dot(z(d), z(d));
+    A r = inverse_rms(team.sum(squares), D, A(eps));
+    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) store(X_next + row * D + d, r * z(d));
+    if (team.rank == 0) saved.r[row] = r;
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 4. The merges, backward
+//
+// Given G = dL/dX_next. RMSNorm first: by (49), token i of dL/dZ is
+//
+//     Delta_i = r_i G_i - q_i Z_i,        q_i = (r_i^3 / D) <G_i, Z_i>.
+//
+// Then <Delta, dZ> for MV-Split, with dZ = dX + beta * P dF + alpha * J (dF - dX) from (7). J and P
+// are symmetric and act on tokens, the gains on channels, so they move to the other side one by
+// one:
+//
+//     dX:      Delta - alpha * J Delta                            = Delta_i - alpha * Dbar     (50)
+//     dF:      beta * P Delta + alpha * J Delta                               (10)
+//              = beta * (Delta - J Delta) + alpha * J Delta       = beta * Delta_i + (alpha - beta)
+//              * Dbar
+//                                                                                             (51)
+//     dalpha:  sum_i Delta_i * (J (F - X))_i = sum_s n_s Dbar_s * (Fbar_s - Xbar_s)           (53)
+//     dbeta:   sum_i Delta_i * (P F)_i       = sum_i Delta_i * (F_i - Fbar_s)                 (54)
+//
+// with Dbar_s the mean of Delta over the tokens of i's segment s (52). In (53) the second factor is
+// constant within a segment, so the sum over its n_s tokens is n_s Dbar_s: the gate's gradient
+// costs no further pass. Without the leaky term, dX_i = Delta_i and Xbar drops out of dalpha.
+// LayerScale and ReZero: dX = Delta, dF = lambda * Delta, dlambda = sum_i Delta_i * F_i.
+//
+// Consequence of (51): the segment mean of dF is alpha * Dbar. At alpha = 0, where training starts,
+// the branch's adjoint has no mean at all, however large Dbar is.
+//
+// The cost is three passes: a row pass for q, a column pass for Dbar and the gates, a pass for the
+// outputs. Delta is recomputed from r and q where it is needed: three multiplications are cheaper
+// than a (B, T, D) array.
+
+// Scratch of the backward: q (B, T); dbar and dgate (B, 2, D), sums over a segment's tokens.
+template <class A>
+struct MergeScratch {
+  A *q, *dbar, *dgate;
+};
+
+// Gate gradients from the segments' sums, eqs. (53), (54): dalpha, dbeta or dlambda (=, or += if
+// `accumulate`).
+template <class T, class P>
+void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> saved,
+                    MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
+  using A = Acc<T>;
+  bool leak = dgates.merge == Merge::mvsplit, split = splits(dgates.merge);
+  bool scalar = dgates.merge == Merge::rezero;
+  P *dalpha = dgates.alpha, *dgain = split ? dgates.beta : dgates.lambda;
+  size_t width = 32;  // channels a team has; a scalar gate is one team's sum over all channels
+  for_each_team(device, scalar ? 1 : ceil_div(D, width), Team::max_size, [=] HD(Team team) {
+    auto put = [=](P* to, A sum) { *to = P(accumulate ? A(*to) + sum : sum); };
+    size_t first = team.index * width, last = scalar ? D : min_(first + width, D);
+    A total = 0;
+    for (size_t tile = first; tile < last; tile += team.columns()) {
+      size_t d = tile + team.column();
+      A alpha_sum = 0, gain_sum = 0;
+      if (d < last)
+        for (size_t s = team.row(); s < 2 * tokens.batch; s += team.rows()) {
+          gain_sum += scratch.dgate[s * D + d];
+          if (!split) continue;
+          A to_mean = saved.fbar[s * D + d] - (leak ? saved.xbar[s * D + d] : A(0));
+          alpha_sum += A(tokens.count(s % 2)) * scratch.dbar[s * D + d] * to_mean;
+        }
+      if (scalar) {
+        total += gain_sum;
+        continue;
+      }
+      gain_sum = team.sum_rows(gain_sum);
+      if (split) alpha_sum = team.sum_rows(alpha_sum);
+      if (d < last && team.row() == 0) {
+        put(dgain + d, gain_sum);
+        if (split) put(dalpha + d, alpha_sum);
+      }
+    }
+    if (!scalar) return;
+    total = team.sum(total);
+    if (team.rank == 0) put(dgain, total);
+  });
+}
+
+// dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next.
+// dX may be G itself.
+template <class T, class P>
+void merge_backward(const Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* X,
+                    const T* F, Gates<const T> gates, MergeSaved<Acc<T>> saved,
+                    MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
+  using A = Acc<T>;
+  bool split = splits(gates.merge), leak = gates.merge == Merge::mvsplit;
+  auto z = [=] HD(size_t row, size_t d) {
+    size_t segment = tokens.segment_of(row);
+    return merge_rule(gates, load<A>(X + row * D + d), load<A>(F + row * D + d),
+                      saved.xbar + segment * D, saved.fbar + segment * D, d);
+  };
+  for_each_team(device, tokens.rows(), threads_for(D / 4), [=] HD(Team team) {
+    size_t row = team.index;
+    A gz = 0, r = saved.r[row];
+    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size)
+      gz += dot(load<A>(G + row * D + d), z(row, d));
+    gz = team.sum(gz);
+    if (team.rank == 0) scratch.q[row] = r * r * r / A(D) * gz;
+  });
+  auto delta = [=] HD(size_t row, size_t d) {
+    return saved.r[row] * load<A>(G + row * D + d) - scratch.q[row] * z(row, d);
+  };
+  if (gates.merge != Merge::plain) {
+    sum_over_tokens(
+        device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
+        [=] HD(size_t row, size_t d) {
+          Quad<A> f = load<A>(F + row * D + d);
+          if (split) f = f - load<A>(saved.fbar + tokens.segment_of(row) * D + d);
+          Quad<A> g = delta(row, d);
+          return QuadPair<A>{g, g * f};
+        },
+        [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
+          A scale = A(1) / A(max_<size_t>(tokens.count(segment % 2), 1));
+          store(scratch.dbar + segment * D + d, scale * sum.a);
+          store(scratch.dgate + segment * D + d, sum.b);
+        });
+    gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate);
+  }
+  for_each(device, tokens.rows() * D / 4, [=] HD(size_t i) {
+    size_t row = i / (D / 4), d = i % (D / 4) * 4;
+    Quad<A> g = delta(row, d), dx = g, df = g;
+    if (gates.merge == Merge::layerscale) df = load<A>(gates.lambda + d) * g;
+    if (gates.merge == Merge::rezero) df = A(gates.lambda[0]) * g;
+    if (split) {
+      Quad<A> alpha = load<A>(gates.alpha + d), beta = load<A>(gates.beta + d);
+      Quad<A> dbar = load<A>(scratch.dbar + tokens.segment_of(row) * D + d);
+      if (leak) dx = g - alpha * dbar;        // (50)
+      df = beta * g + (alpha - beta) * dbar;  // (51)
+    }
+    store(dX + row * D + d, dx);
+    store(dF + row * D + d, df);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 5. What the split does to a writer's gradient
+//
+// A residual writer is the last matrix of a branch, F = y W^T: W_O after attention, W2 in the FFN.
+// Let delta (T, D) be the adjoint of F and y (T, n) the writer's input, for one sequence. Its
+// gradient is
+//
+//     dW = sum_t delta_t y_t^T = delta^T y = delta^T (J + P) y
+//        = (J delta)^T (J y) + (P delta)^T (P y)          since J P = 0 kills the cross terms
+//        = T dbar ybar^T  +  sum_t dtil_t ytil_t^T  =  dW_mu + dW_c.                      (5), (17)
+//
+// dW_mu is rank one and grows like T when tokens agree in delta and in y; a sum of T terms that do
+// not agree, like dW_c, grows like sqrt(T). That is the lever of the collapse: once tokens become
+// alike, every writer's step is dominated by one direction that makes them more alike.
+//
+// MV-Split acts on delta: by (10), delta = beta * P G + alpha * J G, so dW_mu is scaled by alpha
+// and dW_c by beta, separately. LayerScale scales both by lambda, which cannot change their ratio;
+// nor can clipping, which multiplies all of dW.
