@@ -634,3 +634,330 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
   linear_backward_weight(device, d.qkv, t.dqkv, s.X, rows, 3 * D, D, accumulate);
   linear_backward_input(device, G, t.dqkv, w.qkv, rows, 3 * D, D, true);
 }
+
+// ---------------------------------------------------------------------------------------------
+// 7. Memory
+//
+// Activation checkpointing. The blocks are cut into segments of k. The forward keeps the input of
+// each segment, and has room for what k blocks save; each segment overwrites the one before. The
+// backward takes the segments from the last to the first and replays each from its checkpoint
+// before it goes back through it. The same kernels on the same inputs give the same bits, so
+// gradients do not depend on k. What the forward left of the last segment is still there and needs
+// no replay, so "keep everything" is one segment of all the blocks, not a special case.
+//
+// Memory is (depth / k) checkpoints + k blocks' activations; the price is one more forward.
+
+// All arrays of a network for a largest batch, and the functions that lay them out. With a Carver
+// that has no base they only count, which is how `plan` knows the bytes without taking them.
+template <class T>
+struct Arrays {
+  using A = Acc<T>;
+  T *inputs, *output;  // (segments, B, T, D), (B, T, D): inputs of segments; the last X
+  std::vector<BlockSaved<T>> blocks;  // what a segment's blocks save
+  BlockScratch<T> scratch;
+  T* G;                                         // (B, T, D), the trunk's gradient
+  A *z, *velocity, *dvelocity, *dz;             // (B, C, H, W)
+  T* text;                                      // (B, L, d_text)
+  A* dtext;                                     // (B, L, d_text)
+  T *patches, *image_embed, *text_embed;        // (B, N, p p C), (B, N, D), (B, L, D)
+  A *r_image, *r_text;                          // (B, N), (B, L)
+  T *dimage_embed, *dtext_embed, *dprediction;  // (B, N, D), (B, L, D), (B, T, p p C)
+  A *prediction, *dpatches;                     // (B, T, p p C), (B, N, p p C)
+  A *cosine, *sine;                             // (N, hd / 2)
+
+  // Without training, blocks pass two arrays back and forth.
+  void lay_checkpoints(Carver& c, const Config& m, size_t B, size_t segment, bool trains) {
+    size_t X = B * m.tokens() * m.width;
+    inputs = c.take<T>((trains ? ceil_div(m.depth, segment) : 2) * round_up(X, 128));
+    output = trains ? c.take<T>(X) : nullptr;
+  }
+  static size_t input_stride(const Config& m, size_t B) {
+    return round_up(B * m.tokens() * m.width,
+                    128);  // each checkpoint starts on a 256-byte boundary
+  }
+
+  void lay_blocks(Carver& c, const Config& m, size_t B, size_t segment) {
+    size_t rows = B * m.tokens(), X = rows * m.width;
+    blocks.resize(segment);
+    for (size_t i = 0; i < segment; ++i) {
+      BlockSaved<T>& s = blocks[i];
+      s.X = i ? c.take<T>(X) : nullptr;  // the first block's input is the segment's checkpoint
+      s.qkv = c.take<T>(3 * X);
+      s.P = c.take<T>(rows * m.heads * m.tokens());
+      s.Y = c.take<T>(X), s.F1 = c.take<T>(X), s.X1 = c.take<T>(X);
+      s.u = c.take<T>(2 * rows * m.ffn), s.hidden = c.take<T>(rows * m.ffn);
+      s.F2 = c.take<T>(X);
+      s.r_qk = c.take<A>(2 * rows * m.heads);
+      for (auto& merge : s.merge) {
+        merge.r = c.take<A>(rows);
+        merge.xbar = c.take<A>(2 * B * m.width), merge.fbar = c.take<A>(2 * B * m.width);
+      }
+    }
+  }
+
+  void lay_scratch(Carver& c, const Config& m, size_t B, bool trains) {
+    size_t rows = B * m.tokens(), squares = rows * m.heads * m.tokens();
+    scratch = {};
+    scratch.scores = c.take<A>(squares);
+    if (!trains) return;
+    G = c.take<T>(rows * m.width);
+    scratch.dF = c.take<T>(rows * m.width), scratch.dY = c.take<T>(rows * m.width);
+    scratch.dhidden = c.take<T>(rows * m.ffn), scratch.du = c.take<T>(2 * rows * m.ffn);
+    scratch.dqkv = c.take<T>(3 * rows * m.width), scratch.dS = c.take<T>(squares);
+    scratch.merge.q = c.take<A>(rows);
+    scratch.merge.dbar = c.take<A>(2 * B * m.width);
+    scratch.merge.dgate = c.take<A>(2 * B * m.width);
+  }
+
+  void lay_ends(Carver& c, const Config& m, size_t B, bool trains) {
+    size_t N = B * m.image_tokens(), L = B * m.text_tokens, rows = N + L, dim = m.patch_dim();
+    z = c.take<A>(B * m.pixels()), velocity = c.take<A>(B * m.pixels());
+    text = c.take<T>(B * m.text_size());
+    patches = c.take<T>(N * dim), image_embed = c.take<T>(N * m.width);
+    text_embed = m.projects_text() ? c.take<T>(L * m.width) : text;
+    r_image = c.take<A>(N), r_text = c.take<A>(L);
+    prediction = c.take<A>(rows * dim);
+    cosine = c.take<A>(m.image_tokens() * m.head_dim() / 2);
+    sine = c.take<A>(m.image_tokens() * m.head_dim() / 2);
+    if (!trains) return;
+    dvelocity = c.take<A>(B * m.pixels()), dz = c.take<A>(B * m.pixels());
+    dtext = c.take<A>(B * m.text_size());
+    dimage_embed = c.take<T>(N * m.width), dtext_embed = c.take<T>(L * m.width);
+    dprediction = c.take<T>(rows * dim), dpatches = c.take<A>(N * dim);
+  }
+};
+
+// Bytes by slab. Printed before anything is taken, and by `mvsplit plan`.
+struct Plan {
+  std::vector<std::pair<std::string, size_t>> slabs;
+
+  size_t total() const {
+    size_t sum = 0;
+    for (const auto& slab : slabs) sum += slab.second;
+    return sum;
+  }
+};
+
+// How many blocks a segment has for `--recompute k`: 0 means all of them.
+inline size_t segment_length(const Config& config, size_t recompute) {
+  return recompute == 0 ? config.depth : std::min(recompute, config.depth);
+}
+
+template <class T>
+Plan network_plan(const Config& config, size_t batch, size_t recompute, bool trains) {
+  Arrays<T> arrays;
+  size_t parameters = parameter_table(config).size;
+  size_t segment = trains ? segment_length(config, recompute) : 1;
+  auto bytes = [](auto lay) {
+    Carver carver;
+    lay(carver);
+    return carver.used;
+  };
+  Plan plan;
+  plan.slabs.emplace_back("weights", parameters * sizeof(T));
+  if (trains) plan.slabs.emplace_back("gradients", parameters * sizeof(Acc<T>));
+  plan.slabs.emplace_back("checkpoints", bytes([&](Carver& c) {
+                            arrays.lay_checkpoints(c, config, batch, segment, trains);
+                          }));
+  plan.slabs.emplace_back("activations",
+                          bytes([&](Carver& c) { arrays.lay_blocks(c, config, batch, segment); }));
+  plan.slabs.emplace_back("scratch",
+                          bytes([&](Carver& c) { arrays.lay_scratch(c, config, batch, trains); }));
+  plan.slabs.emplace_back("inputs, outputs",
+                          bytes([&](Carver& c) { arrays.lay_ends(c, config, batch, trains); }));
+  return plan;
+}
+
+// Floating-point operations of one forward pass: 2 for each weight and token it acts on, and 4 T D
+// a token for the two products of attention. A backward has twice as many; a replay, once.
+inline double forward_flops(const Config& m, size_t batch) {
+  double D = double(m.width), T = double(m.tokens()), N = double(m.image_tokens());
+  double block = 2 * T * (4 * D * D + 3 * D * double(m.ffn)) + 4 * T * T * D;
+  double ends = 4 * N * D * double(m.patch_dim());
+  if (m.projects_text()) ends += 2 * double(m.text_tokens * m.text_dim) * D;
+  return double(batch) * (double(m.depth) * block + ends);
+}
+
+// ---------------------------------------------------------------------------------------------
+// 8. The network
+
+template <class T>
+class Network {
+ public:
+  using A = Acc<T>;
+
+  Device& device;
+  const Config config;
+  const Table table;
+  const size_t batch;  // the largest
+  const bool trains;
+  Arrays<T> arrays;
+
+  Network(Device& on, const Config& c, size_t largest_batch, size_t recompute, bool training)
+      : device(on),
+        config(c),
+        table(parameter_table(c)),
+        batch(largest_batch),
+        trains(training),
+        segment_(training ? segment_length(c, recompute) : 1) {
+    for (const auto& [name, bytes] : network_plan<T>(c, batch, recompute, trains).slabs)
+      slabs_.push_back(std::make_unique<Slab>(device, bytes));
+    auto slab = slabs_.begin();
+    weights_ = reinterpret_cast<T*>((*slab++)->data);
+    if (trains) {
+      // Padding between tensors is never written: it must not be NaN when the slab is summed.
+      device.fill((*slab)->data, 0, (*slab)->bytes);
+      gradients_ = reinterpret_cast<A*>((*slab++)->data);
+    }
+    auto lay = [&](auto function) {
+      Carver carver{(*slab++)->data};
+      function(carver);
+    };
+    lay([&](Carver& x) { arrays.lay_checkpoints(x, config, batch, segment_, trains); });
+    lay([&](Carver& x) { arrays.lay_blocks(x, config, batch, segment_); });
+    lay([&](Carver& x) { arrays.lay_scratch(x, config, batch, trains); });
+    lay([&](Carver& x) { arrays.lay_ends(x, config, batch, trains); });
+    std::vector<A> cosine, sine;
+    rope_table(cosine, sine, config.height / config.patch, config.image_width / config.patch,
+               config.head_dim());
+    device.upload(arrays.cosine, cosine.data(), cosine.size() * sizeof(A));
+    device.upload(arrays.sine, sine.data(), sine.size() * sizeof(A));
+  }
+
+  T* weights() { return weights_; }
+  A* gradients() { return gradients_; }
+  // Compute with another copy of the weights (an average of them) until told otherwise; returns the
+  // one used so far.
+  T* use_weights(T* slab) { return std::exchange(weights_, slab); }
+
+  // velocity (b, C, H, W) from z (b, C, H, W) and text (b, L, d_text), all in `arrays`; b <= batch.
+  void forward(size_t b) {
+    Parameters<const T> w = locate<const T>(config, table, weights_);
+    embed(b, w);
+    for (size_t i = 0; i < config.depth; ++i)
+      block_forward(device, input(i + 1), saved(i), w.block(i), arrays.scratch, shape(b));
+    linear_forward(device, arrays.prediction, input(config.depth), w.final_weight,
+                   b * config.tokens(), config.patch_dim(), config.width);
+    tokens_to_image(device, arrays.velocity, arrays.prediction, w.final_bias, b, config.tokens(),
+                    patches(), PatchOrder::channel_last);
+  }
+
+  // Gradients of all parameters (=, or += if `accumulate`) from dvelocity, after forward(b) with
+  // the same inputs; with `inputs` also dz and dtext.
+  void backward(size_t b, bool accumulate, bool inputs = false) {
+    Parameters<const T> w = locate<const T>(config, table, weights_);
+    Parameters<A> d = locate<A>(config, table, gradients_);
+    project_backward(b, w, d, accumulate);
+    for (size_t s = ceil_div(config.depth, segment_); s-- > 0;) {
+      size_t first = s * segment_, end = std::min(config.depth, first + segment_);
+      if (end < config.depth)
+        for (size_t i = first; i < end; ++i)
+          block_forward(device, input(i + 1), saved(i), w.block(i), arrays.scratch, shape(b));
+      for (size_t i = end; i-- > first;)
+        block_backward(device, arrays.G, d.block(i), saved(i), w.block(i), arrays.scratch, shape(b),
+                       accumulate);
+    }
+    embed_backward(b, w, d, accumulate, inputs);
+  }
+
+  BlockShape<T> shape(size_t b) const {
+    Tokens tokens{b, config.image_tokens(), config.text_tokens};
+    return {tokens,          {b, config.tokens(), config.heads, config.head_dim()},
+            config.width,    config.ffn,
+            config.norm_eps, {arrays.cosine, arrays.sine, config.image_tokens()}};
+  }
+
+ private:
+  size_t segment_;
+  std::vector<std::unique_ptr<Slab>> slabs_;
+  T* weights_ = nullptr;
+  A* gradients_ = nullptr;
+
+  Patches patches() const {
+    return {config.channels, config.height, config.image_width, config.patch};
+  }
+
+  // The input (B, T, D) of block i; of block `depth`: the trunk's output.
+  T* input(size_t i) {
+    size_t stride = Arrays<T>::input_stride(config, batch);
+    if (!trains) return arrays.inputs + i % 2 * stride;
+    if (i == config.depth) return arrays.output;
+    return i % segment_ ? arrays.blocks[i % segment_].X : arrays.inputs + i / segment_ * stride;
+  }
+  BlockSaved<T> saved(size_t i) {
+    BlockSaved<T> s = arrays.blocks[i % segment_];
+    s.X = input(i);
+    return s;
+  }
+
+  // Block 0's input: image tokens from the patches, text tokens from the text, each normalised.
+  void embed(size_t b, const Parameters<const T>& w) {
+    Arrays<T>& a = arrays;
+    size_t N = config.image_tokens(), L = config.text_tokens, D = config.width;
+    size_t stride = config.tokens() * D;
+    image_to_tokens(device, a.patches, a.z, b, N, patches(), PatchOrder::channel_first);
+    linear_forward(device, a.image_embed, a.patches, w.patch_weight, b * N, D, config.patch_dim());
+    bias_forward(device, a.image_embed, w.patch_bias, b * N, D);
+    rmsnorm_forward(device, input(0), a.r_image, a.image_embed, b, N, D, stride, config.norm_eps);
+    if (config.projects_text())
+      linear_forward(device, a.text_embed, a.text, w.context, b * L, D, config.text_dim);
+    rmsnorm_forward(device, input(0) + N * D, a.r_text, a.text_embed, b, L, D, stride,
+                    config.norm_eps);
+  }
+
+  // G = dL/d(trunk's output). Text tokens are projected and ignored on the way forward (3% more
+  // work, no gather); image_to_tokens gives their rows a zero gradient.
+  void project_backward(size_t b, const Parameters<const T>& w, const Parameters<A>& d,
+                        bool accumulate) {
+    size_t rows = b * config.tokens(), dim = config.patch_dim();
+    image_to_tokens(device, arrays.dprediction, arrays.dvelocity, b, config.tokens(), patches(),
+                    PatchOrder::channel_last);
+    bias_backward(device, d.final_bias, arrays.dprediction, rows, dim, accumulate);
+    linear_backward_weight(device, d.final_weight, arrays.dprediction, input(config.depth), rows,
+                           dim, config.width, accumulate);
+    linear_backward_input(device, arrays.G, arrays.dprediction, w.final_weight, rows, dim,
+                          config.width);
+  }
+
+  void embed_backward(size_t b, const Parameters<const T>& w, const Parameters<A>& d,
+                      bool accumulate, bool inputs) {
+    Arrays<T>& a = arrays;
+    size_t N = config.image_tokens(), L = config.text_tokens, D = config.width;
+    size_t stride = config.tokens() * D, dim = config.patch_dim();
+    rmsnorm_backward(device, a.dimage_embed, a.G, a.image_embed, a.r_image, b, N, D, stride);
+    bias_backward(device, d.patch_bias, a.dimage_embed, b * N, D, accumulate);
+    linear_backward_weight(device, d.patch_weight, a.dimage_embed, a.patches, b * N, D, dim,
+                           accumulate);
+    rmsnorm_backward(device, a.dtext_embed, a.G + N * D, a.text_embed, a.r_text, b, L, D, stride);
+    if (config.projects_text())
+      linear_backward_weight(device, d.context, a.dtext_embed, a.text, b * L, D, config.text_dim,
+                             accumulate);
+    if (!inputs) return;
+    linear_backward_input(device, a.dpatches, a.dimage_embed, w.patch_weight, b * N, D, dim);
+    tokens_to_image<T>(device, a.dz, a.dpatches, nullptr, b, N, patches(),
+                       PatchOrder::channel_first);
+    if (config.projects_text()) {
+      linear_backward_input(device, a.dtext, a.dtext_embed, w.context, b * L, D, config.text_dim);
+    } else {
+      convert(device, a.dtext, a.dtext_embed, b * L * D);
+    }
+  }
+};
+
+// Draw all parameters as the table says into a slab of A.
+template <class A>
+void initialise(const Device& device, const Table& table, A* slab, uint64_t seed) {
+  device.fill(slab, 0, table.size * sizeof(A));
+  for (size_t number = 0; number < table.parameters.size(); ++number) {
+    const Parameter& p = table.parameters[number];
+    A* out = slab + p.offset;
+    Init init = p.init;
+    double scale = p.scale;
+    uint64_t stream = streams::parameters + number;
+    for_each(device, p.count(), [=] HD(size_t i) {
+      out[i] = A(init == Init::constant  ? scale
+                 : init == Init::uniform ? scale * (2 * uniform(seed, stream, i) - 1)
+                                         : scale * gaussian(seed, stream, i));
+    });
+  }
+}

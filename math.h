@@ -31,6 +31,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <omp.h>
@@ -475,6 +476,12 @@ void for_each(const Device& device, size_t n, const Body& body) {
   for (size_t i = 0; i < n; ++i) body(i);
 }
 
+// out[i] = in[i], from one type of number to another.
+template <class Out, class In>
+void convert(const Device& device, Out* out, const In* in, size_t n) {
+  for_each(device, n, [=] HD(size_t i) { out[i] = Out(in[i]); });
+}
+
 // A sequence of kernels that is always the same: on a GPU it is recorded once as a CUDA graph and
 // replayed by one launch, on a CPU it simply runs. What changes from step to step (the step number,
 // the learning rate) therefore lives in device memory, never in a kernel's arguments.
@@ -734,3 +741,10 @@ HD inline double gaussian(uint64_t seed, uint64_t stream, uint64_t index) {
   double u = 1 - unit_interval(r.v[0], r.v[1]);  // (0, 1]: log is finite
   return sqrt(-2 * log(u)) * cos(6.283185307179586 * unit_interval(r.v[2], r.v[3]));
 }
+
+// Who draws from which stream. A tensor's initial values have one stream a tensor.
+namespace streams {
+constexpr uint64_t batch_index = 0, time = 1, noise = 2, dropout = 3;
+constexpr uint64_t validation_time = 4, validation_noise = 5, sampling_noise = 6, check = 7;
+constexpr uint64_t parameters = uint64_t(1) << 32;
+}  // namespace streams
