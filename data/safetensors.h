@@ -422,7 +422,7 @@ class SafetensorsWriter {
       reject("tensor " + printable(name) + " cannot be declared: the name is taken");
     auto bytes = tensor_bytes(dtype, shape);
     size_t end = 0;
-    if (!bytes || __builtin_add_overflow(total_, *bytes, &end))
+    if (!bytes || __builtin_add_overflow(total_, *bytes, &end) || end > INT64_MAX / 2)
       reject("tensor " + printable(name) + " has an unknown dtype or is too large");
     header_[name] = {{"dtype", dtype}, {"shape", shape}, {"data_offsets", {total_, end}}};
     tensors_.push_back({name, dtype, shape, total_, end});

@@ -1,0 +1,155 @@
+// checkpoint.h - the network's weights on disk, under the names of the author's PyTorch model.
+//
+// What it is: the parameter table of dit.cu written to and read from safetensors, and the
+// configuration that a weights file carries or implies.
+// What it is not: the format itself (safetensors.h), or a run's state (train.cu), which uses it.
+//
+// How to read it: describe() and read_config() are each other's inverse, and so are save_tensors()
+// and load_tensors().
+#pragma once
+
+#include "../dit.cu"
+#include "safetensors.h"
+
+using Metadata = std::map<std::string, std::string>;
+
+inline std::string exact(double x) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%.17g", x);
+  return text;
+}
+
+// What a file says about the network in it.
+inline Metadata describe(const Config& c, double time_shift) {
+  return {{"depth", std::to_string(c.depth)},
+          {"width", std::to_string(c.width)},
+          {"heads", std::to_string(c.heads)},
+          {"ffn", std::to_string(c.ffn)},
+          {"channels", std::to_string(c.channels)},
+          {"patch", std::to_string(c.patch)},
+          {"residual", c.residual},
+          {"height", std::to_string(c.height)},
+          {"image_width", std::to_string(c.image_width)},
+          {"text_tokens", std::to_string(c.text_tokens)},
+          {"text_dim", std::to_string(c.text_dim)},
+          {"norm_eps", exact(c.norm_eps)},
+          {"time_shift", exact(time_shift)}};
+}
+
+inline size_t positive_integer(const std::string& text, const std::string& what) {
+  size_t used = 0, value = 0;
+  try {
+    if (!text.empty() && std::isdigit(static_cast<unsigned char>(text[0])))
+      value = std::stoull(text, &used);
+  } catch (const std::exception&) {
+  }
+  if (used != text.size() || value == 0)
+    fail("%s is '%s', expected a positive integer", what.c_str(), text.c_str());
+  return value;
+}
+
+// The configuration of a weights file: sizes from the shapes, the rest from its metadata where it
+// has any. Sizes that no shape knows (heads, image, text tokens) stay as in `c` if the file is
+// silent.
+inline void read_config(const SafetensorsReader& file, const std::string& path, Config& c) {
+  auto shape = [&](const std::string& name, size_t rank) {
+    const TensorInfo* t = file.find(name);
+    if (!t || t->shape.size() != rank)
+      fail("%s: tensor %s with %zu dimensions is missing: not the weights of this model",
+           path.c_str(), name.c_str(), rank);
+    return t->shape;
+  };
+  auto patch = shape("patch_embed.patch_proj.weight", 4);
+  c.width = patch[0], c.channels = patch[1], c.patch = patch[2];
+  c.ffn = shape("blocks.0.ffn.w2.weight", 2)[1];
+  c.text_dim = file.find("context_proj.weight") ? shape("context_proj.weight", 2)[1] : c.width;
+  c.depth = 0;
+  while (file.find("blocks." + std::to_string(c.depth) + ".ffn.w2.weight")) ++c.depth;
+  auto has = [&](const char* name) {
+    return file.find(std::string("blocks.0.") + name) != nullptr;
+  };
+  bool first = has("fused_mvsplit_norm1.alpha"), second = has("fused_mvsplit_norm2.alpha");
+  c.residual = first && second      ? "mvsplit"
+               : first              ? "mvsplit-attention"
+               : second             ? "mvsplit-ffn"
+               : has("layerscale1") ? "layerscale"
+               : has("rezero1")     ? "rezero"
+                                    : "postnorm";
+  const Metadata& m = file.metadata();
+  auto integer = [&](const char* key, size_t& value) {
+    auto at = m.find(key);
+    if (at != m.end()) value = positive_integer(at->second, path + ": metadata " + key);
+  };
+  size_t depth = c.depth;
+  integer("depth", depth);
+  if (depth != c.depth)
+    fail("%s: metadata says depth %zu, but it holds %zu blocks", path.c_str(), depth, c.depth);
+  integer("heads", c.heads), integer("height", c.height), integer("image_width", c.image_width);
+  integer("text_tokens", c.text_tokens);
+  if (m.count("residual")) c.residual = m.at("residual");
+  if (m.count("norm_eps")) c.norm_eps = std::strtod(m.at("norm_eps").c_str(), nullptr);
+  c.check();
+}
+
+// Write the table's tensors from each slab, named with the slab's prefix.
+template <class A>
+void save_tensors(const std::string& path, const Metadata& metadata, const Device& device,
+                  const Table& table, const std::vector<std::pair<std::string, const A*>>& slabs) {
+  SafetensorsWriter file(path, metadata);
+  for (const auto& slab : slabs)
+    for (const Parameter& p : table.parameters)
+      file.declare(slab.first + p.name, dtype_name<A>(), p.shape);
+  std::vector<A> host;
+  for (const auto& slab : slabs)
+    for (const Parameter& p : table.parameters) {
+      host.resize(p.count());
+      device.download(host.data(), slab.second + p.offset, host.size() * sizeof(A));
+      file.write(host.data(), host.size());
+    }
+  file.finish();
+}
+
+// The gains of norms that this model does not have are welcome if they are all ones.
+inline bool is_norm_gain(const std::string& name) {
+  auto ends = [&](const std::string& with) {
+    return name.size() >= with.size() &&
+           name.compare(name.size() - with.size(), with.size(), with) == 0;
+  };
+  return name == "norm_img_input.weight" || name == "norm_text_input.weight" ||
+         ends("fused_mvsplit_norm1.weight") || ends("fused_mvsplit_norm2.weight") ||
+         name.find(".qk_norm.") != std::string::npos;
+}
+
+// Read the table's tensors into each slab. Anything missing, unknown or of another shape fails.
+template <class A>
+void load_tensors(const SafetensorsReader& file, const std::string& path, const Device& device,
+                  const Table& table, const std::vector<std::pair<std::string, A*>>& slabs) {
+  std::set<std::string> known;
+  std::vector<A> host;
+  auto read = [&](const TensorInfo& tensor) {
+    host.resize(tensor.count());
+    file.read(tensor, host.data(), 0, host.size());
+    for (A x : host)
+      if (!std::isfinite(double(x)))
+        fail("%s: tensor %s holds NaN or infinity", path.c_str(), tensor.name.c_str());
+  };
+  for (const TensorInfo& tensor : file.tensors())
+    if (is_norm_gain(tensor.name)) {
+      read(tensor);
+      for (A x : host)
+        if (double(x) != 1)
+          fail("%s: %s is not all ones, but the norms of this model have no gain", path.c_str(),
+               tensor.name.c_str());
+      known.insert(tensor.name);
+    }
+  for (const auto& slab : slabs)
+    for (const Parameter& p : table.parameters) known.insert(slab.first + p.name);
+  file.require_only(known);
+  for (const auto& slab : slabs)
+    for (const Parameter& p : table.parameters) file.require(slab.first + p.name, p.shape);
+  for (const auto& slab : slabs)
+    for (const Parameter& p : table.parameters) {
+      read(*file.find(slab.first + p.name));
+      device.upload(slab.second + p.offset, host.data(), host.size() * sizeof(A));
+    }
+}

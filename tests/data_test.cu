@@ -1,0 +1,822 @@
+// data_test.cu - everything that goes in or out, and every way in which it can be wrong.
+//
+// What it is: round trips, values that must never change silently, and tables of hostile files,
+// each with the words that its error must say. What it is not: a test of the network.
+// How to read it: the helpers, then the tables; a row is a file and what is wrong with it.
+#include "../data/dataset.h"
+
+#include <csignal>
+#include <functional>
+
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+
+namespace fs = std::filesystem;
+
+namespace {
+
+// A test with a fresh directory, removed at its end.
+class DataTest : public testing::Test {
+ protected:
+  DataTest() {
+    std::string pattern = testing::TempDir() + "/data_test.XXXXXX";
+    folder_ = mkdtemp(pattern.data());
+  }
+  ~DataTest() override { fs::remove_all(folder_); }
+
+  std::string at(const std::string& name) const { return folder_ + "/" + name; }
+  std::string put(const std::string& name, const std::string& bytes) const {
+    fs::create_directories(fs::path(at(name)).parent_path());
+    std::ofstream(at(name), std::ios::binary) << bytes;
+    return at(name);
+  }
+  static std::string get(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+  // How many files lie in the directory: a forgotten temporary is one too many.
+  size_t files() const { return size_t(std::distance(fs::directory_iterator(folder_), {})); }
+
+  std::string folder_;
+};
+
+// The sentence of the Error that f throws, or "no error".
+template <class F>
+std::string error_of(F f) {
+  try {
+    f();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+#define EXPECT_ERROR(statement, words) \
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, words, error_of([&] { statement; }))
+
+template <class T>
+std::string raw(const std::vector<T>& values) {
+  return values.empty()
+             ? ""
+             : std::string(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+}
+std::string safetensors(const std::string& header, const std::string& data) {
+  return raw<uint64_t>({header.size()}) + header + data;
+}
+
+// While it lives, no file may grow beyond `bytes`: writes fail as on a full disk.
+struct FullDisk {
+  explicit FullDisk(rlim_t bytes) {
+    handler = std::signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &before);
+    rlimit now = {bytes, before.rlim_max};
+    setrlimit(RLIMIT_FSIZE, &now);
+  }
+  ~FullDisk() {
+    setrlimit(RLIMIT_FSIZE, &before);
+    std::signal(SIGXFSZ, handler);
+  }
+  rlimit before;
+  void (*handler)(int);
+};
+
+// ---------------------------------------------------------------------------------------------
+// safetensors
+
+const char* const kGood = R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})";
+
+TEST_F(DataTest, HostileSafetensorsAreRefused) {
+  const std::string eight(8, '\0'), sixteen(16, '\0');
+  auto one = [](const std::string& dtype, const std::string& shape, const std::string& offsets) {
+    return R"({"a":{"dtype":)" + dtype + R"(,"shape":)" + shape + R"(,"data_offsets":)" + offsets +
+           "}}";
+  };
+  auto two = [](const std::string& first, const std::string& second) {
+    return R"({"a":{"dtype":"F32","shape":[2],"data_offsets":)" + first +
+           R"(},"b":{"dtype":"F32","shape":[2],"data_offsets":)" + second + "}}";
+  };
+  const std::string good = one("\"F32\"", "[2]", "[0,8]");
+  const std::string big = "18446744073709551615";
+  struct {
+    std::string bytes, words;
+  } table[] = {
+      {"", "it has 0 bytes"},
+      {"1234567", "it has 7 bytes"},
+      {raw<uint64_t>({17}) + "{}", "truncated: its header claims 17 bytes, but only 2 follow"},
+      {raw<uint64_t>({100'000'001}) + "{}", "at most 100000000"},
+      {raw<uint64_t>({UINT64_MAX}) + "{}", "at most 100000000"},
+      {raw<uint64_t>({0}), "not valid JSON"},
+      {safetensors("{", ""), "not valid JSON"},
+      {safetensors("{} x", ""), "not valid JSON at its byte 4"},
+      {safetensors("hello", ""), "not valid JSON"},
+      {safetensors("{\"\xff\":1}", ""), "not valid JSON"},
+      {safetensors("{\"a\":1e999}", ""), "not valid JSON"},
+      {safetensors("[]", ""), "not a JSON object"},
+      {safetensors(" {}", ""), "begins with {"},
+      {safetensors(std::string(100000, '['), ""), "nests deeper"},
+      {safetensors(R"({"a":{"b":{"c":{}}}})", ""), "nests deeper"},
+      {safetensors(R"({"a":1})", ""), "must have exactly"},
+      {safetensors(R"({"a":{"dtype":"F32","shape":[2]}})", eight), "must have exactly"},
+      {safetensors(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":1}})", eight),
+       "must have exactly"},
+      {safetensors(R"({"a":{"dtype":"F32","shape":[2],"offsets":[0,8]}})", eight),
+       "must have exactly"},
+      {safetensors(one("\"F99\"", "[2]", "[0,8]"), eight), "unknown dtype"},
+      {safetensors(one("32", "[2]", "[0,8]"), eight), "unknown dtype"},
+      {safetensors(one("\"F32\"", "2", "[0,8]"), eight), "shape is not a list"},
+      {safetensors(one("\"F32\"", "[-2]", "[0,8]"), eight), "shape is not a list of non-negative"},
+      {safetensors(one("\"F32\"", "[2.0]", "[0,8]"), eight), "shape is not a list"},
+      {safetensors(one("\"F32\"", "[\"2\"]", "[0,8]"), eight), "shape is not a list"},
+      {safetensors(one("\"F32\"", "[99999999999999999999]", "[0,8]"), eight), "shape is not a"},
+      {safetensors(one("\"F32\"", "[2]", "[-8,0]"), eight), "data_offsets is not a list"},
+      {safetensors(one("\"F32\"", "[2]", "[8,0]"), eight), "expected [begin, end]"},
+      {safetensors(one("\"F32\"", "[2]", "[0]"), eight), "expected [begin, end]"},
+      {safetensors(one("\"F32\"", "[2]", "[0,8,16]"), eight), "expected [begin, end]"},
+      {safetensors(one("\"F32\"", "[" + big + "]", "[0,8]"), eight), "overflows"},
+      {safetensors(one("\"F32\"", "[4294967296,4294967296]", "[0,0]"), ""), "overflows"},
+      {safetensors(one("\"U8\"", "[4294967296,4294967296,2]", "[0,0]"), ""), "overflows"},
+      {safetensors(one("\"F32\"", "[3]", "[0,8]"), eight), "need 12 bytes, its offsets span 8"},
+      {safetensors(one("\"F64\"", "[]", "[0,4]"), eight), "need 8 bytes, its offsets span 4"},
+      {safetensors(one("\"U8\"", "[" + big + "]", "[0," + big + "]"), eight), "truncated"},
+      {safetensors(good, std::string(7, '\0')), "truncated: it has 7 bytes of data, expected 8"},
+      {safetensors(good, std::string(9, '\0')), "bytes after the last tensor"},
+      {safetensors("{}", "x"), "bytes after the last tensor"},
+      {safetensors(one("\"F32\"", "[2]", "[8,16]"), sixteen),
+       "expected 0: the offsets leave a hole"},
+      {safetensors(two("[0,8]", "[4,12]"), eight + "1234"), "expected 8: the offsets overlap"},
+      {safetensors(two("[0,8]", "[0,8]"), eight), "overlap"},
+      {safetensors(two("[0,8]", "[12,20]"), eight + eight + "1234"), "leave a hole"},
+      {safetensors(two("[0,8]", "[8,16]").replace(54, 3, "\"a\""), sixteen), "has \"a\" twice"},
+      {safetensors(R"({"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
+                   eight),
+       "has \"dtype\" twice"},
+      {safetensors(R"({"__metadata__":{"k":1}})", ""), "__metadata__ \"k\" is not a string"},
+      {safetensors(R"({"__metadata__":{"k":{}}})", ""), "__metadata__ \"k\" is not a string"},
+      {safetensors(R"({"__metadata__":[]})", ""), "__metadata__ is not"},
+      {safetensors(R"({"__metadata__":{"k":"1","k":"2"}})", ""), "has \"k\" twice"},
+      {safetensors(R"({"\u001b[2J":1})", ""), "\\u001b[2J"},
+  };
+  SafetensorsReader(put("good", safetensors(good, eight)));
+  SafetensorsReader(put("order", safetensors(two("[8,16]", "[0,8]"), sixteen)));
+  for (const auto& row : table) {
+    std::string path = put("hostile", row.bytes),
+                error = error_of([&] { SafetensorsReader r(path); });
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, row.words, error) << row.bytes.substr(0, 200);
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, path, error);
+    EXPECT_EQ(error.find('\n'), std::string::npos) << "one sentence, one line";
+  }
+}
+
+TEST_F(DataTest, EveryTruncationOfASafetensorsFileIsRefused) {
+  const std::string whole = safetensors(kGood, "12345678");
+  SafetensorsReader(put("whole", whole));
+  for (size_t n = 0; n < whole.size(); ++n) {
+    std::string path = put("cut", whole.substr(0, n));
+    EXPECT_NE(error_of([&] { SafetensorsReader r(path); }), "no error") << n << " bytes";
+  }
+}
+
+TEST_F(DataTest, WhatIsNotAFileCannotBeRead) {
+  ASSERT_EQ(mkfifo(at("pipe").c_str(), 0600), 0);
+  EXPECT_ERROR(SafetensorsReader r(at("none")), "No such file");
+  EXPECT_ERROR(SafetensorsReader r(folder_), "not a regular file");
+  EXPECT_ERROR(SafetensorsReader r(at("pipe")), "not a regular file");
+}
+
+TEST_F(DataTest, NamesShapesKindsAndRangesAreChecked) {
+  SafetensorsReader reader(put("file", safetensors(kGood, raw<float>({1, 2}))));
+  const TensorInfo& a = reader.require("a", {2});
+  float out[2];
+  EXPECT_EQ(reader.find("b"), nullptr);
+  EXPECT_ERROR(reader.require("b", {2}), "tensor \"b\" of shape [2] is missing");
+  EXPECT_ERROR(reader.require("a", {1, 2}), "has shape [2], expected [1, 2]");
+  EXPECT_ERROR(reader.require_only({"b"}), "unknown tensor \"a\"");
+  EXPECT_ERROR(reader.require_only({"a", "b"}), "no error");
+  EXPECT_ERROR(reader.read_integers(a), "is F32, expected an integer dtype");
+  EXPECT_ERROR(reader.read(a, out, 1, 2), "lie outside it");
+  EXPECT_ERROR(reader.read(a, out, 3, 0), "lie outside it");
+  EXPECT_ERROR(reader.read(a, out, 1, SIZE_MAX), "lie outside it");
+  reader.read(a, out, 1, 1);
+  EXPECT_EQ(out[0], 2);
+  // A file that shrinks while it is open must not leave its reader waiting, or with garbage.
+  fs::resize_file(at("file"), fs::file_size(at("file")) - 4);
+  EXPECT_ERROR(reader.read(a, out, 0, 2), "became shorter");
+}
+
+TEST_F(DataTest, HalfPrecision) {
+  struct {
+    uint16_t bits;
+    float value;
+  } table[] = {{0x0000, 0},         {0x0001, 0x1p-24f},        {0x03ff, 0x3ffp-24f},
+               {0x0400, 0x1p-14f},  {0x3555, 0.333251953125f}, {0x3c00, 1},
+               {0xc000, -2},        {0x7bff, 65504},           {0x7c00, INFINITY},
+               {0xfc00, -INFINITY}, {0x8001, -0x1p-24f}};
+  for (auto row : table) EXPECT_EQ(float(f16{row.bits}), row.value) << std::hex << row.bits;
+  EXPECT_TRUE(std::signbit(float(f16{0x8000})));
+  EXPECT_TRUE(std::isnan(float(f16{0x7e00})));
+  // Between two powers of two the numbers are evenly spaced, and no two are equal.
+  for (uint16_t bits = 0; bits < 0x7bff; ++bits)
+    ASSERT_LT(float(f16{bits}), float(f16{uint16_t(bits + 1)})) << bits;
+}
+
+// Writes one tensor of T, checks that the file holds its very bytes, and reads it as R.
+template <class T, class R>
+void round_trip(const std::string& path, const std::vector<T>& values,
+                const std::vector<R>& expected) {
+  const std::vector<size_t> shape(1, values.size());  // nvcc drops the braces of {n} in a template
+  SafetensorsWriter writer(path);
+  writer.declare("x", dtype_name<T>(), shape);
+  writer.write(values.data(), values.size());
+  writer.finish();
+  SafetensorsReader reader(path);
+  const TensorInfo& x = reader.require("x", shape);
+  EXPECT_EQ(x.dtype, dtype_name<T>());
+  ASSERT_EQ(x.count(), values.size());
+  std::vector<R> read(values.size());
+  reader.read(x, read.data(), 0, read.size());
+  for (size_t i = 0; i < read.size(); ++i)
+    EXPECT_EQ(raw<R>({read[i]}), raw<R>({expected[i]})) << x.dtype << " number " << i;
+}
+
+TEST_F(DataTest, RoundTripsInEveryDtype) {
+  const float inf = INFINITY;
+  std::string p = at("file");
+  round_trip<double, double>(p, {1.0 / 3, -0.0, 5e-324, inf}, {1.0 / 3, -0.0, 5e-324, inf});
+  round_trip<double, float>(p, {1.0 / 3, 1e300, -1e-300}, {1.0f / 3, inf, -0.0f});
+  round_trip<float, float>(p, {0.1f, -inf, 1e-45f}, {0.1f, -inf, 1e-45f});
+  round_trip<float, double>(p, {0.1f, inf}, {double(0.1f), inf});
+  // bf16 has 8 bits: 1 + 2^-8 is a tie and goes to the even 1, a little more goes up.
+  round_trip<float, bf16>(p, {1 + 0x1p-8f, 1 + 0x1.02p-8f, 1 + 0x3p-8f},
+                          {1.0f, 1 + 0x1p-7f, 1 + 0x1p-6f});
+  round_trip<double, bf16>(p, {-2.5, 3e38}, {-2.5f, 3e38f});
+  round_trip<bf16, bf16>(p, {1.5f, inf}, {1.5f, inf});
+  round_trip<bf16, float>(p, {-3.140625f, inf}, {-3.140625f, inf});
+  round_trip<f16, float>(p, {{0x0001}, {0x7c00}, {0xc248}}, {0x1p-24f, inf, -3.140625f});
+  round_trip<f16, double>(p, {{0x0200}, {0x3c01}}, {0x1p-15, 1 + 0x1p-10});
+  round_trip<f16, bf16>(p, {{0x3c01}, {0x3c04}}, {1.0f, 1.0f});
+  round_trip<int64_t, int64_t>(p, {INT64_MIN, INT64_MAX}, {INT64_MIN, INT64_MAX});
+  round_trip<int32_t, int64_t>(p, {INT32_MIN, 7}, {INT32_MIN, 7});
+  round_trip<int16_t, int64_t>(p, {INT16_MIN, 7}, {INT16_MIN, 7});
+  round_trip<int8_t, int64_t>(p, {-128, 127}, {-128, 127});
+  round_trip<uint64_t, int64_t>(p, {0, uint64_t(INT64_MAX)}, {0, INT64_MAX});
+  round_trip<uint32_t, int64_t>(p, {UINT32_MAX}, {UINT32_MAX});
+  round_trip<uint16_t, int64_t>(p, {UINT16_MAX}, {UINT16_MAX});
+  round_trip<uint8_t, int64_t>(p, {255}, {255});
+  round_trip<bool8, int64_t>(p, {bool8(0), bool8(1)}, {0, 1});
+  EXPECT_ERROR((round_trip<uint64_t, int64_t>(p, {UINT64_MAX}, {0})), "more than a signed");
+  EXPECT_ERROR((round_trip<int32_t, float>(p, {1}, {1})), "is I32, expected a floating dtype");
+}
+
+TEST_F(DataTest, StreamsInPieces) {
+  // More than the reader's buffer, and pieces that end anywhere.
+  std::vector<float> big(700'001);
+  for (size_t i = 0; i < big.size(); ++i) big[i] = float(i) * 0.5f;
+  std::vector<int64_t> steps = {3, -4};
+  SafetensorsWriter writer(at("file"), {{"depth", "48"}, {"quote", "\"\n"}});
+  writer.declare("steps", "I64", {2});
+  writer.declare("nothing", "F32", {0, 5});
+  writer.declare("big", "F32", {big.size()});
+  writer.declare("scalar", "F32", {});
+  writer.write(&steps[0], 1);
+  writer.write(&steps[1], 1);
+  writer.write(big.data(), 0);
+  for (size_t n = 0; n < big.size(); n += 99'991)
+    writer.write(big.data() + n, std::min<size_t>(99'991, big.size() - n));
+  EXPECT_FALSE(fs::exists(at("file"))) << "half a file must not be seen";
+  writer.write(&big[7], 1);
+  writer.finish();
+  EXPECT_EQ(files(), 1u);
+
+  SafetensorsReader reader(at("file"));
+  EXPECT_EQ(reader.metadata().at("depth"), "48");
+  EXPECT_EQ(reader.metadata().at("quote"), "\"\n");
+  std::vector<std::string> names;
+  for (const auto& tensor : reader.tensors()) names.push_back(tensor.name);
+  EXPECT_EQ(names, (std::vector<std::string>{"steps", "nothing", "big", "scalar"}));
+  EXPECT_EQ(reader.read_integers(reader.require("steps", {2})), steps);
+  EXPECT_EQ(reader.require("nothing", {0, 5}).count(), 0u);
+  std::vector<double> read(big.size() - 5);
+  reader.read(*reader.find("big"), read.data(), 5, read.size());
+  for (size_t i = 0; i < read.size(); ++i) ASSERT_EQ(read[i], double(big[i + 5]));
+  reader.read(reader.require("scalar", {}), read.data(), 0, 1);
+  EXPECT_EQ(read[0], 3.5);
+}
+
+TEST_F(DataTest, TheDataBeginsAtAMultipleOfEight) {
+  for (size_t n = 1; n <= 8; ++n) {
+    SafetensorsWriter writer(at("file"));
+    writer.declare(std::string(n, 'x'), "U8", {0});
+    writer.finish();
+    EXPECT_EQ(get(at("file"))[0] % 8, 0) << "the low byte of the header's length, name of " << n;
+    SafetensorsReader reader(at("file"));
+    EXPECT_EQ(reader.tensors().size(), 1u);
+  }
+}
+
+TEST_F(DataTest, WriterRefusesMisuseAndLeavesNothing) {
+  const float two[2] = {1, 2};
+  auto writing = [&](auto use) {
+    SafetensorsWriter writer(at("file"));
+    writer.declare("a", "F32", {2});
+    use(writer);
+  };
+  using Writer = SafetensorsWriter;
+  EXPECT_ERROR(writing([](Writer& w) { w.declare("a", "F32", {2}); }), "the name is taken");
+  EXPECT_ERROR(writing([](Writer& w) { w.declare("__metadata__", "F32", {}); }), "name is taken");
+  EXPECT_ERROR(writing([](Writer& w) { w.declare("b", "F99", {2}); }), "unknown dtype");
+  EXPECT_ERROR(writing([](Writer& w) { w.declare("b", "F32", {SIZE_MAX / 2}); }), "too large");
+  EXPECT_ERROR(writing([](Writer& w) { w.declare("b", "U8", {SIZE_MAX}); }), "too large");
+  EXPECT_ERROR(writing([](Writer& w) { w.declare("\xff", "U8", {0}), w.finish(); }), "not UTF-8");
+  EXPECT_ERROR(writing([&](Writer& w) { w.write(two, 1), w.declare("b", "F32", {}); }),
+               "after the");
+  EXPECT_ERROR(writing([&](Writer& w) { w.write(two, 3); }), "more numbers than [2] holds");
+  EXPECT_ERROR(writing([&](Writer& w) { w.write(two, 2), w.write(two, 1); }), "than were declared");
+  EXPECT_ERROR(writing([&](Writer& w) { w.write(two, 1), w.finish(); }), "only 4 of 8");
+  EXPECT_ERROR(writing([&](Writer& w) { w.finish(); }), "only 0 of 8");
+  EXPECT_ERROR(writing([&](Writer& w) {
+                 const double d = 1;
+                 w.write(&d, 1);
+               }),
+               "is declared F32, not F64");
+  EXPECT_ERROR(writing([&](Writer& w) { w.write(two, 1); }), "no error");  // and never finished
+  EXPECT_ERROR(writing([&](Writer& w) {
+                 EXPECT_ERROR(w.write(two, 3), "more numbers");
+                 w.write(two, 2), w.finish();  // a writer that failed stays failed
+               }),
+               "closed already");
+  EXPECT_EQ(files(), 0u);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Whole files or none
+
+TEST_F(DataTest, AFullDiskLeavesTheOldFile) {
+  const std::vector<float> numbers(1 << 20, 0.5f);
+  std::vector<float> noise(64 * 64);
+  for (size_t i = 0; i < noise.size(); ++i) noise[i] = float(gaussian(1, 2, i));
+  struct {
+    const char* name;
+    std::function<void(const std::string&)> write;
+  } table[] = {
+      {"safetensors",
+       [&](const std::string& path) {
+         SafetensorsWriter writer(path);
+         writer.declare("a", "F32", {numbers.size()});
+         writer.write(numbers.data(), numbers.size());
+         writer.finish();
+       }},
+      {"png",
+       [&](const std::string& path) { write_png_grid(path, noise.data(), 1, 1, 1, 64, 64, 2); }},
+      {"csv",  // small enough for the buffer, so the disk is met in commit()
+       [](const std::string& path) {
+         SafeFile file(path);
+         file.write(std::string(600, 'x'));
+         file.commit();
+       }},
+  };
+  for (const auto& row : table) {
+    std::string path = put("file", "old"), error;
+    {
+      FullDisk full(512);
+      error = error_of([&] { row.write(path); });
+    }
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, "cannot write " + path, error) << row.name;
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, std::strerror(EFBIG), error) << row.name;
+    EXPECT_EQ(get(path), "old") << row.name;
+    EXPECT_EQ(files(), 1u) << row.name << " left its temporary";
+    row.write(path);
+    EXPECT_NE(get(path), "old") << row.name << ": with room it must work";
+    EXPECT_EQ(files(), 1u) << row.name;
+  }
+}
+
+TEST_F(DataTest, NoSpaceIsReportedAtOnceOrByTheDisk) {
+  std::string path = put("file", "old");
+  SafetensorsWriter writer(path);
+  writer.declare("a", "F32", {size_t(1) << 58});
+  float x = 0;
+  EXPECT_ERROR(writer.write(&x, 1), "bytes and the disk has");
+  EXPECT_EQ(get(path), "old");
+  EXPECT_EQ(files(), 1u);
+  // /dev/full takes nothing: it stands in for the temporary file.
+  if (!fs::exists("/dev/full")) GTEST_SKIP() << "no /dev/full";
+  fs::create_symlink("/dev/full", path + ".tmp");
+  EXPECT_ERROR((SafeFile(path).write(std::string(1 << 20, 'x'))), std::strerror(ENOSPC));
+  EXPECT_EQ(get(path), "old");
+  EXPECT_EQ(files(), 1u);
+}
+
+TEST_F(DataTest, SafeFileReplacesPlainFilesOnly) {
+  std::string path = put("file", "old");
+  ASSERT_EQ(mkfifo(at("pipe").c_str(), 0600), 0);
+  { SafeFile(path).write("abandoned"); }
+  EXPECT_EQ(get(path), "old");
+  EXPECT_ERROR(SafeFile(at("pipe")), "not a regular file");
+  EXPECT_ERROR(SafeFile(folder_ + "/."), "not a regular file");
+  EXPECT_ERROR(SafeFile(at("none/file")), "create its directory");
+  EXPECT_EQ(files(), 2u);
+  SafeFile file(path);
+  file.write("new");
+  file.commit();
+  EXPECT_EQ(get(path), "new");
+  EXPECT_ERROR(file.write("more"), "closed already");
+  EXPECT_ERROR(file.commit(), "closed already");
+  EXPECT_EQ(files(), 2u);
+}
+
+// ---------------------------------------------------------------------------------------------
+// PNG
+
+// A number of 256 that PNG keeps exactly.
+float level(size_t i) { return float(i % 256) / 127.5f - 1; }
+
+TEST_F(DataTest, PngRoundTrips) {
+  constexpr size_t rows = 2, columns = 3, H = 4, W = 5, scale = 2, gap = 2;
+  for (size_t C : {1, 2, 3, 4}) {
+    std::vector<float> images(rows * columns * C * H * W);
+    for (size_t i = 0; i < images.size(); ++i) images[i] = level(i * 37);
+    write_png_grid(at("grid.png"), images.data(), rows, columns, C, H, W, scale);
+    size_t c, h, w, colors = C < 3 ? 1 : 3;
+    std::vector<float> grid = read_png(at("grid.png"), &c, &h, &w);
+    ASSERT_EQ(c, colors);
+    ASSERT_EQ(h, rows * (H * scale + gap) - gap);
+    ASSERT_EQ(w, columns * (W * scale + gap) - gap);
+    for (size_t i = 0; i < grid.size(); ++i) {
+      size_t x = i % w, y = i / w % h, k = i / (w * h);
+      size_t gy = y / (H * scale + gap), gx = x / (W * scale + gap);
+      size_t iy = y % (H * scale + gap) / scale, ix = x % (W * scale + gap) / scale;
+      float expected =
+          iy < H && ix < W ? images[(((gy * columns + gx) * C + k) * H + iy) * W + ix] : 1;
+      ASSERT_NEAR(grid[i], expected, 1e-6) << C << " channels, pixel " << y << " " << x;
+    }
+  }
+  EXPECT_EQ(files(), 1u);
+}
+
+TEST_F(DataTest, PngClampsAndRefuses) {
+  const float wild[4] = {-7, 7, NAN, -0.001f};
+  size_t c, h, w;
+  write_png_grid(at("wild.png"), wild, 1, 1, 1, 1, 4, 1);
+  std::vector<float> read = read_png(at("wild.png"), &c, &h, &w);
+  EXPECT_EQ(std::vector<float>(read.begin(), read.begin() + 3), (std::vector<float>{-1, 1, -1}));
+  EXPECT_NEAR(read[3], 0, 0.004);
+  EXPECT_ERROR(write_png_grid(at("x.png"), wild, 0, 1, 1, 1, 4), "0 is no size");
+  EXPECT_ERROR(write_png_grid(at("x.png"), wild, 1, 1, 1, 1, 4, SIZE_MAX), "is no size");
+  EXPECT_ERROR(write_png_grid(at("x.png"), wild, 1, 1, 1, 16384, 4, 2), "more than 16384 a side");
+  EXPECT_ERROR(write_png_grid(at("none/x.png"), wild, 1, 1, 1, 1, 4), "create its directory");
+  EXPECT_ERROR(read_png(at("none.png"), &c, &h, &w), "No such file");
+  EXPECT_ERROR(read_png(put("text.png", "not a picture"), &c, &h, &w), "not a whole PNG");
+  EXPECT_ERROR(read_png(put("empty.png", ""), &c, &h, &w), "not a whole PNG");
+  std::string whole = get(at("wild.png"));
+  for (size_t n = 0; n + 12 < whole.size(); ++n)  // the last 12 bytes say only that it ends
+    EXPECT_ERROR(read_png(put("cut.png", whole.substr(0, n)), &c, &h, &w), "not a whole PNG");
+}
+
+// ---------------------------------------------------------------------------------------------
+// Text
+
+TEST(Text, TheEncoderIsFrozen) {
+  // Trained weights mean nothing with another encoder: these numbers must never change.
+  EXPECT_EQ(hash_word(""), 0xcbf29ce484222325u);
+  EXPECT_EQ(hash_word("foobar"), 0x85944171f73967e8u);  // from the authors of FNV
+  struct {
+    const char* word;
+    float vector[4];
+  } table[] = {{"sneaker", {0.00463763671f, 0.552132189f, 2.63904309f, -0.711263418f}},
+               {"a", {-1.6831125f, -0.050274983f, -0.685537398f, -0.437625229f}},
+               {"", {0.85239923f, -1.26818347f, -1.12065697f, 0.919519544f}}};
+  for (const auto& row : table)
+    for (size_t i = 0; i < 4; ++i)
+      EXPECT_FLOAT_EQ(encode_text(row.word, 1, 4)[i], row.vector[i]) << row.word;
+}
+
+TEST(Text, WordsArePlacedInOrderAndPadded) {
+  auto text = encode_text("  A photo\tOF ", 5, 3), pad = encode_text("", 1, 3);
+  ASSERT_EQ(text.size(), 15u);
+  const char* words[] = {"a", "photo", "of", "<pad>", "<pad>"};
+  for (size_t t = 0; t < 5; ++t) {
+    std::vector<float> one = encode_text(words[t], 1, 3);
+    EXPECT_EQ(std::vector<float>(text.begin() + t * 3, text.begin() + t * 3 + 3), one) << t;
+  }
+  EXPECT_EQ(std::vector<float>(text.end() - 3, text.end()), pad);
+  EXPECT_ERROR(encode_text("one two three", 2, 3), "has 3 words, but there are 2 text tokens");
+  EXPECT_EQ(encode_text("one two", 2, 3).size(), 6u);
+}
+
+TEST(Text, VectorsAreStandardNormalAndDiffer) {
+  constexpr size_t n = 4096;
+  auto a = encode_text("sneaker", 1, n), b = encode_text("sandal", 1, n);
+  double mean = 0, square = 0, product = 0;
+  for (size_t i = 0; i < n; ++i)
+    mean += a[i] / n, square += a[i] * a[i] / n, product += a[i] * b[i] / n;
+  const double sigma = 1 / std::sqrt(double(n));
+  EXPECT_NEAR(mean, 0, 4 * sigma);
+  EXPECT_NEAR(square, 1, 4 * std::sqrt(2.0) * sigma);
+  EXPECT_NEAR(product, 0, 4 * sigma);
+}
+
+TEST(Text, Captions) {
+  const char* table[][2] = {{"sneaker", "a photo of a sneaker"},
+                            {"ankle boot", "a photo of an ankle boot"},
+                            {"Ankle boot", "a photo of an Ankle boot"},
+                            {"a photo of a bag", "a photo of a bag"},
+                            {"A Photo of two bags", "A Photo of two bags"},
+                            {"a photograph", "a photo of an a photograph"},
+                            {"", ""}};
+  for (auto [prompt, caption] : table) EXPECT_EQ(caption_of(prompt), caption);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Fashion-MNIST
+
+std::string big_endian(std::vector<uint32_t> numbers) {
+  std::string bytes;
+  for (uint32_t n : numbers)
+    for (int shift : {24, 16, 8, 0}) bytes += char(n >> shift);
+  return bytes;
+}
+std::string pixels(size_t n) {
+  std::string bytes;
+  for (size_t i = 0; i < n * 784; ++i) bytes += char(i * 7);
+  return bytes;
+}
+
+class IdxTest : public DataTest {
+ protected:
+  std::string gzip(const std::string& bytes) const {
+    gzFile file = gzopen(at("gz").c_str(), "wb");
+    gzwrite(file, bytes.data(), unsigned(bytes.size()));
+    gzclose(file);
+    return get(at("gz"));
+  }
+  // A folder with two training images, and these files.
+  std::string folder(const std::string& images, const std::string& labels) const {
+    put("idx/train-images-idx3-ubyte.gz", images);
+    put("idx/train-labels-idx1-ubyte.gz", labels);
+    return at("idx");
+  }
+  std::string images_ = gzip(big_endian({0x803, 2, 28, 28}) + pixels(2));
+  std::string labels_ = gzip(big_endian({0x801, 2}) + "\x07\x02");
+};
+
+TEST_F(IdxTest, ReadsAndPads) {
+  Dataset data = load_fashion_mnist(folder(images_, labels_), true, 8, 16);
+  EXPECT_EQ(data.images, 2u);
+  EXPECT_EQ(data.image_size(), 1024u);
+  ASSERT_EQ(data.pixels.size(), 2048u);
+  EXPECT_EQ(data.caption, (std::vector<int32_t>{7, 2}));
+  for (size_t i = 0; i < 2048; ++i) {
+    size_t n = i / 1024, h = i / 32 % 32, w = i % 32;
+    bool inside = h >= 2 && h < 30 && w >= 2 && w < 30;
+    size_t source = (n * 28 + h - 2) * 28 + w - 2;
+    ASSERT_EQ(data.pixels[i], inside ? (source * 7 % 256) / 127.5f - 1 : -1) << i;
+  }
+  EXPECT_EQ(data.captions, 10u);
+  ASSERT_EQ(data.text.size(), 10u * 8 * 16);
+  EXPECT_EQ(data.caption_names[7], "sneaker");
+  auto boot = encode_text("a photo of an ankle boot", 8, 16);
+  EXPECT_EQ(std::vector<float>(data.text.end() - 8 * 16, data.text.end()), boot);
+  EXPECT_EQ(data.empty_text, encode_text("", 8, 16));
+  EXPECT_EQ(load_dataset(at("idx"), true).text_dim, 64u);
+}
+
+TEST_F(IdxTest, DamagedFilesAreRefused) {
+  auto changed = [](std::string bytes, size_t at) {
+    bytes[at] = char(bytes[at] ^ 0x55);
+    return bytes;
+  };
+  auto images = [&](std::vector<uint32_t> header, size_t n) {
+    return gzip(big_endian(header) + pixels(n));
+  };
+  struct {
+    std::string images, labels, words;
+  } table[] = {
+      {images_.substr(0, images_.size() / 2), labels_, "truncated"},
+      {images_.substr(0, images_.size() - 4), labels_, "truncated"},
+      {images_.substr(0, 12), labels_, "truncated"},
+      {"", labels_, "truncated"},
+      {changed(images_, images_.size() / 2), labels_, "train-images-idx3-ubyte.gz"},
+      {changed(images_, images_.size() - 6), labels_, "incorrect data check"},
+      {big_endian({0x803, 2, 28, 28}) + pixels(2), labels_, "not a gzip file"},
+      {labels_, labels_, "magic number is 0x801"},
+      {images({0x803, 0, 28, 28}, 0), labels_, "claims 0 items"},
+      {images({0x803, 0xffffffff, 28, 28}, 1), labels_, "claims 4294967295 items"},
+      {images({0x803, 2, 28, 29}, 2), labels_, "a side of 29, expected 28"},
+      {images({0x803, 3, 28, 28}, 2), labels_, "truncated"},
+      {images({0x803, 1, 28, 28}, 2), labels_, "bytes after its 1 items"},
+      {images({0x803, 1, 28, 28}, 1), labels_, "has 1 images but 2 labels"},
+      {images_, gzip(big_endian({0x801, 2}) + "\x07\x0a"), "label 10 of image 1"},
+      {images_, images_, "magic number is 0x803"},
+  };
+  for (const auto& row : table) {
+    std::string path = folder(row.images, row.labels);
+    EXPECT_ERROR(load_fashion_mnist(path, true), row.words);
+  }
+  EXPECT_ERROR(load_fashion_mnist(at("idx"), false), "t10k-images-idx3-ubyte.gz: No such file");
+}
+
+TEST(FashionMnist, HasTheKnownImages) {
+  for (bool train : {true, false}) {
+    Dataset data;
+    try {
+      data = load_dataset("fashion-mnist", train);
+    } catch (const Error& error) {
+      GTEST_SKIP() << error.what();
+    }
+    ASSERT_EQ(data.images, train ? 60000u : 10000u);
+    std::vector<int32_t> first(data.caption.begin(), data.caption.begin() + 12);
+    EXPECT_EQ(first, train ? (std::vector<int32_t>{9, 0, 0, 3, 0, 2, 7, 2, 5, 5, 0, 9})
+                           : (std::vector<int32_t>{9, 2, 1, 1, 6, 1, 4, 6, 5, 7, 4, 5}));
+    std::vector<size_t> counts(10);
+    for (int32_t c : data.caption) ++counts[size_t(c)];
+    EXPECT_EQ(counts, std::vector<size_t>(10, data.images / 10));
+    double sum = 0;
+    for (float x : data.pixels) sum += x;
+    EXPECT_NEAR(sum, train ? -34529300.2 : -5742203.21, 1);
+    if (!train) continue;
+    const float row[] = {0, 0, 6, 0, 99, 244, 222, 220, 218, 203, 198, 221, 215, 213, 222, 220};
+    for (size_t i = 0; i < std::size(row); ++i)
+      EXPECT_EQ(data.pixels[14 * 32 + 10 + i], row[i] / 127.5f - 1) << i;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Latents, folders, splits
+
+// A data set of two images and two captions, in parts that a test may change.
+struct Latents {
+  std::vector<size_t> latents_shape = {2, 1, 2, 2}, text_shape = {2, 3, 2}, caption_shape = {2};
+  std::vector<float> latents = {0, 1, 2, 3, 4, 5, 6, 7}, text = std::vector<float>(12, 0.5f);
+  std::vector<int32_t> caption = {1, 0};
+  std::string drop, extra;
+  std::vector<size_t> extra_shape = {3, 2};
+
+  std::string save(const std::string& path) const {
+    SafetensorsWriter writer(path);
+    if (drop != "latents") writer.declare("latents", "F32", latents_shape);
+    if (drop != "text") writer.declare("text", "F32", text_shape);
+    if (drop != "caption") writer.declare("caption", "I32", caption_shape);
+    if (!extra.empty()) writer.declare(extra, "F32", extra_shape);
+    if (drop != "latents") writer.write(latents.data(), latents.size());
+    if (drop != "text") writer.write(text.data(), text.size());
+    if (drop != "caption") writer.write(caption.data(), caption.size());
+    if (!extra.empty()) writer.write(std::vector<float>(6, 0.25f).data(), 6);
+    writer.finish();
+    return path;
+  }
+};
+
+TEST_F(DataTest, LoadsLatents) {
+  Latents latents;
+  Dataset data = load_latents(latents.save(at("x.safetensors")));
+  EXPECT_EQ(std::vector<size_t>({data.images, data.channels, data.height, data.width}),
+            latents.latents_shape);
+  EXPECT_EQ(std::vector<size_t>({data.captions, data.text_tokens, data.text_dim}),
+            latents.text_shape);
+  EXPECT_EQ(data.pixels, latents.latents);
+  EXPECT_EQ(data.text, latents.text);
+  EXPECT_EQ(data.caption, latents.caption);
+  EXPECT_EQ(data.empty_text, std::vector<float>(6, 0));
+  EXPECT_EQ(data.caption_names.size(), 2u);
+  latents.extra = "empty";
+  EXPECT_EQ(load_latents(latents.save(at("x.safetensors"))).empty_text,
+            std::vector<float>(6, 0.25f));
+  EXPECT_EQ(load_dataset(at("x.safetensors"), true).pixels, (std::vector<float>{0, 1, 2, 3}));
+  EXPECT_EQ(load_dataset(at("x.safetensors"), false).pixels, (std::vector<float>{4, 5, 6, 7}));
+  EXPECT_EQ(load_dataset(at("x.safetensors"), false).caption, (std::vector<int32_t>{0}));
+}
+
+TEST_F(DataTest, BadLatentsAreRefused) {
+  struct {
+    std::function<void(Latents&)> damage;
+    const char* words;
+  } table[] = {
+      {[](Latents& l) { l.latents[6] = NAN; }, "latents[1, 0, 1, 0] is nan"},
+      {[](Latents& l) { l.latents[0] = -INFINITY; }, "latents[0, 0, 0, 0] is -inf"},
+      {[](Latents& l) { l.text[11] = INFINITY; }, "text[1, 2, 1] is inf"},
+      {[](Latents& l) { l.caption[1] = 2; }, "caption[1] is 2, expected 0 to 1"},
+      {[](Latents& l) { l.caption[0] = -1; }, "caption[0] is -1, expected 0 to 1"},
+      {[](Latents& l) { l.drop = "latents"; }, "tensor latents (N,C,H,W) is missing"},
+      {[](Latents& l) { l.drop = "text"; }, "tensor text (M,L,d_text) is missing"},
+      {[](Latents& l) { l.drop = "caption"; }, "tensor \"caption\" of shape [2] is missing"},
+      {[](Latents& l) { l.extra = "labels"; }, "unknown tensor \"labels\""},
+      {[](Latents& l) { l.extra = "empty", l.extra_shape = {6}; },
+       "has shape [6], expected [3, 2]"},
+      {[](Latents& l) {
+         l.latents_shape = {2, 4};
+       },
+       "latents has shape [2, 4], expected (N,C,H,W)"},
+      {[](Latents& l) {
+         l.text_shape = {2, 6};
+       },
+       "text has shape [2, 6], expected (M,L,d_text)"},
+      {[](Latents& l) {
+         l.caption_shape = {1, 2};
+       },
+       "has shape [1, 2], expected [2]"},
+      {[](Latents& l) { l.caption_shape = {1}, l.caption = {0}; }, "has shape [1], expected [2]"},
+      {[](Latents& l) { l.latents_shape[0] = 0, l.latents.clear(); }, "none of them 0"},
+  };
+  for (const auto& row : table) {
+    Latents latents;
+    row.damage(latents);
+    std::string path = latents.save(at("x.safetensors"));
+    EXPECT_ERROR(load_latents(path), row.words);
+    EXPECT_ERROR(load_latents(path), path);
+  }
+}
+
+TEST_F(DataTest, LatentsOfTheWrongKindAreRefused) {
+  auto save = [&](const std::string& latents, const std::string& caption,
+                  const std::string& bytes) {
+    std::string header =
+        R"({"latents":{"dtype":")" + latents + R"(","shape":[1,1,1,1],"data_offsets":[0,8]},)" +
+        R"("text":{"dtype":"F64","shape":[1,1,1],"data_offsets":[8,16]},)" +
+        R"("caption":{"dtype":")" + caption + R"(","shape":[1],"data_offsets":[16,24]}})";
+    return put("x.safetensors", safetensors(header, bytes));
+  };
+  const std::string zeros(24, '\0');
+  EXPECT_ERROR(load_latents(save("F64", "I64", zeros)), "no error");
+  EXPECT_ERROR(load_latents(save("I64", "I64", zeros)), "\"latents\" is I64, expected a floating");
+  EXPECT_ERROR(load_latents(save("F64", "F64", zeros)), "\"caption\" is F64, expected an integer");
+  // Finite as it stands, but no float.
+  EXPECT_ERROR(load_latents(save("F64", "I64", raw<double>({1e300, 0, 0}))), "is inf");
+}
+
+TEST_F(DataTest, LoadsAFolderOfPictures) {
+  auto picture = [&](const std::string& name, size_t C, size_t side, float value) {
+    fs::create_directories(fs::path(at(name)).parent_path());
+    std::vector<float> image(C * side * side, value);
+    write_png_grid(at(name), image.data(), 1, 1, C, side, side, 1);
+  };
+  picture("images/sneaker/2.png", 3, 4, level(20));
+  picture("images/sneaker/10.png", 3, 4, level(10));
+  picture("images/ankle boot/1.png", 3, 4, level(1));
+  put("images/sneaker/notes.txt", "passed over");
+  fs::create_directories(at("images/none"));
+  Dataset data = load_folder(at("images"), 8, 16);
+  EXPECT_EQ(data.images, 3u);
+  EXPECT_EQ(std::vector<size_t>({data.channels, data.height, data.width}),
+            (std::vector<size_t>{3, 4, 4}));
+  EXPECT_EQ(data.caption_names, (std::vector<std::string>{"ankle boot", "sneaker"}));
+  EXPECT_EQ(data.caption, (std::vector<int32_t>{0, 1, 1}));
+  const size_t levels[] = {1, 10, 20};
+  for (size_t i = 0; i < data.pixels.size(); ++i)
+    ASSERT_NEAR(data.pixels[i], level(levels[i / 48]), 1e-6) << i;
+  EXPECT_EQ(std::vector<float>(data.text.begin(), data.text.begin() + 8 * 16),
+            encode_text("a photo of an ankle boot", 8, 16));
+
+  picture("images/trouser/1.png", 3, 5, 0);
+  EXPECT_ERROR(load_folder(at("images")), "trouser/1.png is 3 x 5 x 5");
+  picture("images/trouser/1.png", 1, 4, 0);
+  EXPECT_ERROR(load_folder(at("images")), "trouser/1.png is 1 x 4 x 4");
+  put("images/trouser/1.png", "no picture");
+  EXPECT_ERROR(load_folder(at("images")), "trouser/1.png: it is not a whole PNG");
+  EXPECT_ERROR(load_folder(at("images/none")), "holds no PNG images in sub-folders");
+  EXPECT_ERROR(load_folder(at("nowhere")), "cannot read the folder");
+}
+
+TEST(Split, EveryImageIsTrainedOnOrHeldOut) {
+  struct {
+    size_t images;
+    std::vector<int32_t> held_out;
+  } table[] = {{1, {0}}, {2, {1}}, {5, {4}}, {16, {15}}, {17, {15}}, {40, {15, 31}}};
+  for (const auto& row : table) {
+    std::vector<int32_t> seen;
+    for (bool train : {true, false}) {
+      Dataset data;
+      data.images = row.images, data.channels = 1, data.height = 1, data.width = 2;
+      for (size_t n = 0; n < row.images; ++n) {
+        data.pixels.insert(data.pixels.end(), {float(n), -float(n)});
+        data.caption.push_back(int32_t(n));
+      }
+      keep_split(data, train);
+      ASSERT_EQ(data.caption.size(), data.images);
+      ASSERT_EQ(data.pixels.size(), 2 * data.images);
+      for (size_t n = 0; n < data.images; ++n) {
+        EXPECT_EQ(data.pixels[2 * n], float(data.caption[n]));
+        EXPECT_EQ(data.pixels[2 * n + 1], -float(data.caption[n]));
+      }
+      EXPECT_TRUE(train || data.caption == row.held_out) << row.images;
+      seen.insert(seen.end(), data.caption.begin(), data.caption.end());
+    }
+    std::sort(seen.begin(), seen.end());
+    EXPECT_EQ(seen.size(), row.images + (row.images == 1));
+    EXPECT_EQ(size_t(std::unique(seen.begin(), seen.end()) - seen.begin()), row.images);
+  }
+}
+
+TEST_F(DataTest, WhatIsNoDataSetIsRefused) {
+  EXPECT_ERROR(load_dataset(at("nowhere"), true), "expected fashion-mnist, a .safetensors file");
+  EXPECT_ERROR(load_dataset(put("x.txt", "x"), true), "expected fashion-mnist");
+  EXPECT_ERROR(load_dataset(at("x.safetensors"), true), "No such file");
+  EXPECT_ERROR(load_dataset(folder_, true), "holds no PNG images");
+  EXPECT_ERROR(load_dataset(std::string(300, 'x'), true), "expected fashion-mnist");
+  fs::path before = fs::current_path();
+  fs::current_path(folder_);
+  std::string error = error_of([] { load_dataset("fashion-mnist", true); });
+  fs::current_path(before);
+  if (fs::exists("/usr/share/datasets/fashion-mnist")) return;
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "bash data/fetch.sh", error);
+}
+
+}  // namespace

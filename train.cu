@@ -1,0 +1,1308 @@
+// train.cu - the program: training by rectified flow, sampling, and the command line.
+//
+// What it is: everything around the network. Where batches come from, the loss, AdamW, the state
+// that a run can be resumed from, Euler sampling with guidance, and one function a subcommand. What
+// it is not: a framework. There is one data set in memory, one device, one optimiser.
+//
+// How to read it: section 1 is the objective, 2 the optimiser, 3 the trainer, whose step() is the
+// whole of a training step; 4 and 5 are files and sampling; from 6 on it is the command line.
+#include "dit.cu"
+
+#include "data/checkpoint.h"
+#include "data/dataset.h"
+
+#include <chrono>
+#include <csignal>
+#include <fstream>
+#include <sstream>
+
+#include <CLI/CLI.hpp>
+
+// ---------------------------------------------------------------------------------------------
+// 1. Rectified flow
+//
+// Data x0 and noise x1 ~ N(0, I) are joined by a straight line, z_t = (1 - t) x0 + t x1, and the
+// network learns the velocity along it from noise to data, v = x0 - x1  (2). t = 1 is noise. (Much
+// other code has the opposite sign.) The loss is the mean square of the error, over all numbers of
+// a batch. A network that answers with the mean of all data gets about 1.44 on Fashion-MNIST; only
+// one that sees how noisy its input is, and what is in it, gets below.
+
+// Sampling and training must agree on the spacing of t. A shift a > 1 spends more of it near noise.
+HD inline double shift_time(double t, double a) { return a * t / (1 + (a - 1) * t); }
+
+// The data set in device memory. Row `captions` of text is the empty caption.
+struct DeviceData {
+  const float *pixels, *text;  // (N, C, H, W), (M + 1, L, d_text)
+  const int32_t* caption;      // (N)
+  size_t images, captions, pixels_per_image, text_per_caption;
+};
+
+// What one place of a batch holds: an image, a caption, the time, and which numbers are its noise.
+struct Draw {
+  size_t image, caption;
+  double t;
+  uint64_t noise;
+};
+
+// Fill z, target (b, C, H, W) and text (b, L, d_text) from draw(i), i < b.
+template <class T, class Pick>
+void noisy_batch(const Device& device, Acc<T>* z, Acc<T>* target, T* text, DeviceData data,
+                 size_t b, uint64_t seed, uint64_t noise_stream, const Pick& draw) {
+  using A = Acc<T>;
+  size_t n = data.pixels_per_image, l = data.text_per_caption;
+  for_each(device, b * n, [=] HD(size_t i) {
+    Draw d = draw(i / n);
+    double x0 = data.pixels[d.image * n + i % n];
+    double x1 = gaussian(seed, noise_stream, d.noise * n + i % n);
+    z[i] = A((1 - d.t) * x0 + d.t * x1);
+    target[i] = A(x0 - x1);
+  });
+  for_each(device, b * l,
+           [=] HD(size_t i) { text[i] = T(data.text[draw(i / l).caption * l + i % l]); });
+}
+
+// Each sample's mean squared error, losses (b), and dvelocity (b, C, H, W) = 2 scale (v - target),
+// where scale is what one number weighs in the total: 1 / (all numbers of the step).
+template <class A>
+void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity, const A* target,
+               size_t b, size_t n, double scale) {
+  for_each_team(device, b, Team::max_size, [=] HD(Team team) {
+    A sum = 0;
+    for (size_t i = team.index * n + team.rank; i < (team.index + 1) * n; i += team.size) {
+      A error = velocity[i] - target[i];
+      sum += error * error;
+      if (dvelocity) dvelocity[i] = A(2 * scale) * error;
+    }
+    sum = team.sum(sum);
+    if (team.rank == 0) losses[team.index] = sum / A(n);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 2. AdamW
+//
+//     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
+//     w = w - lr ( (m / (1 - b1^s)) / (sqrt(v / (1 - b2^s)) + eps) + decay w ),   s = 1, 2, ...
+//
+// with g the gradient times min(1, clip / |g|), |g| over all parameters, and decay on matrices
+// only. Weights are kept in Acc<T> ("master") and rounded to T for the network.
+
+struct Optimizer {
+  double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, decay = 0.1, clip = 1;
+  size_t warmup = 100;
+};
+
+// All that changes from step to step, in device memory, so that a captured step can be replayed.
+struct Clock {
+  uint64_t step;
+  double lr, correction1, correction2, norm, clip_scale;
+};
+struct Record {
+  double loss, norm, lr;
+};
+constexpr size_t records = 1024;  // how many steps' records are kept on the device
+
+// The slab is walked in chunks, none of which spans two tensors: a team's piece of work, in which
+// every parameter is treated alike.
+struct Chunk {
+  size_t begin;
+  uint32_t count;
+  bool decays;
+};
+inline std::vector<Chunk> chunks_of(const Table& table) {
+  constexpr size_t largest = 16384;
+  std::vector<Chunk> chunks;
+  for (const Parameter& p : table.parameters)
+    for (size_t i = 0; i < p.count(); i += largest)
+      chunks.push_back({p.offset + i, uint32_t(std::min(largest, p.count() - i)), p.decays()});
+  return chunks;
+}
+
+// Start of a step: learning rate with linear warm-up, and Adam's bias corrections.
+inline void begin_step(const Device& device, Clock* clock, Optimizer o) {
+  for_each(device, 1, [=] HD(size_t) {
+    double s = double(clock->step + 1);
+    clock->lr = o.lr * min_(1.0, s / double(max_<size_t>(o.warmup, 1)));
+    clock->correction1 = 1 - pow(o.beta1, s);
+    clock->correction2 = 1 - pow(o.beta2, s);
+  });
+}
+
+// The gradient's norm and the clipping factor, from chunk sums of squares (partial: one a chunk).
+template <class G>
+void gradient_norm(const Device& device, Clock* clock, double* partial, const G* gradients,
+                   const Chunk* chunks, size_t count, double clip) {
+  for_each_team(device, count, Team::max_size, [=] HD(Team team) {
+    Chunk c = chunks[team.index];
+    Acc<G> sum = 0;
+    for (size_t i = c.begin + team.rank; i < c.begin + c.count; i += team.size)
+      sum += Acc<G>(gradients[i]) * Acc<G>(gradients[i]);
+    sum = team.sum(sum);
+    if (team.rank == 0) partial[team.index] = double(sum);
+  });
+  for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
+    double sum = 0;
+    for (size_t i = team.rank; i < count; i += team.size) sum += partial[i];
+    sum = team.sum(sum);
+    if (team.rank != 0) return;
+    clock->norm = sqrt(sum);
+    clock->clip_scale = clip > 0 ? min_(1.0, clip / (clock->norm + 1e-6)) : 1;
+  });
+}
+
+// One step of AdamW: updates master, m, v (Acc<T>) and writes weights (T). `average`, if not null,
+// follows master exponentially at rate 1 - ema.
+template <class T>
+void adamw(const Device& device, T* weights, Acc<T>* master, Acc<T>* m, Acc<T>* v, Acc<T>* average,
+           double ema, const Acc<T>* gradients, const Clock* clock, const Chunk* chunks,
+           size_t count, Optimizer o) {
+  using A = Acc<T>;
+  for_each_team(device, count, Team::max_size, [=] HD(Team team) {
+    Chunk c = chunks[team.index];
+    A clip = A(clock->clip_scale), lr = A(clock->lr), b1 = A(o.beta1), b2 = A(o.beta2);
+    // 1 - 0.999 in float is off by 5e-5 of itself: take the difference in double.
+    A rest1 = A(1 - o.beta1), rest2 = A(1 - o.beta2), keep = A(ema), follow = A(1 - ema);
+    A c1 = A(1 / clock->correction1), c2 = A(1 / clock->correction2);
+    A decay = c.decays ? A(o.decay) : A(0), eps = A(o.eps);
+    for (size_t i = c.begin + team.rank; i < c.begin + c.count; i += team.size) {
+      A g = clip * gradients[i];
+      A m1 = m[i] = b1 * m[i] + rest1 * g;
+      A v1 = v[i] = b2 * v[i] + rest2 * g * g;
+      A w = master[i];
+      w -= lr * (m1 * c1 / (std::sqrt(v1 * c2) + eps) + decay * w);
+      master[i] = w;
+      weights[i] = T(w);
+      if (average) average[i] = keep * average[i] + follow * w;
+    }
+  });
+}
+
+// End of a step: record it and move on.
+template <class A>
+void end_step(const Device& device, Clock* clock, Record* history, const A* losses, size_t count) {
+  for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
+    double sum = 0;
+    for (size_t i = team.rank; i < count; i += team.size) sum += double(losses[i]);
+    sum = team.sum(sum);
+    if (team.rank != 0) return;
+    history[clock->step % records] = {sum / double(count), clock->norm, clock->lr};
+    ++clock->step;
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 3. The trainer
+
+struct TrainOptions {
+  Config model;
+  Optimizer optimizer;
+  size_t batch = 32, accumulate = 1, steps = 1000, recompute = 0, seed = 1;
+  size_t val_images = 256, log_every = 10, val_every = 0, save_every = 0, sample_every = 0;
+  double dropout = 0.1, time_shift = 1, ema = 0;
+  std::string data = "fashion-mnist", out = "run";
+  bool resume = false;
+};
+
+// The arrays of a run besides the network's.
+template <class T>
+struct TrainArrays {
+  using A = Acc<T>;
+  A *master, *m, *v,
+      *average;        // as the weights; master is the weights themselves where T is Acc<T>
+  T* average_rounded;  // what the network evaluates with; the same where T is Acc<T>
+  Chunk* chunks;
+  double* partial;
+  A *target, *losses;  // (B, C, H, W), (accumulate * B)
+  Clock* clock;
+  Record* history;
+
+  void lay_optimizer(Carver& c, size_t parameters, size_t chunk_count, bool averages) {
+    master = std::is_same_v<T, A> ? nullptr : c.take<A>(parameters);
+    m = c.take<A>(parameters), v = c.take<A>(parameters);
+    average = averages ? c.take<A>(parameters) : nullptr;
+    average_rounded = averages && !std::is_same_v<T, A> ? c.take<T>(parameters) : nullptr;
+    chunks = c.take<Chunk>(chunk_count), partial = c.take<double>(chunk_count);
+    clock = c.take<Clock>(1), history = c.take<Record>(records);
+  }
+  void lay_batch(Carver& c, const TrainOptions& o) {
+    target = c.take<A>(o.batch * o.model.pixels());
+    losses = c.take<A>(std::max(o.batch * o.accumulate, o.val_images));
+  }
+};
+
+// How much of a data set goes to the device: training images, images to validate on, captions.
+struct DataSizes {
+  size_t images, held_out, captions;
+};
+
+// A data set's arrays, laid out like everything else.
+inline DeviceData lay_data(Carver& c, const Config& m, size_t images, size_t captions) {
+  DeviceData d{};
+  d.images = images, d.captions = captions;
+  d.pixels_per_image = m.pixels(), d.text_per_caption = m.text_size();
+  d.pixels = c.take<float>(images * m.pixels());
+  d.text = c.take<float>((captions + 1) * m.text_size());
+  d.caption = c.take<int32_t>(images);
+  return d;
+}
+
+inline void upload_data(const Device& device, const DeviceData& to, const Dataset& from) {
+  auto put = [&](const auto* data, const auto& values, size_t count) {
+    device.upload(const_cast<void*>(static_cast<const void*>(data)), values.data(),
+                  count * sizeof(values[0]));
+  };
+  put(to.pixels, from.pixels, to.images * to.pixels_per_image);
+  put(to.text, from.text, from.text.size());
+  put(to.text + to.captions * to.text_per_caption, from.empty_text, from.empty_text.size());
+  put(to.caption, from.caption, to.images);
+}
+
+// Euler sampling, with its arrays: from noise at t = 1 to data at t = 0,
+//     z <- z + (t - t_next) v,     v = v_u + w (v_c - v_u)    (classifier-free guidance)
+// v_c with the caption, v_u with the empty one.
+template <class T>
+struct Sampler {
+  using A = Acc<T>;
+  A* conditional;   // (B, C, H, W)
+  T *text, *empty;  // (B, L, d_text)
+
+  void lay(Carver& c, const Config& m, size_t batch) {
+    conditional = c.take<A>(batch * m.pixels());
+    text = c.take<T>(batch * m.text_size()), empty = c.take<T>(batch * m.text_size());
+  }
+};
+
+template <class T>
+void start_from_noise(const Device& device, Acc<T>* z, size_t n, uint64_t seed, uint64_t first) {
+  for_each(device, n,
+           [=] HD(size_t i) { z[i] = Acc<T>(gaussian(seed, streams::sampling_noise, first + i)); });
+}
+template <class T>
+void euler_step(const Device& device, Acc<T>* z, const Acc<T>* conditional,
+                const Acc<T>* unconditional, size_t n, double dt, double guidance) {
+  using A = Acc<T>;
+  for_each(device, n, [=] HD(size_t i) {
+    A v = unconditional[i] + A(guidance) * (conditional[i] - unconditional[i]);
+    z[i] += A(dt) * v;
+  });
+}
+
+// Images (n, C, H, W) for captions (n, L, d_text), all on the host. Image i depends on seed and i
+// only.
+template <class T>
+std::vector<float> sample_images(Network<T>& net, Sampler<T> sampler,
+                                 const std::vector<float>& text,
+                                 const std::vector<float>& empty_text, size_t n, size_t steps,
+                                 double guidance, double shift, uint64_t seed) {
+  using A = Acc<T>;
+  Device& device = net.device;
+  Arrays<T>& a = net.arrays;
+  size_t pixels = net.config.pixels(), words = net.config.text_size();
+  std::vector<float> images;
+  for (size_t first = 0; first < n; first += net.batch) {
+    size_t b = std::min(net.batch, n - first);
+    std::vector<T> conditional, empty;
+    for (size_t i = 0; i < b * words; ++i) {
+      conditional.push_back(T(text[first * words + i]));
+      empty.push_back(T(empty_text[i % words]));
+    }
+    device.upload(sampler.text, conditional.data(), b * words * sizeof(T));
+    device.upload(sampler.empty, empty.data(), b * words * sizeof(T));
+    start_from_noise<T>(device, a.z, b * pixels, seed, first * pixels);
+    for (size_t k = 0; k < steps; ++k) {
+      double t = shift_time(1 - double(k) / double(steps), shift);
+      double t_next = shift_time(1 - double(k + 1) / double(steps), shift);
+      device.copy(a.text, sampler.text, b * words * sizeof(T));
+      net.forward(b);
+      const A* with_caption = a.velocity;
+      if (guidance != 1) {
+        device.copy(sampler.conditional, a.velocity, b * pixels * sizeof(A));
+        with_caption = sampler.conditional;
+        device.copy(a.text, sampler.empty, b * words * sizeof(T));
+        net.forward(b);
+      }
+      euler_step<T>(device, a.z, with_caption, a.velocity, b * pixels, t - t_next, guidance);
+    }
+    std::vector<A> z(b * pixels);
+    device.download(z.data(), a.z, z.size() * sizeof(A));
+    images.insert(images.end(), z.begin(), z.end());
+  }
+  return images;
+}
+
+// Everything a run will take, by slab, before it is taken.
+template <class T>
+Plan training_plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
+  Plan plan = network_plan<T>(o.model, o.batch, o.recompute, true);
+  Table table = parameter_table(o.model);
+  auto add = [&](const char* name, auto lay) {
+    Carver c;
+    lay(c);
+    plan.slabs.emplace_back(name, c.used);
+  };
+  TrainArrays<T> a;
+  Sampler<T> sampler;
+  add("optimizer",
+      [&](Carver& c) { a.lay_optimizer(c, table.size, chunks_of(table).size(), o.ema > 0); });
+  add("batch", [&](Carver& c) { a.lay_batch(c, o); });
+  add("data", [&](Carver& c) { lay_data(c, o.model, data.images, data.captions); });
+  add("held-out data", [&](Carver& c) { lay_data(c, o.model, data.held_out, data.captions); });
+  add("sampling", [&](Carver& c) { sampler.lay(c, o.model, o.batch); });
+  plan.slabs.emplace_back("cuBLAS workspace", Device::workspace_bytes(on_gpu));
+  return plan;
+}
+
+template <class T>
+void draw_training_batch(Network<T>& net, TrainArrays<T> a, DeviceData data, const TrainOptions& o,
+                         size_t micro) {
+  uint64_t seed = o.seed, per_step = o.batch * o.accumulate, first = micro * o.batch;
+  double dropout = o.dropout, shift = o.time_shift;
+  auto draw = [=] HD(size_t i) {
+    uint64_t n = a.clock->step * per_step + first + i;  // this sample's number in the whole run
+    size_t image = size_t(uniform(seed, streams::batch_index, n) * double(data.images));
+    bool drop = uniform(seed, streams::dropout, n) < dropout;
+    return Draw{image, drop ? data.captions : size_t(data.caption[image]),
+                shift_time(uniform(seed, streams::time, n), shift), n};
+  };
+  noisy_batch(net.device, net.arrays.z, a.target, net.arrays.text, data, o.batch, seed,
+              streams::noise, draw);
+}
+
+// Held-out images with fixed noise; times are spread evenly over (0, 1).
+template <class T>
+void draw_validation_batch(Network<T>& net, TrainArrays<T> a, DeviceData data,
+                           const TrainOptions& o, size_t first, size_t b) {
+  double shift = o.time_shift, count = double(data.images);
+  auto draw = [=] HD(size_t i) {
+    size_t n = first + i;
+    double t = shift_time((double(n) + 0.5) / count, shift);
+    return Draw{n, size_t(data.caption[n]), t, n};
+  };
+  constexpr uint64_t fixed_seed = 1;  // every run is validated on the same noise
+  noisy_batch(net.device, net.arrays.z, a.target, net.arrays.text, data, b, fixed_seed,
+              streams::validation_noise, draw);
+}
+
+template <class T>
+class Trainer {
+ public:
+  using A = Acc<T>;
+  static constexpr bool mixed = !std::is_same_v<T, A>;
+
+  const TrainOptions o;
+  Device& device;
+  Network<T> net;
+  TrainArrays<T> a;
+  DeviceData train, held_out;
+  Sampler<T> sampler;
+  size_t chunk_count;
+  uint64_t step = 0;  // steps done
+
+  Trainer(Device& on, const TrainOptions& options, const Dataset& data, const Dataset& validation)
+      : o(options), device(on), net(on, o.model, o.batch, o.recompute, true) {
+    std::vector<Chunk> chunks = chunks_of(net.table);
+    chunk_count = chunks.size();
+    size_t V = std::min(o.val_images, validation.images);
+    Plan plan = training_plan<T>(o, {data.images, V, data.captions}, device.gpu);
+    auto take = [&](const char* name, auto lay) {
+      for (const auto& [slab, bytes] : plan.slabs)
+        if (slab == name) slabs_.push_back(std::make_unique<Slab>(device, bytes, 0));
+      Carver c{slabs_.back()->data};
+      lay(c);
+    };
+    take("optimizer",
+         [&](Carver& c) { a.lay_optimizer(c, net.table.size, chunk_count, o.ema > 0); });
+    take("batch", [&](Carver& c) { a.lay_batch(c, o); });
+    take("data", [&](Carver& c) { train = lay_data(c, o.model, data.images, data.captions); });
+    take("held-out data", [&](Carver& c) { held_out = lay_data(c, o.model, V, data.captions); });
+    take("sampling", [&](Carver& c) { sampler.lay(c, o.model, o.batch); });
+    if constexpr (!mixed) a.master = net.weights(), a.average_rounded = a.average;
+    upload_data(device, train, data);
+    upload_data(device, held_out, validation);
+    device.upload(a.chunks, chunks.data(), chunk_count * sizeof(Chunk));
+    initialise(device, net.table, a.master, o.seed);
+    if (a.average) device.copy(a.average, a.master, net.table.size * sizeof(A));
+    set_step(0);
+  }
+
+  // Continue after `done` steps: master (and m, v) are as they were then.
+  void set_step(uint64_t done) {
+    step = done;
+    if constexpr (mixed) convert(device, net.weights(), a.master, net.table.size);
+    Clock clock{done, 0, 0, 0, 0, 0};
+    device.upload(a.clock, &clock, sizeof clock);
+  }
+
+  // One training step. The host only enqueues it.
+  void train_step() {
+    graph_.run(device, [&] {
+      begin_step(device, a.clock, o.optimizer);
+      for (size_t micro = 0; micro < o.accumulate; ++micro) {
+        draw_training_batch(net, a, train, o, micro);
+        net.forward(o.batch);
+        flow_loss(device, a.losses + micro * o.batch, net.arrays.dvelocity, net.arrays.velocity,
+                  a.target, o.batch, o.model.pixels(),
+                  1 / double(o.model.pixels() * o.batch * o.accumulate));
+        net.backward(o.batch, micro > 0);
+      }
+      gradient_norm(device, a.clock, a.partial, net.gradients(), a.chunks, chunk_count,
+                    o.optimizer.clip);
+      adamw(device, net.weights(), a.master, a.m, a.v, a.average, o.ema, net.gradients(), a.clock,
+            a.chunks, chunk_count, o.optimizer);
+      end_step(device, a.clock, a.history, a.losses, o.batch * o.accumulate);
+    });
+    ++step;
+  }
+
+  // What steps [first, step) recorded; at most `records` back.
+  std::vector<Record> history(uint64_t first) {
+    std::vector<Record> ring(records), out;
+    device.download(ring.data(), a.history, records * sizeof(Record));
+    for (uint64_t s = first; s < step; ++s) out.push_back(ring[s % records]);
+    return out;
+  }
+
+  // Mean loss over the held-out images, with the averaged weights if there are any.
+  double validate() {
+    return with_average([&] {
+      std::vector<A> losses(held_out.images);
+      for (size_t first = 0; first < held_out.images; first += o.batch) {
+        size_t b = std::min(o.batch, held_out.images - first);
+        draw_validation_batch(net, a, held_out, o, first, b);
+        net.forward(b);
+        flow_loss<A>(device, a.losses + first, nullptr, net.arrays.velocity, a.target, b,
+                     o.model.pixels(), 0);
+      }
+      device.download(losses.data(), a.losses, losses.size() * sizeof(A));
+      double sum = 0;
+      for (A loss : losses) sum += double(loss);
+      return sum / double(losses.size());
+    });
+  }
+
+  std::vector<float> samples(const std::vector<float>& text, const std::vector<float>& empty,
+                             size_t n, size_t steps, double guidance) {
+    return with_average([&] {
+      return sample_images(net, sampler, text, empty, n, steps, guidance, o.time_shift, o.seed);
+    });
+  }
+
+  // The weights to evaluate: the average, where one is kept.
+  const T* evaluated_weights() {
+    if (!a.average) return net.weights();
+    if constexpr (mixed) convert(device, a.average_rounded, a.average, net.table.size);
+    return a.average_rounded;
+  }
+
+ private:
+  std::vector<std::unique_ptr<Slab>> slabs_;
+  Graph graph_;
+
+  template <class Function>
+  auto with_average(const Function& function) {
+    T* own = net.use_weights(const_cast<T*>(evaluated_weights()));
+    auto result = function();
+    net.use_weights(own);
+    return result;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// 4. Saving and resuming
+//
+// weights.safetensors holds the network in T under the published names; ema.safetensors the
+// averaged one. state.safetensors is all that a run needs to go on: master weights, moments,
+// average, step.
+
+// What a resumed run must share with the one that wrote the state, or its bits would differ.
+template <class T>
+Metadata describe_state(const Trainer<T>& t) {
+  Metadata m = describe(t.o.model, t.o.time_shift);
+  m["batch"] = std::to_string(t.o.batch), m["accumulate"] = std::to_string(t.o.accumulate);
+  m["seed"] = std::to_string(t.o.seed), m["data"] = t.o.data;
+  m["precision"] = dtype_name<T>(), m["dropout"] = exact(t.o.dropout), m["ema"] = exact(t.o.ema);
+  return m;
+}
+
+template <class T>
+std::vector<std::pair<std::string, Acc<T>*>> state_slabs(Trainer<T>& t) {
+  std::vector<std::pair<std::string, Acc<T>*>> slabs = {
+      {"master.", t.a.master}, {"m.", t.a.m}, {"v.", t.a.v}};
+  if (t.a.average) slabs.push_back({"ema.", t.a.average});
+  return slabs;
+}
+
+// Write DIR/weights.safetensors, ema.safetensors (if any) and state.safetensors.
+template <class T>
+void save_run(Trainer<T>& t) {
+  std::string dir = t.o.out + "/";
+  Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
+  about["step"] = state["step"] = std::to_string(t.step);
+  std::vector<std::pair<std::string, const Acc<T>*>> slabs;
+  for (const auto& slab : state_slabs(t)) slabs.push_back(slab);
+  save_tensors<T>(dir + "weights.safetensors", about, t.device, t.net.table,
+                  {{"", t.net.weights()}});
+  if (t.a.average)
+    save_tensors<T>(dir + "ema.safetensors", about, t.device, t.net.table,
+                    {{"", t.evaluated_weights()}});
+  save_tensors<Acc<T>>(dir + "state.safetensors", state, t.device, t.net.table, slabs);
+}
+
+template <class T>
+void resume_run(Trainer<T>& t) {
+  std::string path = t.o.out + "/state.safetensors";
+  SafetensorsReader file(path);
+  for (const auto& [key, value] : describe_state(t)) {
+    auto at = file.metadata().find(key);
+    std::string found = at == file.metadata().end() ? "nothing" : at->second;
+    if (found != value)
+      fail(
+          "%s was made with %s = %s, this run has %s: resume with the same, or choose another "
+          "--out",
+          path.c_str(), key.c_str(), found.c_str(), value.c_str());
+  }
+  if (!file.metadata().count("step")) fail("%s: metadata 'step' is missing", path.c_str());
+  std::string step = file.metadata().at("step");
+  load_tensors<Acc<T>>(file, path, t.device, t.net.table, state_slabs(t));
+  t.set_step(step == "0" ? 0 : positive_integer(step, path + ": metadata step"));
+}
+
+// ---------------------------------------------------------------------------------------------
+// 5. The run: train
+
+inline volatile std::sig_atomic_t interrupted = 0;
+
+// "1h02m", "3m20s", "12s".
+inline std::string duration(double seconds) {
+  char text[64];
+  long s = long(seconds + 0.5);
+  if (s >= 3600)
+    std::snprintf(text, sizeof text, "%ldh%02ldm", s / 3600, s / 60 % 60);
+  else if (s >= 60)
+    std::snprintf(text, sizeof text, "%ldm%02lds", s / 60, s % 60);
+  else
+    std::snprintf(text, sizeof text, "%lds", s);
+  return text;
+}
+
+// Dense bf16 matrix peak of the cards whose number we know, for the share that a run reaches.
+inline double peak_flops(const std::string& name) {
+  for (const char* hopper : {"H100", "H200", "GH200"})
+    if (name.find(hopper) != std::string::npos) return 989e12;
+  return name.find("A100") != std::string::npos ? 312e12 : 0;
+}
+
+// A replay runs each segment but the last again.
+inline double step_flops(const TrainOptions& o) {
+  size_t segment = segment_length(o.model, o.recompute);
+  size_t replayed = (ceil_div(o.model.depth, segment) - 1) * segment;
+  return double(o.accumulate) * forward_flops(o.model, o.batch) *
+         (3 + double(replayed) / double(o.model.depth));
+}
+
+inline void print_plan(const Plan& plan, const TrainOptions& o, const char* precision) {
+  Table table = parameter_table(o.model);
+  const Config& m = o.model;
+  std::printf("%s: %zu layers, width %zu, %zu heads, ffn %zu; %zu image + %zu text tokens\n",
+              m.residual.c_str(), m.depth, m.width, m.heads, m.ffn, m.image_tokens(),
+              m.text_tokens);
+  std::printf("%.3f million parameters, batch %zu x %zu, %s, recompute %zu, %.4g TFLOP a step\n",
+              1e-6 * double(table.count()), o.batch, o.accumulate, precision, o.recompute,
+              1e-12 * step_flops(o));
+  for (const auto& [name, bytes] : plan.slabs)
+    std::printf("  %-18s %12.3f MB\n", name.c_str(), 1e-6 * double(bytes));
+  std::printf("  %-18s %12.3f MB\n", "total", 1e-6 * double(plan.total()));
+}
+
+inline std::string read_text(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// A csv of a run that goes on: rows of steps that will be done again are dropped.
+class CsvLog {
+ public:
+  CsvLog(const std::string& path, const std::string& header, uint64_t steps_done) : path_(path) {
+    std::istringstream old(steps_done ? read_text(path) : "");
+    std::string line, kept = header + "\n";
+    std::getline(old, line);
+    while (std::getline(old, line))
+      if (std::strtoull(line.c_str(), nullptr, 10) <= steps_done) kept += line + "\n";
+    SafeFile file(path);
+    file.write(kept);
+    file.commit();
+    file_.reset(std::fopen(path.c_str(), "a"));
+    if (!file_) fail("cannot write %s: %s", path.c_str(), std::strerror(errno));
+  }
+  void row(const std::string& text) {
+    if (std::fprintf(file_.get(), "%s\n", text.c_str()) < 0 || std::fflush(file_.get()) != 0)
+      fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
+  }
+
+ private:
+  struct Close {
+    void operator()(FILE* f) const { std::fclose(f); }
+  };
+  std::string path_;
+  std::unique_ptr<FILE, Close> file_;
+};
+
+// A run and its console: what is logged, validated, sampled and saved, and when.
+template <class T>
+class Run {
+ public:
+  Run(Device& device, const TrainOptions& options, const Dataset& data, const Dataset& validation)
+      : trainer_(device, options, data, validation), o_(trainer_.o), data_(data) {
+    if (o_.resume && std::filesystem::exists(o_.out + "/state.safetensors")) {
+      resume_run(trainer_);
+      std::printf("resumed %s after step %zu\n", o_.out.c_str(), size_t(trainer_.step));
+    }
+    logged_ = first_ = trainer_.step;
+    log_ = std::make_unique<CsvLog>(o_.out + "/log.csv", "step,loss,gradient_norm,lr", logged_);
+    validation_ = std::make_unique<CsvLog>(o_.out + "/validation.csv", "step,loss", logged_);
+  }
+
+  int go() {
+    std::signal(SIGINT, [](int) { interrupted = 1; });
+    start_ = last_ = Time::now();
+    while (trainer_.step < o_.steps && !interrupted) {
+      trainer_.train_step();
+      if (due(o_.log_every) && !log()) return 1;
+      if (due(o_.val_every)) validate();
+      if (due(o_.sample_every)) grid("samples_" + padded(trainer_.step) + ".png");
+      if (due(o_.save_every)) save_run(trainer_);
+    }
+    if (!log()) return 1;
+    save_run(trainer_);
+    if (interrupted) {
+      std::printf("\nstopped at step %zu and saved: go on with --resume\n", size_t(trainer_.step));
+      return 130;
+    }
+    grid("samples.png");
+    double loss = validate();
+    std::printf("validation loss %.4f   weights %s/weights.safetensors   samples %s/samples.png\n",
+                loss, o_.out.c_str(), o_.out.c_str());
+    return 0;
+  }
+
+ private:
+  using Time = std::chrono::steady_clock;
+  Trainer<T> trainer_;
+  const TrainOptions& o_;
+  const Dataset& data_;
+  std::unique_ptr<CsvLog> log_, validation_;
+  uint64_t first_, logged_;
+  Time::time_point start_, last_;
+
+  bool due(size_t every) const {
+    return every && (trainer_.step % every == 0 || trainer_.step == o_.steps);
+  }
+  static std::string padded(uint64_t step) {
+    char text[24];
+    std::snprintf(text, sizeof text, "%06zu", size_t(step));
+    return text;
+  }
+  static double seconds(Time::time_point from) {
+    return std::chrono::duration<double>(Time::now() - from).count();
+  }
+
+  // Log all steps since the last time; false if training has diverged.
+  bool log() {
+    if (logged_ == trainer_.step) return true;
+    std::vector<Record> history = trainer_.history(logged_);  // waits for the device
+    double loss = 0;
+    for (const Record& r : history) {
+      char row[128];
+      std::snprintf(row, sizeof row, "%zu,%.9g,%.9g,%.9g", size_t(++logged_), r.loss, r.norm, r.lr);
+      log_->row(row);
+      loss += r.loss / double(history.size());
+    }
+    const Record& now = history.back();
+    double step = seconds(last_) / double(history.size());
+    double left =
+        seconds(start_) / double(trainer_.step - first_) * double(o_.steps - trainer_.step);
+    double tokens = double(o_.batch * o_.accumulate * o_.model.tokens()),
+           flops = step_flops(o_) / step;
+    std::printf("step %6zu/%zu  loss %.4f  norm %8.3g  lr %.2e  %.1f ms/step  %.3g tokens/s  ",
+                size_t(trainer_.step), o_.steps, loss, now.norm, now.lr, 1e3 * step, tokens / step);
+    if (double peak = peak_flops(trainer_.device.name))
+      std::printf("HFU %.1f%% of %.0f TFLOP/s  ", 100 * flops / peak, 1e-12 * peak);
+    else
+      std::printf("%.3g GFLOP/s  ", 1e-9 * flops);
+    std::printf("left %s\n", duration(left).c_str());
+    std::fflush(stdout);
+    last_ = Time::now();
+    if (std::isfinite(loss) && std::isfinite(now.norm)) return true;
+    std::fprintf(
+        stderr,
+        "mvsplit: the loss or the gradient is not finite at step %zu: training has diverged; "
+        "nothing was saved since then. Lower --lr or use --residual mvsplit.\n",
+        size_t(trainer_.step));
+    return false;
+  }
+
+  double validate() {
+    double loss = trainer_.validate();
+    char row[64];
+    std::snprintf(row, sizeof row, "%zu,%.9g", size_t(trainer_.step), loss);
+    validation_->row(row);
+    std::printf("step %6zu  validation loss %.4f\n", size_t(trainer_.step), loss);
+    last_ = Time::now();
+    return loss;
+  }
+
+  // A row a caption (the first ten), eight images each.
+  void grid(const std::string& name) {
+    size_t rows = std::min<size_t>(data_.captions, 10), columns = 8, words = o_.model.text_size();
+    std::vector<float> text;
+    for (size_t i = 0; i < rows * columns; ++i)
+      text.insert(text.end(), data_.text.begin() + ptrdiff_t(i / columns * words),
+                  data_.text.begin() + ptrdiff_t((i / columns + 1) * words));
+    std::vector<float> images = trainer_.samples(text, data_.empty_text, rows * columns, 25, 2);
+    write_png_grid(o_.out + "/" + name, images.data(), rows, columns, o_.model.channels,
+                   o_.model.height, o_.model.image_width);
+    last_ = Time::now();
+  }
+};
+
+// The model's sizes that the data decides.
+inline void fit_to_data(Config& model, const Dataset& data) {
+  model.channels = data.channels, model.height = data.height, model.image_width = data.width;
+  model.text_tokens = data.text_tokens, model.text_dim = data.text_dim;
+}
+
+inline void check_options(const TrainOptions& o) {
+  o.model.check();
+  auto require = [](bool good, const char* what) {
+    if (!good) fail("%s", what);
+  };
+  require(o.batch >= 1 && o.accumulate >= 1 && o.batch < 1 << 20 && o.accumulate < 1 << 20,
+          "--batch and --accumulate must be at least 1");
+  require(o.log_every >= 1 && o.log_every <= records, "--log-every must be from 1 to 1024");
+  require(o.dropout >= 0 && o.dropout <= 1, "--dropout must be a probability, from 0 to 1");
+  require(o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1");
+  require(o.time_shift > 0 && std::isfinite(o.time_shift), "--time-shift must be positive");
+  require(o.optimizer.lr > 0 && std::isfinite(o.optimizer.lr), "--lr must be positive");
+  require(o.val_images >= 1, "--val-images must be at least 1");
+}
+
+template <class T>
+int train(Device& device, TrainOptions o, const Dataset& data, const Dataset& validation) {
+  Plan plan = training_plan<T>(
+      o, {data.images, std::min(o.val_images, validation.images), data.captions}, device.gpu);
+  print_plan(plan, o, dtype_name<T>());
+  size_t free = device.available() + Device::workspace_bytes(device.gpu);
+  if (plan.total() > free)
+    fail(
+        "this run needs %.2f GB and %s has %.2f GB free: use a smaller --batch, or --recompute %zu",
+        1e-9 * double(plan.total()), device.name.c_str(), 1e-9 * double(free),
+        size_t(std::sqrt(double(o.model.depth))));
+  std::string state = o.out + "/state.safetensors";
+  if (!o.resume && std::filesystem::exists(state))
+    fail("%s exists: go on with --resume, or choose another --out", state.c_str());
+  std::error_code error;
+  std::filesystem::create_directories(o.out, error);
+  if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
+  return Run<T>(device, o, data, validation).go();
+}
+
+// ---------------------------------------------------------------------------------------------
+// 6. The other subcommands
+
+struct Machine {
+  std::string device = "auto", precision = "auto";
+
+  bool gpu() const { return device == "gpu" || (device == "auto" && Device::gpus() > 0); }
+  std::string chosen_precision() const {
+    return precision != "auto" ? precision : gpu() ? "bf16" : "fp32";
+  }
+  // Call function(T{}) with T the storage type.
+  template <class Function>
+  int with_precision(const Function& function) const {
+    std::string p = chosen_precision();
+    if (p == "fp64") return function(double{});
+    if (p == "fp32") return function(float{});
+    return function(bf16{});
+  }
+};
+
+struct SampleOptions {
+  std::string weights, out = "grid.png", data;
+  std::vector<std::string> prompts;
+  size_t steps = 25, columns = 8, seed = 1, heads = 4, size = 32, text_tokens = 8, batch = 64;
+  double guidance = 2, time_shift = 0;
+};
+
+// Rows of captions as (rows * columns, L, d_text) and the empty caption.
+inline std::pair<std::vector<float>, std::vector<float>> prompt_text(const SampleOptions& o,
+                                                                     const Config& m) {
+  std::vector<float> text, empty = encode_text("", m.text_tokens, m.text_dim);
+  Dataset data;
+  if (!o.data.empty()) {
+    data = load_dataset(o.data, true);
+    if (data.text_tokens != m.text_tokens || data.text_dim != m.text_dim)
+      fail("%s has captions of %zu x %zu numbers, the model takes %zu x %zu", o.data.c_str(),
+           data.text_tokens, data.text_dim, m.text_tokens, m.text_dim);
+    empty = data.empty_text;
+  }
+  for (const std::string& prompt : o.prompts) {
+    std::vector<float> row;
+    if (o.data.empty()) {
+      row = encode_text(caption_of(prompt), m.text_tokens, m.text_dim);
+    } else {
+      size_t n = prompt == "0" ? 0 : positive_integer(prompt, "with --data, --prompt");
+      if (n >= data.captions)
+        fail("--prompt %zu: %s has captions 0 to %zu", n, o.data.c_str(), data.captions - 1);
+      row.assign(data.text.begin() + ptrdiff_t(n * m.text_size()),
+                 data.text.begin() + ptrdiff_t((n + 1) * m.text_size()));
+    }
+    for (size_t i = 0; i < o.columns; ++i) text.insert(text.end(), row.begin(), row.end());
+  }
+  return {text, empty};
+}
+
+template <class T>
+int sample(Device& device, const SampleOptions& o) {
+  SafetensorsReader file(o.weights);
+  Config m;
+  m.heads = o.heads, m.height = m.image_width = o.size, m.text_tokens = o.text_tokens;
+  read_config(file, o.weights, m);
+  double shift = 1;
+  if (file.metadata().count("time_shift"))
+    shift = std::strtod(file.metadata().at("time_shift").c_str(), nullptr);
+  if (o.time_shift > 0) shift = o.time_shift;
+  auto [text, empty] = prompt_text(o, m);
+  size_t n = o.prompts.size() * o.columns;
+  Network<T> net(device, m, std::min(n, o.batch), 0, false);
+  load_tensors<T>(file, o.weights, device, net.table, {{"", net.weights()}});
+  Sampler<T> sampler;
+  Carver count;
+  sampler.lay(count, m, net.batch);
+  Slab slab(device, count.used);
+  Carver carver{slab.data};
+  sampler.lay(carver, m, net.batch);
+  std::vector<float> images =
+      sample_images(net, sampler, text, empty, n, o.steps, o.guidance, shift, o.seed);
+  if (std::filesystem::path(o.out).extension() == ".safetensors") {
+    SafetensorsWriter out(o.out);
+    out.declare("samples", "F32", {n, m.channels, m.height, m.image_width});
+    out.write(images.data(), images.size());
+    out.finish();
+  } else {
+    write_png_grid(o.out, images.data(), o.prompts.size(), o.columns, m.channels, m.height,
+                   m.image_width);
+  }
+  std::printf("%zu samples: %s\n", n, o.out.c_str());
+  return 0;
+}
+
+struct ForwardOptions {
+  std::string weights, inputs, out;
+  size_t heads = 4, recompute = 0;
+  double norm_eps = 0;
+};
+
+// Read tensor `name` into a device array of T, through numbers that must be finite.
+template <class T>
+void upload_tensor(const SafetensorsReader& file, const std::string& path, const Device& device,
+                   const std::string& name, const std::vector<size_t>& shape, T* to) {
+  const TensorInfo& tensor = file.require(name, shape);
+  std::vector<T> host(tensor.count());
+  file.read(tensor, host.data(), 0, host.size());
+  for (size_t i = 0; i < host.size(); ++i)
+    if (!std::isfinite(double(host[i])))
+      fail("%s: %s holds NaN or infinity at number %zu", path.c_str(), name.c_str(), i);
+  device.upload(to, host.data(), host.size() * sizeof(T));
+}
+
+template <class T>
+int forward(Device& device, const ForwardOptions& o) {
+  using A = Acc<T>;
+  SafetensorsReader weights(o.weights), inputs(o.inputs);
+  const TensorInfo *z = inputs.find("z"), *text = inputs.find("text");
+  if (!z || z->shape.size() != 4 || !text || text->shape.size() != 3 || z->shape[0] == 0)
+    fail("%s: expected z (B,C,H,W) and text (B,L,d_text)", o.inputs.c_str());
+  inputs.require_only({"z", "text", "cotangent"});
+  size_t b = z->shape[0];
+  Config m;
+  m.heads = o.heads;
+  read_config(weights, o.weights, m);
+  m.height = z->shape[2], m.image_width = z->shape[3], m.text_tokens = text->shape[1];
+  if (o.norm_eps > 0) m.norm_eps = o.norm_eps;
+  m.check();
+  std::vector<size_t> image{b, m.channels, m.height, m.image_width};
+  std::vector<size_t> caption{b, m.text_tokens, m.text_dim};
+  bool backward = inputs.find("cotangent");
+  Network<T> net(device, m, b, o.recompute, backward);
+  Arrays<T>& a = net.arrays;
+  load_tensors<T>(weights, o.weights, device, net.table, {{"", net.weights()}});
+  upload_tensor(inputs, o.inputs, device, "z", image, a.z);
+  upload_tensor(inputs, o.inputs, device, "text", caption, a.text);
+  if (backward) upload_tensor(inputs, o.inputs, device, "cotangent", image, a.dvelocity);
+  net.forward(b);
+  if (backward) net.backward(b, false, true);
+
+  SafetensorsWriter out(o.out);
+  out.declare("velocity", dtype_name<A>(), image);
+  if (backward) {
+    out.declare("grad.z", dtype_name<A>(), image);
+    out.declare("grad.text", dtype_name<A>(), caption);
+    for (const Parameter& p : net.table.parameters)
+      out.declare("grad." + p.name, dtype_name<A>(), p.shape);
+  }
+  std::vector<A> host;
+  auto put = [&](const A* from, size_t count) {
+    host.resize(count);
+    device.download(host.data(), from, count * sizeof(A));
+    out.write(host.data(), count);
+  };
+  put(a.velocity, b * m.pixels());
+  if (backward) {
+    put(a.dz, b * m.pixels());
+    put(a.dtext, b * m.text_size());
+    for (const Parameter& p : net.table.parameters) put(net.gradients() + p.offset, p.count());
+  }
+  out.finish();
+  std::printf("velocity%s: %s\n", backward ? " and gradients" : "", o.out.c_str());
+  return 0;
+}
+
+// Whole-network gradients against finite differences, in fp64.
+//
+// L(w) = <cotangent, velocity(w)> with a random cotangent. For each parameter family, and for z and
+// the text, w moves along one random direction u through all layers, and <dL/dw, u> is compared
+// with
+//     ( L(-2h) - 8 L(-h) + 8 L(h) - L(2h) ) / 12 h          (error O(h^4) + rounding / h).
+// Writers, gates and the final projection start at random values: at their zeros most gradients
+// vanish.
+
+struct GradcheckOptions {
+  Config model;
+  size_t batch = 1, recompute = 32, seed = 1;
+  double step = 3e-4, tolerance = 1e-7;
+};
+
+// x[i] += h * u_i, u standard normal.
+inline void move_along(const Device& device, double* x, size_t n, double h, uint64_t seed,
+                       uint64_t number) {
+  for_each(device, n,
+           [=] HD(size_t i) { x[i] += h * gaussian(seed, streams::check, number << 40 | i); });
+}
+
+class Gradcheck {
+ public:
+  Gradcheck(Device& device, const GradcheckOptions& o)
+      : o_(o), net_(device, o.model, o.batch, o.recompute, true) {
+    const Config& m = net_.config;
+    initialise(device, net_.table, net_.weights(), o.seed);
+    for (size_t i = 0; i < net_.table.parameters.size(); ++i) {
+      const Parameter& p = net_.table.parameters[i];
+      double spread = 0.3 * std::abs(p.scale) + (p.scale == 0 ? 0.1 : 0);
+      if (p.init == Init::constant)
+        move_along(device, net_.weights() + p.offset, p.count(), spread, o.seed, i);
+    }
+    Arrays<double>& a = net_.arrays;
+    size_t pixels = o.batch * m.pixels(), words = o.batch * m.text_size(), first = size_t(1) << 20;
+    for (auto [x, n] : {std::pair{a.z, pixels}, {a.dvelocity, pixels}, {a.text, words}}) {
+      device.fill(x, 0, n * sizeof(double));
+      move_along(device, x, n, 1, o.seed, first++);
+    }
+    cotangent_.resize(pixels);
+    device.download(cotangent_.data(), a.dvelocity, pixels * sizeof(double));
+    net_.forward(o.batch);
+    net_.backward(o.batch, false, true);
+  }
+
+  // Check every family; one line each. Returns the largest relative error.
+  double run() {
+    std::vector<std::string> families;
+    for (const Parameter& p : net_.table.parameters)
+      if (std::find(families.begin(), families.end(), p.family()) == families.end())
+        families.push_back(p.family());
+    double worst = 0;
+    for (const std::string& family : families) {
+      std::vector<Piece> pieces;
+      for (const Parameter& p : net_.table.parameters)
+        if (p.family() == family)
+          pieces.push_back({net_.weights() + p.offset, net_.gradients() + p.offset, p.count()});
+      worst = std::max(worst, check(family, pieces));
+    }
+    Arrays<double>& a = net_.arrays;
+    const Config& m = net_.config;
+    worst = std::max(worst, check("input z", {{a.z, a.dz, o_.batch * m.pixels()}}));
+    worst = std::max(worst, check("input text", {{a.text, a.dtext, o_.batch * m.text_size()}}));
+    return worst;
+  }
+
+ private:
+  struct Piece {
+    double* value;
+    const double* gradient;
+    size_t count;
+  };
+  const GradcheckOptions o_;
+  Network<double> net_;
+  std::vector<double> cotangent_;
+
+  void move(const std::vector<Piece>& pieces, double h) {
+    for (size_t i = 0; i < pieces.size(); ++i)
+      move_along(net_.device, pieces[i].value, pieces[i].count, h, o_.seed + 1, i);
+  }
+  double loss() {
+    net_.forward(o_.batch);
+    std::vector<double> v(cotangent_.size());
+    net_.device.download(v.data(), net_.arrays.velocity, v.size() * sizeof(double));
+    double sum = 0;
+    for (size_t i = 0; i < v.size(); ++i) sum += v[i] * cotangent_[i];
+    return sum;
+  }
+
+  double check(const std::string& name, const std::vector<Piece>& pieces) {
+    double analytic = 0, scale = 0;
+    size_t count = 0;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      std::vector<double> g(pieces[i].count), w(g.size());
+      net_.device.download(g.data(), pieces[i].gradient, g.size() * sizeof(double));
+      net_.device.download(w.data(), pieces[i].value, w.size() * sizeof(double));
+      for (size_t k = 0; k < g.size(); ++k) {
+        analytic += g[k] * gaussian(o_.seed + 1, streams::check, i << 40 | k);
+        scale += w[k] * w[k];
+      }
+      count += g.size();
+    }
+    // A step in proportion to the family's values, shared out over its many members.
+    double h = o_.step * std::sqrt(scale / double(count)) / std::sqrt(double(pieces.size()));
+    std::vector<double> saved;
+    for (const Piece& p : pieces) {
+      saved.resize(saved.size() + p.count);
+      net_.device.download(&saved[saved.size() - p.count], p.value, p.count * sizeof(double));
+    }
+    auto at = [&](double x) {
+      move(pieces, x);
+      double value = loss();
+      size_t from = 0;
+      for (const Piece& p : pieces) {
+        net_.device.upload(p.value, &saved[from], p.count * sizeof(double));
+        from += p.count;
+      }
+      return value;
+    };
+    double numeric = (at(-2 * h) - 8 * at(-h) + 8 * at(h) - at(2 * h)) / (12 * h);
+    double error = std::abs(numeric - analytic) / std::max(std::abs(numeric), std::abs(analytic));
+    bool good = error <= o_.tolerance;  // false for NaN
+    std::printf("%-44s %10zu  %+.12e  %+.12e  %.2e  %s\n", name.c_str(), count, analytic, numeric,
+                error, good ? "ok" : "WRONG");
+    return std::isfinite(error) ? error : HUGE_VAL;
+  }
+};
+
+inline int gradcheck(Device& device, const GradcheckOptions& o) {
+  o.model.check();
+  Gradcheck check(device, o);
+  std::printf("%s, %zu layers, recompute %zu, fp64 on %s, four-point differences\n",
+              o.model.residual.c_str(), o.model.depth, o.recompute, device.name.c_str());
+  std::printf("%-44s %10s  %-19s  %-19s  %s\n", "family", "numbers", "by hand", "by differences",
+              "relative error");
+  double worst = check.run();
+  bool good = worst <= o.tolerance;
+  std::printf("largest relative error %.2e: %s (limit %.0e)\n", worst, good ? "ok" : "WRONG",
+              o.tolerance);
+  return good ? 0 : 1;
+}
+
+// ---------------------------------------------------------------------------------------------
+// 7. The command line
+
+inline void add_model_options(CLI::App* app, Config& m) {
+  app->add_option("--depth", m.depth, "blocks")->capture_default_str();
+  app->add_option("--width", m.width, "channels D of a token")->capture_default_str();
+  app->add_option("--heads", m.heads, "attention heads")->capture_default_str();
+  app->add_option("--ffn", m.ffn, "width of the FFN")->capture_default_str();
+  app->add_option("--patch", m.patch, "pixels along a patch")->capture_default_str();
+  app->add_option("--residual", m.residual,
+                  "postnorm, layerscale, rezero, mvsplit, mvsplit-attention, mvsplit-ffn, "
+                  "mvsplit-noleak")
+      ->capture_default_str();
+  app->add_option("--alpha", m.alpha, "MV-Split's mean gate at the start")->capture_default_str();
+  app->add_option("--beta", m.beta, "MV-Split's centered gate at the start")->capture_default_str();
+  app->add_option("--lambda", m.lambda, "LayerScale's gate at the start")->capture_default_str();
+  app->add_option("--writer-std", m.writer_std, "W_O and W2 start as N(0, std^2)");
+  app->add_option("--final-std", m.final_std, "so does the final projection")
+      ->capture_default_str();
+  app->add_option("--norm-eps", m.norm_eps, "epsilon of the RMSNorms")->capture_default_str();
+}
+
+// Sizes that train reads off the data; for the subcommands that have none.
+inline void add_data_sizes(CLI::App* app, Config& m) {
+  app->add_option("--channels", m.channels, "channels of the image")->capture_default_str();
+  app->add_option("--height", m.height, "pixels")->capture_default_str();
+  app->add_option("--image-width", m.image_width, "pixels")->capture_default_str();
+  app->add_option("--text-tokens", m.text_tokens, "tokens of a caption")->capture_default_str();
+  app->add_option("--text-dim", m.text_dim, "numbers of a text token")->capture_default_str();
+}
+
+inline void add_train_options(CLI::App* app, TrainOptions& o) {
+  add_model_options(app, o.model);
+  app->add_option("--batch", o.batch, "images of a forward pass")->capture_default_str();
+  app->add_option("--accumulate", o.accumulate, "passes of a step")->capture_default_str();
+  app->add_option("--steps", o.steps, "steps, from the start of the run")->capture_default_str();
+  app->add_option("--lr", o.optimizer.lr, "learning rate after warm-up")->capture_default_str();
+  app->add_option("--warmup", o.optimizer.warmup, "steps of warm-up")->capture_default_str();
+  app->add_option("--weight-decay", o.optimizer.decay, "of matrices")->capture_default_str();
+  app->add_option("--clip", o.optimizer.clip, "largest gradient norm; 0: none")
+      ->capture_default_str();
+  app->add_option("--recompute", o.recompute,
+                  "0: keep all activations; k: a checkpoint every k blocks")
+      ->capture_default_str();
+  app->add_option("--dropout", o.dropout, "share of captions left out")->capture_default_str();
+  app->add_option("--time-shift", o.time_shift, "a in t' = a t / (1 + (a-1) t)")
+      ->capture_default_str();
+  app->add_option("--ema", o.ema, "decay of the weights' average; 0: none")->capture_default_str();
+  app->add_option("--seed", o.seed, "of everything random")->capture_default_str();
+  app->add_option("--data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs")
+      ->capture_default_str();
+}
+
+inline void add_machine_options(CLI::App* app, Machine& machine) {
+  app->add_option("--device", machine.device, "where")
+      ->check(CLI::IsMember({"auto", "cpu", "gpu"}))
+      ->capture_default_str();
+  app->add_option("--precision", machine.precision,
+                  "of storage; auto: bf16 on a GPU, fp32 on a CPU")
+      ->check(CLI::IsMember({"auto", "fp64", "fp32", "bf16"}))
+      ->capture_default_str();
+}
+
+inline CLI::App* add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
+  CLI::App* sub = app.add_subcommand("train", "train a model");
+  add_train_options(sub, o);
+  sub->add_option("--out", o.out, "folder of the run")->capture_default_str();
+  sub->add_flag("--resume", o.resume, "go on from --out, if there is a run in it");
+  sub->add_option("--val-images", o.val_images, "held-out images")->capture_default_str();
+  sub->add_option("--log-every", o.log_every, "steps a line")->capture_default_str();
+  sub->add_option("--val-every", o.val_every, "steps; 0: at the end")->capture_default_str();
+  sub->add_option("--save-every", o.save_every, "steps; 0: at the end")->capture_default_str();
+  sub->add_option("--sample-every", o.sample_every, "steps; 0: at the end")->capture_default_str();
+  add_machine_options(sub, machine);
+  return sub;
+}
+
+inline CLI::App* add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
+  CLI::App* sub = app.add_subcommand("sample", "draw images, a row a prompt");
+  sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
+  sub->add_option("--prompt", o.prompts, "what to draw; with --data, a caption's number")
+      ->required();
+  sub->add_option("--data", o.data, "take captions from this data set");
+  sub->add_option("--out", o.out, ".png, or .safetensors for raw numbers")->capture_default_str();
+  sub->add_option("--columns", o.columns, "images of a row")->check(CLI::Range(1, 1000));
+  sub->add_option("--steps", o.steps, "Euler steps")
+      ->check(CLI::Range(1, 100000))
+      ->capture_default_str();
+  sub->add_option("--cfg", o.guidance, "guidance; 1: none")->capture_default_str();
+  sub->add_option("--time-shift", o.time_shift, "default: as trained");
+  sub->add_option("--seed", o.seed, "of the noise")->capture_default_str();
+  sub->add_option("--batch", o.batch, "images at once")->check(CLI::Range(1, 100000));
+  sub->add_option("--heads", o.heads, "if the file does not say");
+  sub->add_option("--size", o.size, "pixels a side, if the file does not say");
+  sub->add_option("--text-tokens", o.text_tokens, "if the file does not say");
+  add_machine_options(sub, machine);
+  return sub;
+}
+
+inline CLI::App* add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
+  CLI::App* sub = app.add_subcommand("forward", "velocity and gradients for given inputs");
+  sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
+  sub->add_option("--inputs", o.inputs, "z, text and optionally cotangent")->required();
+  sub->add_option("--out", o.out, "velocity, grad.*")->required();
+  sub->add_option("--heads", o.heads, "if the weights do not say");
+  sub->add_option("--norm-eps", o.norm_eps, "default: as in the weights, or 1e-6");
+  sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks; 0: keep all");
+  add_machine_options(sub, machine);
+  return sub;
+}
+
+inline CLI::App* add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& machine) {
+  o.model.depth = 1000, o.model.width = 16, o.model.heads = 2, o.model.ffn = 24;
+  o.model.channels = 2, o.model.height = 4, o.model.image_width = 6, o.model.patch = 2;
+  o.model.text_tokens = 3, o.model.text_dim = 5;
+  o.model.alpha = 0.03, o.model.beta = 0.1, o.model.lambda = 0.1;
+  o.model.writer_std = 0.25, o.model.final_std = 0.25;
+  CLI::App* sub = app.add_subcommand("gradcheck", "gradients of the whole network by differences");
+  add_model_options(sub, o.model);
+  add_data_sizes(sub, o.model);
+  sub->add_option("--batch", o.batch)->check(CLI::Range(1, 1024))->capture_default_str();
+  sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks")->capture_default_str();
+  sub->add_option("--step", o.step, "of the differences, relative to the values")
+      ->capture_default_str();
+  sub->add_option("--tolerance", o.tolerance, "largest relative error")->capture_default_str();
+  sub->add_option("--seed", o.seed)->capture_default_str();
+  sub->add_option("--device", machine.device, "where")
+      ->check(CLI::IsMember({"auto", "cpu", "gpu"}));
+  return sub;
+}
+
+inline CLI::App* add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Machine& machine) {
+  CLI::App* sub = app.add_subcommand("plan", "bytes and FLOP of a step, without taking them");
+  add_train_options(sub, o);
+  add_data_sizes(sub, o.model);
+  sub->add_option("--images", sizes.images, "training images")->capture_default_str();
+  sub->add_option("--captions", sizes.captions, "different captions")->capture_default_str();
+  sub->add_option("--val-images", sizes.held_out, "held-out images")->capture_default_str();
+  add_machine_options(sub, machine);
+  return sub;
+}
+
+// Parse and run. Returns the exit status: 0, 1 if a check or the training failed, 2 for bad input.
+inline int command(int argc, const char* const* argv) {
+  CLI::App app{"MV-Split: 1000-layer diffusion transformers with mean-variance split residuals"};
+  app.set_config("--config", "", "options from a file: [train] depth = 400 ...");
+  app.require_subcommand(1);
+  app.fallthrough();
+  TrainOptions train_options, plan_options;
+  SampleOptions sample_options;
+  ForwardOptions forward_options;
+  GradcheckOptions gradcheck_options;
+  DataSizes sizes{60000, 256, 10};
+  Machine machine;
+  CLI::App* train_sub = add_train(app, train_options, machine);
+  CLI::App* sample_sub = add_sample(app, sample_options, machine);
+  CLI::App* forward_sub = add_forward(app, forward_options, machine);
+  CLI::App* gradcheck_sub = add_gradcheck(app, gradcheck_options, machine);
+  CLI::App* plan_sub = add_plan(app, plan_options, sizes, machine);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 2;
+  }
+  try {
+    if (*plan_sub)
+      return machine.with_precision([&](auto t) {
+        check_options(plan_options);
+        print_plan(training_plan<decltype(t)>(plan_options, sizes, machine.gpu()), plan_options,
+                   dtype_name<decltype(t)>());
+        return 0;
+      });
+    Device device(machine.gpu());
+    if (*gradcheck_sub) return gradcheck(device, gradcheck_options);
+    if (*train_sub) {
+      Dataset data = load_dataset(train_options.data, true);
+      Dataset held_out = load_dataset(train_options.data, false);
+      fit_to_data(train_options.model, data);
+      check_options(train_options);
+      return machine.with_precision(
+          [&](auto t) { return train<decltype(t)>(device, train_options, data, held_out); });
+    }
+    return machine.with_precision([&](auto t) {
+      return *sample_sub ? sample<decltype(t)>(device, sample_options)
+                         : forward<decltype(t)>(device, forward_options);
+    });
+    (void)forward_sub;
+  } catch (const Error& e) {
+    std::fprintf(stderr, "mvsplit: %s\n", e.what());
+    return 2;
+  }
+}
+
+#ifndef MVSPLIT_NO_MAIN  // the tests bring their own
+int main(int argc, char** argv) { return command(argc, argv); }
+#endif
