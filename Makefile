@@ -1,0 +1,76 @@
+# make run    train an ultra-deep model on this machine and draw pictures from it
+# make test   build and run every test (SAN=1: under AddressSanitizer and UBSan)
+# make        build the program, build/mvsplit
+#
+# With nvcc and a GPU everything is built for the GPU (the binaries still run on the CPU too). With
+# nvcc alone, `make test` compiles the GPU build as well and runs the CPU one. ARCH=sm_80 chooses the
+# GPU architecture; by default it is the one found, else sm_90.
+
+NVCC := $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\)$$/sm_\1\2/p')
+ARCH ?= $(or $(GPU_ARCH),sm_90)
+MACHINE := $(if $(and $(NVCC),$(GPU_ARCH)),gpu,cpu)
+
+WARNINGS := -Wall -Wextra -Werror
+CXXFLAGS := -std=c++17 -O3 -march=native -fopenmp $(WARNINGS)
+comma := ,
+space := $(subst ,, )
+NVCCFLAGS := -std=c++17 -O3 -arch=$(ARCH) --extended-lambda -Werror all-warnings \
+             -Xcompiler $(subst $(space),$(comma),-march=native -fopenmp -Wall -Wextra)
+ifdef SAN
+CXXFLAGS := -std=c++17 -O1 -g -march=native -fopenmp $(WARNINGS) \
+            -fsanitize=address,undefined -fno-sanitize-recover=all
+MACHINE := cpu
+NVCC :=
+endif
+
+SOURCES := math.h mvsplit.cu dit.cu train.cu $(wildcard data/*.h) tests/check.h
+TESTS := math mvsplit dit train data
+cpu := build/$(if $(SAN),san,cpu)
+gpu := build/gpu-$(ARCH)
+BIN := $($(MACHINE))
+
+.PHONY: all run test setup data clean format
+all: build/mvsplit
+
+build/mvsplit: $(BIN)/mvsplit
+	@cp $< $@
+
+build/%/mvsplit: train.cu $(SOURCES) | setup
+	$(compile)
+build/%_test: $(SOURCES) | setup
+	$(compile)
+$(foreach t,$(TESTS),$(eval $(cpu)/$t_test $(gpu)/$t_test: tests/$t_test.cu))
+
+# One translation unit a program; the folder says which compiler.
+compile = @mkdir -p $(@D); echo "building $@$(if $(findstring gpu,$@), for $(ARCH))"; \
+	$(if $(findstring gpu,$@),$(NVCC) $(NVCCFLAGS) $(source) -o $@ -lcublas,\
+	                          g++ $(CXXFLAGS) -x c++ $(source) -o $@) \
+	$(if $(findstring _test,$@),-lgtest -lgtest_main) -lz -lpthread
+source = $(if $(findstring _test,$@),tests/$(notdir $@).cu,train.cu)
+
+setup:
+	@bash data/setup.sh
+data:
+	@bash data/fetch.sh
+
+# Where there is no GPU: 48 layers, 64 + 8 tokens, under six minutes on two cores. Stopped with Ctrl-C,
+# the same command goes on; when it is done, it draws the pictures again.
+RUN_cpu := --depth 48 --width 64 --heads 4 --ffn 192 --patch 4 --batch 16 --steps 400 \
+           --lr 2e-3 --warmup 50 --save-every 100
+RUN_gpu := --depth 400 --width 128 --heads 2 --ffn 384 --patch 2 --batch 32 --steps 600 \
+           --lr 1e-3 --warmup 100 --save-every 200
+RUN ?= run
+run: build/mvsplit data
+	build/mvsplit train $(RUN_$(MACHINE)) --residual mvsplit --resume --out $(RUN)
+	@bash data/curve.sh $(RUN)
+	@echo "pictures: $(RUN)/samples.png   loss curve: $(RUN)/loss.png"
+
+test: data $(TESTS:%=$(BIN)/%_test) $(BIN)/mvsplit $(if $(NVCC),$(TESTS:%=$(gpu)/%_test) $(gpu)/mvsplit)
+	@$(if $(NVCC),echo "the GPU build was compiled for $(ARCH)",echo "no nvcc: the GPU build was not compiled")
+	@bash tests/run.sh $(BIN)
+
+format:
+	clang-format -i *.cu *.h data/*.h tests/*.cu tests/*.h
+clean:
+	rm -rf build

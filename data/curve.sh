@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Draws RUN/loss.png, the training and validation loss of a run, with gnuplot.
+set -euo pipefail
+run=$1
+if ! command -v gnuplot >/dev/null; then
+  echo "gnuplot is missing: $run/loss.png was not drawn" >&2
+  exit 0
+fi
+gnuplot <<G
+set terminal pngcairo size 900,500 font "sans,11"
+set output "$run/loss.png"
+set datafile separator ","
+set xlabel "step"
+set ylabel "loss (mean squared velocity error)"
+set y2label "gradient norm"
+set y2tics
+set logscale y2
+set ytics nomirror
+set grid
+set key top right
+plot "$run/log.csv" using 1:3 every ::1 axes x1y2 with lines lc rgb "#c0c0c0" title "gradient norm", \
+     "$run/log.csv" using 1:2 every ::1 with lines lc rgb "#9ecae1" title "training loss", \
+     "$run/log.csv" using 1:2 every ::1 smooth bezier lw 2 lc rgb "#08519c" title "training loss, smoothed", \
+     "$run/validation.csv" using 1:2 every ::1 with points pt 7 ps 1.3 lc rgb "#d94801" title "validation loss"
+G

@@ -1,0 +1,176 @@
+// check.h - what the tests share: tensors on a device, operations with their gradients, and the
+// check of a gradient by differences.
+//
+// An Op is a forward and a backward over named inputs. check_gradients() moves each input along a
+// random direction and compares; check_devices() compares a GPU with the CPU in three precisions. A
+// check that could not fail is worth nothing: expect_rejected() feeds it gradients that are wrong.
+#pragma once
+
+#include "../math.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+
+// The CPU, and the GPU where there is one.
+inline std::vector<Device*> devices() {
+  static Device cpu(false);
+  static std::unique_ptr<Device> gpu(Device::gpus() > 0 ? new Device(true) : nullptr);
+  std::vector<Device*> all{&cpu};
+  if (gpu) all.push_back(gpu.get());
+  return all;
+}
+
+inline std::vector<double> random_values(size_t n, uint64_t seed, double scale = 1) {
+  std::vector<double> x(n);
+  for (size_t i = 0; i < n; ++i) x[i] = scale * gaussian(seed, streams::check, i);
+  return x;
+}
+
+// An array on a device, of double, float or bf16, seen from here as doubles.
+class Tensor {
+ public:
+  Tensor() = default;
+  template <class X>
+  static Tensor of(Device& device, size_t count) {
+    Tensor t;
+    t.slab_ = std::make_shared<Slab>(device, count * sizeof(X));
+    t.count_ = count;
+    t.get_ = [](const Tensor& s) {
+      std::vector<X> host(s.count_);
+      s.slab_->device.download(host.data(), s.slab_->data, s.count_ * sizeof(X));
+      return std::vector<double>(host.begin(), host.end());
+    };
+    t.set_ = [](const Tensor& s, const std::vector<double>& values) {
+      std::vector<X> host;
+      for (double v : values) host.push_back(X(v));
+      s.slab_->device.upload(s.slab_->data, host.data(), s.count_ * sizeof(X));
+    };
+    return t;
+  }
+  template <class X>
+  static Tensor random(Device& device, size_t count, uint64_t seed, double scale = 1) {
+    Tensor t = of<X>(device, count);
+    t.set(random_values(count, seed, scale));
+    return t;
+  }
+  template <class X>
+  X* data() const {
+    return reinterpret_cast<X*>(slab_->data);
+  }
+  size_t count() const { return count_; }
+  std::vector<double> get() const { return get_(*this); }
+  void set(const std::vector<double>& values) const {
+    ASSERT_EQ(values.size(), count_);
+    set_(*this, values);
+  }
+
+ private:
+  std::shared_ptr<Slab> slab_;
+  size_t count_ = 0;
+  std::function<std::vector<double>(const Tensor&)> get_;
+  std::function<void(const Tensor&, const std::vector<double>&)> set_;
+};
+
+struct Op {
+  struct Input {
+    std::string name;
+    Tensor value, gradient;
+  };
+  std::vector<Input> inputs;
+  Tensor output, cotangent;
+  std::vector<Tensor> kept;  // what the two functions need besides, kept alive with them
+  std::function<void()> forward, backward;
+
+  const Input& input(const std::string& name) const {
+    for (const Input& i : inputs)
+      if (i.name == name) return i;
+    throw std::out_of_range(name);
+  }
+  // <cotangent, output>: a random cotangent sees everything. (The plain sum of MV-Split's outputs,
+  // for one, is blind to beta, because P annihilates constants.)
+  double loss() const {
+    forward();
+    std::vector<double> y = output.get(), c = cotangent.get();
+    double sum = 0;
+    for (size_t i = 0; i < y.size(); ++i) sum += y[i] * c[i];
+    return sum;
+  }
+};
+
+// |<gradient, u> - four-point difference along u| / the larger of the two.
+inline double directional_error(const Op& op, const Op::Input& input,
+                                const std::vector<double>& gradient, uint64_t seed = 99,
+                                double h = 1e-3) {
+  std::vector<double> x = input.value.get(), u = random_values(x.size(), seed);
+  auto at = [&](double s) {
+    std::vector<double> moved = x;
+    for (size_t i = 0; i < x.size(); ++i) moved[i] += s * u[i];
+    input.value.set(moved);
+    double value = op.loss();
+    input.value.set(x);
+    return value;
+  };
+  double numeric = (at(-2 * h) - 8 * at(-h) + 8 * at(h) - at(2 * h)) / (12 * h), analytic = 0;
+  for (size_t i = 0; i < u.size(); ++i) analytic += gradient[i] * u[i];
+  double error = std::abs(numeric - analytic) / std::max(std::abs(numeric), std::abs(analytic));
+  return std::isfinite(error) ? error : HUGE_VAL;
+}
+
+constexpr double gradient_tolerance = 1e-8;
+
+// Every input's gradient, in fp64, on every device.
+template <class Make>
+void check_gradients(const Make& make) {
+  for (Device* device : devices()) {
+    Op op = make(*device, double{});
+    op.forward();
+    op.backward();
+    for (const Op::Input& input : op.inputs) {
+      std::vector<double> g = input.gradient.get();
+      EXPECT_LE(directional_error(op, input, g), gradient_tolerance)
+          << input.name << " on " << device->name;
+      for (double& x : g) x *= 1 + 1e-6;
+      EXPECT_GT(directional_error(op, input, g), gradient_tolerance) << "the check is blind";
+    }
+  }
+}
+
+// A wrong gradient of op's input `name` must fail the check that the right one passes.
+inline void expect_rejected(const Op& op, const std::string& name, const std::vector<double>& wrong,
+                            const char* what) {
+  const Op::Input& input = op.input(name);
+  ASSERT_LE(directional_error(op, input, input.gradient.get()), gradient_tolerance) << name;
+  EXPECT_GT(directional_error(op, input, wrong), gradient_tolerance) << name << ": " << what;
+}
+
+inline double relative_difference(const std::vector<double>& a, const std::vector<double>& b) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    difference += (a[i] - b[i]) * (a[i] - b[i]);
+    norm += b[i] * b[i];
+  }
+  double r = std::sqrt(difference / norm);
+  return std::isfinite(r) ? r : HUGE_VAL;
+}
+
+// The GPU's outputs and gradients against the CPU's on the same numbers.
+template <class T, class Make>
+void compare_devices(const Make& make, double tolerance) {
+  Op a = make(*devices()[0], T{}), b = make(*devices()[1], T{});
+  for (Op* op : {&a, &b}) op->forward(), op->backward();
+  EXPECT_LE(relative_difference(b.output.get(), a.output.get()), tolerance) << "output";
+  for (size_t i = 0; i < a.inputs.size(); ++i)
+    EXPECT_LE(relative_difference(b.inputs[i].gradient.get(), a.inputs[i].gradient.get()),
+              tolerance)
+        << "gradient of " << a.inputs[i].name;
+}
+
+// Both machines in three precisions. bf16 rounds at 2^-9, fp32 sums in another order.
+template <class Make>
+void check_devices(const Make& make) {
+  if (devices().size() < 2) GTEST_SKIP() << "no GPU";
+  compare_devices<double>(make, 1e-12);
+  compare_devices<float>(make, 1e-5);
+  compare_devices<bf16>(make, 1e-2);
+}

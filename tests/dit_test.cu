@@ -1,0 +1,548 @@
+// dit_test.cu - tests of dit.cu: each operation's backward, the network against an outside oracle,
+// and what checkpointing must not change.
+#include "../dit.cu"
+
+#include "../data/safetensors.h"
+#include "check.h"
+
+#include <sstream>
+
+// ---------------------------------------------------------------------------------------------
+// Operations
+
+template <class T>
+Op linear_op(Device& device, size_t rows, size_t out, size_t in) {
+  using A = Acc<T>;
+  Op op;
+  Device* d = &device;
+  Tensor X = Tensor::random<T>(device, rows * in, 1), W = Tensor::random<T>(device, out * in, 2);
+  Tensor bias = Tensor::random<T>(device, out, 3);
+  op.inputs = {{"X", X, Tensor::of<T>(device, X.count())},
+               {"W", W, Tensor::of<A>(device, W.count())},
+               {"bias", bias, Tensor::of<A>(device, out)}};
+  Tensor Y = op.output = Tensor::of<T>(device, rows * out);
+  Tensor G = op.cotangent = Tensor::random<T>(device, rows * out, 4);
+  Tensor dX = op.inputs[0].gradient, dW = op.inputs[1].gradient, db = op.inputs[2].gradient;
+  op.forward = [=] {
+    linear_forward(*d, Y.data<T>(), X.data<T>(), W.data<T>(), rows, out, in);
+    bias_forward(*d, Y.data<T>(), bias.data<T>(), rows, out);
+  };
+  op.backward = [=] {
+    linear_backward_input(*d, dX.data<T>(), G.data<T>(), W.data<T>(), rows, out, in);
+    linear_backward_weight(*d, dW.data<A>(), G.data<T>(), X.data<T>(), rows, out, in, false);
+    bias_backward(*d, db.data<A>(), G.data<T>(), rows, out, false);
+  };
+  return op;
+}
+
+TEST(Linear, GradientsAgreeWithDifferences) {
+  for (size_t n : {3, 19})
+    check_gradients([&](Device& d, auto t) { return linear_op<decltype(t)>(d, 7, n, 5); });
+}
+TEST(Linear, AgreesOnBothDevices) {
+  check_devices([](Device& d, auto t) { return linear_op<decltype(t)>(d, 300, 40, 24); });
+}
+TEST(Linear, WrongBackwardsAreRejected) {
+  size_t rows = 7, n = 6;  // square, so that a transposed W fits
+  Op op = linear_op<double>(*devices()[0], rows, n, n);
+  op.forward(), op.backward();
+  Device& device = *devices()[0];
+  Tensor wrong = Tensor::of<double>(device, rows * n);
+  double *G = op.cotangent.data<double>(), *W = op.input("W").value.data<double>();
+  double* X = op.input("X").value.data<double>();
+  linear_forward(device, wrong.data<double>(), G, W, rows, n, n);
+  expect_rejected(op, "X", wrong.get(), "W^T for W");
+  Tensor dW = Tensor::of<double>(device, n * n), db = Tensor::of<double>(device, n);
+  linear_backward_weight(device, dW.data<double>(), G, X, rows - 1, n, n, false);
+  expect_rejected(op, "W", dW.get(), "the last token is missing");
+  linear_backward_weight(device, dW.data<double>(), X, G, rows, n, n, false);
+  expect_rejected(op, "W", dW.get(), "transposed");
+  bias_backward(device, db.data<double>(), G, rows - 1, n, false);
+  expect_rejected(op, "bias", db.get(), "the last token is missing");
+}
+
+template <class T>
+Op swiglu_op(Device& device, size_t rows, size_t F) {
+  Op op;
+  Device* d = &device;
+  Tensor u = Tensor::random<T>(device, rows * 2 * F, 1, 1.5);
+  op.inputs = {{"u", u, Tensor::of<T>(device, u.count())}};
+  Tensor h = op.output = Tensor::of<T>(device, rows * F);
+  Tensor G = op.cotangent = Tensor::random<T>(device, rows * F, 2), du = op.inputs[0].gradient;
+  op.forward = [=] { swiglu_forward(*d, h.data<T>(), u.data<T>(), rows, F); };
+  op.backward = [=] { swiglu_backward(*d, du.data<T>(), G.data<T>(), u.data<T>(), rows, F); };
+  return op;
+}
+
+TEST(SwiGlu, GradientsAgreeWithDifferences) {
+  check_gradients([](Device& d, auto t) { return swiglu_op<decltype(t)>(d, 5, 12); });
+}
+TEST(SwiGlu, AgreesOnBothDevices) {
+  check_devices([](Device& d, auto t) { return swiglu_op<decltype(t)>(d, 50, 64); });
+}
+TEST(SwiGlu, WrongBackwardsAreRejected) {
+  size_t rows = 5, F = 8;
+  Op op = swiglu_op<double>(*devices()[0], rows, F);
+  op.forward(), op.backward();
+  std::vector<double> u = op.inputs[0].value.get(), G = op.cotangent.get();
+  std::vector<double> no_slope = op.inputs[0].gradient.get(), exchanged = no_slope;
+  for (size_t i = 0; i < rows * F; ++i) {
+    size_t g = i / F * 2 * F + i % F, v = g + F;
+    no_slope[g] = G[i] * u[v] * sigmoid(u[g]);  // silu' without g s (1 - s)
+    std::swap(exchanged[g], exchanged[v]);
+  }
+  expect_rejected(op, "u", no_slope, "the sigmoid's own slope is dropped");
+  expect_rejected(op, "u", exchanged, "gate and value exchanged");
+}
+
+// RoPE and QK-norm in place; V passes through. qkv is (B, T, 3, H, hd).
+template <class T>
+Op rope_op(Device& device, Heads h, size_t grid_rows, size_t grid_columns, double turn = 1) {
+  using A = Acc<T>;
+  Op op;
+  Device* d = &device;
+  size_t n = h.batch * h.length * 3 * h.width();
+  Tensor x = Tensor::random<T>(device, n, 1), r = Tensor::of<A>(device, n / 3 / h.dim * 2);
+  std::vector<A> c, s;
+  rope_table(c, s, grid_rows, grid_columns, h.dim);
+  Tensor cosine = Tensor::of<A>(device, c.size()), sine = Tensor::of<A>(device, s.size());
+  cosine.set({c.begin(), c.end()}), sine.set({s.begin(), s.end()});
+  Tensor backward_sine = Tensor::of<A>(device, s.size());
+  for (A& v : s) v *= A(turn);
+  backward_sine.set({s.begin(), s.end()});
+  op.inputs = {{"qkv", x, Tensor::of<T>(device, n)}};
+  Tensor y = op.output = Tensor::of<T>(device, n), dx = op.inputs[0].gradient;
+  Tensor G = op.cotangent = Tensor::random<T>(device, n, 2);
+  op.kept = {cosine, sine, r, backward_sine};
+  Rope<A> rope{cosine.data<A>(), sine.data<A>(), grid_rows * grid_columns};
+  Rope<A> back{cosine.data<A>(), backward_sine.data<A>(), grid_rows * grid_columns};
+  op.forward = [=] {
+    d->copy(y.data<T>(), x.data<T>(), n * sizeof(T));
+    rope_qk_norm_forward(*d, y.data<T>(), r.data<A>(), rope, h);
+  };
+  op.backward = [=] {
+    d->copy(dx.data<T>(), G.data<T>(), n * sizeof(T));
+    rope_qk_norm_backward(*d, dx.data<T>(), y.data<T>(), r.data<A>(), back, h);
+  };
+  return op;
+}
+const Heads some_heads{2, 9, 3, 8};  // 2 x 3 image tokens and 3 text tokens
+
+TEST(RopeQkNorm, GradientsAgreeWithDifferences) {
+  check_gradients([](Device& d, auto t) { return rope_op<decltype(t)>(d, some_heads, 2, 3); });
+}
+TEST(RopeQkNorm, AgreesOnBothDevices) {
+  check_devices([](Device& d, auto t) {
+    return rope_op<decltype(t)>(d, Heads{2, 70, 2, 68}, 8, 8);  // more pairs than a warp has lanes
+  });
+}
+TEST(RopeQkNorm, WrongBackwardsAreRejected) {
+  Device& device = *devices()[0];
+  Op op = rope_op<double>(device, some_heads, 2, 3);
+  op.forward(), op.backward();
+  Op turned = rope_op<double>(device, some_heads, 2, 3, -1);
+  turned.forward(), turned.backward();
+  expect_rejected(op, "qkv", turned.inputs[0].gradient.get(), "R for R^T");
+  Op unturned = rope_op<double>(device, some_heads, 2, 3, 0);
+  unturned.forward(), unturned.backward();
+  expect_rejected(op, "qkv", unturned.inputs[0].gradient.get(), "not turned back");
+  Op flat = rope_op<double>(device, some_heads, 2, 3);
+  flat.forward();
+  flat.output.set(std::vector<double>(flat.output.count(), 0.0));  // <g, y> = 0: no projection
+  flat.backward();
+  expect_rejected(op, "qkv", flat.inputs[0].gradient.get(), "the norm's projection is dropped");
+}
+TEST(RopeQkNorm, ScoresDependOnRelativePositionsAndTextIsNotTurned) {
+  // The same q and k at every token: the score of two image tokens is a function of the difference
+  // of their places in the grid.
+  size_t rows = 3, columns = 4;
+  Heads h{1, rows * columns + 1, 1, 8};
+  Op op = rope_op<double>(*devices()[0], h, rows, columns);
+  std::vector<double> x = op.inputs[0].value.get();
+  for (size_t i = 0; i < x.size(); ++i) x[i] = x[i % 24];
+  op.inputs[0].value.set(x);
+  op.forward();
+  std::vector<double> y = op.output.get();
+  auto score = [&](size_t i, size_t j) {
+    double sum = 0;
+    for (size_t k = 0; k < 8; ++k) sum += y[i * 24 + k] * y[j * 24 + 8 + k];
+    return sum;
+  };
+  for (size_t r = 0; r + 1 < rows; ++r)
+    for (size_t c = 0; c + 2 < columns; ++c) {
+      size_t i = r * columns + c;
+      EXPECT_NEAR(score(i, i + columns + 2), score(0, columns + 2), 1e-12);
+      EXPECT_NEAR(score(i + 2, i + columns), score(2, columns), 1e-12);
+    }
+  EXPECT_GT(std::abs(score(0, columns + 2) - score(2, columns)), 1e-3);
+  size_t text = rows * columns;
+  double squares = 0;
+  for (size_t k = 0; k < 8; ++k) squares += x[k] * x[k];
+  for (size_t k = 0; k < 8; ++k)
+    EXPECT_NEAR(y[text * 24 + k], x[k] / std::sqrt(squares / 8 + qk_eps), 1e-14);
+}
+
+struct AttentionOp : Op {
+  Tensor P, dA, dS;
+};
+
+template <class T>
+AttentionOp attention_op(Device& device, Heads h) {
+  using A = Acc<T>;
+  AttentionOp op;
+  Device* d = &device;
+  size_t X = h.batch * h.length * h.width(), squares = h.batch * h.heads * h.length * h.length;
+  Tensor qkv = Tensor::random<T>(device, 3 * X, 1);
+  Tensor P = op.P = Tensor::of<T>(device, squares), dA = op.dA = Tensor::of<A>(device, squares);
+  Tensor dS = op.dS = Tensor::of<T>(device, squares), dqkv = Tensor::of<T>(device, 3 * X);
+  op.inputs = {{"qkv", qkv, dqkv}};
+  Tensor Y = op.output = Tensor::of<T>(device, X);
+  Tensor G = op.cotangent = Tensor::random<T>(device, X, 2);
+  op.kept = {P, dA, dS};
+  op.forward = [=] {
+    attention_forward(*d, Y.data<T>(), P.data<T>(), dA.data<A>(), qkv.data<T>(), h);
+  };
+  op.backward = [=] {
+    attention_backward(*d, dqkv.data<T>(), G.data<T>(), P.data<T>(), qkv.data<T>(), dA.data<A>(),
+                       dS.data<T>(), h);
+  };
+  return op;
+}
+
+TEST(Attention, GradientsAgreeWithDifferences) {
+  for (size_t length : {1, 7, 40})
+    check_gradients([&](Device& d, auto t) {
+      return attention_op<decltype(t)>(d, Heads{2, length, 3, 8});
+    });
+}
+TEST(Attention, AgreesOnBothDevices) {
+  check_devices([](Device& d, auto t) {
+    return attention_op<decltype(t)>(d, Heads{3, 77, 2, 16});
+  });
+}
+TEST(Attention, WrongBackwardsAreRejected) {
+  Device& device = *devices()[0];
+  Heads h{2, 6, 2, 8};
+  AttentionOp op = attention_op<double>(device, h);
+  op.forward(), op.backward();
+  size_t n = h.length;
+  std::vector<double> P = op.P.get(), dA = op.dA.get(), no_outer = P, global = P;
+  for (size_t i = 0; i < P.size(); ++i) no_outer[i] = P[i] * dA[i];  // diag(a) alone
+  for (size_t row = 0; row < P.size(); row += n) {
+    double sum = 0;
+    for (size_t j = 0; j < n; ++j) sum += dA[row + j] / double(n);
+    for (size_t j = 0; j < n; ++j) global[row + j] = P[row + j] * (dA[row + j] - sum);
+  }
+  // dQ and dK from another dS, as attention_backward() makes them from the right one.
+  auto with = [&](const std::vector<double>& dS, double scale) {
+    Tensor s = Tensor::of<double>(device, dS.size());
+    s.set(dS);
+    double *qkv = op.inputs[0].value.data<double>(), *out = op.inputs[0].gradient.data<double>();
+    std::vector<double> right = op.inputs[0].gradient.get();
+    Sizes sizes{n, h.dim, n, h.batch, h.heads};
+    gemm(device, head_part(out, 0, h), head_square(s.data<double>(), h), head_part(qkv, 1, h),
+         sizes, scale);
+    gemm(device, head_part(out, 1, h), head_square(s.data<double>(), h).transpose(),
+         head_part(qkv, 0, h), sizes, scale);
+    std::vector<double> wrong = op.inputs[0].gradient.get();
+    op.inputs[0].gradient.set(right);
+    return wrong;
+  };
+  double scale = 1 / std::sqrt(double(h.dim));
+  EXPECT_LE(directional_error(op, op.inputs[0], with(op.dS.get(), scale)), gradient_tolerance);
+  expect_rejected(op, "qkv", with(no_outer, scale), "diag(a) without a a^T");
+  expect_rejected(op, "qkv", with(global, scale), "the plain mean of dA for <a, dA>");
+  expect_rejected(op, "qkv", with(op.dS.get(), 1), "1/sqrt(hd) forgotten");
+}
+TEST(Attention, ForwardFollowsTheDefinition) {
+  Heads h{2, 5, 2, 4};
+  for (Device* device : devices()) {
+    AttentionOp op = attention_op<double>(*device, h);
+    op.forward();
+    std::vector<double> x = op.inputs[0].value.get(), want(op.output.count());
+    auto at = [&](size_t b, size_t t, size_t part, size_t head, size_t k) {
+      return x[(((b * h.length + t) * 3 + part) * h.heads + head) * h.dim + k];
+    };
+    for (size_t b = 0; b < h.batch; ++b)
+      for (size_t head = 0; head < h.heads; ++head)
+        for (size_t i = 0; i < h.length; ++i) {
+          std::vector<double> p(h.length);
+          double sum = 0;
+          for (size_t j = 0; j < h.length; ++j) {
+            for (size_t k = 0; k < h.dim; ++k) p[j] += at(b, i, 0, head, k) * at(b, j, 1, head, k);
+            sum += p[j] = std::exp(p[j] / std::sqrt(double(h.dim)));
+          }
+          for (size_t j = 0; j < h.length; ++j)
+            for (size_t k = 0; k < h.dim; ++k)
+              want[(b * h.length + i) * h.width() + head * h.dim + k] +=
+                  p[j] / sum * at(b, j, 2, head, k);
+        }
+    EXPECT_LE(relative_difference(op.output.get(), want), 1e-14) << device->name;
+  }
+}
+
+TEST(Patches, OrdersAreEachOthersBackward) {
+  // <image_to_tokens(x), y> = <x, tokens_to_image(y)>, and a permutation undone is the identity.
+  Patches p{3, 4, 6, 2};
+  size_t B = 2, pixels = 72, length = p.tokens() + 2;
+  for (Device* device : devices())
+    for (PatchOrder order : {PatchOrder::channel_first, PatchOrder::channel_last}) {
+      Tensor image = Tensor::random<double>(*device, B * pixels, 1);
+      Tensor tokens = Tensor::of<double>(*device, B * length * p.dim());
+      Tensor back = Tensor::of<double>(*device, B * pixels);
+      image_to_tokens(*device, tokens.data<double>(), image.data<double>(), B, length, p, order);
+      tokens_to_image<double>(*device, back.data<double>(), tokens.data<double>(), nullptr, B,
+                              length, p, order);
+      EXPECT_EQ(image.get(), back.get());
+      std::vector<double> t = tokens.get();
+      for (size_t i = 0; i < t.size(); ++i)
+        EXPECT_TRUE(i / p.dim() % length < p.tokens() || t[i] == 0);
+    }
+  // Channel 2, row 1, column 0 of the patch at grid place (1, 2).
+  EXPECT_EQ(p.pixel(5, 2 * 4 + 1 * 2 + 0, PatchOrder::channel_first), size_t(2 * 24 + 3 * 6 + 4));
+  EXPECT_EQ(p.pixel(5, (1 * 2 + 0) * 3 + 2, PatchOrder::channel_last), size_t(2 * 24 + 3 * 6 + 4));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Configuration and table
+
+TEST(Config, ImpossibleSizesAreRefused) {
+  struct Case {
+    void (*change)(Config&);
+    const char* says;
+  };
+  const Case cases[] = {
+      {[](Config& c) { c.heads = 3; }, "not divisible by 3 heads"},
+      {[](Config& c) { c.heads = 32; }, "not a multiple of 4"},
+      {[](Config& c) { c.patch = 5; }, "cannot be cut into patches"},
+      {[](Config& c) { c.ffn = 6; }, "ffn 6"},
+      {[](Config& c) { c.depth = 0; }, "at least 1"},
+      {[](Config& c) { c.depth = size_t(-1); }, "out of range"},
+      {[](Config& c) { c.residual = "prenorm"; }, "choose one of postnorm"},
+      {[](Config& c) { c.norm_eps = 0; }, "norm-eps"},
+  };
+  for (const Case& test : cases) {
+    Config c;
+    EXPECT_NO_THROW(c.check());
+    test.change(c);
+    try {
+      c.check();
+      ADD_FAILURE() << "accepted: " << test.says;
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find(test.says), std::string::npos) << e.what();
+    }
+  }
+}
+
+TEST(Table, ListsEachParameterOnceWithoutOverlap) {
+  for (const Residual& mode : residuals) {
+    Config c;
+    c.depth = 3, c.width = 12, c.heads = 1, c.ffn = 20, c.residual = mode.name;
+    Table table = parameter_table(c);
+    std::set<std::string> names;
+    size_t end = 0;
+    for (const Parameter& p : table.parameters) {
+      EXPECT_TRUE(names.insert(p.name).second) << p.name;
+      EXPECT_GE(p.offset, end) << p.name;
+      EXPECT_EQ(p.offset % 8, 0u) << p.name;
+      end = p.offset + p.count();
+    }
+    EXPECT_LE(end, table.size);
+    // W_Q, W_K, W_V are read as one matrix; blocks repeat at a fixed stride.
+    EXPECT_EQ(table.at("blocks.1.operator.v_proj.weight").offset,
+              table.at("blocks.1.operator.q_proj.weight").offset + 2 * c.width * c.width);
+    for (const Parameter& p : table.parameters)
+      if (p.name.rfind("blocks.0.", 0) == 0) {
+        EXPECT_EQ(table.at("blocks.2." + p.name.substr(9)).offset,
+                  p.offset + 2 * table.block_stride);
+      }
+  }
+}
+
+TEST(Table, HasThePapersSizes) {
+  Config c;
+  c.width = 1024, c.heads = 8, c.ffn = 3072, c.channels = 4, c.patch = 2, c.text_dim = 1024;
+  c.depth = 400;
+  EXPECT_NEAR(1e-9 * double(parameter_table(c).count()), 5.45, 0.01);
+  c.depth = 1000;
+  EXPECT_NEAR(1e-9 * double(parameter_table(c).count()), 13.64, 0.01);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The network
+
+template <class T>
+struct Filled {
+  std::unique_ptr<Network<T>> net;
+  size_t batch;
+
+  // A network with random weights, inputs and cotangent.
+  Filled(Device& device, const Config& config, size_t b, size_t recompute, uint64_t seed = 1)
+      : net(std::make_unique<Network<T>>(device, config, b, recompute, true)), batch(b) {
+    std::vector<T> weights(net->table.size, T(0.f));
+    uint64_t number = 0;
+    for (const Parameter& p : net->table.parameters) {
+      std::vector<double> values = random_values(p.count(), seed * 1000 + number++, 0.25);
+      for (size_t i = 0; i < values.size(); ++i)
+        weights[p.offset + i] = T(float(values[i] + (p.shape.size() == 1 ? 0.3 : 0)));
+    }
+    device.upload(net->weights(), weights.data(), weights.size() * sizeof(T));
+    auto fill = [&](auto* to, size_t n, uint64_t s) {
+      using X = std::remove_pointer_t<decltype(to)>;
+      std::vector<X> host;
+      for (double v : random_values(n, s)) host.push_back(X(float(v)));
+      device.upload(to, host.data(), n * sizeof(X));
+    };
+    fill(net->arrays.z, b * config.pixels(), seed + 1);
+    fill(net->arrays.text, b * config.text_size(), seed + 2);
+    fill(net->arrays.dvelocity, b * config.pixels(), seed + 3);
+  }
+  std::vector<Acc<T>> run() {
+    net->forward(batch);
+    net->backward(batch, false, true);
+    std::vector<Acc<T>> out(net->table.size + batch * net->config.pixels());
+    Acc<T>* end = out.data() + net->table.size;
+    net->device.download(out.data(), net->gradients(), net->table.size * sizeof(Acc<T>));
+    net->device.download(end, net->arrays.velocity, batch * net->config.pixels() * sizeof(Acc<T>));
+    return out;
+  }
+};
+
+Config small(size_t depth, const char* residual = "mvsplit") {
+  Config c;
+  c.depth = depth, c.width = 16, c.heads = 2, c.ffn = 24, c.residual = residual;
+  c.channels = 2, c.height = 8, c.image_width = 12, c.patch = 2, c.text_tokens = 3, c.text_dim = 5;
+  return c;
+}
+
+template <class X>
+bool same_bits(const std::vector<X>& a, const std::vector<X>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(X)) == 0;
+}
+
+template <class T>
+void recompute_keeps_bits(Device& device) {
+  Config config = small(33);
+  std::vector<Acc<T>> kept = Filled<T>(device, config, 2, 0).run();
+  EXPECT_TRUE(same_bits(kept, Filled<T>(device, config, 2, 0).run())) << "two runs differ";
+  for (size_t k : {1, 7, 32, 33, 100})
+    EXPECT_TRUE(same_bits(kept, Filled<T>(device, config, 2, k).run())) << "recompute " << k;
+  Filled<T> twice(device, config, 2, 7);
+  twice.run();
+  EXPECT_TRUE(same_bits(kept, twice.run())) << "a second pass over used arrays";
+  Filled<T> other(device, config, 2, 0, 2);
+  EXPECT_FALSE(same_bits(kept, other.run())) << "the comparison is blind";
+}
+TEST(Network, RecomputeDoesNotChangeABit) {
+  for (Device* device : devices()) {
+    SCOPED_TRACE(device->name);
+    recompute_keeps_bits<double>(*device);
+    recompute_keeps_bits<float>(*device);
+    recompute_keeps_bits<bf16>(*device);
+  }
+}
+
+TEST(Network, AccumulatesGradients) {
+  for (Device* device : devices()) {
+    Filled<double> f(*device, small(3), 2, 2);
+    std::vector<double> once = f.run();
+    f.net->forward(2);
+    f.net->backward(2, true);
+    std::vector<double> twice(f.net->table.size);
+    device->download(twice.data(), f.net->gradients(), twice.size() * sizeof(double));
+    once.resize(twice.size());
+    for (double& x : once) x *= 2;
+    EXPECT_LE(relative_difference(twice, once), 1e-14);
+  }
+}
+
+// A batch smaller than the largest, and a network that cannot train, answer the same.
+TEST(Network, InferenceAgreesWithTraining) {
+  for (Device* device : devices()) {
+    Config config = small(5);
+    Filled<float> f(*device, config, 3, 2);
+    f.net->forward(3);
+    size_t n = config.pixels();
+    std::vector<float> all(3 * n), one(n);
+    device->download(all.data(), f.net->arrays.velocity, all.size() * sizeof(float));
+    Network<float> inference(*device, config, 2, 0, false);
+    device->copy(inference.weights(), f.net->weights(), f.net->table.size * sizeof(float));
+    device->copy(inference.arrays.z, f.net->arrays.z, n * sizeof(float));
+    device->copy(inference.arrays.text, f.net->arrays.text, config.text_size() * sizeof(float));
+    inference.forward(1);
+    device->download(one.data(), inference.arrays.velocity, n * sizeof(float));
+    all.resize(n);
+    EXPECT_LE(relative_difference({one.begin(), one.end()}, {all.begin(), all.end()}), 1e-6);
+  }
+}
+
+TEST(Network, PlanIsWhatIsTaken) {
+  for (Device* device : devices())
+    for (bool trains : {true, false})
+      for (size_t k : {0, 3}) {
+        size_t before = device->allocated;
+        Network<float> net(*device, small(8), 3, k, trains);
+        EXPECT_EQ(device->allocated - before, network_plan<float>(small(8), 3, k, trains).total());
+      }
+}
+
+template <class T>
+void compare_networks(double tolerance) {
+  auto [cpu, gpu] = std::pair{Filled<T>(*devices()[0], small(6), 2, 0).run(),
+                              Filled<T>(*devices()[1], small(6), 2, 0).run()};
+  EXPECT_LE(relative_difference({gpu.begin(), gpu.end()}, {cpu.begin(), cpu.end()}), tolerance);
+}
+TEST(Network, AgreesOnBothDevices) {
+  if (devices().size() < 2) GTEST_SKIP() << "no GPU";
+  compare_networks<double>(1e-11);
+  compare_networks<float>(1e-4);
+  compare_networks<bf16>(5e-2);
+}
+
+// tests/oracle.safetensors: velocities and gradients of small models in every residual mode, by
+// automatic differentiation of an independent implementation (tests/oracle.py).
+TEST(Network, AgreesWithTheOracle) {
+  SafetensorsReader file("tests/oracle.safetensors");
+  ASSERT_EQ(file.metadata().size(), std::size(residuals));
+  for (Device* device : devices())
+    for (const auto& [name, text] : file.metadata()) {
+      std::map<std::string, std::string> m;
+      std::istringstream words(text);
+      for (std::string word; words >> word;)
+        m[word.substr(0, word.find('='))] = word.substr(word.find('=') + 1);
+      auto n = [&](const char* key) { return size_t(std::stoul(m.at(key))); };
+      Config c;
+      c.depth = n("depth"), c.width = n("width"), c.heads = n("heads"), c.ffn = n("ffn");
+      c.channels = n("channels"), c.height = n("height"), c.image_width = n("image_width");
+      c.patch = n("patch"), c.text_tokens = n("text_tokens"), c.text_dim = n("text_dim");
+      c.residual = m.at("residual"), c.norm_eps = std::stod(m.at("norm_eps"));
+      size_t b = file.find(name + "/z")->shape[0];
+      Network<double> net(*device, c, b, 1, true);
+      auto want = [&, prefix = name](const std::string& tensor) {
+        const TensorInfo* info = file.find(prefix + "/" + tensor);
+        std::vector<double> values(info ? info->count() : 0);
+        EXPECT_TRUE(info) << tensor;
+        if (info) file.read(*info, values.data(), 0, values.size());
+        return values;
+      };
+      auto give = [&](const std::string& tensor, double* to) {
+        std::vector<double> values = want(tensor);
+        device->upload(to, values.data(), values.size() * sizeof(double));
+      };
+      for (const Parameter& p : net.table.parameters) give(p.name, net.weights() + p.offset);
+      give("z", net.arrays.z), give("text", net.arrays.text);
+      give("cotangent", net.arrays.dvelocity);
+      net.forward(b);
+      net.backward(b, false, true);
+      auto compare = [&](const std::string& tensor, const double* from) {
+        std::vector<double> wanted = want(tensor), got(wanted.size());
+        device->download(got.data(), from, got.size() * sizeof(double));
+        EXPECT_LE(relative_difference(got, wanted), 1e-10) << name << " " << tensor;
+      };
+      compare("velocity", net.arrays.velocity);
+      compare("grad.z", net.arrays.dz);
+      compare("grad.text", net.arrays.dtext);
+      for (const Parameter& p : net.table.parameters)
+        compare("grad." + p.name, net.gradients() + p.offset);
+    }
+}

@@ -1,0 +1,654 @@
+// math_test.cu - the machine and the scalar maths, on every device at hand.
+//
+// What it is: numbers against exhaustive or published answers, products and reductions against
+// plain loops, memory against its own accounts. What it is not: a test of speed.
+// How to read it: each section follows one of math.h's. Kernels are free functions, since nvcc
+// takes no device lambda inside a test's body.
+#include "../math.h"
+
+#include <functional>
+#include <limits>
+#include <random>
+
+#include <gtest/gtest.h>
+
+namespace {
+
+// test(device) on the CPU, and on the GPU if there is one.
+void on_every_device(const std::function<void(Device&)>& test) {
+  for (int gpu = 0; gpu <= (Device::gpus() > 0); ++gpu) {
+    Device device(gpu);
+    SCOPED_TRACE(device.name);
+    test(device);
+  }
+}
+
+// An array in a device's memory and its copies to and from the host.
+template <class T>
+struct DeviceArray {
+  Slab slab;
+  size_t size;
+
+  DeviceArray(Device& device, size_t n) : slab(device, n * sizeof(T)), size(n) {}
+  DeviceArray(Device& device, const std::vector<T>& host) : DeviceArray(device, host.size()) {
+    device.upload(slab.data, host.data(), size * sizeof(T));
+  }
+  T* data() const { return reinterpret_cast<T*>(slab.data); }
+  std::vector<T> host() const {
+    std::vector<T> out(size);
+    slab.device.download(out.data(), slab.data, size * sizeof(T));
+    return out;
+  }
+};
+
+uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+float float_of(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+bf16 bf16_of(uint32_t bits) {
+  bf16 x;
+  x.bits = uint16_t(bits);
+  return x;
+}
+
+// ---------------------------------------------------------------------------------------------
+// 1. Errors
+
+TEST(Errors, FailThrowsTheFormattedSentence) {
+  try {
+    fail("width %zu is not divisible by %d %s", size_t(10), 3, "heads");
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_STREQ(error.what(), "width 10 is not divisible by 3 heads");
+  }
+}
+
+TEST(Errors, FailCutsAnEndlessSentence) {
+  try {
+    fail("%s", std::string(5000, 'x').c_str());
+    FAIL() << "no error";
+  } catch (const std::runtime_error& error) {
+    EXPECT_EQ(std::string(error.what()), std::string(1023, 'x'));
+  }
+}
+
+TEST(ErrorsDeathTest, DieSaysWhereAndExits) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");  // OpenMP's threads do not survive a fork
+  EXPECT_EXIT(die("a.cu", 7, "cudaFree(x)", "no luck"), testing::ExitedWithCode(1),
+              "a.cu:7: cudaFree\\(x\\): no luck");
+}
+
+TEST(Errors, NoGpuIsTheUsersToMend) {
+  if (Device::gpus() > 0) GTEST_SKIP() << "there is a GPU";
+  try {
+    Device device(true);
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, "--device cpu", error.what());
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// 2. Numbers
+
+// The nearest bf16 of a finite x, by distances in double, where all of them are exact. Infinity
+// stands for the next number after the largest, 2^128, as rounding sees it.
+uint16_t nearest_bf16(float x) {
+  uint16_t toward_zero = uint16_t(bits_of(x) >> 16), away = uint16_t(toward_zero + 1);
+  auto value = [](uint16_t b) {
+    return (b & 0x7fff) == 0x7f80 ? std::copysign(0x1p128, float(bf16_of(b ^ 0x100)))
+                                  : double(float(bf16_of(b)));
+  };
+  double below = std::abs(double(x) - value(toward_zero)), above = std::abs(value(away) - x);
+  if (below != above) return below < above ? toward_zero : away;
+  return toward_zero % 2 == 0 ? toward_zero : away;
+}
+
+TEST(Bf16, EveryPatternRoundTrips) {
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    float x = bf16_of(bits);
+    ASSERT_EQ(bits_of(x), bits << 16);
+    // A NaN stays one, and becomes quiet.
+    ASSERT_EQ(bf16(x).bits, std::isnan(x) ? bits | 0x40 : bits) << bits;
+  }
+}
+
+TEST(Bf16, RoundsToTheNearestEven) {
+  struct {
+    uint32_t from, to;
+  } table[] = {
+      {0x3f808000, 0x3f80},  // 1 + half a step: a tie, and 1 is even
+      {0x3f818000, 0x3f82},  // a tie the other way
+      {0x3f808001, 0x3f81},  // just above a tie
+      {0x3f817fff, 0x3f81},  // just below one
+      {0x3fffffff, 0x4000},  // the carry makes the next exponent
+      {0x7f7f7fff, 0x7f7f},  // the last that stays finite
+      {0x7f7f8000, 0x7f80},  // the first that does not
+      {0xff7fffff, 0xff80},  // minus the largest float
+      {0x7f800000, 0x7f80},  // infinity
+      {0x00008000, 0x0000},  // subnormal: a tie between 0 and the smallest
+      {0x80008001, 0x8001},  // and above it, with a sign
+      {0x007fffff, 0x0080},  // the largest subnormal rounds up to a normal number
+      {0x80000000, 0x8000},  // minus zero
+      {0x7f800001, 0x7fc0},  // NaN whose payload is all below the cut
+      {0xffffffff, 0xffff},
+  };
+  for (auto [from, to] : table) EXPECT_EQ(bf16(float_of(from)).bits, to) << std::hex << from;
+}
+
+TEST(Bf16, AgreesWithASearchForTheNearest) {
+  for (uint32_t b = 0; b < 65536; ++b)  // every tie and its neighbours
+    for (uint32_t low : {0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
+      float x = float_of(b << 16 | low);
+      if (std::isnan(x))
+        ASSERT_TRUE(std::isnan(float(bf16(x)))) << std::hex << b;
+      else
+        ASSERT_EQ(bf16(x).bits, nearest_bf16(x)) << std::hex << b << " " << low;
+    }
+  std::mt19937 random(1);
+  for (int i = 0; i < 1000000; ++i) {
+    float x = float_of(uint32_t(random()));
+    if (!std::isfinite(x)) continue;
+    ASSERT_EQ(bf16(x).bits, nearest_bf16(x)) << std::hex << bits_of(x);
+  }
+}
+
+TEST(Bf16, TheSameOnEveryDevice) {
+  std::vector<float> in;
+  for (uint32_t b = 0; b < 65536; ++b)
+    for (uint32_t low : {0x0000u, 0x7fffu, 0x8000u, 0x8001u}) in.push_back(float_of(b << 16 | low));
+  on_every_device([&](Device& device) {
+    DeviceArray<float> x(device, in);
+    DeviceArray<bf16> y(device, in.size());
+    DeviceArray<double> z(device, in.size());
+    convert(device, y.data(), x.data(), in.size());
+    convert(device, z.data(), y.data(), in.size());
+    auto rounded = y.host();
+    auto wide = z.host();
+    for (size_t i = 0; i < in.size(); ++i) {
+      ASSERT_EQ(rounded[i].bits, bf16(in[i]).bits) << std::hex << bits_of(in[i]);
+      ASSERT_TRUE(wide[i] == double(float(rounded[i])) || std::isnan(in[i])) << i;
+    }
+  });
+}
+
+// out = store(2 (a - b) + a * b), the inner product in dots.
+template <class T>
+void quad_kernel(const Device& device, T* out, Acc<T>* dots, const T* a, const T* b, size_t n) {
+  using A = Acc<T>;
+  for_each(device, n / 4, [=] HD(size_t i) {
+    Quad<A> x = load<A>(a + 4 * i), y = load<A>(b + 4 * i);
+    store(out + 4 * i, A(2) * (x - y) + x * y);
+    dots[i] = dot(x, y);
+  });
+}
+
+template <class T>
+void check_quads(Device& device) {
+  std::vector<T> a, b;
+  for (int i = 0; i < 64; ++i) a.push_back(T(i - 30)), b.push_back(T(i % 7));
+  DeviceArray<T> x(device, a), y(device, b), out(device, 64);
+  DeviceArray<Acc<T>> dots(device, 16);
+  quad_kernel(device, out.data(), dots.data(), x.data(), y.data(), 64);
+  for (int i = 0; i < 64; ++i) {
+    float u = float(a[i]), v = float(b[i]);
+    EXPECT_EQ(float(out.host()[i]), float(T(2 * (u - v) + u * v))) << i;
+  }
+  for (int i = 0; i < 16; ++i) {
+    double sum = 0;
+    for (int k = 4 * i; k < 4 * i + 4; ++k) sum += double(a[k]) * double(b[k]);
+    EXPECT_EQ(dots.host()[i], sum) << i;
+  }
+}
+
+TEST(Quads, ComputeFourAtATime) {
+  on_every_device([](Device& device) {
+    check_quads<double>(device), check_quads<float>(device), check_quads<bf16>(device);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 3. Memory
+
+size_t lay_three(Carver c, void* (&p)[3]) {
+  p[0] = c.take<float>(7), p[1] = c.take<bf16>(1), p[2] = c.take<double>(33);
+  return c.used;
+}
+
+TEST(Carver, CountsWhatItCarves) {
+  Device device;
+  void* p[3];
+  size_t bytes = lay_three({}, p);
+  for (void* nothing : p) EXPECT_EQ(nothing, nullptr);
+  EXPECT_EQ(bytes, 512 + 33 * sizeof(double));
+  Slab slab(device, bytes);
+  EXPECT_EQ(lay_three({slab.data}, p), bytes);
+  const size_t offsets[] = {0, 256, 512};
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(static_cast<std::byte*>(p[i]) - slab.data, ptrdiff_t(offsets[i]));
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(p[i]) % 256, 0u);
+  }
+}
+
+TEST(Slab, IsAccountedForAndHoldsNaN) {
+  on_every_device([](Device& device) {
+    size_t held = device.allocated, taken = device.allocations;
+    {
+      DeviceArray<double> a(device, 1000);
+      EXPECT_EQ(device.allocated, held + 8000);
+      DeviceArray<float> b(device, 1);  // too small to be aligned: takes 256 bytes
+      EXPECT_EQ(device.allocated, held + 8256);
+      EXPECT_EQ(device.allocations, taken + 2);
+      Slab zeros(device, 800, 0);
+      device.copy(a.data(), zeros.data, 800);
+      auto host = a.host();
+      for (size_t i = 0; i < 1000; ++i) ASSERT_TRUE(i < 100 ? host[i] == 0 : std::isnan(host[i]));
+      EXPECT_TRUE(std::isnan(b.host()[0]));
+      EXPECT_TRUE(std::isnan(float(DeviceArray<bf16>(device, 1).host()[0])));
+    }
+    EXPECT_EQ(device.allocated, held);
+    EXPECT_EQ(device.allocations, taken + 4);  // counts what was ever taken
+    EXPECT_GT(device.available(), size_t(1) << 20);
+  });
+}
+
+TEST(Slab, TooMuchIsAnError) {
+  on_every_device([](Device& device) {
+    size_t held = device.allocated;
+    EXPECT_THROW(Slab(device, size_t(1) << 55), Error);
+    EXPECT_EQ(device.allocated, held);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 4. Teams
+
+void count_kernel(const Device& device, int* out, size_t n) {
+  for_each(device, n, [=] HD(size_t i) { out[i] += int(i % 1000) + 1; });
+}
+
+TEST(ForEach, VisitsEachIndexOnce) {
+  on_every_device([](Device& device) {
+    for (size_t n : {0, 1, 255, 256, 257, 4096, 4097, 100000}) {
+      DeviceArray<int> out(device, std::vector<int>(n + 300, 0));
+      count_kernel(device, out.data(), n);
+      auto host = out.host();
+      for (size_t i = 0; i < host.size(); ++i)
+        ASSERT_EQ(host[i], i < n ? int(i % 1000) + 1 : 0) << n << " " << i;
+    }
+  });
+}
+
+TEST(Teams, ThreadsAreWholeWarpsAtMostEight) {
+  const std::pair<size_t, int> table[] = {
+      {0, 32},    {1, 32},    {32, 32},   {33, 64},   {96, 96},
+      {255, 256}, {256, 256}, {257, 256}, {100, 128}, {size_t(1) << 40, 256}};
+  for (auto [n, threads] : table) EXPECT_EQ(threads_for(n), threads) << n;
+}
+
+// Each thread writes what it was told: sums (teams, 2, 256), the largest and its rank. Reductions
+// follow each other without a pause, so a missing barrier between them shows.
+template <class A>
+void reduce_kernel(const Device& device, A* sums, A* largest, const A* x, size_t teams, size_t n,
+                   int threads) {
+  for_each_team(device, teams, threads, [=] HD(Team team) {
+    const A* mine = x + team.index * n;
+    A sum = 0, top = mine[0], squares = 0;
+    for (size_t i = team.rank; i < n; i += team.size)
+      sum += mine[i], top = max_(top, mine[i]), squares += mine[i] * mine[i];
+    sum = team.sum(sum), top = team.max(top), squares = team.sum(squares);
+    size_t at = team.index * 512 + team.rank;
+    sums[at] = sum, sums[at + 256] = squares, largest[at] = top;
+  });
+}
+
+template <class A>
+void check_reductions(Device& device, int threads, size_t n) {
+  constexpr size_t teams = 50;
+  std::vector<A> in;
+  for (size_t i = 0; i < teams * n; ++i) in.push_back(A(gaussian(1, 2, i) - 5));  // max is negative
+  DeviceArray<A> x(device, in), sums(device, teams * 512), largest(device, teams * 512);
+  reduce_kernel(device, sums.data(), largest.data(), x.data(), teams, n, threads);
+  auto s = sums.host(), l = largest.host();
+  for (size_t t = 0; t < teams; ++t) {
+    double sum = 0, squares = 0, size = 0;
+    A top = in[t * n];
+    for (size_t i = t * n; i < (t + 1) * n; ++i) {
+      sum += double(in[i]), squares += double(in[i]) * double(in[i]), size += std::abs(in[i]);
+      top = std::max(top, in[i]);
+    }
+    double bound = double(n) * std::numeric_limits<A>::epsilon();
+    for (int rank = 0; rank < (device.gpu ? threads : 1); ++rank) {
+      size_t at = t * 512 + size_t(rank);
+      ASSERT_NEAR(s[at], sum, bound * size) << "team " << t << " rank " << rank;
+      ASSERT_NEAR(s[at + 256], squares, bound * squares) << "team " << t << " rank " << rank;
+      ASSERT_EQ(l[at], top) << "team " << t << " rank " << rank;
+      ASSERT_EQ(s[at], s[t * 512]) << "all ranks have the same bits";
+    }
+  }
+}
+
+TEST(Teams, SumAndMaxReachEveryThread) {
+  on_every_device([](Device& device) {
+    for (int threads : {32, 64, 128, 256})
+      for (size_t n : {1, 31, 256, 1000}) {
+        SCOPED_TRACE(testing::Message() << threads << " threads, " << n << " numbers");
+        check_reductions<double>(device, threads, n), check_reductions<float>(device, threads, n);
+      }
+  });
+}
+
+// Column sums of (rows, width) matrices, as the merges use sum_rows; V is a number or a Quad.
+// Every row of threads writes its answer: out (teams, 8, width).
+template <class V, class A>
+void column_kernel(const Device& device, A* out, const A* x, size_t teams, size_t rows,
+                   size_t width, int threads) {
+  constexpr size_t lanes = sizeof(V) / sizeof(A);
+  for_each_team(device, teams, threads, [=] HD(Team team) {
+    for (size_t tile = 0; tile < width; tile += lanes * team.columns()) {
+      size_t c = tile + lanes * team.column();
+      V sum;
+      A* parts = reinterpret_cast<A*>(&sum);
+      for (size_t k = 0; k < lanes; ++k) parts[k] = 0;
+      if (c < width)
+        for (size_t r = team.row(); r < rows; r += team.rows())
+          for (size_t k = 0; k < lanes; ++k) parts[k] += x[(team.index * rows + r) * width + c + k];
+      sum = team.sum_rows(sum);
+      if (c < width)
+        for (size_t k = 0; k < lanes; ++k)
+          out[(team.index * 8 + team.row()) * width + c + k] = parts[k];
+    }
+  });
+}
+
+template <class V, class A>
+void check_columns(Device& device, int threads, size_t rows, size_t width) {
+  constexpr size_t teams = 9;
+  std::vector<A> in;  // small whole numbers: every order of adding gives the same
+  for (size_t i = 0; i < teams * rows * width; ++i)
+    in.push_back(A(int(uniform(1, 0, i) * 100) - 50));
+  DeviceArray<A> x(device, in), out(device, teams * 8 * width);
+  column_kernel<V>(device, out.data(), x.data(), teams, rows, width, threads);
+  auto host = out.host();
+  for (size_t t = 0; t < teams; ++t)
+    for (size_t c = 0; c < width; ++c) {
+      A sum = 0;
+      for (size_t r = 0; r < rows; ++r) sum += in[(t * rows + r) * width + c];
+      for (size_t row = 0; row < (device.gpu ? size_t(threads) / 32 : 1); ++row)
+        ASSERT_EQ(host[(t * 8 + row) * width + c], sum) << t << " " << c << " row " << row;
+    }
+}
+
+TEST(Teams, SumRowsReachesEveryRow) {
+  on_every_device([](Device& device) {
+    for (int threads : {32, 64, 128, 256})
+      for (size_t rows : {1, 7, 37})
+        for (size_t width : {4, 32, 200}) {
+          check_columns<double, double>(device, threads, rows, width);
+          check_columns<float, float>(device, threads, rows, width);
+          check_columns<Quad<float>, float>(device, threads, rows, width);
+        }
+  });
+}
+
+// x[i] = x[i] * clock + 1, then the clock moves on: what a replayed graph must see change.
+void clock_kernels(const Device& device, double* x, size_t n, double* clock) {
+  for_each(device, n, [=] HD(size_t i) { x[i] = x[i] * clock[0] + 1; });
+  for_each(device, 1, [=] HD(size_t) { clock[0] += 1; });
+}
+
+TEST(Graph, EveryRunIsTheWholeSequence) {
+  on_every_device([](Device& device) {
+    DeviceArray<double> x(device, std::vector<double>(500, 1)), clock(device, std::vector<double>{1});
+    Graph graph;
+    double expected = 1;
+    for (int run = 1; run <= 4; ++run) {
+      graph.run(device, [&] { clock_kernels(device, x.data(), x.size, clock.data()); });
+      expected = expected * run + 1;
+      EXPECT_EQ(x.host(), std::vector<double>(500, expected)) << "run " << run;
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 5. The matrix product
+
+// A host array and a matrix, or a batch of them, that lies somewhere inside it. What the matrix
+// does not cover is NaN: a product that reads it shows, and so does one that writes it.
+template <class T>
+struct Operand {
+  std::vector<T> host;
+  size_t offset = 0;
+  Matrix<T> view{nullptr, 0};
+
+  T& at(size_t o, size_t n, size_t i, size_t j) {
+    if (view.transposed) std::swap(i, j);
+    return host[offset + o * view.outer + n * view.inner + i * view.stride + j];
+  }
+  Matrix<T> on(const DeviceArray<T>& array) const {
+    Matrix<T> m = view;
+    m.data = array.data() + offset;
+    return m;
+  }
+};
+
+// (rows, columns) matrices apart from each other, or, as attention's heads, side by side within
+// rows that belong to all of a batch's inner matrices.
+template <class T>
+Operand<T> operand(size_t rows, size_t columns, bool transposed, Sizes s, bool heads,
+                   uint64_t seed) {
+  Operand<T> x;
+  size_t r = transposed ? columns : rows, c = transposed ? rows : columns;
+  size_t stride = heads ? s.inner * c + 5 : c + 3, inner = heads ? c : r * stride + 1;
+  size_t outer = heads ? r * stride + 2 : s.inner * inner;
+  x.offset = 4;
+  x.host.assign(x.offset + s.outer * outer + stride, T(NAN));
+  x.view = Matrix<T>(nullptr, stride).batch(outer, inner);
+  x.view.transposed = transposed;
+  for (size_t o = 0; o < s.outer; ++o)
+    for (size_t n = 0; n < s.inner; ++n)
+      for (size_t i = 0; i < rows; ++i)
+        for (size_t j = 0; j < columns; ++j)
+          x.at(o, n, i, j) = T(gaussian(seed, o * s.inner + n, i * columns + j));
+  return x;
+}
+
+template <class T>
+constexpr double unit_roundoff = std::is_same_v<T, double>  ? 0x1p-53
+                                 : std::is_same_v<T, float> ? 0x1p-24
+                                                            : 0x1p-8;
+
+// gemm against a triple loop. The bound is the textbook one: k + 2 roundings in Acc<T> of terms
+// whose absolute values add up to `size`, and one rounding to TC.
+template <class T, class TC>
+void check_gemm(Device& device, Sizes s, bool ta, bool tb, double alpha, double beta, bool heads) {
+  SCOPED_TRACE(testing::Message() << s.m << "x" << s.n << "x" << s.k << " transposed " << ta << tb
+                                  << " alpha " << alpha << " beta " << beta);
+  Operand<T> a = operand<T>(s.m, s.k, ta, s, heads, 1), b = operand<T>(s.k, s.n, tb, s, heads, 2);
+  Operand<TC> c = operand<TC>(s.m, s.n, false, s, heads, 3), want = c;
+  if (beta == 0) std::fill(c.host.begin(), c.host.end(), TC(NAN));  // must not be read
+  DeviceArray<T> da(device, a.host), db(device, b.host);
+  DeviceArray<TC> dc(device, c.host);
+  gemm(device, c.on(dc), a.on(da), b.on(db), s, Acc<T>(alpha), Acc<T>(beta));
+  Operand<TC> got = c;
+  got.host = dc.host();
+  for (size_t o = 0; o < s.outer; ++o)
+    for (size_t n = 0; n < s.inner; ++n)
+      for (size_t i = 0; i < s.m; ++i)
+        for (size_t j = 0; j < s.n; ++j) {
+          long double sum = 0, size = 0;
+          for (size_t p = 0; p < s.k; ++p) {
+            long double term = (long double)(a.at(o, n, i, p)) * (long double)(b.at(o, n, p, j));
+            sum += term, size += std::abs(term);
+          }
+          long double old = beta == 0 ? 0.0L : beta * (long double)(want.at(o, n, i, j));
+          sum = alpha * sum + old, size = std::abs(alpha) * size + std::abs(old);
+          double bound = double(s.k + 2) * unit_roundoff<Acc<T>> * double(size) +
+                         unit_roundoff<TC> * double(std::abs(sum));
+          TC& found = got.at(o, n, i, j);
+          ASSERT_LE(std::abs(double(found) - double(sum)), bound) << i << ", " << j;
+          found = TC(NAN);
+        }
+  for (TC x : got.host) ASSERT_TRUE(std::isnan(double(x))) << "written outside the matrices";
+}
+
+template <class T, class TC>
+void check_gemms(Device& device) {
+  const Sizes sizes[] = {{1, 1, 1},     {5, 7, 97},   {7, 259, 1},  {97, 5, 259},   {130, 97, 7},
+                         {259, 130, 5}, {1, 130, 97}, {97, 1, 600}, {130, 259, 513}};
+  for (Sizes s : sizes)
+    for (int t = 0; t < 4; ++t) check_gemm<T, TC>(device, s, t & 1, t & 2, 1, 0, false);
+  const std::pair<double, double> factors[] = {{-0.5, 0}, {1, 1}, {0.75, -1.5}};
+  for (auto [alpha, beta] : factors)
+    for (int t = 0; t < 4; ++t)
+      check_gemm<T, TC>(device, {97, 130, 300}, t & 1, t & 2, alpha, beta, false);
+  for (bool heads : {false, true})
+    for (int t = 0; t < 4; ++t) {
+      check_gemm<T, TC>(device, {72, 72, 16, 3, 4}, t & 1, t & 2, 0.25, 0, heads);
+      check_gemm<T, TC>(device, {33, 20, 65, 2, 3}, t & 1, t & 2, 1, 1, heads);
+    }
+}
+
+TEST(Gemm, AgreesWithATripleLoopInDouble) { on_every_device(check_gemms<double, double>); }
+TEST(Gemm, AgreesWithATripleLoopInFloat) { on_every_device(check_gemms<float, float>); }
+TEST(Gemm, AgreesWithATripleLoopInBf16) { on_every_device(check_gemms<bf16, bf16>); }
+TEST(Gemm, AgreesWithATripleLoopFromBf16IntoFloat) { on_every_device(check_gemms<bf16, float>); }
+
+template <class T>
+std::vector<T> product_on(int threads, Sizes s) {
+  omp_set_num_threads(threads);
+  Device device;
+  Operand<T> a = operand<T>(s.m, s.k, false, s, false, 1);
+  Operand<T> b = operand<T>(s.k, s.n, true, s, false, 2);
+  Operand<T> c = operand<T>(s.m, s.n, false, s, false, 3);
+  DeviceArray<T> da(device, a.host), db(device, b.host), dc(device, c.host);
+  gemm(device, c.on(dc), a.on(da), b.on(db), s, Acc<T>(0.3), Acc<T>(0.7));
+  return dc.host();
+}
+
+TEST(Gemm, BitsDoNotDependOnTheNumberOfThreads) {
+  int before = omp_get_max_threads();
+  for (Sizes s : {Sizes{259, 300, 600}, Sizes{100, 1000, 70}, Sizes{40, 30, 50, 3, 4}}) {
+    auto d = product_on<double>(1, s);
+    auto f = product_on<float>(1, s);
+    for (int threads : {2, 3, 4, 7, 16}) {
+      auto other_d = product_on<double>(threads, s);
+      auto other_f = product_on<float>(threads, s);
+      EXPECT_EQ(std::memcmp(d.data(), other_d.data(), d.size() * 8), 0) << threads;
+      EXPECT_EQ(std::memcmp(f.data(), other_f.data(), f.size() * 4), 0) << threads;
+    }
+  }
+  omp_set_num_threads(before);
+}
+
+// ---------------------------------------------------------------------------------------------
+// 6. Random numbers
+
+TEST(Philox, GivesThePublishedAnswers) {  // Random123's kat_vectors, philox4x32 10
+  const uint32_t ones = 0xffffffff;
+  struct {
+    Random4 counter;
+    uint32_t key[2];
+    Random4 answer;
+  } table[] = {
+      {{{0, 0, 0, 0}}, {0, 0}, {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}}},
+      {{{ones, ones, ones, ones}},
+       {ones, ones},
+       {{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}},
+      {{{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}},
+       {0xa4093822, 0x299f31d0},
+       {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}},
+  };
+  for (const auto& row : table) {
+    Random4 r = philox(row.counter, row.key[0], row.key[1]);
+    for (int i = 0; i < 4; ++i) EXPECT_EQ(r.v[i], row.answer.v[i]) << std::hex << row.key[0];
+  }
+  Random4 r = random_bits(0x299f31d0a4093822, 0x0370734413198a2e, 0x85a308d3243f6a88);
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(r.v[i], table[2].answer.v[i]) << "seed, stream, index";
+}
+
+TEST(Random, TheUnitIntervalIsOpenAtOne) {
+  EXPECT_EQ(unit_interval(0, 0), 0);
+  EXPECT_EQ(unit_interval(0x80000000, 0), 0.5);
+  EXPECT_EQ(unit_interval(0xffffffff, 0xffffffff), 1 - 0x1p-53);
+  EXPECT_EQ(unit_interval(0, 1 << 11), 0x1p-53);
+}
+
+// The mean of n numbers whose variance is `variance` lies within 5 sigma, one time in 1.7 million
+// excepted; and the numbers here are always the same.
+void expect_mean(const std::function<double(size_t)>& x, double mean, double variance,
+                 const char* what) {
+  constexpr size_t n = 1 << 19;
+  double sum = 0;
+  for (size_t i = 0; i < n; ++i) sum += x(i);
+  EXPECT_NEAR(sum / n, mean, 5 * std::sqrt(variance / n)) << what;
+}
+
+TEST(Random, UniformMoments) {
+  auto centered = [](size_t i) { return uniform(7, 3, i) - 0.5; };
+  auto power = [&](int p) { return [=](size_t i) { return std::pow(centered(i), p); }; };
+  expect_mean(power(1), 0, 1 / 12.0, "mean");
+  expect_mean(power(2), 1 / 12.0, 1 / 180.0, "variance");  // E x^4 - (E x^2)^2
+  expect_mean(power(3), 0, 1 / 448.0, "third moment");
+  expect_mean(power(4), 1 / 80.0, 1 / 2304.0 - 1 / 6400.0, "fourth moment");
+  for (int bin = 0; bin < 16; ++bin)
+    expect_mean([=](size_t i) { return int(16 * uniform(7, 3, i)) == bin; }, 1 / 16.0, 15 / 256.0,
+                "share of a sixteenth");
+}
+
+TEST(Random, GaussianMomentsAndTails) {
+  auto power = [](int p) { return [=](size_t i) { return std::pow(gaussian(7, 3, i), p); }; };
+  expect_mean(power(1), 0, 1, "mean");
+  expect_mean(power(2), 1, 2, "variance");
+  expect_mean(power(3), 0, 15, "third moment");
+  expect_mean(power(4), 3, 96, "fourth moment");
+  for (double x : {-4.0, -3.0, -1.0, 0.0, 0.5, 2.0, 3.5}) {
+    double p = 0.5 * std::erfc(x / std::sqrt(2.0));
+    expect_mean([=](size_t i) { return gaussian(7, 3, i) > x; }, p, p * (1 - p), "tail");
+  }
+}
+
+TEST(Random, SeedsStreamsAndIndicesAreIndependent) {
+  struct {
+    const char* what;
+    uint64_t seed, stream, shift;
+  } table[] = {{"the next number", 7, 3, 1},
+               {"another stream", 7, 4, 0},
+               {"another stream, high word", 7, 3 + streams::parameters, 0},
+               {"another seed", 8, 3, 0},
+               {"another seed, high word", 7 + (uint64_t(1) << 32), 3, 0},
+               {"far along", 7, 3, uint64_t(1) << 32}};
+  for (const auto& other : table) {
+    auto x = [](size_t i) { return gaussian(7, 3, i); };
+    auto y = [&](size_t i) { return gaussian(other.seed, other.stream, i + other.shift); };
+    expect_mean([&](size_t i) { return x(i) * y(i); }, 0, 1, other.what);
+    expect_mean([&](size_t i) { return (x(i) * x(i) - 1) * (y(i) * y(i) - 1); }, 0, 4, other.what);
+  }
+}
+
+void draw_kernel(const Device& device, double* u, double* g, size_t n) {
+  for_each(device, n, [=] HD(size_t i) { u[i] = uniform(5, 1, i), g[i] = gaussian(5, 2, i); });
+}
+
+TEST(Random, TheSameOnEveryDevice) {
+  on_every_device([](Device& device) {
+    constexpr size_t n = 200000;
+    DeviceArray<double> u(device, n), g(device, n);
+    draw_kernel(device, u.data(), g.data(), n);
+    auto us = u.host(), gs = g.host();
+    for (size_t i = 0; i < n; ++i) {
+      ASSERT_EQ(us[i], uniform(5, 1, i)) << i;
+      double want = gaussian(5, 2, i);
+      ASSERT_NEAR(gs[i], want, 8 * 0x1p-53 * std::abs(want)) << i;
+      ASSERT_EQ(float(gs[i]), float(want)) << i;
+    }
+  });
+}
+
+}  // namespace

@@ -1,0 +1,286 @@
+// mvsplit_test.cu - tests of mvsplit.cu: the token means, RMSNorm, and the four merges.
+#include "../mvsplit.cu"
+
+#include "check.h"
+
+// Small, with two segments of different lengths; and one that spans several tiles of channels, with
+// more rows than a team has.
+struct Shape {
+  Tokens tokens;
+  size_t D;
+};
+const Shape shapes[] = {{{2, 5, 3}, 8}, {{2, 37, 11}, 136}, {{1, 6, 0}, 12}};
+
+// A merge with random gates, and everything that its backward leaves behind.
+struct MergeOp : Op {
+  Tensor dbar, xbar, fbar;
+};
+
+template <class T>
+MergeOp merge_op(Device& device, Merge merge, Shape shape) {
+  using A = Acc<T>;
+  Tokens tokens = shape.tokens;
+  size_t D = shape.D, n = tokens.rows() * D, means = 2 * tokens.batch * D;
+  MergeOp op;
+  Tensor X = Tensor::random<T>(device, n, 1), F = Tensor::random<T>(device, n, 2, 0.7);
+  // A mean that is not small: the leaky term and the split have something to do.
+  std::vector<double> x = X.get();
+  for (size_t i = 0; i < n; ++i) x[i] += 0.5 * gaussian(7, streams::check, i % D);
+  X.set(x);
+  op.inputs = {{"X", X, Tensor::of<T>(device, n)}, {"F", F, Tensor::of<T>(device, n)}};
+  auto gate = [&](const char* name, size_t size, uint64_t seed) {
+    op.inputs.push_back(
+        {name, Tensor::random<T>(device, size, seed, 0.6), Tensor::of<A>(device, size)});
+    return op.inputs.back();
+  };
+  Gates<const T> gates{merge, nullptr, nullptr, nullptr};
+  Gates<A> dgates{merge, nullptr, nullptr, nullptr};
+  if (splits(merge)) {
+    Op::Input alpha = gate("alpha", D, 3), beta = gate("beta", D, 4);
+    gates.alpha = alpha.value.data<T>(), dgates.alpha = alpha.gradient.data<A>();
+    gates.beta = beta.value.data<T>(), dgates.beta = beta.gradient.data<A>();
+  } else if (merge != Merge::plain) {
+    Op::Input lambda = gate("lambda", merge == Merge::rezero ? 1 : D, 5);
+    gates.lambda = lambda.value.data<T>(), dgates.lambda = lambda.gradient.data<A>();
+  }
+  op.output = Tensor::of<T>(device, n), op.cotangent = Tensor::random<T>(device, n, 6);
+  Tensor r = Tensor::of<A>(device, tokens.rows()), q = Tensor::of<A>(device, tokens.rows());
+  op.xbar = Tensor::of<A>(device, means), op.fbar = Tensor::of<A>(device, means);
+  op.dbar = Tensor::of<A>(device, means);
+  Tensor dgate = Tensor::of<A>(device, means), Y = op.output, G = op.cotangent;
+  MergeSaved<A> saved{r.data<A>(), op.xbar.data<A>(), op.fbar.data<A>()};
+  MergeScratch<A> scratch{q.data<A>(), op.dbar.data<A>(), dgate.data<A>()};
+  op.kept = {r, q, op.xbar, op.fbar, op.dbar, dgate};
+  Device* d = &device;
+  Tensor dX = op.inputs[0].gradient, dF = op.inputs[1].gradient;
+  op.forward = [=] {
+    merge_forward(*d, Y.data<T>(), saved, X.data<T>(), F.data<T>(), gates, tokens, D, 1e-6);
+  };
+  op.backward = [=] {
+    merge_backward(*d, dX.data<T>(), dF.data<T>(), dgates, G.data<T>(), X.data<T>(), F.data<T>(),
+                   gates, saved, scratch, tokens, D, false);
+  };
+  return op;
+}
+
+const Merge all_merges[] = {Merge::plain, Merge::layerscale, Merge::rezero, Merge::mvsplit,
+                            Merge::mvsplit_noleak};
+
+TEST(Merge, GradientsAgreeWithDifferences) {
+  for (Merge merge : all_merges)
+    for (const Shape& shape : shapes) {
+      SCOPED_TRACE(testing::Message() << "merge " << int(merge) << " D " << shape.D);
+      check_gradients([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shape); });
+    }
+}
+
+TEST(Merge, AgreesOnBothDevices) {
+  if (devices().size() < 2) GTEST_SKIP() << "no GPU";
+  for (Merge merge : all_merges) {
+    SCOPED_TRACE(int(merge));
+    check_devices([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shapes[1]); });
+  }
+}
+
+// x + s * factor_d * dbar of the row's segment; only in rows where keep(segment).
+template <class Keep>
+std::vector<double> add_mean(const MergeOp& op, const Shape& shape, std::vector<double> x,
+                             const std::vector<double>& factor, double s, const Keep& keep) {
+  std::vector<double> dbar = op.dbar.get();
+  for (size_t i = 0; i < x.size(); ++i) {
+    size_t segment = shape.tokens.segment_of(i / shape.D), d = i % shape.D;
+    if (keep(segment % 2)) x[i] += s * factor[d] * dbar[segment * shape.D + d];
+  }
+  return x;
+}
+
+TEST(Merge, WrongBackwardsAreRejected) {
+  Shape shape = shapes[0];
+  MergeOp op = merge_op<double>(*devices()[0], Merge::mvsplit, shape);
+  op.forward(), op.backward();
+  std::vector<double> alpha = op.input("alpha").value.get(), beta = op.input("beta").value.get();
+  std::vector<double> dX = op.input("X").gradient.get(), dF = op.input("F").gradient.get();
+  std::vector<double> difference = alpha;
+  for (size_t d = 0; d < shape.D; ++d) difference[d] -= beta[d];
+  auto everywhere = [](size_t) { return true; };
+  auto text_only = [](size_t s) { return s == 1; };
+  expect_rejected(op, "X", add_mean(op, shape, dX, alpha, 1, everywhere), "no leaky term (50)");
+  expect_rejected(op, "X", add_mean(op, shape, dX, alpha, 2, everywhere), "its sign");
+  expect_rejected(op, "X", add_mean(op, shape, dX, alpha, 1, text_only), "no text segment");
+  expect_rejected(op, "F", add_mean(op, shape, dF, difference, -1, everywhere), "beta alone (51)");
+  expect_rejected(op, "F", add_mean(op, shape, dF, alpha, -1, everywhere), "no alpha in (51)");
+  expect_rejected(op, "F", add_mean(op, shape, dF, difference, -1, text_only), "no text segment");
+
+  // The gates with an uncentered factor: dbeta with F for P F, dalpha without the leaky term.
+  std::vector<double> dalpha = op.input("alpha").gradient.get(),
+                      dbeta = op.input("beta").gradient.get();
+  std::vector<double> dbar = op.dbar.get(), xbar = op.xbar.get(), fbar = op.fbar.get();
+  std::vector<double> image_only = dalpha;
+  for (size_t s = 0; s < 2 * shape.tokens.batch; ++s)
+    for (size_t d = 0; d < shape.D; ++d) {
+      size_t i = s * shape.D + d;
+      double n = double(shape.tokens.count(s % 2));
+      dbeta[d] += n * dbar[i] * fbar[i];
+      dalpha[d] += n * dbar[i] * xbar[i];
+      if (s % 2) image_only[d] -= n * dbar[i] * (fbar[i] - xbar[i]);
+    }
+  expect_rejected(op, "beta", dbeta, "F for P F in (54)");
+  expect_rejected(op, "alpha", dalpha, "no Xbar in (53)");
+  expect_rejected(op, "alpha", image_only, "no text segment in (53)");
+  for (const Op::Input& input : op.inputs) {
+    std::vector<double> g = input.gradient.get();
+    for (double& v : g) v = -v;
+    expect_rejected(op, input.name, g, "wrong sign");
+  }
+}
+
+// The other gates: a gradient that forgets a token, or scales the trunk by lambda as well.
+TEST(Merge, WrongScaleGradientsAreRejected) {
+  for (Merge merge : {Merge::layerscale, Merge::rezero}) {
+    Shape shape = shapes[0];
+    MergeOp op = merge_op<double>(*devices()[0], merge, shape);
+    op.forward(), op.backward();
+    std::vector<double> lambda = op.input("lambda").value.get();
+    std::vector<double> dX = op.input("X").gradient.get(), F = op.input("F").value.get();
+    std::vector<double> dlambda = op.input("lambda").gradient.get(), scaled = dX;
+    size_t last = dX.size() - shape.D;
+    for (size_t i = 0; i < dX.size(); ++i) {
+      scaled[i] *= lambda[i % lambda.size()];
+      if (i >= last) dlambda[i % lambda.size()] -= dX[i] * F[i];
+    }
+    expect_rejected(op, "X", scaled, "lambda on the trunk");
+    expect_rejected(op, "F", dX, "no lambda on the branch");
+    expect_rejected(op, "lambda", dlambda, "the last token is missing");
+  }
+}
+
+// The definition with explicit projectors, as an n x n matrix product, against the kernels.
+TEST(Merge, ForwardFollowsTheDefinition) {
+  for (Device* device : devices())
+    for (Merge merge : all_merges) {
+      Shape shape = shapes[0];
+      MergeOp op = merge_op<double>(*device, merge, shape);
+      op.forward();
+      std::vector<double> x = op.input("X").value.get(), f = op.input("F").value.get(), z = x;
+      auto gate = [&](const char* name, size_t d) {
+        std::vector<double> g = op.input(name).value.get();
+        return g[g.size() == 1 ? 0 : d];
+      };
+      size_t D = shape.D, T = shape.tokens.length();
+      auto J = [&](const std::vector<double>& v, size_t row, size_t d) {
+        double sum = 0, n = 0;
+        for (size_t other = row / T * T; other < (row / T + 1) * T; ++other)
+          if ((other % T < shape.tokens.image) == (row % T < shape.tokens.image))
+            sum += v[other * D + d], n += 1;
+        return sum / n;
+      };
+      for (size_t row = 0; row < shape.tokens.rows(); ++row) {
+        double squares = 0;
+        for (size_t d = 0; d < D; ++d) {
+          size_t i = row * D + d;
+          double mean = J(f, row, d), leak = merge == Merge::mvsplit ? J(x, row, d) : 0;
+          if (splits(merge))
+            z[i] += gate("beta", d) * (f[i] - mean) + gate("alpha", d) * (mean - leak);
+          else
+            z[i] += (merge == Merge::plain ? 1 : gate("lambda", d)) * f[i];
+          squares += z[i] * z[i];
+        }
+        for (size_t d = 0; d < D; ++d) z[row * D + d] /= std::sqrt(squares / double(D) + 1e-6);
+      }
+      EXPECT_LE(relative_difference(op.output.get(), z), 1e-14) << int(merge);
+    }
+}
+
+// The consequence of (51): at alpha = 0 the adjoint of the branch has no segment mean.
+TEST(Merge, BranchAdjointHasNoMeanAtAlphaZero) {
+  for (Device* device : devices()) {
+    Shape shape = shapes[1];
+    MergeOp op = merge_op<double>(*device, Merge::mvsplit, shape);
+    auto largest_mean = [&] {
+      op.forward(), op.backward();
+      std::vector<double> g = op.input("F").gradient.get(), mean(2 * shape.tokens.batch * shape.D);
+      for (size_t i = 0; i < g.size(); ++i)
+        mean[shape.tokens.segment_of(i / shape.D) * shape.D + i % shape.D] += g[i];
+      double largest = 0;
+      for (double m : mean) largest = std::max(largest, std::abs(m));
+      return largest;
+    };
+    EXPECT_GT(largest_mean(), 0.01);
+    op.input("alpha").value.set(std::vector<double>(shape.D, 0.0));
+    EXPECT_LT(largest_mean(), 1e-13);
+  }
+}
+
+TEST(Merge, AccumulatesGateGradients) {
+  for (Device* device : devices()) {
+    MergeOp op = merge_op<float>(*device, Merge::mvsplit, shapes[0]);
+    op.forward(), op.backward();
+    std::vector<double> once = op.input("beta").gradient.get();
+    Tokens tokens = shapes[0].tokens;
+    Tensor q = Tensor::of<float>(*device, tokens.rows()),
+           dgate = Tensor::random<float>(*device, 2 * tokens.batch * shapes[0].D, 8);
+    MergeScratch<float> scratch{q.data<float>(), op.dbar.data<float>(), dgate.data<float>()};
+    MergeSaved<float> saved{nullptr, op.xbar.data<float>(), op.fbar.data<float>()};
+    auto run = [&](bool accumulate) {
+      Gates<float> d{Merge::mvsplit, op.input("alpha").gradient.data<float>(),
+                     op.input("beta").gradient.data<float>(), nullptr};
+      gate_gradients<float>(*device, d, saved, scratch, tokens, shapes[0].D, accumulate);
+      return op.input("beta").gradient.get();
+    };
+    std::vector<double> sum = run(true), second = run(false);
+    for (size_t i = 0; i < sum.size(); ++i) EXPECT_FLOAT_EQ(sum[i], once[i] + second[i]);
+  }
+}
+
+// RMSNorm of packed rows into strided places, as the input norms use it.
+template <class T>
+Op rmsnorm_op(Device& device, size_t batch, size_t n, size_t D) {
+  using A = Acc<T>;
+  Op op;
+  size_t stride = (n + 3) * D;
+  Tensor X = Tensor::random<T>(device, batch * n * D, 1), r = Tensor::of<A>(device, batch * n);
+  op.inputs = {{"X", X, Tensor::of<T>(device, batch * n * D)}};
+  op.output = Tensor::random<T>(device, batch * stride, 2);
+  op.cotangent = Tensor::random<T>(device, batch * stride, 3);
+  Tensor Y = op.output, G = op.cotangent, dX = op.inputs[0].gradient;
+  Device* d = &device;
+  op.forward = [=] {
+    rmsnorm_forward(*d, Y.data<T>(), r.data<A>(), X.data<T>(), batch, n, D, stride, 1e-6);
+  };
+  op.backward = [=] {
+    rmsnorm_backward(*d, dX.data<T>(), G.data<T>(), X.data<T>(), r.data<A>(), batch, n, D, stride);
+  };
+  return op;
+}
+
+TEST(RmsNorm, GradientsAgreeWithDifferences) {
+  for (size_t D : {4, 64, 1100})
+    check_gradients([&](Device& d, auto t) { return rmsnorm_op<decltype(t)>(d, 3, 5, D); });
+}
+TEST(RmsNorm, AgreesOnBothDevices) {
+  check_devices([](Device& d, auto t) { return rmsnorm_op<decltype(t)>(d, 3, 5, 200); });
+}
+TEST(RmsNorm, WrongBackwardsAreRejected) {
+  size_t B = 1, n = 5, D = 12;
+  Op op = rmsnorm_op<double>(*devices()[0], B, n, D);
+  op.forward(), op.backward();
+  std::vector<double> x = op.inputs[0].value.get(), g = op.cotangent.get(), no_projection(n * D);
+  for (size_t row = 0; row < n; ++row) {
+    double squares = 0;
+    for (size_t d = 0; d < D; ++d) squares += x[row * D + d] * x[row * D + d];
+    for (size_t d = 0; d < D; ++d)
+      no_projection[row * D + d] = g[row * D + d] / std::sqrt(squares / double(D) + 1e-6);
+  }
+  expect_rejected(op, "X", no_projection, "r g alone: no projection in (49)");
+  std::vector<double> dx = op.inputs[0].gradient.get();
+  for (size_t i = 0; i < dx.size(); ++i) dx[i] = 2 * no_projection[i] - dx[i];
+  expect_rejected(op, "X", dx, "the sign of q in (49)");
+}
+
+TEST(Tokens, KnowTheirSegments) {
+  Tokens t{3, 5, 2};
+  EXPECT_EQ(t.length(), 7u);
+  EXPECT_EQ(t.rows(), 21u);
+  for (size_t row = 0; row < t.rows(); ++row)
+    EXPECT_EQ(t.segment_of(row), row / 7 * 2 + (row % 7 >= 5)) << row;
+}

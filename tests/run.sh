@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs the test programs in folder $1 and adds up. Last line: "N passed, N failed, N skipped".
+set -uo pipefail
+passed=0 failed=0 skipped=0
+for test in "$1"/*_test; do
+  log=$(mktemp)
+  "$test" --gtest_brief=1 2>&1 | tee "$log"
+  status=${PIPESTATUS[0]}
+  count() { sed -n "s/^\[  $1 *\] \([0-9]*\) tests\?[.,].*/\1/p" "$log" | tail -n 1; }
+  p=$(count PASSED) f=$(count FAILED) s=$(count SKIPPED)
+  # A program that died, or failed without a failed test, counts as one failure.
+  [ "$status" -eq 0 ] || [ "${f:-0}" -gt 0 ] || f=1
+  passed=$((passed + ${p:-0})) failed=$((failed + ${f:-0})) skipped=$((skipped + ${s:-0}))
+  rm -f "$log"
+done
+[ $((passed + failed)) -gt 0 ] || failed=1
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]
