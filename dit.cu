@@ -36,7 +36,8 @@ struct Config {
   size_t channels = 1, height = 32, image_width = 32, patch = 4;
   size_t text_tokens = 8, text_dim = 64;
   std::string residual = "mvsplit";
-  double norm_eps = 1e-6;      // of the merges and the input norms
+  bool patch_bias = true;  // of the patch embedding; without it RMSNorm hides a patch's magnitude
+  double norm_eps = 1e-6;  // of the merges and the input norms
   double alpha = 0, beta = 1;  // MV-Split's gates at the start
   double lambda = 1e-2;        // LayerScale's at the start; ReZero's is 0
   double writer_std = -1;      // W_O, W2 ~ N(0, std^2); negative: the mode's own, see below
@@ -147,7 +148,7 @@ inline Table parameter_table(const Config& c) {
   auto linear = [](size_t fan_in) { return 1 / std::sqrt(double(fan_in)); };
   size_t D = c.width, p = c.patch;
   add("patch_embed.patch_proj.weight", {D, c.channels, p, p}, Init::uniform, linear(c.patch_dim()));
-  add("patch_embed.patch_proj.bias", {D}, Init::uniform, linear(c.patch_dim()));
+  if (c.patch_bias) add("patch_embed.patch_proj.bias", {D}, Init::uniform, linear(c.patch_dim()));
   if (c.projects_text())
     add("context_proj.weight", {D, c.text_dim}, Init::uniform, linear(c.text_dim));
   const Merge merges[2] = {c.mode().attention, c.mode().ffn};
@@ -897,7 +898,7 @@ class Network {
     size_t stride = config.tokens() * D;
     image_to_tokens(device, a.patches, a.z, b, N, patches(), PatchOrder::channel_first);
     linear_forward(device, a.image_embed, a.patches, w.patch_weight, b * N, D, config.patch_dim());
-    bias_forward(device, a.image_embed, w.patch_bias, b * N, D);
+    if (config.patch_bias) bias_forward(device, a.image_embed, w.patch_bias, b * N, D);
     rmsnorm_forward(device, input(0), a.r_image, a.image_embed, b, N, D, stride, config.norm_eps);
     if (config.projects_text())
       linear_forward(device, a.text_embed, a.text, w.context, b * L, D, config.text_dim);
@@ -925,7 +926,8 @@ class Network {
     size_t N = config.image_tokens(), L = config.text_tokens, D = config.width;
     size_t stride = config.tokens() * D, dim = config.patch_dim();
     rmsnorm_backward(device, a.dimage_embed, a.G, a.image_embed, a.r_image, b, N, D, stride);
-    bias_backward(device, d.patch_bias, a.dimage_embed, b * N, D, accumulate);
+    if (config.patch_bias)
+      bias_backward(device, d.patch_bias, a.dimage_embed, b * N, D, accumulate);
     linear_backward_weight(device, d.patch_weight, a.dimage_embed, a.patches, b * N, D, dim,
                            accumulate);
     rmsnorm_backward(device, a.dtext_embed, a.G + N * D, a.text_embed, a.r_text, b, L, D, stride);

@@ -652,7 +652,10 @@ template <class T>
 class Run {
  public:
   Run(Device& device, const TrainOptions& options, const Dataset& data, const Dataset& validation)
-      : trainer_(device, options, data, validation), o_(trainer_.o), data_(data) {
+      : free_before_(device.available()),
+        trainer_(device, options, data, validation),
+        o_(trainer_.o),
+        data_(data) {
     if (o_.resume && std::filesystem::exists(o_.out + "/state.safetensors")) {
       resume_run(trainer_);
       std::printf("resumed %s after step %zu\n", o_.out.c_str(), size_t(trainer_.step));
@@ -667,6 +670,7 @@ class Run {
     start_ = last_ = Time::now();
     while (trainer_.step < o_.steps && !interrupted) {
       trainer_.train_step();
+      if (trainer_.step == first_ + 1) print_memory();
       if (due(o_.log_every) && !log()) return 1;
       if (due(o_.val_every)) validate();
       if (due(o_.sample_every)) grid("samples_" + padded(trainer_.step) + ".png");
@@ -687,6 +691,7 @@ class Run {
 
  private:
   using Time = std::chrono::steady_clock;
+  const size_t free_before_;
   Trainer<T> trainer_;
   const TrainOptions& o_;
   const Dataset& data_;
@@ -704,6 +709,17 @@ class Run {
   }
   static double seconds(Time::time_point from) {
     return std::chrono::duration<double>(Time::now() - from).count();
+  }
+
+  // What the device is short of since the run began (on a CPU, where pages come when they are
+  // touched: what was asked for), to be held against the plan.
+  void print_memory() {
+    trainer_.device.synchronize();
+    size_t taken = trainer_.device.allocated;
+    if (trainer_.device.gpu)
+      taken = free_before_ - trainer_.device.available() + Device::workspace_bytes(true);
+    std::printf("  %-18s %12.3f MB\n", "taken", 1e-6 * double(taken));
+    std::fflush(stdout);
   }
 
   // Log all steps since the last time; false if training has diverged.
@@ -1129,6 +1145,7 @@ inline void add_model_options(CLI::App* app, Config& m) {
   app->add_option("--writer-std", m.writer_std, "W_O and W2 start as N(0, std^2)");
   app->add_option("--final-std", m.final_std, "so does the final projection")
       ->capture_default_str();
+  app->add_flag("!--no-patch-bias", m.patch_bias, "no bias in the patch embedding");
   app->add_option("--norm-eps", m.norm_eps, "epsilon of the RMSNorms")->capture_default_str();
 }
 
@@ -1209,7 +1226,7 @@ inline CLI::App* add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
   return sub;
 }
 
-inline CLI::App* add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
+inline void add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
   CLI::App* sub = app.add_subcommand("forward", "velocity and gradients for given inputs");
   sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
   sub->add_option("--inputs", o.inputs, "z, text and optionally cotangent")->required();
@@ -1218,7 +1235,6 @@ inline CLI::App* add_forward(CLI::App& app, ForwardOptions& o, Machine& machine)
   sub->add_option("--norm-eps", o.norm_eps, "default: as in the weights, or 1e-6");
   sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks; 0: keep all");
   add_machine_options(sub, machine);
-  return sub;
 }
 
 inline CLI::App* add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& machine) {
@@ -1266,13 +1282,17 @@ inline int command(int argc, const char* const* argv) {
   Machine machine;
   CLI::App* train_sub = add_train(app, train_options, machine);
   CLI::App* sample_sub = add_sample(app, sample_options, machine);
-  CLI::App* forward_sub = add_forward(app, forward_options, machine);
+  add_forward(app, forward_options, machine);
   CLI::App* gradcheck_sub = add_gradcheck(app, gradcheck_options, machine);
   CLI::App* plan_sub = add_plan(app, plan_options, sizes, machine);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
+    if (e.get_exit_code() == 0) return app.exit(e);  // --help
+    std::string what = e.what();
+    std::replace(what.begin(), what.end(), '\n', ' ');
+    std::fprintf(stderr, "mvsplit: %s (--help lists the options)\n", what.c_str());
+    return 2;
   }
   try {
     if (*plan_sub)
@@ -1296,10 +1316,12 @@ inline int command(int argc, const char* const* argv) {
       return *sample_sub ? sample<decltype(t)>(device, sample_options)
                          : forward<decltype(t)>(device, forward_options);
     });
-    (void)forward_sub;
   } catch (const Error& e) {
     std::fprintf(stderr, "mvsplit: %s\n", e.what());
     return 2;
+  } catch (const std::exception& e) {  // memory, or the file system, at a moment not foreseen
+    std::fprintf(stderr, "mvsplit: %s\n", e.what());
+    return 1;
   }
 }
 

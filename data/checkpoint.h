@@ -63,6 +63,7 @@ inline void read_config(const SafetensorsReader& file, const std::string& path, 
   c.width = patch[0], c.channels = patch[1], c.patch = patch[2];
   c.ffn = shape("blocks.0.ffn.w2.weight", 2)[1];
   c.text_dim = file.find("context_proj.weight") ? shape("context_proj.weight", 2)[1] : c.width;
+  c.patch_bias = file.find("patch_embed.patch_proj.bias") != nullptr;
   c.depth = 0;
   while (file.find("blocks." + std::to_string(c.depth) + ".ffn.w2.weight")) ++c.depth;
   auto has = [&](const char* name) {

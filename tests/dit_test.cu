@@ -505,7 +505,8 @@ TEST(Network, AgreesWithTheOracle) {
   SafetensorsReader file("tests/oracle.safetensors");
   ASSERT_EQ(file.metadata().size(), std::size(residuals));
   for (Device* device : devices())
-    for (const auto& [name, text] : file.metadata()) {
+    for (const auto& entry : file.metadata()) {
+      const std::string name = entry.first, text = entry.second;
       std::map<std::string, std::string> m;
       std::istringstream words(text);
       for (std::string word; words >> word;)
@@ -518,8 +519,8 @@ TEST(Network, AgreesWithTheOracle) {
       c.residual = m.at("residual"), c.norm_eps = std::stod(m.at("norm_eps"));
       size_t b = file.find(name + "/z")->shape[0];
       Network<double> net(*device, c, b, 1, true);
-      auto want = [&, prefix = name](const std::string& tensor) {
-        const TensorInfo* info = file.find(prefix + "/" + tensor);
+      auto want = [&](const std::string& tensor) {
+        const TensorInfo* info = file.find(name + "/" + tensor);
         std::vector<double> values(info ? info->count() : 0);
         EXPECT_TRUE(info) << tensor;
         if (info) file.read(*info, values.data(), 0, values.size());

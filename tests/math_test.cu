@@ -60,22 +60,20 @@ bf16 bf16_of(uint32_t bits) {
 // ---------------------------------------------------------------------------------------------
 // 1. Errors
 
-TEST(Errors, FailThrowsTheFormattedSentence) {
+template <class F>
+std::string error_of(F f) {
   try {
-    fail("width %zu is not divisible by %d %s", size_t(10), 3, "heads");
-    FAIL() << "no error";
+    f();
   } catch (const Error& error) {
-    EXPECT_STREQ(error.what(), "width 10 is not divisible by 3 heads");
+    return error.what();
   }
+  return "no error";
 }
 
-TEST(Errors, FailCutsAnEndlessSentence) {
-  try {
-    fail("%s", std::string(5000, 'x').c_str());
-    FAIL() << "no error";
-  } catch (const std::runtime_error& error) {
-    EXPECT_EQ(std::string(error.what()), std::string(1023, 'x'));
-  }
+TEST(Errors, FailThrowsTheFormattedSentence) {
+  EXPECT_EQ(error_of([] { fail("width %zu, %d %s", size_t(10), 3, "heads"); }),
+            "width 10, 3 heads");
+  EXPECT_EQ(error_of([] { fail("%s", std::string(5000, 'x').c_str()); }), std::string(1023, 'x'));
 }
 
 TEST(ErrorsDeathTest, DieSaysWhereAndExits) {
@@ -86,12 +84,7 @@ TEST(ErrorsDeathTest, DieSaysWhereAndExits) {
 
 TEST(Errors, NoGpuIsTheUsersToMend) {
   if (Device::gpus() > 0) GTEST_SKIP() << "there is a GPU";
-  try {
-    Device device(true);
-    FAIL() << "no error";
-  } catch (const Error& error) {
-    EXPECT_PRED_FORMAT2(testing::IsSubstring, "--device cpu", error.what());
-  }
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "--device cpu", error_of([] { Device device(true); }));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -259,11 +252,13 @@ TEST(Slab, IsAccountedForAndHoldsNaN) {
 }
 
 TEST(Slab, TooMuchIsAnError) {
-  on_every_device([](Device& device) {
-    size_t held = device.allocated;
-    EXPECT_THROW(Slab(device, size_t(1) << 55), Error);
-    EXPECT_EQ(device.allocated, held);
-  });
+#ifdef __SANITIZE_ADDRESS__
+  GTEST_SKIP() << "AddressSanitizer stops the program instead";
+#endif
+  Device device;
+  EXPECT_EQ(error_of([&] { Slab(device, size_t(1) << 55); }),
+            "36028797.02 GB of memory could not be taken on CPU");
+  EXPECT_EQ(device.allocated, 0u);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -405,7 +400,8 @@ void clock_kernels(const Device& device, double* x, size_t n, double* clock) {
 
 TEST(Graph, EveryRunIsTheWholeSequence) {
   on_every_device([](Device& device) {
-    DeviceArray<double> x(device, std::vector<double>(500, 1)), clock(device, std::vector<double>{1});
+    DeviceArray<double> x(device, std::vector<double>(500, 1)),
+        clock(device, std::vector<double>{1});
     Graph graph;
     double expected = 1;
     for (int run = 1; run <= 4; ++run) {
@@ -645,7 +641,7 @@ TEST(Random, TheSameOnEveryDevice) {
     for (size_t i = 0; i < n; ++i) {
       ASSERT_EQ(us[i], uniform(5, 1, i)) << i;
       double want = gaussian(5, 2, i);
-      ASSERT_NEAR(gs[i], want, 8 * 0x1p-53 * std::abs(want)) << i;
+      ASSERT_NEAR(gs[i], want, 16 * 0x1p-53 * std::abs(want)) << i;
       ASSERT_EQ(float(gs[i]), float(want)) << i;
     }
   });

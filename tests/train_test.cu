@@ -1,0 +1,1020 @@
+// train_test.cu - training, sampling, checkpoints and the command line, on every device at hand.
+//
+// What it is: the optimiser and the sampler against plain restatements, runs against each other bit
+// for bit, files against what they held, and a table of bad input. What it is not: a test of the
+// network's operations (dit_test.cu), or of hostile files (data_test.cu).
+// How to read it: the helpers, then one section a section of train.cu.
+#define MVSPLIT_NO_MAIN
+#include "../train.cu"
+
+#include <functional>
+
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+
+namespace fs = std::filesystem;
+
+namespace {
+
+// test(device, T{}) in each precision, on the CPU and on the GPU if there is one.
+template <class Test>
+void everywhere(const Test& test) {
+  for (int gpu = 0; gpu <= (Device::gpus() > 0); ++gpu) {
+    Device device(gpu);
+    auto with = [&](auto t) {
+      SCOPED_TRACE(device.name + ", " + dtype_name<decltype(t)>());
+      test(device, t);
+    };
+    with(double{}), with(float{}), with(bf16{});
+  }
+}
+
+// How far two machines or two orders of adding may differ, in parts of the whole.
+template <class T>
+constexpr double rounding = std::is_same_v<T, double>  ? 1e-11
+                            : std::is_same_v<T, float> ? 1e-4
+                                                       : 0.03;
+
+template <class T>
+std::vector<T> from(const Device& device, const T* data, size_t n) {
+  std::vector<T> host(n);
+  device.download(host.data(), data, n * sizeof(T));
+  return host;
+}
+template <class T>
+T* put(const Device& device, Slab& slab, const std::vector<T>& host) {
+  device.upload(slab.data, host.data(), host.size() * sizeof(T));
+  return reinterpret_cast<T*>(slab.data);
+}
+
+// |a - b| / |a|
+template <class A, class B>
+double distance(const std::vector<A>& a, const std::vector<B>& b) {
+  double difference = 0, size = 0;
+  EXPECT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    difference += std::pow(double(a[i]) - double(b[i]), 2);
+    size += std::pow(double(a[i]), 2);
+  }
+  return std::sqrt(difference / size);
+}
+
+template <class F>
+std::string error_of(F f) {
+  try {
+    f();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+#define EXPECT_ERROR(statement, words) \
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, words, error_of([&] { statement; }))
+
+// Sixty-four images of 8x8: a caption's own pattern and some noise. Four captions of three tokens.
+Dataset synthetic() {
+  Dataset d;
+  d.images = 64, d.channels = 1, d.height = d.width = 8;
+  d.captions = 4, d.text_tokens = 3, d.text_dim = 5;
+  for (size_t n = 0; n < d.images; ++n) {
+    d.caption.push_back(int32_t(n % d.captions));
+    for (size_t i = 0; i < 64; ++i)
+      d.pixels.push_back(
+          float(gaussian(1, n % d.captions, i / 4) + 0.1 * gaussian(2, 0, n * 64 + i)));
+  }
+  for (size_t i = 0; i < 60; ++i) d.text.push_back(float(gaussian(3, 0, i)));
+  for (size_t i = 0; i < 15; ++i) d.empty_text.push_back(float(gaussian(3, 1, i)));
+  return d;
+}
+
+void save_latents(const std::string& path, const Dataset& d) {
+  SafetensorsWriter file(path);
+  file.declare("latents", "F32", {d.images, d.channels, d.height, d.width});
+  file.declare("text", "F32", {d.captions, d.text_tokens, d.text_dim});
+  file.declare("empty", "F32", {d.text_tokens, d.text_dim});
+  file.declare("caption", "I32", {d.images});
+  file.write(d.pixels.data(), d.pixels.size()), file.write(d.text.data(), d.text.size());
+  file.write(d.empty_text.data(), d.empty_text.size());
+  file.write(d.caption.data(), d.caption.size());
+  file.finish();
+}
+
+// A test with the data set, as it is and split as a file of it would be, and an empty folder.
+class TrainTest : public testing::Test {
+ protected:
+  TrainTest() : all_(synthetic()), data_(all_), held_out_(all_) {
+    std::string pattern = testing::TempDir() + "/train_test.XXXXXX";
+    folder_ = mkdtemp(pattern.data());
+    keep_split(data_, true), keep_split(held_out_, false);
+  }
+  ~TrainTest() override { fs::remove_all(folder_); }
+
+  std::string at(const std::string& name) const { return folder_ + "/" + name; }
+
+  // A small run whose every gradient is alive from the first step.
+  TrainOptions options(size_t depth = 4) const {
+    TrainOptions o;
+    Config& m = o.model;
+    m.depth = depth, m.width = 32, m.heads = 2, m.ffn = 64, m.patch = 2;
+    m.writer_std = 0.1, m.final_std = 0.1, m.alpha = 0.1, m.beta = 0.5;
+    fit_to_data(m, data_);
+    o.batch = 4, o.optimizer.warmup = 2, o.out = folder_;
+    return o;
+  }
+
+  // Everything in the folder.
+  std::map<std::string, std::string> files() const {
+    std::map<std::string, std::string> all;
+    for (const auto& entry : fs::recursive_directory_iterator(folder_))
+      all[entry.path()] = entry.is_directory() ? "folder" : read_text(entry.path());
+    return all;
+  }
+
+  Dataset all_, data_, held_out_;
+  std::string folder_;
+};
+
+// The bits of all that a run can be resumed from.
+template <class T>
+std::string bits(Trainer<T>& t) {
+  std::string all(reinterpret_cast<char*>(&t.step), sizeof t.step);
+  auto add = [&](const auto* data) {
+    auto host = from(t.device, data, t.net.table.size);
+    all.append(reinterpret_cast<const char*>(host.data()), host.size() * sizeof(host[0]));
+  };
+  for (const auto& slab : state_slabs(t)) add(slab.second);
+  add(t.net.weights());
+  return all;
+}
+template <class T>
+void steps(Trainer<T>& t, size_t n) {
+  for (size_t i = 0; i < n; ++i) t.train_step();
+}
+
+// ---------------------------------------------------------------------------------------------
+// 1. Rectified flow
+
+// Whether d is the gradient of the mean loss at v, in a random direction. The mean square of b
+// samples is the mean of their losses.
+bool is_loss_gradient(Device& device, const std::vector<double>& d, const std::vector<double>& v,
+                      const std::vector<double>& target, size_t b) {
+  size_t n = v.size();
+  Slab losses(device, b * 8), x(device, n * 8), y(device, n * 8);
+  auto loss = [&](double h) {
+    std::vector<double> moved = v;
+    for (size_t i = 0; i < n; ++i) moved[i] += h * gaussian(9, 9, i);
+    double* out = reinterpret_cast<double*>(losses.data);
+    flow_loss<double>(device, out, nullptr, put(device, x, moved), put(device, y, target), b, n / b,
+                      0);
+    double sum = 0;
+    for (double l : from(device, out, b)) sum += l / double(b);
+    return sum;
+  };
+  double analytic = 0, h = 1e-2;
+  for (size_t i = 0; i < n; ++i) analytic += d[i] * gaussian(9, 9, i);
+  double numeric = (loss(-2 * h) - 8 * loss(-h) + 8 * loss(h) - loss(2 * h)) / (12 * h);
+  return std::abs(numeric - analytic) <= 1e-8 * std::abs(numeric);
+}
+
+template <class A>
+void check_flow_loss(Device& device) {
+  constexpr size_t b = 3, n = 500;
+  std::vector<A> v, target;
+  for (size_t i = 0; i < b * n; ++i)
+    v.push_back(A(gaussian(1, 1, i))), target.push_back(A(gaussian(1, 2, i)));
+  Slab x(device, b * n * 8), y(device, b * n * 8), dx(device, b * n * 8), losses(device, b * 8);
+  A* d = reinterpret_cast<A*>(dx.data);
+  A* l = reinterpret_cast<A*>(losses.data);
+  flow_loss(device, l, d, put(device, x, v), put(device, y, target), b, n, 1.0 / (b * n));
+  std::vector<A> gradient = from(device, d, b * n), loss = from(device, l, b);
+  for (size_t s = 0; s < b; ++s) {
+    double sum = 0;
+    for (size_t i = s * n; i < (s + 1) * n; ++i) sum += std::pow(double(v[i]) - target[i], 2);
+    EXPECT_NEAR(loss[s], sum / n, rounding<A> * 2);
+  }
+  if constexpr (std::is_same_v<A, double>) {
+    EXPECT_TRUE(is_loss_gradient(device, gradient, v, target, b));
+    struct {
+      const char* wrong;
+      double factor;
+    } table[] = {
+        {"the 2 is missing", 0.5}, {"sign", -1}, {"per sample", b}, {"1e-7 off", 1 + 1e-7}};
+    for (auto [wrong, factor] : table) {
+      std::vector<double> bad = gradient;
+      for (double& g : bad) g *= factor;
+      EXPECT_FALSE(is_loss_gradient(device, bad, v, target, b)) << wrong;
+    }
+  } else {
+    for (size_t i = 0; i < b * n; ++i)
+      ASSERT_NEAR(gradient[i], 2 * (v[i] - target[i]) / (b * n), 1e-8) << i;
+  }
+}
+
+TEST(Flow, LossAndItsGradient) {
+  for (int gpu = 0; gpu <= (Device::gpus() > 0); ++gpu) {
+    Device device(gpu);
+    SCOPED_TRACE(device.name);
+    check_flow_loss<double>(device), check_flow_loss<float>(device);
+  }
+}
+
+TEST(Flow, ShiftTimeSpendsMoreOnNoise) {
+  for (double t : {0.0, 0.3, 1.0}) EXPECT_EQ(shift_time(t, 1), t);
+  EXPECT_EQ(shift_time(0, 4), 0);
+  EXPECT_EQ(shift_time(1, 4), 1);
+  EXPECT_DOUBLE_EQ(shift_time(0.5, 4), 0.8);
+}
+
+// z = (1 - t) x0 + t x1 and target = x0 - x1 give z = x0 - t target: the batch alone tells which
+// image, time, noise and caption each of its places got.
+TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
+  everywhere([&](Device& device, auto type) {
+    using T = decltype(type);
+    TrainOptions o = options(1);
+    o.batch = 60, o.time_shift = 4;
+    Trainer<T> t(device, o, data_, held_out_);
+    constexpr size_t rounds = 50;
+    const double n = double(rounds * o.batch);
+    std::vector<double> images(data_.images), times(10);
+    double dropped = 0, mean = 0, square = 0;
+    for (size_t round = 0; round < rounds; ++round) {
+      t.set_step(round);
+      draw_training_batch(t.net, t.a, t.train, o, 0);
+      auto z = from(device, t.net.arrays.z, o.batch * 64);
+      auto target = from(device, t.a.target, o.batch * 64);
+      auto text = from(device, t.net.arrays.text, o.batch * 15);
+      for (size_t i = 0; i < o.batch; ++i) {
+        size_t image = data_.images;
+        double time = 0;
+        for (size_t k = 0; k < data_.images && image == data_.images; ++k) {
+          double up = 0, down = 0, rest = 0;
+          for (size_t p = 0; p < 64; ++p) {
+            double g = double(target[i * 64 + p]);
+            up += (data_.pixels[k * 64 + p] - double(z[i * 64 + p])) * g, down += g * g;
+          }
+          time = up / down;
+          for (size_t p = 0; p < 64; ++p)
+            rest += std::abs(data_.pixels[k * 64 + p] - time * double(target[i * 64 + p]) -
+                             double(z[i * 64 + p]));
+          if (rest < 1e-4) image = k;
+        }
+        ASSERT_LT(image, data_.images) << "no image of the data set is behind place " << i;
+        ++images[image], ++times[size_t(10 * time / (4 - 3 * time))];  // the shift undone
+        for (size_t p = 0; p < 64; ++p) {
+          double x1 = data_.pixels[image * 64 + p] - double(target[i * 64 + p]);
+          mean += x1 / n / 64, square += x1 * x1 / n / 64;
+        }
+        const float* caption = &data_.text[size_t(data_.caption[image]) * 15];
+        bool empty = float(text[i * 15]) == float(T(data_.empty_text[0]));
+        for (size_t w = 0; w < 15; ++w)
+          ASSERT_EQ(float(text[i * 15 + w]), float(T(empty ? data_.empty_text[w] : caption[w])));
+        dropped += empty;
+      }
+    }
+    auto chi_square = [&](const std::vector<double>& counts) {
+      double sum = 0, expected = n / double(counts.size());
+      for (double c : counts) sum += (c - expected) * (c - expected) / expected;
+      return (sum - double(counts.size() - 1)) / std::sqrt(2 * double(counts.size() - 1));
+    };
+    EXPECT_LT(std::abs(chi_square(images)), 4) << "images are drawn evenly";
+    EXPECT_LT(std::abs(chi_square(times)), 4) << "times are uniform before the shift";
+    EXPECT_NEAR(dropped / n, 0.1, 4 * std::sqrt(0.1 * 0.9 / n));
+    EXPECT_NEAR(mean, 0, 4 / std::sqrt(64 * n));
+    EXPECT_NEAR(square, 1, 4 * std::sqrt(2 / (64 * n)));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 2. AdamW
+
+TEST(AdamW, ChunksCoverEachParameterOnce) {
+  for (const Residual& residual : residuals) {
+    Config c;
+    c.depth = 3, c.residual = residual.name;
+    Table table = parameter_table(c);
+    std::vector<int> covered(table.size), matrix(table.size, -1);
+    for (const Parameter& p : table.parameters) {
+      std::string end = p.name.substr(p.name.rfind('.') + 1);
+      for (size_t i = 0; i < p.count(); ++i) matrix[p.offset + i] = end == "weight";
+    }
+    for (const Chunk& chunk : chunks_of(table))
+      for (size_t i = chunk.begin; i < chunk.begin + chunk.count; ++i) {
+        ++covered.at(i);
+        ASSERT_EQ(chunk.decays, matrix[i] == 1) << residual.name << " element " << i;
+      }
+    for (size_t i = 0; i < table.size; ++i) ASSERT_EQ(covered[i], matrix[i] >= 0) << i;
+  }
+}
+
+// A table of a matrix and a vector, with a gap between them and more than one chunk.
+Table two_parameters() {
+  Table table;
+  table.parameters = {{"w.weight", {150, 120}, Init::normal, 1, 0},
+                      {"b", {50}, Init::normal, 1, 18016}};
+  table.size = 18080;
+  return table;
+}
+
+struct PlainAdam {
+  std::vector<long double> w, m, v, average;
+
+  // One step with gradients g, as the formula above Optimizer says; returns the gradient's norm.
+  double step(const Table& table, const std::vector<double>& g, int s, const Optimizer& o,
+              double ema) {
+    long double norm = 0;
+    for (const Parameter& p : table.parameters)
+      for (size_t i = p.offset; i < p.offset + p.count(); ++i) norm += (long double)g[i] * g[i];
+    norm = std::sqrt(norm);
+    long double clip = o.clip > 0 ? std::min(1.0L, o.clip / (norm + 1e-6L)) : 1;  // as PyTorch's
+    long double lr = s < int(o.warmup) ? o.lr * s / (long double)o.warmup : o.lr;
+    for (const Parameter& p : table.parameters)
+      for (size_t i = p.offset; i < p.offset + p.count(); ++i) {
+        m[i] = o.beta1 * m[i] + (1 - (long double)o.beta1) * clip * g[i];
+        v[i] = o.beta2 * v[i] + (1 - (long double)o.beta2) * clip * clip * g[i] * g[i];
+        long double mhat = m[i] / (1 - std::pow((long double)o.beta1, s));
+        long double vhat = v[i] / (1 - std::pow((long double)o.beta2, s));
+        long double decay = p.shape.size() >= 2 ? o.decay * w[i] : 0;
+        w[i] -= lr * (mhat / (std::sqrt(vhat) + o.eps) + decay);
+        average[i] = ema * average[i] + (1 - ema) * w[i];
+      }
+    return double(norm);
+  }
+};
+
+template <class T>
+void check_adamw(Device& device, double clip) {
+  using A = Acc<T>;
+  Table table = two_parameters();
+  std::vector<Chunk> chunks = chunks_of(table);
+  ASSERT_EQ(chunks.size(), 3u);
+  size_t n = table.size, count = chunks.size();
+  Optimizer o;
+  o.warmup = 7, o.clip = clip, o.lr = 0.01;
+  constexpr double ema = 0.9;
+  constexpr double tolerance = std::is_same_v<A, double> ? 1e-12 : 1e-5;
+  std::vector<A> start(n, A(NAN)), zeros(n, A(0));  // the gap is NaN: nobody may look
+  for (const Parameter& p : table.parameters)
+    for (size_t i = 0; i < p.count(); ++i) start[p.offset + i] = A(gaussian(1, 1, p.offset + i));
+  PlainAdam plain{{start.begin(), start.end()},
+                  std::vector<long double>(n),
+                  std::vector<long double>(n),
+                  {start.begin(), start.end()}};
+  Slab w(device, n * 8), ma(device, n * 8), m(device, n * 8), v(device, n * 8), e(device, n * 8),
+      g(device, n * 8), ch(device, count * sizeof(Chunk)), pa(device, count * 8),
+      cl(device, sizeof(Clock)), hi(device, records * sizeof(Record)), lo(device, 4 * 8);
+  A *master = put(device, ma, start), *dm = put(device, m, zeros), *dv = put(device, v, zeros);
+  A* average = put(device, e, start);
+  const A* losses = put(device, lo, std::vector<A>{1, 2, 3, 6});
+  const Chunk* dchunks = put(device, ch, chunks);
+  Clock* clock = put(device, cl, std::vector<Clock>{{0, 0, 0, 0, 0, 0}});
+  Record* history = reinterpret_cast<Record*>(hi.data);
+  for (int s = 1; s <= 20; ++s) {
+    std::vector<A> gradient(n, A(NAN));
+    for (const Parameter& p : table.parameters)
+      for (size_t i = p.offset; i < p.offset + p.count(); ++i)
+        gradient[i] = A(std::exp2(s % 5 - 9) * gaussian(2, uint64_t(s), i));  // norm 0.26 to 4.2
+    put(device, g, gradient);
+    begin_step(device, clock, o);
+    gradient_norm(device, clock, reinterpret_cast<double*>(pa.data), reinterpret_cast<A*>(g.data),
+                  dchunks, count, o.clip);
+    T* weights = reinterpret_cast<T*>(w.data);
+    adamw(device, weights, master, dm, dv, average, ema, reinterpret_cast<A*>(g.data), clock,
+          dchunks, count, o);
+    end_step(device, clock, history, losses, 4);
+    double norm = plain.step(table, {gradient.begin(), gradient.end()}, s, o, ema);
+    Record r = from(device, history, records)[size_t(s - 1)];
+    EXPECT_NEAR(r.norm, norm, tolerance * norm) << "step " << s;
+    EXPECT_NEAR(r.lr, s < 7 ? 0.01 * s / 7 : 0.01, 1e-16);
+    EXPECT_EQ(r.loss, 3);
+    EXPECT_EQ(from(device, clock, 1)[0].step, uint64_t(s));
+    auto got_w = from(device, master, n), got_e = from(device, average, n);
+    auto rounded = from(device, weights, n);
+    for (const Parameter& p : table.parameters)
+      for (size_t i = p.offset; i < p.offset + p.count(); ++i) {
+        ASSERT_NEAR(got_w[i], double(plain.w[i]), tolerance) << p.name << " step " << s;
+        ASSERT_NEAR(got_e[i], double(plain.average[i]), tolerance) << p.name << " step " << s;
+        ASSERT_EQ(float(rounded[i]), float(T(got_w[i])));
+      }
+  }
+}
+
+TEST(AdamW, FollowsThePlainFormula) {
+  everywhere([](Device& device, auto type) {
+    for (double clip : {1.0, 0.0}) check_adamw<decltype(type)>(device, clip);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 3. The trainer
+
+TEST_F(TrainTest, TheSameSeedGivesTheSameBitsHoweverMuchIsRecomputed) {
+  everywhere([&](Device& device, auto type) {
+    std::string first;
+    for (size_t recompute : {0, 0, 1, 3, 7}) {
+      TrainOptions o = options(8);
+      o.recompute = recompute;
+      Trainer<decltype(type)> t(device, o, data_, held_out_);
+      steps(t, 3);
+      if (first.empty()) first = bits(t);
+      EXPECT_TRUE(bits(t) == first) << "recompute " << recompute;
+    }
+    TrainOptions o = options(8);
+    o.seed = 2;
+    Trainer<decltype(type)> t(device, o, data_, held_out_);
+    steps(t, 3);
+    EXPECT_FALSE(bits(t) == first) << "another seed";
+  });
+}
+
+TEST_F(TrainTest, StoppedAndResumedIsAsGoingThrough) {
+  everywhere([&](Device& device, auto type) {
+    using T = decltype(type);
+    for (double ema : {0.0, 0.9}) {
+      TrainOptions o = options();
+      o.ema = ema;
+      Trainer<T> through(device, o, data_, held_out_), stopped(device, o, data_, held_out_);
+      steps(through, 5), steps(stopped, 3);
+      save_run(stopped);
+      EXPECT_EQ(fs::exists(at("ema.safetensors")), ema > 0);
+      Trainer<T> resumed(device, o, data_, held_out_);
+      resume_run(resumed);
+      EXPECT_TRUE(bits(resumed) == bits(stopped));
+      steps(resumed, 2);
+      EXPECT_TRUE(bits(resumed) == bits(through));
+      fs::remove(at("ema.safetensors"));
+    }
+  });
+}
+
+// Gradients, and the loss of the first step, of a trainer.
+template <class T>
+std::pair<std::vector<Acc<T>>, double> first_step(Trainer<T>& t) {
+  t.train_step();
+  return {from(t.device, t.net.gradients(), t.net.table.size), t.history(0)[0].loss};
+}
+
+TEST_F(TrainTest, AccumulatedBatchesAreOneBatch) {
+  everywhere([&](Device& device, auto type) {
+    using T = decltype(type);
+    TrainOptions whole = options(), parts = options();
+    parts.batch = 2, parts.accumulate = 2;
+    Trainer<T> a(device, whole, data_, held_out_), b(device, parts, data_, held_out_);
+    auto [da, la] = first_step(a);
+    auto [db, lb] = first_step(b);
+    EXPECT_LT(distance(da, db), rounding<T>);
+    EXPECT_NEAR(la, lb, rounding<T> * la);
+    EXPECT_NEAR(a.validate(), b.validate(), rounding<T>) << "in batches of 4 and of 2";
+  });
+}
+
+TEST_F(TrainTest, MachinesAndPrecisionsTrainAlike) {
+  Device cpu;
+  Trainer<double> exact(cpu, options(), data_, held_out_);
+  auto [de, le] = first_step(exact);
+  everywhere([&, &d = de, &l = le](Device& device, auto type) {
+    using T = decltype(type);
+    Trainer<T> t(device, options(), data_, held_out_);
+    auto [dt, lt] = first_step(t);
+    EXPECT_LT(distance(d, dt), rounding<T>);
+    EXPECT_NEAR(l, lt, rounding<T> * l);
+  });
+}
+
+TEST_F(TrainTest, TakesWhatThePlanSaysAndNothingLater) {
+  everywhere([&](Device& device, auto type) {
+    using T = decltype(type);
+    size_t before = device.allocated;
+    for (size_t recompute : {0, 3})
+      for (double ema : {0.0, 0.9}) {
+        TrainOptions o = options();
+        o.recompute = recompute, o.ema = ema, o.accumulate = 2;
+        Trainer<T> t(device, o, data_, held_out_);
+        DataSizes sizes{data_.images, held_out_.images, data_.captions};
+        EXPECT_EQ(device.allocated, training_plan<T>(o, sizes, device.gpu).total());
+        t.train_step();
+        size_t taken = device.allocations;
+        steps(t, 2);
+        t.validate();
+        t.samples(data_.text, data_.empty_text, 4, 2, 2);
+        t.train_step();
+        EXPECT_EQ(device.allocations, taken);
+      }
+    EXPECT_EQ(device.allocated, before);
+  });
+}
+
+TEST_F(TrainTest, TheLossFalls) {
+  everywhere([&](Device& device, auto type) {
+    TrainOptions o = options();
+    o.model.writer_std = -1, o.model.final_std = 0, o.model.alpha = 0, o.model.beta = 1;
+    o.batch = 8, o.optimizer.warmup = 10, o.optimizer.lr = 3e-3;
+    Trainer<decltype(type)> t(device, o, data_, held_out_);
+    double before = t.validate();
+    EXPECT_EQ(t.validate(), before) << "validation has its own, fixed noise";
+    steps(t, 120);
+    EXPECT_GT(before, 1.5) << "a network that answers 0";
+    EXPECT_LT(t.validate(), 0.6 * before);
+    std::vector<Record> history = t.history(100);
+    ASSERT_EQ(history.size(), 20u);
+    for (const Record& r : history) EXPECT_LT(r.loss, before);
+  });
+}
+
+TEST_F(TrainTest, TheAverageFollowsTheWeightsAndIsWhatIsEvaluated) {
+  everywhere([&](Device& device, auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    TrainOptions o = options();
+    o.ema = 0.75;
+    Trainer<T> t(device, o, data_, held_out_);
+    size_t n = t.net.table.size;
+    std::vector<A> average = from(device, t.a.master, n);
+    for (int s = 0; s < 5; ++s) {
+      t.train_step();
+      std::vector<A> master = from(device, t.a.master, n);
+      for (size_t i = 0; i < n; ++i) average[i] = A(0.75) * average[i] + A(0.25) * master[i];
+    }
+    EXPECT_LT(distance(average, from(device, t.a.average, n)), 1e-6);
+    EXPECT_GT(distance(average, from(device, t.a.master, n)), 1e-4);
+    o.ema = 0;
+    Trainer<T> plain(device, o, data_, held_out_);
+    device.copy(plain.a.master, t.a.average, n * sizeof(A));
+    plain.set_step(5);
+    std::string before = bits(t);
+    EXPECT_EQ(t.validate(), plain.validate());
+    EXPECT_EQ(t.samples(data_.text, data_.empty_text, 4, 3, 2),
+              plain.samples(data_.text, data_.empty_text, 4, 3, 2));
+    EXPECT_TRUE(bits(t) == before) << "evaluating changes nothing";
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 5. Sampling
+
+template <class T>
+struct SamplingNetwork {
+  Network<T> net;
+  Sampler<T> sampler;
+  Slab slab;
+
+  SamplingNetwork(Device& device, const Config& c, size_t batch)
+      : net(device, c, batch, 0, false), slab(device, bytes(c, batch)) {
+    Carver carver{slab.data};
+    sampler.lay(carver, c, batch);
+    Slab drawn(device, net.table.size * sizeof(Acc<T>));
+    Acc<T>* values = reinterpret_cast<Acc<T>*>(drawn.data);
+    initialise(device, net.table, values, 3);
+    convert(device, net.weights(), values, net.table.size);
+    device.synchronize();
+  }
+  static size_t bytes(const Config& c, size_t batch) {
+    Carver count;
+    Sampler<T>().lay(count, c, batch);
+    return count.used;
+  }
+};
+
+TEST_F(TrainTest, SamplingIsEulerWithGuidance) {
+  everywhere([&](Device& device, auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    constexpr size_t n = 4, count = 5, pixels = 64, words = 15;
+    SamplingNetwork<T> s(device, options().model, 3);  // four images: a batch of three and one
+    Arrays<T>& a = s.net.arrays;
+    auto velocity = [&](const std::vector<double>& z, const float* text) {
+      std::vector<A> in(z.begin(), z.end());
+      std::vector<T> caption;
+      for (size_t i = 0; i < words; ++i) caption.push_back(T(text[i]));
+      device.upload(a.z, in.data(), pixels * sizeof(A));
+      device.upload(a.text, caption.data(), words * sizeof(T));
+      s.net.forward(1);
+      return from(device, a.velocity, pixels);
+    };
+    auto plain = [&](size_t image, double guidance) {
+      std::vector<double> z(pixels);
+      for (size_t i = 0; i < pixels; ++i)
+        z[i] = gaussian(11, streams::sampling_noise, image * pixels + i);
+      for (size_t k = 0; k < count; ++k) {
+        auto time = [](size_t j) { return 3 * (1 - j / 5.0) / (1 + 2 * (1 - j / 5.0)); };
+        auto vc = velocity(z, &data_.text[image * words]);
+        auto vu = velocity(z, data_.empty_text.data());
+        for (size_t i = 0; i < pixels; ++i)
+          z[i] += (time(k) - time(k + 1)) *
+                  (double(vu[i]) + guidance * (double(vc[i]) - double(vu[i])));
+      }
+      return z;
+    };
+    for (double guidance : {2.5, 1.0}) {
+      // Guidance 1 is the conditional velocity alone: the empty caption is not even looked at.
+      std::vector<float> empty = guidance == 1 ? std::vector<float>(words, NAN) : data_.empty_text;
+      auto images = sample_images(s.net, s.sampler, data_.text, empty, n, count, guidance, 3, 11);
+      ASSERT_EQ(images.size(), n * pixels);
+      for (size_t i = 0; i < n; ++i) {
+        std::vector<float> image(&images[i * pixels], &images[i * pixels] + pixels);
+        double limit = std::is_same_v<T, double> ? 1e-7 : rounding<T>;  // images are floats
+        EXPECT_LT(distance(plain(i, guidance), image), limit) << i << ", guidance " << guidance;
+      }
+      // All at once. On a CPU the bits do not depend on the batch; cuBLAS may choose otherwise.
+      SamplingNetwork<T> whole(device, options().model, n);
+      auto at_once =
+          sample_images(whole.net, whole.sampler, data_.text, empty, n, count, guidance, 3, 11);
+      if (device.gpu)
+        EXPECT_LT(distance(at_once, images), std::max(1e-7, rounding<T>));
+      else
+        EXPECT_EQ(at_once, images);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 4. Checkpoints
+
+// All parameters at random, no two alike: a file that mixes up two names shows.
+template <class A>
+std::vector<A> random_weights(const Table& table) {
+  std::vector<A> all(table.size, A(0));
+  for (const Parameter& p : table.parameters)
+    for (size_t i = 0; i < p.count(); ++i) all[p.offset + i] = A(gaussian(4, p.offset, i));
+  return all;
+}
+
+template <class T>
+void check_loads(Device& device, const std::string& path, const Table& table) {
+  Slab slab(device, table.size * sizeof(T), 0);
+  T* weights = reinterpret_cast<T*>(slab.data);
+  load_tensors<T>(SafetensorsReader(path), path, device, table, {{"", weights}});
+  std::vector<double> want = random_weights<double>(table);
+  std::vector<T> got = from(device, weights, table.size);
+  for (size_t i = 0; i < got.size(); ++i) ASSERT_EQ(double(got[i]), double(T(want[i]))) << i;
+}
+
+TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
+  Device device;
+  for (const Residual& residual : residuals) {
+    SCOPED_TRACE(residual.name);
+    Config c;
+    c.depth = 3, c.width = 24, c.heads = 3, c.ffn = 20, c.channels = 2, c.height = 6;
+    c.image_width = 9, c.patch = 3, c.text_tokens = 5, c.norm_eps = 1.0 / 3;
+    c.text_dim = c.residual == "rezero" ? 24 : 7, c.residual = residual.name;
+    Table table = parameter_table(c);
+    std::vector<double> weights = random_weights<double>(table);
+    for (bool silent : {false, true}) {
+      Metadata about = silent ? Metadata() : describe(c, 4);
+      std::string path = at("w.safetensors");
+      save_tensors<double>(path, about, device, table, {{"", weights.data()}});
+      Config read;
+      if (silent) read.heads = 3, read.height = 6, read.image_width = 9, read.text_tokens = 5;
+      read_config(SafetensorsReader(path), path, read);
+      // Without the leaky term the tensors are the same: only the metadata can tell.
+      bool told_apart = !silent || c.residual != "mvsplit-noleak";
+      EXPECT_EQ(read.residual, told_apart ? c.residual : "mvsplit");
+      read.residual = c.residual, read.norm_eps = silent ? c.norm_eps : read.norm_eps;
+      EXPECT_EQ(describe(read, 4), describe(c, 4));
+      check_loads<double>(device, path, table), check_loads<float>(device, path, table);
+      check_loads<bf16>(device, path, table);
+    }
+  }
+}
+
+struct Named {
+  std::string name;
+  std::vector<size_t> shape;
+  std::vector<double> values;
+};
+
+TEST_F(TrainTest, OnlyTheModelsOwnTensorsLoad) {
+  using File = std::vector<Named>;
+  Device device;
+  Table table = parameter_table(options(2).model);
+  std::vector<double> weights = random_weights<double>(table);
+  auto add = [](const char* name, double last) {
+    return [=](File& f) { f.push_back({name, {4}, {1, 1, 1, last}}); };
+  };
+  struct {
+    std::function<void(File&)> change;
+    const char* words;
+  } rows[] = {
+      {[](File&) {}, "no error"},
+      {add("norm_img_input.weight", 1), "no error"},
+      {add("norm_text_input.weight", 1), "no error"},
+      {add("blocks.1.fused_mvsplit_norm2.weight", 1), "no error"},
+      {add("blocks.0.operator.qk_norm.q.weight", 1), "no error"},
+      {add("norm_img_input.weight", 1.5), "norm_img_input.weight is not all ones"},
+      {add("blocks.0.fused_mvsplit_norm1.weight", 0), "norm1.weight is not all ones"},
+      {add("blocks.0.operator.qk_norm.k.weight", NAN), "holds NaN or infinity"},
+      {add("blocks.2.ffn.w2.weight", 1), "unknown tensor \"blocks.2.ffn.w2.weight\""},
+      {[](File& f) { f.pop_back(); }, "\"final_proj.bias\" of shape [4] is missing"},
+      {[](File& f) { f.back().name += "es"; }, "unknown tensor \"final_proj.biases\""},
+      {[](File& f) {
+         f.back().shape = {2, 2};
+       },
+       "has shape [2, 2], expected [4]"},
+      {[](File& f) { f[3].values[5] = INFINITY; }, "q_proj.weight holds NaN or infinity"},
+  };
+  for (const auto& row : rows) {
+    File file;
+    for (const Parameter& p : table.parameters)
+      file.push_back({p.name, p.shape, {&weights[p.offset], &weights[p.offset] + p.count()}});
+    row.change(file);
+    SafetensorsWriter writer(at("w.safetensors"));
+    for (const Named& t : file) writer.declare(t.name, "F64", t.shape);
+    for (const Named& t : file) writer.write(t.values.data(), t.values.size());
+    writer.finish();
+    EXPECT_ERROR(check_loads<double>(device, at("w.safetensors"), table), row.words);
+  }
+}
+
+TEST_F(TrainTest, ConfigurationsThatContradictTheirFileAreRefused) {
+  Device device;
+  Config c = options(2).model;
+  Table table = parameter_table(c);
+  std::vector<float> weights = random_weights<float>(table);
+  const char* rows[][3] = {{"depth", "3", "says depth 3, but it holds 2 blocks"},
+                           {"heads", "many", "heads is 'many', expected a positive integer"},
+                           {"heads", "0", "heads is '0'"},
+                           {"heads", "5", "not divisible by 5 heads"},
+                           {"residual", "magic", "residual 'magic' is not known"},
+                           {"norm_eps", "x", "norm-eps 0 is not in (0, 1]"}};
+  for (auto [key, value, words] : rows) {
+    Metadata about = describe(c, 1);
+    about[key] = value;
+    save_tensors<float>(at("w.safetensors"), about, device, table, {{"", weights.data()}});
+    Config read;
+    EXPECT_ERROR(read_config(SafetensorsReader(at("w.safetensors")), "w", read), words);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// 7. The command line
+
+struct Outcome {
+  int status;
+  std::string out, err;
+};
+
+// Runs `mvsplit subcommand`; `changes` replace the flags of the same name.
+Outcome run(const char* subcommand, const std::string& flags, const std::string& changes = "") {
+  std::map<std::string, std::string> values;
+  std::string name, word;
+  for (std::istringstream in(flags + " " + changes); in >> word;)
+    if (word.rfind("--", 0) == 0)
+      values[name = word] = "";
+    else
+      values[name] = word;
+  std::vector<const char*> argv = {"mvsplit", subcommand};
+  for (const auto& [flag, value] : values) {
+    argv.push_back(flag.c_str());
+    if (!value.empty()) argv.push_back(value.c_str());
+  }
+  testing::internal::CaptureStdout();
+  testing::internal::CaptureStderr();
+  int status = command(int(argv.size()), argv.data());
+  std::string out = testing::internal::GetCapturedStdout();
+  return {status, out, testing::internal::GetCapturedStderr()};
+}
+
+std::vector<std::string> device_flags() {
+  if (Device::gpus() == 0) return {"--device cpu"};
+  return {"--device cpu", "--device gpu"};
+}
+
+// Status 2 and one line that says what is wrong.
+void expect_refused(Outcome outcome, const std::string& words) {
+  EXPECT_EQ(outcome.status, 2) << words;
+  std::string& err = outcome.err;
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, words, err);
+  size_t hint = err.find("Run with --help for more information.\n");  // CLI11's second line
+  if (hint != std::string::npos) err.resize(hint);
+  EXPECT_EQ(std::count(err.begin(), err.end(), '\n'), 1) << err;
+}
+
+// While it lives, no file may grow beyond `bytes`: writes fail as on a full disk.
+struct FullDisk {
+  explicit FullDisk(rlim_t bytes) : handler(std::signal(SIGXFSZ, SIG_IGN)) {
+    getrlimit(RLIMIT_FSIZE, &before);
+    rlimit now = {bytes, before.rlim_max};
+    setrlimit(RLIMIT_FSIZE, &now);
+  }
+  ~FullDisk() {
+    setrlimit(RLIMIT_FSIZE, &before);
+    std::signal(SIGXFSZ, handler);
+  }
+  void (*handler)(int);
+  rlimit before;
+};
+
+// With a file of latents, and a run of two steps in "run".
+class CommandTest : public TrainTest {
+ protected:
+  CommandTest() {
+    save_latents(at("data.safetensors"), all_);
+    Dataset bad = all_;
+    bad.pixels[1000] = NAN;
+    save_latents(at("nan.safetensors"), bad);
+    std::string common = "--device cpu --steps 2 --data " + at("data.safetensors");
+    sizes_ = " --depth 4 --width 32 --heads 2 --ffn 64 --patch 2 --batch 4 --precision fp32";
+    train_ = common + sizes_ + " --out " + at("run");
+    sample_ = common + " --prompt 3 --columns 2 --weights " + at("run/weights.safetensors") +
+              " --out " + at("out.safetensors");
+    EXPECT_EQ(run("train", train_).status, 0);
+  }
+  // The start of a file in another file.
+  std::string cut(const std::string& name) const {
+    std::string bytes = read_text(at(name));
+    std::ofstream(at("cut.safetensors"), std::ios::binary) << bytes.substr(0, bytes.size() - 100);
+    return at("cut.safetensors");
+  }
+  std::string sizes_, train_, sample_;
+};
+
+TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
+  fs::create_directories(at("torn"));
+  fs::rename(cut("run/state.safetensors"), at("torn/state.safetensors"));
+  const std::string weights = cut("run/weights.safetensors");
+  struct {
+    const char* subcommand;
+    std::string changes;
+    std::string words;
+  } rows[] = {
+      {"train", "", at("run") + "/state.safetensors exists: go on with --resume"},
+      {"train", "--heads 3", "width 32 is not divisible by 3 heads"},
+      {"train", "--heads 16", "head dimension 2 (width 32 / heads 16) is not a multiple"},
+      {"train", "--patch 3", "image of 8x8 cannot be cut into patches of 3x3"},
+      {"train", "--residual magic", "residual 'magic' is not known: choose one of postnorm"},
+      {"train", "--magic 1", "--magic"},
+      {"train", "--batch -4", "--batch"},
+      {"train", "--batch 0", "--batch"},
+      {"train", "--batch four", "--batch = four"},
+      {"train", "--batch 1000000 --width 4096", "use a smaller --batch"},
+      {"train", "--accumulate 0", "--accumulate must be at least 1"},
+      {"train", "--depth 0", "at least 1"},
+      {"train", "--depth -1", "depth"},
+      {"train", "--ffn 6", "ffn 6 is not a multiple of 4"},
+      {"train", "--lr 0", "--lr must be positive"},
+      {"train", "--lr nan", "--lr must be positive"},
+      {"train", "--ema 1", "--ema must be"},
+      {"train", "--dropout 1.5", "--dropout must be"},
+      {"train", "--time-shift -1", "--time-shift must be"},
+      {"train", "--log-every 0", "--log-every must be"},
+      {"train", "--val-images 0", "--val-images must be"},
+      {"train", "--norm-eps 0", "norm-eps 0 is not in"},
+      {"train", "--device tpu", "--device"},
+      {"train", "--precision fp8", "--precision"},
+      {"train", "--config " + at("none.ini"), "none.ini"},
+      {"train", "--data " + at("none.safetensors"), "none.safetensors: No such file"},
+      {"train", "--data " + weights, "cut.safetensors: truncated"},
+      {"train", "--data " + at("nan.safetensors"), "nan.safetensors: latents[15, 0, 5, 0] is nan"},
+      {"train", "--out " + at("data.safetensors/run"), "cannot create " + at("data.safetensors")},
+      {"train", "--resume --out " + at("torn"), "torn/state.safetensors: truncated"},
+      {"train", "--resume --depth 5", "was made with depth = 4, this run has 5"},
+      {"train", "--resume --residual postnorm", "made with residual = mvsplit"},
+      {"train", "--resume --batch 5", "was made with batch = 4"},
+      {"train", "--resume --seed 2", "was made with seed = 1"},
+      {"train", "--resume --ema 0.9", "was made with ema = 0"},
+      {"train", "--resume --precision fp64", "was made with precision = F32"},
+      {"train", "--resume --precision bf16", "was made with precision = F32"},
+      {"sample", "--weights " + at("none"), "none: No such file"},
+      {"sample", "--weights " + weights, "cut.safetensors: truncated"},
+      {"sample", "--weights " + at("data.safetensors"), "not the weights of this model"},
+      {"sample", "--prompt 4", "has captions 0 to 3"},
+      {"sample", "--prompt sneaker", "--prompt is 'sneaker', expected a positive integer"},
+      {"sample", "--columns 0", "--columns"},
+      {"sample", "--out " + at("none/out.png"), "create its directory"},
+  };
+  auto before = files();
+  for (const auto& row : rows) {
+    const std::string& flags = row.subcommand == std::string("train") ? train_ : sample_;
+    expect_refused(run(row.subcommand, flags, row.changes), row.words);
+    ASSERT_TRUE(files() == before) << row.words;
+  }
+}
+
+TEST_F(CommandTest, AFullDiskLeavesWhatWasThere) {
+  auto numbers = [&] {
+    std::map<std::string, std::string> kept;
+    for (const auto& [path, bytes] : files())
+      if (fs::path(path).extension() != ".csv") kept[path] = bytes;  // logs grow while they can
+    return kept;
+  };
+  auto before = numbers();
+  {
+    FullDisk full(16384);
+    expect_refused(run("train", train_, "--resume --steps 3"),
+                   "cannot write " + at("run") + "/weights.safetensors: File too large");
+    expect_refused(run("sample", sample_, "--columns 100"), "out.safetensors: File too");
+  }
+  EXPECT_TRUE(numbers() == before);
+  EXPECT_EQ(run("train", train_, "--resume --steps 3").status, 0) << "with room";
+  EXPECT_EQ(run("sample", sample_).status, 0);
+}
+
+TEST_F(CommandTest, ARunThatDivergesIsNotSaved) {
+  std::string before = read_text(at("run/weights.safetensors"));
+  Outcome outcome = run("train", train_, "--resume --steps 30 --lr 1e30 --warmup 0");
+  EXPECT_EQ(outcome.status, 1);
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "training has diverged", outcome.err);
+  EXPECT_TRUE(read_text(at("run/weights.safetensors")) == before);
+}
+
+TEST_F(CommandTest, StoppedAndResumedWritesTheSameFiles) {
+  for (const char* precision : {"fp32", "bf16"}) {
+    auto train = [&](const char* out, const std::string& changes) {
+      std::string common = std::string(" --ema 0.9 --log-every 3 --precision ") + precision;
+      ASSERT_EQ(run("train", train_, changes + common + " --out " + at(out)).status, 0);
+    };
+    train("through", "--steps 5"), train("stopped", "--steps 3");
+    train("stopped", "--steps 5 --resume");
+    for (const char* name : {"weights.safetensors", "ema.safetensors", "state.safetensors",
+                             "log.csv", "samples.png"}) {
+      EXPECT_FALSE(read_text(at("through/") + name).empty()) << name;
+      EXPECT_TRUE(read_text(at("through/") + name) == read_text(at("stopped/") + name)) << name;
+    }
+    fs::remove_all(at("through")), fs::remove_all(at("stopped"));
+  }
+}
+
+TEST_F(CommandTest, AConfigurationFileGivesWhatNoFlagDoes) {
+  std::ofstream(at("train.ini")) << "[train]\ndepth = 3\nwidth=16\nheads = 1\nresidual=\"rezero\"\n"
+                                 << "batch=2\nffn = 20\npatch=4\nsteps = 1\nwarmup=5\nlr=0.02\n"
+                                 << "data=\"" << at("data.safetensors") << "\"\ndevice=\"cpu\"\n";
+  for (bool flag : {false, true}) {
+    std::string flags = "--config " + at("train.ini") + " --out " + at("configured");
+    if (flag) flags += " --depth 2 --residual postnorm";
+    ASSERT_EQ(run("train", flags).status, 0);
+    std::string path = at("configured/weights.safetensors");
+    SafetensorsReader file(path);
+    Config c;
+    read_config(file, path, c);
+    EXPECT_EQ(c.residual, flag ? "postnorm" : "rezero");
+    EXPECT_EQ((std::vector<size_t>{c.depth, c.width, c.heads, c.ffn, c.patch}),
+              (std::vector<size_t>{flag ? 2u : 3u, 16, 1, 20, 4}));
+    EXPECT_EQ(file.metadata().at("step"), "1");
+    std::string log = read_text(at("configured/log.csv"));
+    EXPECT_EQ(log.substr(log.rfind(',')), ",0.004\n") << "lr / warmup";
+    fs::remove_all(at("configured"));
+  }
+}
+
+std::string total_of(const std::string& out) {
+  size_t begin = out.find("  total "), end = out.find('\n', begin);
+  return begin == std::string::npos ? "none" : out.substr(begin, end - begin);
+}
+
+TEST_F(CommandTest, PlanPrintsTheTotalThatTrainTakes) {
+  const std::string data =
+      " --images 60 --captions 4 --val-images 4 --height 8 --image-width 8 --text-tokens 3 "
+      "--text-dim 5";
+  for (const std::string& device : device_flags())
+    for (const char* precision : {"fp64", "fp32", "bf16"})
+      for (const char* recompute : {"0", "3"}) {
+        std::string changes =
+            device + " --ema 0.5 --precision " + precision + " --recompute " + recompute;
+        Outcome trained = run("train", train_, changes + " --out " + at("other"));
+        Outcome planned = run("plan", sizes_ + data, changes);
+        EXPECT_EQ(trained.status, 0) << trained.err;
+        EXPECT_EQ(planned.status, 0) << planned.err;
+        EXPECT_NE(total_of(planned.out), "none");
+        EXPECT_EQ(total_of(planned.out), total_of(trained.out)) << changes;
+        fs::remove_all(at("other"));
+      }
+}
+
+TEST_F(CommandTest, SamplesAreTheSameForTheSameSeed) {
+  auto samples = [&](const std::string& changes) {
+    EXPECT_EQ(run("sample", sample_, changes).status, 0);
+    SafetensorsReader file(at("out.safetensors"));
+    std::vector<float> images(2 * 64);
+    file.read(file.require("samples", {2, 1, 8, 8}), images.data(), 0, images.size());
+    return images;
+  };
+  auto first = samples("");
+  EXPECT_EQ(samples(""), first);
+  EXPECT_EQ(samples("--batch 1"), first);
+  EXPECT_NE(samples("--seed 2"), first);
+  EXPECT_EQ(run("sample", sample_, "--out " + at("out.png")).status, 0);
+  size_t C, H, W;
+  read_png(at("out.png"), &C, &H, &W);
+  EXPECT_GE(W, 16u);
+}
+
+TEST(Gradcheck, PassesForEveryResidualAndCanFail) {
+  for (const std::string& device : device_flags())
+    for (const Residual& residual : residuals) {
+      Config c;
+      c.residual = residual.name;
+      std::string flags = device + " --depth 24 --recompute 7 --residual " + residual.name;
+      // Ungated branches drown the early layers unless they are weak.
+      if (residual.attention == Merge::plain || residual.ffn == Merge::plain)
+        flags += " --writer-std 0.02";
+      Outcome good = run("gradcheck", flags), bad = run("gradcheck", flags, "--tolerance 1e-30");
+      EXPECT_EQ(good.status, 0) << good.out;
+      EXPECT_EQ(good.out.find("WRONG"), std::string::npos) << good.out;
+      EXPECT_EQ(bad.status, 1) << flags;
+      for (const Parameter& p : parameter_table(c).parameters)
+        EXPECT_PRED_FORMAT2(testing::IsSubstring, "\n" + p.family() + " ", good.out);
+      for (const char* input : {"\ninput z ", "\ninput text "})
+        EXPECT_PRED_FORMAT2(testing::IsSubstring, input, good.out);
+    }
+}
+
+}  // namespace
