@@ -30,6 +30,8 @@ cpu := build/$(if $(SAN),san,cpu)
 gpu := build/gpu-$(ARCH)
 BIN := $($(MACHINE))
 
+# One translation unit a program: build as many at once as there are processors.
+MAKEFLAGS += --jobs=$(shell nproc)
 .PHONY: all run test setup data clean format
 all: build/mvsplit
 
@@ -42,7 +44,7 @@ build/%_test: $(SOURCES) | setup
 	$(compile)
 $(foreach t,$(TESTS),$(eval $(cpu)/$t_test $(gpu)/$t_test: tests/$t_test.cu))
 
-# One translation unit a program; the folder says which compiler.
+# The folder says which compiler.
 compile = @mkdir -p $(@D); echo "building $@$(if $(findstring gpu,$@), for $(ARCH))"; \
 	$(if $(findstring gpu,$@),$(NVCC) $(NVCCFLAGS) $(source) -o $@ -lcublas,\
 	                          g++ $(CXXFLAGS) -x c++ $(source) -o $@) \
@@ -51,7 +53,7 @@ source = $(if $(findstring _test,$@),tests/$(notdir $@).cu,train.cu)
 
 setup:
 	@bash data/setup.sh
-data:
+data: | setup
 	@bash data/fetch.sh
 
 # Where there is no GPU: 48 layers, 64 + 8 tokens, under six minutes on two cores. Stopped with Ctrl-C,

@@ -2,13 +2,18 @@
 //
 // What it is: the parameter table, each operation with its backward derived above it, one block,
 // and the chain of blocks with activation checkpointing. What it is not: training (train.cu), or
-// how a branch joins the trunk (mvsplit.cu). It has no AdaLN and no timestep embedding: the network
+// how a branch joins the trunk (mvsplit.cu). The model has no AdaLN and no timestep embedding: it
 // reads the noise level off its input. Blocks have no biases.
 //
 // How to read it: section 1 is what is computed with; sections 2 to 5 are the operations, in the
-// order of the forward pass; 6 is a block, 7 the memory, 8 the network. Shapes: B sequences of T
-// tokens (N image tokens, then L text tokens) of D channels; H heads of hd = D/H channels; FFN
-// width F. Rows (B T) of any array are its tokens; every weight is (out, in) and acts as y = x W^T.
+// order of the forward pass; 6 is a block, 7 the memory, 8 the network.
+//
+// Shapes: B sequences of T tokens (N image tokens, then L text tokens) of D channels; H heads of hd
+// = D/H channels; FFN width F. Rows (B T) of any array are its tokens; every weight is (out, in)
+// and acts as y = x W^T. In the derivations T is the number of tokens, A the attention matrix, J
+// and P the projectors, F a branch's output. In the code T is the storage type, A = Acc<T>, and a
+// lone P is the type of the parameters' gradients, or in attention the probabilities, the A of the
+// derivation.
 #pragma once
 
 #include "mvsplit.cu"
@@ -59,9 +64,10 @@ struct Config {
     }
     fail("residual '%s' is not known: choose one of %s", residual.c_str(), known.c_str());
   }
-  // Writers start at zero, so that the network starts as the identity; where the gate is what
-  // starts small (LayerScale, ReZero) the writer must not be zero too, or neither would get a
-  // gradient.
+  // Writers start at zero, so that each block starts as the identity (RMSNorm leaves a normalised
+  // token alone, up to eps, while alpha = 0). Not ReZero's: with lambda = 0 and W = 0, dlambda =
+  // sum Delta * F and dF = lambda Delta would both be zero for ever. LayerScale's are the paper's
+  // choice (Table 3).
   double writer_init() const {
     if (writer_std >= 0) return writer_std;
     return residual == "layerscale" || residual == "rezero" ? 0.02 : 0;
@@ -282,8 +288,8 @@ void bias_backward(const Device& device, P* dbias, const T* G, size_t rows, size
 // 3. Images and patches
 //
 // A patch (p, p, C) of the image is one token. Going in, its numbers are ordered (channel, row,
-// column), as a convolution's weight is; coming out, (row, column, channel). Both are permutations,
-// so each is the other direction's backward.
+// column), as a convolution's weight is; coming out, (row, column, channel). For either order the
+// two functions are inverse permutations, so each is the other's backward.
 
 enum class PatchOrder { channel_first, channel_last };
 
@@ -343,14 +349,16 @@ struct Heads {
 // 4.1 Two-dimensional RoPE and QK-norm
 //
 // A head's channels are two halves x1, x2 of hd/2. Each pair (x1_j, x2_j) of an image token at
-// (row, col) of the patch grid is rotated by the angle row w_j for j < hd/4, col w_(j - hd/4) after
-// that, w_j = 10000^(-2j/(hd/2)). Text tokens are not rotated. Then RMS-norm over the head, without
-// gain. A rotation R keeps the norm and the norm has no gain, so the two commute:
+// (row, col) of the patch grid is turned by minus the angle row w_j for j < hd/4, col w_(j - hd/4)
+// after that, w_j = 10000^(-2j/(hd/2)): R x = (x1 c + x2 s, x2 c - x1 s). That is the direction the
+// released weights were trained with; the commoner rotate-half turns the other way. Text tokens are
+// not turned. Then RMS-norm over the head, without gain. A rotation R keeps the norm and the norm
+// has no gain, so the two commute:
 //
 //     y = r R x,     r = (|x|^2 / hd + eps)^(-1/2).
 //
-// Backward. With x' = R x, equation (49) gives dx' = r g - (r^3/hd) <g, x'> x'. Since y = r x',
-// this is
+// Backward. With x' = R x, (Delta) of mvsplit.cu gives dx' = r g - (r^3/hd) <g, x'> x'. Since y = r
+// x', this is
 //     dx' = r (g - (<g, y> / hd) y)      and      dx = R^T dx':
 // the saved y and r are enough, x is not kept.
 
@@ -447,12 +455,15 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
 // under the probabilities a, which are all positive: it is zero for x constant and for nothing
 // else. So the null space is span(1), and dS measures only how dA VARIES along the row.
 //
-// Lemma 1. dA_j = <g_i, V_j>. If all tokens have the same value, V_j = vbar, then dA = <g_i, vbar>
-// 1 is in the null space: dS = 0 exactly, and with it dQ = dK = 0. When token states collapse to
-// their mean, queries and keys stop learning: in a collapsed network their gradients fall by orders
-// of magnitude at once. Meanwhile the writer's gradient sum_i g_i y_i^T (39) is alive, with y_i =
-// vbar for all i: it has become the mean-coherent gradient of section 5 in mvsplit.cu. Finally S =
-// Q K^T / sqrt(hd) gives
+// Lemma 1. dA_ij = <g_i, V_j>, g_i being row i of G. If all tokens have the same value, V_j = vbar,
+// then row i of dA is <g_i, vbar> 1^T, in the null space: dS = 0 exactly, and with it dQ = dK = 0.
+// When token states collapse to their mean, queries and keys stop learning: in a collapsed network
+// their gradients fall by orders of magnitude at once. Meanwhile the writer's gradient dW_O = sum_i
+// delta_i y_i^T (39), delta_i the adjoint of token i of F = Y W_O^T, is alive: with y_i = vbar for
+// all i it is (sum_i delta_i) vbar^T = T dbar vbar^T, all of it the dW_mu of section 5 in
+// mvsplit.cu, and dW_c = 0.
+//
+// Finally S = Q K^T / sqrt(hd) gives
 //     dQ = dS K / sqrt(hd),     dK = dS^T Q / sqrt(hd).
 
 // The Q (part 0), K (1) or V (2) matrices (T, hd) of all sequences and heads inside a qkv array.
@@ -471,8 +482,8 @@ Matrix<T> head_square(T* a, Heads h) {
 }
 
 // Y (B, T, D) from qkv (B, T, 3, H, hd). The probabilities P (B, H, T, T) are kept; the scores
-// (B, H, T, T) are scratch, in Acc<T>: a score of 8 rounded to bf16 would be off by up to 0.016,
-// and its probability by 1.6%.
+// (B, H, T, T) are scratch, in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by
+// sqrt(hd)) would be off by up to 0.016, and its probability by 1.6%.
 template <class T>
 void attention_forward(Device& device, T* Y, T* P, Acc<T>* scores, const T* qkv, Heads h) {
   using A = Acc<T>;
@@ -611,40 +622,42 @@ void block_forward(Device& device, T* X_next, BlockSaved<T> s, BlockParameters<c
 }
 
 // G holds dL/dX_next on entry and dL/dX on return; parameter gradients = (or += if `accumulate`).
-// Each line undoes one of block_forward's, last first. The trunk's gradient stays in G: the merges
-// replace it, and the branch's first linear map adds its part.
+// Each line of block_forward has its backward here, last first; a linear map has two, its weight's
+// and its input's. The trunk's gradient stays in G: the merges replace it, and the branch's first
+// linear map adds its part.
 template <class T, class P>
 void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
-                    BlockParameters<const T> w, BlockScratch<T> t, const BlockShape<T>& b,
+                    BlockParameters<const T> w, BlockScratch<T> scratch, const BlockShape<T>& b,
                     bool accumulate) {
   size_t rows = b.tokens.rows(), D = b.D, F = b.F;
-  merge_backward(device, G, t.dF, d.gates[1], G, s.X1, s.F2, w.gates[1], s.merge[1], t.merge,
-                 b.tokens, D, accumulate);
-  linear_backward_weight(device, d.w2, t.dF, s.hidden, rows, D, F, accumulate);
-  linear_backward_input(device, t.dhidden, t.dF, w.w2, rows, D, F);
-  swiglu_backward(device, t.du, t.dhidden, s.u, rows, F);
-  linear_backward_weight(device, d.w13, t.du, s.X1, rows, 2 * F, D, accumulate);
-  linear_backward_input(device, G, t.du, w.w13, rows, 2 * F, D, true);
+  merge_backward(device, G, scratch.dF, d.gates[1], G, s.X1, s.F2, w.gates[1], s.merge[1],
+                 scratch.merge, b.tokens, D, accumulate);
+  linear_backward_weight(device, d.w2, scratch.dF, s.hidden, rows, D, F, accumulate);
+  linear_backward_input(device, scratch.dhidden, scratch.dF, w.w2, rows, D, F);
+  swiglu_backward(device, scratch.du, scratch.dhidden, s.u, rows, F);
+  linear_backward_weight(device, d.w13, scratch.du, s.X1, rows, 2 * F, D, accumulate);
+  linear_backward_input(device, G, scratch.du, w.w13, rows, 2 * F, D, true);
 
-  merge_backward(device, G, t.dF, d.gates[0], G, s.X, s.F1, w.gates[0], s.merge[0], t.merge,
-                 b.tokens, D, accumulate);
-  linear_backward_weight(device, d.proj, t.dF, s.Y, rows, D, D, accumulate);
-  linear_backward_input(device, t.dY, t.dF, w.proj, rows, D, D);
-  attention_backward(device, t.dqkv, t.dY, s.P, s.qkv, t.scores, t.dS, b.heads);
-  rope_qk_norm_backward(device, t.dqkv, s.qkv, s.r_qk, b.rope, b.heads);
-  linear_backward_weight(device, d.qkv, t.dqkv, s.X, rows, 3 * D, D, accumulate);
-  linear_backward_input(device, G, t.dqkv, w.qkv, rows, 3 * D, D, true);
+  merge_backward(device, G, scratch.dF, d.gates[0], G, s.X, s.F1, w.gates[0], s.merge[0],
+                 scratch.merge, b.tokens, D, accumulate);
+  linear_backward_weight(device, d.proj, scratch.dF, s.Y, rows, D, D, accumulate);
+  linear_backward_input(device, scratch.dY, scratch.dF, w.proj, rows, D, D);
+  attention_backward(device, scratch.dqkv, scratch.dY, s.P, s.qkv, scratch.scores, scratch.dS,
+                     b.heads);
+  rope_qk_norm_backward(device, scratch.dqkv, s.qkv, s.r_qk, b.rope, b.heads);
+  linear_backward_weight(device, d.qkv, scratch.dqkv, s.X, rows, 3 * D, D, accumulate);
+  linear_backward_input(device, G, scratch.dqkv, w.qkv, rows, 3 * D, D, true);
 }
 
 // ---------------------------------------------------------------------------------------------
 // 7. Memory
 //
-// Activation checkpointing. The blocks are cut into segments of k. The forward keeps the input of
-// each segment, and has room for what k blocks save; each segment overwrites the one before. The
-// backward takes the segments from the last to the first and replays each from its checkpoint
-// before it goes back through it. The same kernels on the same inputs give the same bits, so
-// gradients do not depend on k. What the forward left of the last segment is still there and needs
-// no replay, so "keep everything" is one segment of all the blocks, not a special case.
+// Activation checkpointing. The blocks are cut into spans of k blocks. The forward keeps the input
+// of each span, and has room for what k blocks save; each span overwrites the one before. The
+// backward takes the spans from the last to the first and replays each from its checkpoint before
+// it goes back through it. The same kernels on the same inputs give the same bits, so gradients do
+// not depend on k. What the forward left of the last span is still there and needs no replay, so
+// "keep everything" is one span of all the blocks, not a special case.
 //
 // Memory is (depth / k) checkpoints + k blocks' activations; the price is one more forward.
 
@@ -653,8 +666,8 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
 template <class T>
 struct Arrays {
   using A = Acc<T>;
-  T *inputs, *output;  // (segments, B, T, D), (B, T, D): inputs of segments; the last X
-  std::vector<BlockSaved<T>> blocks;  // what a segment's blocks save
+  T *inputs, *output;                 // (spans, B, T, D), (B, T, D): inputs of spans; the last X
+  std::vector<BlockSaved<T>> blocks;  // what a span's blocks save
   BlockScratch<T> scratch;
   T* G;                                         // (B, T, D), the trunk's gradient
   A *z, *velocity, *dvelocity, *dz;             // (B, C, H, W)
@@ -667,9 +680,9 @@ struct Arrays {
   A *cosine, *sine;                             // (N, hd / 2)
 
   // Without training, blocks pass two arrays back and forth.
-  void lay_checkpoints(Carver& c, const Config& m, size_t B, size_t segment, bool trains) {
+  void lay_checkpoints(Carver& c, const Config& m, size_t B, size_t span, bool trains) {
     size_t X = B * m.tokens() * m.width;
-    inputs = c.take<T>((trains ? ceil_div(m.depth, segment) : 2) * round_up(X, 128));
+    inputs = c.take<T>((trains ? ceil_div(m.depth, span) : 2) * round_up(X, 128));
     output = trains ? c.take<T>(X) : nullptr;
   }
   static size_t input_stride(const Config& m, size_t B) {
@@ -677,12 +690,12 @@ struct Arrays {
                     128);  // each checkpoint starts on a 256-byte boundary
   }
 
-  void lay_blocks(Carver& c, const Config& m, size_t B, size_t segment) {
+  void lay_blocks(Carver& c, const Config& m, size_t B, size_t span) {
     size_t rows = B * m.tokens(), X = rows * m.width;
-    blocks.resize(segment);
-    for (size_t i = 0; i < segment; ++i) {
+    blocks.resize(span);
+    for (size_t i = 0; i < span; ++i) {
       BlockSaved<T>& s = blocks[i];
-      s.X = i ? c.take<T>(X) : nullptr;  // the first block's input is the segment's checkpoint
+      s.X = i ? c.take<T>(X) : nullptr;  // the first block's input is the span's checkpoint
       s.qkv = c.take<T>(3 * X);
       s.P = c.take<T>(rows * m.heads * m.tokens());
       s.Y = c.take<T>(X), s.F1 = c.take<T>(X), s.X1 = c.take<T>(X);
@@ -739,8 +752,8 @@ struct Plan {
   }
 };
 
-// How many blocks a segment has for `--recompute k`: 0 means all of them.
-inline size_t segment_length(const Config& config, size_t recompute) {
+// How many blocks a span has for `--recompute k`: 0 means all of them.
+inline size_t span_length(const Config& config, size_t recompute) {
   return recompute == 0 ? config.depth : std::min(recompute, config.depth);
 }
 
@@ -748,7 +761,7 @@ template <class T>
 Plan network_plan(const Config& config, size_t batch, size_t recompute, bool trains) {
   Arrays<T> arrays;
   size_t parameters = parameter_table(config).size;
-  size_t segment = trains ? segment_length(config, recompute) : 1;
+  size_t span = trains ? span_length(config, recompute) : 1;
   auto bytes = [](auto lay) {
     Carver carver;
     lay(carver);
@@ -758,10 +771,10 @@ Plan network_plan(const Config& config, size_t batch, size_t recompute, bool tra
   plan.slabs.emplace_back("weights", parameters * sizeof(T));
   if (trains) plan.slabs.emplace_back("gradients", parameters * sizeof(Acc<T>));
   plan.slabs.emplace_back("checkpoints", bytes([&](Carver& c) {
-                            arrays.lay_checkpoints(c, config, batch, segment, trains);
+                            arrays.lay_checkpoints(c, config, batch, span, trains);
                           }));
   plan.slabs.emplace_back("activations",
-                          bytes([&](Carver& c) { arrays.lay_blocks(c, config, batch, segment); }));
+                          bytes([&](Carver& c) { arrays.lay_blocks(c, config, batch, span); }));
   plan.slabs.emplace_back("scratch",
                           bytes([&](Carver& c) { arrays.lay_scratch(c, config, batch, trains); }));
   plan.slabs.emplace_back("inputs, outputs",
@@ -800,7 +813,7 @@ class Network {
         table(parameter_table(c)),
         batch(largest_batch),
         trains(training),
-        segment_(training ? segment_length(c, recompute) : 1) {
+        span_(training ? span_length(c, recompute) : 1) {
     for (const auto& [name, bytes] : network_plan<T>(c, batch, recompute, trains).slabs)
       slabs_.push_back(std::make_unique<Slab>(device, bytes));
     auto slab = slabs_.begin();
@@ -814,8 +827,8 @@ class Network {
       Carver carver{(*slab++)->data};
       function(carver);
     };
-    lay([&](Carver& x) { arrays.lay_checkpoints(x, config, batch, segment_, trains); });
-    lay([&](Carver& x) { arrays.lay_blocks(x, config, batch, segment_); });
+    lay([&](Carver& x) { arrays.lay_checkpoints(x, config, batch, span_, trains); });
+    lay([&](Carver& x) { arrays.lay_blocks(x, config, batch, span_); });
     lay([&](Carver& x) { arrays.lay_scratch(x, config, batch, trains); });
     lay([&](Carver& x) { arrays.lay_ends(x, config, batch, trains); });
     std::vector<A> cosine, sine;
@@ -849,8 +862,8 @@ class Network {
     Parameters<const T> w = locate<const T>(config, table, weights_);
     Parameters<A> d = locate<A>(config, table, gradients_);
     project_backward(b, w, d, accumulate);
-    for (size_t s = ceil_div(config.depth, segment_); s-- > 0;) {
-      size_t first = s * segment_, end = std::min(config.depth, first + segment_);
+    for (size_t s = ceil_div(config.depth, span_); s-- > 0;) {
+      size_t first = s * span_, end = std::min(config.depth, first + span_);
       if (end < config.depth)
         for (size_t i = first; i < end; ++i)
           block_forward(device, input(i + 1), saved(i), w.block(i), arrays.scratch, shape(b));
@@ -869,7 +882,7 @@ class Network {
   }
 
  private:
-  size_t segment_;
+  size_t span_;
   std::vector<std::unique_ptr<Slab>> slabs_;
   T* weights_ = nullptr;
   A* gradients_ = nullptr;
@@ -883,10 +896,10 @@ class Network {
     size_t stride = Arrays<T>::input_stride(config, batch);
     if (!trains) return arrays.inputs + i % 2 * stride;
     if (i == config.depth) return arrays.output;
-    return i % segment_ ? arrays.blocks[i % segment_].X : arrays.inputs + i / segment_ * stride;
+    return i % span_ ? arrays.blocks[i % span_].X : arrays.inputs + i / span_ * stride;
   }
   BlockSaved<T> saved(size_t i) {
-    BlockSaved<T> s = arrays.blocks[i % segment_];
+    BlockSaved<T> s = arrays.blocks[i % span_];
     s.X = input(i);
     return s;
   }

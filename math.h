@@ -5,15 +5,14 @@
 // product, the bf16 number, and random numbers that depend on nothing but their index.
 // What it is not: a tensor library. There are pointers with a shape in a comment, and loops.
 //
-// How to read it: section 3 (teams) is the one idea that the other files need. A kernel is a lambda
+// How to read it: section 4 (teams) is the one idea that the other files need. A kernel is a lambda
 // over a Team. On a GPU a team is a thread block; on a CPU it is a single thread, rank 0 of size 1:
 //
 //   for_each_team(device, rows, threads_for(D), [=] HD(Team team) {
 //     const float* x = X + team.index * D;                                // this team's row
 //     float s = 0;
 //     for (size_t d = team.rank; d < D; d += team.size) s += x[d] * x[d]; // shared among threads
-//     s = team.sum(s);                                                    // the same in all of
-//     them
+//     s = team.sum(s);                                                    // all get the same
 //   });
 //
 // so that the same source is a CUDA kernel and a plain loop that a debugger can step through.

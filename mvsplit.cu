@@ -8,6 +8,11 @@
 // The mean here is over TOKENS, never over channels: J X replaces every token of a segment by the
 // average token. (LayerNorm's mean, which runs over the channels of one token, plays no part.)
 //
+// Words: the trunk is X, passed from block to block; a branch (attention or FFN) computes F from
+// it; its last matrix (W_O, W2) is the residual writer; a merge joins F to X. Post-Norm: the norm
+// follows the sum. The leaky term is -alpha * J X in (7). Mean mode screaming is the paper's name
+// for the collapse: the mean part of the writers' gradients bursts, and all tokens become alike.
+//
 // How to read it: section 1 defines J and P and proves the three facts that everything uses;
 // section 2 is RMSNorm; section 3 is one formula with all merges in it; section 4 derives its
 // backward down to the lines of code; section 5 says what the split does to the gradient of a
@@ -35,7 +40,7 @@
 // one: J_seg = blkdiag(J_image, J_text), P_seg = I - J_seg.  (43)  Both projectors stay projectors.
 // The global mean is a weighted sum of the segment means, J J_seg = J, so J P_seg = 0  (44)-(45):
 // what is centered in each segment is centered globally, and a gate on the segment means reaches
-// the global mean as well. Diagnostics use the global J.
+// the global mean as well.
 
 // How tokens lie in memory: `batch` sequences of `image` then `text` rows.
 struct Tokens {
@@ -114,7 +119,7 @@ void segment_means(const Device& device, Acc<T>* xbar, Acc<T>* fbar, const T* X,
 //
 // so the gradient of z is
 //
-//     Delta = r g - q z,     q = (r^3 / D) <g, z>.                                            (49)
+//     Delta = r g - q z,     q = (r^3 / D) <g, z>.                                        (Delta)
 //
 // The norm of z is (up to eps) projected out: Delta is orthogonal to z, since y does not change
 // when z is scaled. A consequence for very deep networks: what one layer adds can only turn a
@@ -147,7 +152,7 @@ void rmsnorm_forward(const Device& device, T* Y, Acc<T>* r, const T* X, size_t b
   });
 }
 
-// dX (=) from dY by (49); X, r, dX (B, n, D) packed, dY strided as Y above.
+// dX (=) from dY by (Delta); X, r, dX (B, n, D) packed, dY strided as Y above.
 template <class T>
 void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, const Acc<T>* r,
                       size_t batch, size_t n, size_t D, size_t y_stride) {
@@ -180,9 +185,11 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 //     P Z = P X + beta * P F           the centered part is a residual stream with gain beta,
 //     J Z = (1 - alpha) * J X + alpha * J F                                                   (9)
 //
-// while the mean is a leaky integrator: it forgets alpha of its past at each merge, so it cannot
-// grow without bound over a thousand layers, and what the branches write into it comes in with gain
-// alpha. LayerScale has one gain for both and never forgets: J Z = J X + lambda * J F.
+// while the mean is a leaky integrator: for 0 < alpha < 2 the old mean decays, so it cannot grow
+// without bound over a thousand layers, and what the branches write into it comes in with gain
+// alpha. At alpha = 0, the start, J Z = J X: no branch can write into the mean at all. LayerScale
+// has one gain for both and never forgets: J Z = J X + lambda * J F. (All this is exact for Z. The
+// RMSNorm of (8) then scales each token by its own r_i, which mixes the two parts a little.)
 
 enum class Merge { plain, layerscale, rezero, mvsplit, mvsplit_noleak };
 
@@ -245,9 +252,9 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 }
 
 // ---------------------------------------------------------------------------------------------
-// 4. The merges, backward
+// 4. The merges, backward: the paper's (49)-(54)
 //
-// Given G = dL/dX_next. RMSNorm first: by (49), token i of dL/dZ is
+// Given G = dL/dX_next. RMSNorm first: by (Delta), token i of dL/dZ is
 //
 //     Delta_i = r_i G_i - q_i Z_i,        q_i = (r_i^3 / D) <G_i, Z_i>.
 //
@@ -255,25 +262,25 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // are symmetric and act on tokens, the gains on channels, so they move to the other side one by
 // one:
 //
-//     dX:      Delta - alpha * J Delta                            = Delta_i - alpha * Dbar     (50)
-//     dF:      beta * P Delta + alpha * J Delta                               (10)
-//              = beta * (Delta - J Delta) + alpha * J Delta       = beta * Delta_i + (alpha - beta)
-//              * Dbar
-//                                                                                             (51)
-//     dalpha:  sum_i Delta_i * (J (F - X))_i = sum_s n_s Dbar_s * (Fbar_s - Xbar_s)           (53)
-//     dbeta:   sum_i Delta_i * (P F)_i       = sum_i Delta_i * (F_i - Fbar_s)                 (54)
+//     dL/dX = Delta - alpha * J Delta
+//         token i:  Delta_i - alpha * Dbar_s                                                  (dX)
+//     dL/dF = beta * P Delta + alpha * J Delta                                                (10)
+//           = beta * (Delta - J Delta) + alpha * J Delta
+//         token i:  beta * Delta_i + (alpha - beta) * Dbar_s                                  (dF)
+//     dL/dalpha = sum_i Delta_i * (J (F - X))_i = sum_s n_s Dbar_s * (Fbar_s - Xbar_s)    (dalpha)
+//     dL/dbeta  = sum_i Delta_i * (P F)_i       = sum_i Delta_i * (F_i - Fbar_s)           (dbeta)
 //
-// with Dbar_s the mean of Delta over the tokens of i's segment s (52). In (53) the second factor is
+// with Dbar_s the mean of Delta over the tokens of i's segment s. In (dalpha) the second factor is
 // constant within a segment, so the sum over its n_s tokens is n_s Dbar_s: the gate's gradient
 // costs no further pass. Without the leaky term, dX_i = Delta_i and Xbar drops out of dalpha.
 // LayerScale and ReZero: dX = Delta, dF = lambda * Delta, dlambda = sum_i Delta_i * F_i.
 //
-// Consequence of (51): the segment mean of dF is alpha * Dbar. At alpha = 0, where training starts,
+// Consequence of (dF): the segment mean of dF is alpha * Dbar. At alpha = 0, where training starts,
 // the branch's adjoint has no mean at all, however large Dbar is.
 //
 // The cost is three passes: a row pass for q, a column pass for Dbar and the gates, a pass for the
-// outputs. Delta is recomputed from r and q where it is needed: three multiplications are cheaper
-// than a (B, T, D) array.
+// outputs. Delta is recomputed from G, X, F, r and q where it is needed: that reads three arrays
+// instead of one, but takes no (B, T, D) array and no bf16 rounding of Delta.
 
 // Scratch of the backward: q (B, T); dbar and dgate (B, 2, D), sums over a segment's tokens.
 template <class A>
@@ -281,7 +288,7 @@ struct MergeScratch {
   A *q, *dbar, *dgate;
 };
 
-// Gate gradients from the segments' sums, eqs. (53), (54): dalpha, dbeta or dlambda (=, or += if
+// Gate gradients from the segments' sums, (dalpha), (dbeta): dalpha, dbeta or dlambda (=, or += if
 // `accumulate`).
 template <class T, class P>
 void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> saved,
@@ -370,8 +377,8 @@ void merge_backward(const Device& device, T* dX, T* dF, Gates<P> dgates, const T
     if (split) {
       Quad<A> alpha = load<A>(gates.alpha + d), beta = load<A>(gates.beta + d);
       Quad<A> dbar = load<A>(scratch.dbar + tokens.segment_of(row) * D + d);
-      if (leak) dx = g - alpha * dbar;        // (50)
-      df = beta * g + (alpha - beta) * dbar;  // (51)
+      if (leak) dx = g - alpha * dbar;        // (dX)
+      df = beta * g + (alpha - beta) * dbar;  // (dF)
     }
     store(dX + row * D + d, dx);
     store(dF + row * D + d, df);
@@ -393,6 +400,10 @@ void merge_backward(const Device& device, T* dX, T* dF, Gates<P> dgates, const T
 // not agree, like dW_c, grows like sqrt(T). That is the lever of the collapse: once tokens become
 // alike, every writer's step is dominated by one direction that makes them more alike.
 //
-// MV-Split acts on delta: by (10), delta = beta * P G + alpha * J G, so dW_mu is scaled by alpha
-// and dW_c by beta, separately. LayerScale scales both by lambda, which cannot change their ratio;
-// nor can clipping, which multiplies all of dW.
+// MV-Split acts on delta: by (10), delta = beta * P Delta + alpha * J Delta with Delta = dL/dZ.
+// Take this section's J and P within each segment, as the merge does: dW_mu is then one rank-one
+// term a segment, and row d of it is scaled by alpha_d, row d of dW_c by beta_d, separately. (With
+// the global J, J P_seg = 0 still leaves alpha alone on the mean part; the difference of the two
+// segment means, also scaled by alpha, counts as centered.) LayerScale scales row d of both by
+// lambda_d, which cannot change their ratio in that row; nor can clipping, which multiplies all of
+// dW by one number.

@@ -4,8 +4,10 @@
 // that a run can be resumed from, Euler sampling with guidance, and one function a subcommand. What
 // it is not: a framework. There is one data set in memory, one device, one optimiser.
 //
-// How to read it: section 1 is the objective, 2 the optimiser, 3 the trainer, whose step() is the
-// whole of a training step; 4 and 5 are files and sampling; from 6 on it is the command line.
+// How to read it: section 1 is the objective, 2 the optimiser, 3 sampling, 4 the trainer, whose
+// train_step() is the whole of a training step, 5 saving and resuming, 6 the run with its log, 7
+// the other subcommands, 8 the command line.
+
 #include "dit.cu"
 
 #include "data/checkpoint.h"
@@ -24,8 +26,8 @@
 // Data x0 and noise x1 ~ N(0, I) are joined by a straight line, z_t = (1 - t) x0 + t x1, and the
 // network learns the velocity along it from noise to data, v = x0 - x1  (2). t = 1 is noise. (Much
 // other code has the opposite sign.) The loss is the mean square of the error, over all numbers of
-// a batch. A network that answers with the mean of all data gets about 1.44 on Fashion-MNIST; only
-// one that sees how noisy its input is, and what is in it, gets below.
+// a batch. On Fashion-MNIST v = 0, where training starts, costs 1.75; a network that knows nothing
+// but the average pixel gets 1.44, which is where a collapsed one stays.
 
 // Sampling and training must agree on the spacing of t. A shift a > 1 spends more of it near noise.
 HD inline double shift_time(double t, double a) { return a * t / (1 + (a - 1) * t); }
@@ -160,7 +162,7 @@ void adamw(const Device& device, T* weights, Acc<T>* master, Acc<T>* m, Acc<T>* 
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     Chunk c = chunks[team.index];
     A clip = A(clock->clip_scale), lr = A(clock->lr), b1 = A(o.beta1), b2 = A(o.beta2);
-    // 1 - 0.999 in float is off by 5e-5 of itself: take the difference in double.
+    // 1 - 0.999 in float is off by 1.3e-5 of itself: take the difference in double.
     A rest1 = A(1 - o.beta1), rest2 = A(1 - o.beta2), keep = A(ema), follow = A(1 - ema);
     A c1 = A(1 / clock->correction1), c2 = A(1 / clock->correction2);
     A decay = c.decays ? A(o.decay) : A(0), eps = A(o.eps);
@@ -191,75 +193,12 @@ void end_step(const Device& device, Clock* clock, Record* history, const A* loss
 }
 
 // ---------------------------------------------------------------------------------------------
-// 3. The trainer
-
-struct TrainOptions {
-  Config model;
-  Optimizer optimizer;
-  size_t batch = 32, accumulate = 1, steps = 1000, recompute = 0, seed = 1;
-  size_t val_images = 256, log_every = 10, val_every = 0, save_every = 0, sample_every = 0;
-  double dropout = 0.1, time_shift = 1, ema = 0;
-  std::string data = "fashion-mnist", out = "run";
-  bool resume = false;
-};
-
-// The arrays of a run besides the network's.
-template <class T>
-struct TrainArrays {
-  using A = Acc<T>;
-  A *master, *m, *v,
-      *average;        // as the weights; master is the weights themselves where T is Acc<T>
-  T* average_rounded;  // what the network evaluates with; the same where T is Acc<T>
-  Chunk* chunks;
-  double* partial;
-  A *target, *losses;  // (B, C, H, W), (accumulate * B)
-  Clock* clock;
-  Record* history;
-
-  void lay_optimizer(Carver& c, size_t parameters, size_t chunk_count, bool averages) {
-    master = std::is_same_v<T, A> ? nullptr : c.take<A>(parameters);
-    m = c.take<A>(parameters), v = c.take<A>(parameters);
-    average = averages ? c.take<A>(parameters) : nullptr;
-    average_rounded = averages && !std::is_same_v<T, A> ? c.take<T>(parameters) : nullptr;
-    chunks = c.take<Chunk>(chunk_count), partial = c.take<double>(chunk_count);
-    clock = c.take<Clock>(1), history = c.take<Record>(records);
-  }
-  void lay_batch(Carver& c, const TrainOptions& o) {
-    target = c.take<A>(o.batch * o.model.pixels());
-    losses = c.take<A>(std::max(o.batch * o.accumulate, o.val_images));
-  }
-};
-
-// How much of a data set goes to the device: training images, images to validate on, captions.
-struct DataSizes {
-  size_t images, held_out, captions;
-};
-
-// A data set's arrays, laid out like everything else.
-inline DeviceData lay_data(Carver& c, const Config& m, size_t images, size_t captions) {
-  DeviceData d{};
-  d.images = images, d.captions = captions;
-  d.pixels_per_image = m.pixels(), d.text_per_caption = m.text_size();
-  d.pixels = c.take<float>(images * m.pixels());
-  d.text = c.take<float>((captions + 1) * m.text_size());
-  d.caption = c.take<int32_t>(images);
-  return d;
-}
-
-inline void upload_data(const Device& device, const DeviceData& to, const Dataset& from) {
-  auto put = [&](const auto* data, const auto& values, size_t count) {
-    device.upload(const_cast<void*>(static_cast<const void*>(data)), values.data(),
-                  count * sizeof(values[0]));
-  };
-  put(to.pixels, from.pixels, to.images * to.pixels_per_image);
-  put(to.text, from.text, from.text.size());
-  put(to.text + to.captions * to.text_per_caption, from.empty_text, from.empty_text.size());
-  put(to.caption, from.caption, to.images);
-}
-
-// Euler sampling, with its arrays: from noise at t = 1 to data at t = 0,
-//     z <- z + (t - t_next) v,     v = v_u + w (v_c - v_u)    (classifier-free guidance)
+// 3. Sampling
+//
+// Euler steps from noise at t = 1 to data at t = 0, with classifier-free guidance:
+//     z <- z + (t - t_next) v,     v = v_u + w (v_c - v_u),
 // v_c with the caption, v_u with the empty one.
+
 template <class T>
 struct Sampler {
   using A = Acc<T>;
@@ -328,6 +267,73 @@ std::vector<float> sample_images(Network<T>& net, Sampler<T> sampler,
     images.insert(images.end(), z.begin(), z.end());
   }
   return images;
+}
+
+// ---------------------------------------------------------------------------------------------
+// 4. The trainer
+
+struct TrainOptions {
+  Config model;
+  Optimizer optimizer;
+  size_t batch = 32, accumulate = 1, steps = 1000, recompute = 0, seed = 1;
+  size_t val_images = 256, log_every = 10, val_every = 0, save_every = 0, sample_every = 0;
+  double dropout = 0.1, time_shift = 1, ema = 0;
+  std::string data = "fashion-mnist", out = "run";
+  bool resume = false;
+};
+
+// The arrays of a run besides the network's.
+template <class T>
+struct TrainArrays {
+  using A = Acc<T>;
+  A *master, *m, *v,
+      *average;        // as the weights; master is the weights themselves where T is Acc<T>
+  T* average_rounded;  // what the network evaluates with; the same where T is Acc<T>
+  Chunk* chunks;
+  double* partial;
+  A *target, *losses;  // (B, C, H, W), (accumulate * B)
+  Clock* clock;
+  Record* history;
+
+  void lay_optimizer(Carver& c, size_t parameters, size_t chunk_count, bool averages) {
+    master = std::is_same_v<T, A> ? nullptr : c.take<A>(parameters);
+    m = c.take<A>(parameters), v = c.take<A>(parameters);
+    average = averages ? c.take<A>(parameters) : nullptr;
+    average_rounded = averages && !std::is_same_v<T, A> ? c.take<T>(parameters) : nullptr;
+    chunks = c.take<Chunk>(chunk_count), partial = c.take<double>(chunk_count);
+    clock = c.take<Clock>(1), history = c.take<Record>(records);
+  }
+  void lay_batch(Carver& c, const TrainOptions& o) {
+    target = c.take<A>(o.batch * o.model.pixels());
+    losses = c.take<A>(std::max(o.batch * o.accumulate, o.val_images));
+  }
+};
+
+// How much of a data set goes to the device: training images, images to validate on, captions.
+struct DataSizes {
+  size_t images, held_out, captions;
+};
+
+// A data set's arrays, laid out like everything else.
+inline DeviceData lay_data(Carver& c, const Config& m, size_t images, size_t captions) {
+  DeviceData d{};
+  d.images = images, d.captions = captions;
+  d.pixels_per_image = m.pixels(), d.text_per_caption = m.text_size();
+  d.pixels = c.take<float>(images * m.pixels());
+  d.text = c.take<float>((captions + 1) * m.text_size());
+  d.caption = c.take<int32_t>(images);
+  return d;
+}
+
+inline void upload_data(const Device& device, const DeviceData& to, const Dataset& from) {
+  auto put = [&](const auto* data, const auto& values, size_t count) {
+    device.upload(const_cast<void*>(static_cast<const void*>(data)), values.data(),
+                  count * sizeof(values[0]));
+  };
+  put(to.pixels, from.pixels, to.images * to.pixels_per_image);
+  put(to.text, from.text, from.text.size());
+  put(to.text + to.captions * to.text_per_caption, from.empty_text, from.empty_text.size());
+  put(to.caption, from.caption, to.images);
 }
 
 // Everything a run will take, by slab, before it is taken.
@@ -508,13 +514,15 @@ class Trainer {
 };
 
 // ---------------------------------------------------------------------------------------------
-// 4. Saving and resuming
+// 5. Saving and resuming
 //
 // weights.safetensors holds the network in T under the published names; ema.safetensors the
 // averaged one. state.safetensors is all that a run needs to go on: master weights, moments,
 // average, step.
 
-// What a resumed run must share with the one that wrote the state, or its bits would differ.
+// What must be the same for a resumed run to be the same run. The optimiser's settings are not
+// among them: a run may go on at another learning rate, but its bits are then not those of an
+// unbroken one.
 template <class T>
 Metadata describe_state(const Trainer<T>& t) {
   Metadata m = describe(t.o.model, t.o.time_shift);
@@ -568,7 +576,7 @@ void resume_run(Trainer<T>& t) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// 5. The run: train
+// 6. The run
 
 inline volatile std::sig_atomic_t interrupted = 0;
 
@@ -592,10 +600,10 @@ inline double peak_flops(const std::string& name) {
   return name.find("A100") != std::string::npos ? 312e12 : 0;
 }
 
-// A replay runs each segment but the last again.
+// A replay runs each span but the last again.
 inline double step_flops(const TrainOptions& o) {
-  size_t segment = segment_length(o.model, o.recompute);
-  size_t replayed = (ceil_div(o.model.depth, segment) - 1) * segment;
+  size_t span = span_length(o.model, o.recompute);
+  size_t replayed = (ceil_div(o.model.depth, span) - 1) * span;
   return double(o.accumulate) * forward_flops(o.model, o.batch) *
          (3 + double(replayed) / double(o.model.depth));
 }
@@ -823,7 +831,7 @@ int train(Device& device, TrainOptions o, const Dataset& data, const Dataset& va
 }
 
 // ---------------------------------------------------------------------------------------------
-// 6. The other subcommands
+// 7. The other subcommands
 
 struct Machine {
   std::string device = "auto", precision = "auto";
@@ -1127,7 +1135,7 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// 7. The command line
+// 8. The command line
 
 inline void add_model_options(CLI::App* app, Config& m) {
   app->add_option("--depth", m.depth, "blocks")->capture_default_str();

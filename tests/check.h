@@ -87,8 +87,8 @@ struct Op {
       if (i.name == name) return i;
     throw std::out_of_range(name);
   }
-  // <cotangent, output>: a random cotangent sees everything. (The plain sum of MV-Split's outputs,
-  // for one, is blind to beta, because P annihilates constants.)
+  // <cotangent, output>: a random cotangent sees everything. (The plain sum of Z, for one, is blind
+  // to beta, because 1^T P = 0.)
   double loss() const {
     forward();
     std::vector<double> y = output.get(), c = cotangent.get();
@@ -166,7 +166,8 @@ void compare_devices(const Make& make, double tolerance) {
         << "gradient of " << a.inputs[i].name;
 }
 
-// Both machines in three precisions. bf16 rounds at 2^-9, fp32 sums in another order.
+// Both machines in three precisions. a bf16 rounding is off by up to 2^-9 of the value, fp32 sums
+// in another order.
 template <class Make>
 void check_devices(const Make& make) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";

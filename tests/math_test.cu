@@ -610,6 +610,15 @@ TEST(Random, GaussianMomentsAndTails) {
   }
 }
 
+TEST(Random, GaussianIsBoxAndMullers) {
+  for (size_t i = 0; i < 1000; ++i) {
+    Random4 r = random_bits(7, 3, i);
+    long double u = 1 - unit_interval(r.v[0], r.v[1]), v = unit_interval(r.v[2], r.v[3]);
+    long double x = std::sqrt(-2 * std::log(u)) * std::cos(2 * std::acos(-1.0L) * v);
+    ASSERT_NEAR(gaussian(7, 3, i), double(x), 1e-14) << i;
+  }
+}
+
 TEST(Random, SeedsStreamsAndIndicesAreIndependent) {
   struct {
     const char* what;

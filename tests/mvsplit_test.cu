@@ -1,4 +1,4 @@
-// mvsplit_test.cu - tests of mvsplit.cu: the token means, RMSNorm, and the four merges.
+// mvsplit_test.cu - tests of mvsplit.cu: the token means, RMSNorm, and the merges.
 #include "../mvsplit.cu"
 
 #include "check.h"
@@ -104,11 +104,11 @@ TEST(Merge, WrongBackwardsAreRejected) {
   for (size_t d = 0; d < shape.D; ++d) difference[d] -= beta[d];
   auto everywhere = [](size_t) { return true; };
   auto text_only = [](size_t s) { return s == 1; };
-  expect_rejected(op, "X", add_mean(op, shape, dX, alpha, 1, everywhere), "no leaky term (50)");
+  expect_rejected(op, "X", add_mean(op, shape, dX, alpha, 1, everywhere), "no leaky term (dX)");
   expect_rejected(op, "X", add_mean(op, shape, dX, alpha, 2, everywhere), "its sign");
   expect_rejected(op, "X", add_mean(op, shape, dX, alpha, 1, text_only), "no text segment");
-  expect_rejected(op, "F", add_mean(op, shape, dF, difference, -1, everywhere), "beta alone (51)");
-  expect_rejected(op, "F", add_mean(op, shape, dF, alpha, -1, everywhere), "no alpha in (51)");
+  expect_rejected(op, "F", add_mean(op, shape, dF, difference, -1, everywhere), "beta alone (dF)");
+  expect_rejected(op, "F", add_mean(op, shape, dF, alpha, -1, everywhere), "no alpha in (dF)");
   expect_rejected(op, "F", add_mean(op, shape, dF, difference, -1, text_only), "no text segment");
 
   // The gates with an uncentered factor: dbeta with F for P F, dalpha without the leaky term.
@@ -124,9 +124,9 @@ TEST(Merge, WrongBackwardsAreRejected) {
       dalpha[d] += n * dbar[i] * xbar[i];
       if (s % 2) image_only[d] -= n * dbar[i] * (fbar[i] - xbar[i]);
     }
-  expect_rejected(op, "beta", dbeta, "F for P F in (54)");
-  expect_rejected(op, "alpha", dalpha, "no Xbar in (53)");
-  expect_rejected(op, "alpha", image_only, "no text segment in (53)");
+  expect_rejected(op, "beta", dbeta, "F for P F in (dbeta)");
+  expect_rejected(op, "alpha", dalpha, "no Xbar in (dalpha)");
+  expect_rejected(op, "alpha", image_only, "no text segment in (dalpha)");
   for (const Op::Input& input : op.inputs) {
     std::vector<double> g = input.gradient.get();
     for (double& v : g) v = -v;
@@ -154,7 +154,7 @@ TEST(Merge, WrongScaleGradientsAreRejected) {
   }
 }
 
-// The definition with explicit projectors, as an n x n matrix product, against the kernels.
+// The definition, each mean summed anew for each element, against the kernels.
 TEST(Merge, ForwardFollowsTheDefinition) {
   for (Device* device : devices())
     for (Merge merge : all_merges) {
@@ -191,7 +191,7 @@ TEST(Merge, ForwardFollowsTheDefinition) {
     }
 }
 
-// The consequence of (51): at alpha = 0 the adjoint of the branch has no segment mean.
+// The consequence of (dF): at alpha = 0 the adjoint of the branch has no segment mean.
 TEST(Merge, BranchAdjointHasNoMeanAtAlphaZero) {
   for (Device* device : devices()) {
     Shape shape = shapes[1];
@@ -271,10 +271,10 @@ TEST(RmsNorm, WrongBackwardsAreRejected) {
     for (size_t d = 0; d < D; ++d)
       no_projection[row * D + d] = g[row * D + d] / std::sqrt(squares / double(D) + 1e-6);
   }
-  expect_rejected(op, "X", no_projection, "r g alone: no projection in (49)");
+  expect_rejected(op, "X", no_projection, "r g alone: no projection in (Delta)");
   std::vector<double> dx = op.inputs[0].gradient.get();
   for (size_t i = 0; i < dx.size(); ++i) dx[i] = 2 * no_projection[i] - dx[i];
-  expect_rejected(op, "X", dx, "the sign of q in (49)");
+  expect_rejected(op, "X", dx, "the sign of q in (Delta)");
 }
 
 TEST(Tokens, KnowTheirSegments) {

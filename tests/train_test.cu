@@ -259,6 +259,7 @@ TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
           if (rest < 1e-4) image = k;
         }
         ASSERT_LT(image, data_.images) << "no image of the data set is behind place " << i;
+        ASSERT_TRUE(time >= 0 && time < 1) << time;
         ++images[image], ++times[size_t(10 * time / (4 - 3 * time))];  // the shift undone
         for (size_t p = 0; p < 64; ++p) {
           double x1 = data_.pixels[image * 64 + p] - double(target[i * 64 + p]);
