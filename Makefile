@@ -31,6 +31,8 @@ gpu := build/gpu-$(ARCH)
 BIN := $($(MACHINE))
 
 # One translation unit a program: build as many at once as there are processors.
+# Threads that spin while they wait slow a busy machine down many times.
+export OMP_WAIT_POLICY ?= passive
 MAKEFLAGS += --jobs=$(shell nproc)
 .PHONY: all run test setup data clean format
 all: build/mvsplit
@@ -66,7 +68,6 @@ RUN ?= run
 run: build/mvsplit data
 	build/mvsplit train $(RUN_$(MACHINE)) --residual mvsplit --resume --out $(RUN)
 	@bash data/curve.sh $(RUN)
-	@echo "pictures: $(RUN)/samples.png   loss curve: $(RUN)/loss.png"
 
 test: data $(TESTS:%=$(BIN)/%_test) $(BIN)/mvsplit $(if $(NVCC),$(TESTS:%=$(gpu)/%_test) $(gpu)/mvsplit)
 	@$(if $(NVCC),echo "the GPU build was compiled for $(ARCH)",echo "no nvcc: the GPU build was not compiled")

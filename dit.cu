@@ -759,6 +759,12 @@ inline size_t span_length(const Config& config, size_t recompute) {
 
 template <class T>
 Plan network_plan(const Config& config, size_t batch, size_t recompute, bool trains) {
+  // Beyond any machine; below, no product of sizes overflows 64 bits.
+  double D = double(config.width), rows = double(batch) * double(config.tokens());
+  double parameters_about = double(config.depth) * D * (4 * D + 3 * double(config.ffn));
+  if (parameters_about > 1e13 ||
+      rows * (double(config.heads * config.tokens()) + 20 * D + 6 * double(config.ffn)) > 1e14)
+    fail("this model and batch are larger than any machine: check --depth, --width and --batch");
   Arrays<T> arrays;
   size_t parameters = parameter_table(config).size;
   size_t span = trains ? span_length(config, recompute) : 1;
@@ -814,7 +820,11 @@ class Network {
         batch(largest_batch),
         trains(training),
         span_(training ? span_length(c, recompute) : 1) {
-    for (const auto& [name, bytes] : network_plan<T>(c, batch, recompute, trains).slabs)
+    Plan plan = network_plan<T>(c, batch, recompute, trains);
+    if (plan.total() > device.available())
+      fail("the network needs %.2f GB and %s has %.2f GB free: use a smaller --batch",
+           1e-9 * double(plan.total()), device.name.c_str(), 1e-9 * double(device.available()));
+    for (const auto& [name, bytes] : plan.slabs)
       slabs_.push_back(std::make_unique<Slab>(device, bytes));
     auto slab = slabs_.begin();
     weights_ = reinterpret_cast<T*>((*slab++)->data);

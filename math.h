@@ -209,8 +209,9 @@ struct Device {
   // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph.
   static size_t workspace_bytes(bool on_gpu) { return on_gpu ? size_t(32) << 20 : 0; }
 
-  // Bytes that could be taken now.
+  // Bytes that could be taken now, and bytes in use now: on a GPU by everybody, on a CPU by us.
   size_t available() const;
+  size_t in_use() const;
 
   void synchronize() const {
 #ifdef __CUDACC__
@@ -271,6 +272,22 @@ inline size_t Device::available() const {
     std::fclose(file);
   }
   return kib ? kib * 1024 : size_t(sysconf(_SC_AVPHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+}
+
+inline size_t Device::in_use() const {
+#ifdef __CUDACC__
+  if (gpu) {
+    size_t free = 0, total = 0;
+    CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return total - free;
+  }
+#endif
+  size_t pages = 0;
+  if (FILE* file = std::fopen("/proc/self/statm", "r")) {
+    if (std::fscanf(file, "%*u %zu", &pages) != 1) pages = 0;
+    std::fclose(file);
+  }
+  return pages * size_t(sysconf(_SC_PAGESIZE));
 }
 
 inline void* Device::allocate(size_t bytes) {
@@ -669,6 +686,9 @@ constexpr cudaDataType_t cuda_type = std::is_same_v<T, double>  ? CUDA_R_64F
 template <class T, class TC>
 void device_gemm(Device& device, Matrix<TC> C, Matrix<const T> A, Matrix<const T> B, Sizes s,
                  Acc<T> alpha, Acc<T> beta) {
+  for (size_t size : {s.m, s.n, s.k, s.outer, A.stride, B.stride, C.stride})
+    if (size > 0x7fffffff)
+      fail("a matrix product with a size of %zu is too large for cuBLAS", size);
   auto op = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
   auto compute = std::is_same_v<T, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
   for (size_t h = 0; h < s.inner; ++h)

@@ -48,6 +48,14 @@ inline size_t positive_integer(const std::string& text, const std::string& what)
   return value;
 }
 
+inline double finite_number(const std::string& text, const std::string& what) {
+  char* end = nullptr;
+  double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end || !std::isfinite(value))
+    fail("%s is '%s', expected a number", what.c_str(), text.c_str());
+  return value;
+}
+
 // The configuration of a weights file: sizes from the shapes, the rest from its metadata where it
 // has any. Sizes that no shape knows (heads, image, text tokens) stay as in `c` if the file is
 // silent.
@@ -81,14 +89,20 @@ inline void read_config(const SafetensorsReader& file, const std::string& path, 
     auto at = m.find(key);
     if (at != m.end()) value = positive_integer(at->second, path + ": metadata " + key);
   };
-  size_t depth = c.depth;
-  integer("depth", depth);
-  if (depth != c.depth)
-    fail("%s: metadata says depth %zu, but it holds %zu blocks", path.c_str(), depth, c.depth);
+  const std::pair<const char*, size_t> shapes[] = {{"depth", c.depth}, {"width", c.width},
+                                                   {"ffn", c.ffn},     {"channels", c.channels},
+                                                   {"patch", c.patch}, {"text_dim", c.text_dim}};
+  for (const auto& [key, held] : shapes) {
+    size_t said = held;
+    integer(key, said);
+    if (said != held)
+      fail("%s: metadata says %s %zu, but its tensors have %zu", path.c_str(), key, said, held);
+  }
   integer("heads", c.heads), integer("height", c.height), integer("image_width", c.image_width);
   integer("text_tokens", c.text_tokens);
   if (m.count("residual")) c.residual = m.at("residual");
-  if (m.count("norm_eps")) c.norm_eps = std::strtod(m.at("norm_eps").c_str(), nullptr);
+  if (m.count("norm_eps"))
+    c.norm_eps = finite_number(m.at("norm_eps"), path + ": metadata norm_eps");
   c.check();
 }
 
@@ -105,6 +119,10 @@ void save_tensors(const std::string& path, const Metadata& metadata, const Devic
     for (const Parameter& p : table.parameters) {
       host.resize(p.count());
       device.download(host.data(), slab.second + p.offset, host.size() * sizeof(A));
+      for (A x : host)
+        if (!std::isfinite(double(x)))
+          fail("%s was not written: %s holds NaN or infinity, training has diverged", path.c_str(),
+               p.name.c_str());
       file.write(host.data(), host.size());
     }
   file.finish();

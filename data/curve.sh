@@ -23,3 +23,4 @@ plot "$run/log.csv" using 1:3 every ::1 axes x1y2 with lines lc rgb "#c0c0c0" ti
      "$run/log.csv" using 1:2 every ::1 smooth bezier lw 2 lc rgb "#08519c" title "training loss, smoothed", \
      "$run/validation.csv" using 1:2 every ::1 with points pt 7 ps 1.3 lc rgb "#d94801" title "validation loss"
 G
+echo "pictures: $run/samples.png   loss curve: $run/loss.png"
