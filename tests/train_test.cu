@@ -831,6 +831,8 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   fs::create_directories(at("torn"));
   fs::rename(cut("run/state.safetensors"), at("torn/state.safetensors"));
   const std::string weights = cut("run/weights.safetensors");
+  fs::create_directories(at("foreign"));
+  fs::copy(at("run/weights.safetensors"), at("foreign"));
   std::ofstream(at("typo.ini")) << "[train]\ndpth = 3\n";
   fs::create_directories(at("foreign"));
   std::ofstream(at("foreign/weights.safetensors")) << "somebody's";
@@ -856,6 +858,13 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--weight-decay nan", "--weight-decay must be"},
       {"train", "--clip -1", "--clip must be"},
       {"train", "--beta nan", "must be finite"},
+      {"train", "--warmup -5", "--warmup: -5"},
+      {"train", "--recompute -1", "--recompute: -1"},
+      {"train", "--val-images -1", "--val-images: -1"},
+      {"train", "--clip nan", "--clip must be at least 0"},
+      {"train", "--weight-decay -1", "--weight-decay must be at least 0"},
+      {"train", "--alpha nan", "must be finite"},
+      {"train", "--out " + at("foreign"), "weights.safetensors exists, but no state to go on from"},
       {"train", "--config " + at("typo.ini"), "dpth"},
       {"train", "--out " + at("foreign"), "weights.safetensors exists, but no state"},
       {"train", "--ffn 6", "ffn 6 is not a multiple of 4"},
