@@ -61,7 +61,7 @@ data: | setup
 # Where there is no GPU: 48 layers, 64 + 8 tokens, under six minutes on two cores. Stopped with Ctrl-C,
 # the same command goes on; when it is done, it draws the pictures again.
 RUN_cpu := --depth 48 --width 64 --heads 4 --ffn 192 --patch 4 --batch 16 --steps 300 \
-           --lr 2e-3 --warmup 50 --save-every 100
+           --lr 2e-3 --warmup 50 --save-every 100 --columns 4
 RUN_gpu := --depth 400 --width 128 --heads 2 --ffn 384 --patch 2 --batch 32 --steps 600 \
            --lr 1e-3 --warmup 100 --save-every 200
 RUN ?= run

@@ -277,6 +277,7 @@ struct TrainOptions {
   Optimizer optimizer;
   size_t batch = 32, accumulate = 1, steps = 1000, recompute = 0, seed = 1;
   size_t val_images = 256, log_every = 10, val_every = 0, save_every = 0, sample_every = 0;
+  size_t columns = 8;  // of a sample grid
   double dropout = 0.1, time_shift = 1, ema = 0;
   std::string data = "fashion-mnist", out = "run";
   bool resume = false;
@@ -835,7 +836,7 @@ class Run {
     return loss;
   }
 
-  // A row a caption (the first ten), eight images each.
+  // A row a caption, the first ten.
   void grid(const std::string& name) {
     const Config& m = o_.model;
     size_t scale = std::max(m.height, m.image_width) > 256 ? 1 : 2, words = m.text_size();
@@ -843,7 +844,7 @@ class Run {
       return std::clamp<size_t>(16000 / (size * scale + 2), 1, most);
     };
     size_t rows = fit(std::min<size_t>(data_.captions, 10), m.height),
-           columns = fit(8, m.image_width);
+           columns = fit(o_.columns, m.image_width);
     std::vector<float> text;
     for (size_t i = 0; i < rows * columns; ++i)
       text.insert(text.end(), data_.text.begin() + ptrdiff_t(i / columns * words),
@@ -1308,6 +1309,7 @@ inline CLI::App* add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
   sub->add_option("--val-every", o.val_every, "steps; 0: at the end")->capture_default_str();
   sub->add_option("--save-every", o.save_every, "steps; 0: at the end")->capture_default_str();
   sub->add_option("--sample-every", o.sample_every, "steps; 0: at the end")->capture_default_str();
+  sub->add_option("--columns", o.columns, "images of a row")->check(CLI::Range(1, 1000));
   add_machine_options(sub, machine);
   return sub;
 }
