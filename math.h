@@ -293,7 +293,10 @@ inline size_t Device::in_use() const {
 inline void* Device::allocate(size_t bytes) {
   void* data = nullptr;
 #ifdef __CUDACC__
-  if (gpu && cudaMalloc(&data, bytes) != cudaSuccess) data = nullptr;
+  if (gpu && cudaMalloc(&data, bytes) != cudaSuccess) {
+    data = nullptr;
+    cudaGetLastError();  // it is reported below: the next launch must not find it again
+  }
 #endif
   if (!gpu) data = std::aligned_alloc(256, round_up(bytes, 256));
   if (!data) fail("%.2f GB of memory could not be taken on %s", 1e-9 * double(bytes), name.c_str());

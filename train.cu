@@ -86,7 +86,7 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
 //     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
 //     w = w - lr ( (m / (1 - b1^s)) / (sqrt(v / (1 - b2^s)) + eps) + decay w ),   s = 1, 2, ...
 //
-// with g the gradient times min(1, clip / |g|), |g| over all parameters, and decay on matrices
+// with g the gradient times min(1, clip / (|g| + 1e-6)), |g| over all parameters, and decay on matrices
 // only. Weights are kept in Acc<T> ("master") and rounded to T for the network.
 
 struct Optimizer {
