@@ -72,6 +72,19 @@ class Tensor {
   std::function<void(const Tensor&, const std::vector<double>&)> set_;
 };
 
+// The sentence of the Error that f throws, or "no error".
+template <class F>
+std::string error_of(F f) {
+  try {
+    f();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+#define EXPECT_ERROR(statement, words) \
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, words, error_of([&] { statement; }))
+
 struct Op {
   struct Input {
     std::string name;

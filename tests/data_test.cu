@@ -4,6 +4,7 @@
 // each with the words that its error must say. What it is not: a test of the network.
 // How to read it: the helpers, then the tables; a row is a file and what is wrong with it.
 #include "../data/dataset.h"
+#include "check.h"
 
 #include <csignal>
 #include <functional>
@@ -39,19 +40,6 @@ class DataTest : public testing::Test {
 
   std::string folder_;
 };
-
-// The sentence of the Error that f throws, or "no error".
-template <class F>
-std::string error_of(F f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
-#define EXPECT_ERROR(statement, words) \
-  EXPECT_PRED_FORMAT2(testing::IsSubstring, words, error_of([&] { statement; }))
 
 template <class T>
 std::string raw(const std::vector<T>& values) {

@@ -5,6 +5,7 @@
 // How to read it: each section follows one of math.h's. Kernels are free functions, since nvcc
 // takes no device lambda inside a test's body.
 #include "../math.h"
+#include "check.h"
 
 #include <functional>
 #include <limits>
@@ -59,16 +60,6 @@ bf16 bf16_of(uint32_t bits) {
 
 // ---------------------------------------------------------------------------------------------
 // 1. Errors
-
-template <class F>
-std::string error_of(F f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
 
 TEST(Errors, FailThrowsTheFormattedSentence) {
   EXPECT_EQ(error_of([] { fail("width %zu, %d %s", size_t(10), 3, "heads"); }),
