@@ -167,6 +167,42 @@ inline double relative_difference(const std::vector<double>& a, const std::vecto
   return std::isfinite(r) ? r : HUGE_VAL;
 }
 
+// The singular values of M (n, n), largest first, by one-sided Jacobi rotations: two rows at a time
+// are turned in their plane until all rows are orthogonal. Rotations from the left keep the singular
+// values, and those of a matrix with orthogonal rows are the rows' norms.
+inline std::vector<double> singular_values(std::vector<double> m, size_t n) {
+  auto dot = [&](size_t p, size_t q) {
+    double sum = 0;
+    for (size_t k = 0; k < n; ++k) sum += m[p * n + k] * m[q * n + k];
+    return sum;
+  };
+  for (bool turned = true; turned;) {
+    turned = false;
+    for (size_t p = 0; p < n; ++p)
+      for (size_t q = p + 1; q < n; ++q) {
+        double a = dot(p, p), b = dot(q, q), c = dot(p, q);
+        if (!(std::abs(c) > double(n) * 2.3e-16 * std::sqrt(a * b))) continue;
+        // tan of the angle: the smaller root of t^2 + 2 zeta t - 1 = 0.
+        double zeta = (b - a) / (2 * c);
+        double t = std::copysign(1 / (std::abs(zeta) + std::hypot(1, zeta)), zeta);
+        double cosine = 1 / std::hypot(1, t), sine = cosine * t;
+        for (size_t k = 0; k < n; ++k) {
+          double x = m[p * n + k], y = m[q * n + k];
+          m[p * n + k] = cosine * x - sine * y;
+          m[q * n + k] = sine * x + cosine * y;
+        }
+        turned = true;
+      }
+  }
+  std::vector<double> values(n);
+  for (size_t p = 0; p < n; ++p) values[p] = std::sqrt(dot(p, p));
+  std::sort(values.rbegin(), values.rend());
+  return values;
+}
+inline double spectral_norm(const std::vector<double>& m, size_t n) {
+  return singular_values(m, n)[0];
+}
+
 // The GPU's outputs and gradients against the CPU's on the same numbers.
 template <class T, class Make>
 void compare_devices(const Make& make, double tolerance) {

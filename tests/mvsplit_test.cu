@@ -284,3 +284,26 @@ TEST(Tokens, KnowTheirSegments) {
   for (size_t row = 0; row < t.rows(); ++row)
     EXPECT_EQ(t.segment_of(row), row / 7 * 2 + (row % 7 >= 5)) << row;
 }
+
+// The reference for mu_eff. M = U diag(s) V with U, V reflections I - 2 u u^T has singular values s.
+TEST(Check, SingularValuesOfAKnownMatrix) {
+  for (size_t n : {1, 6, 90}) {
+    std::vector<double> s(n), m(n * n);
+    for (size_t i = 0; i < n; ++i)
+      s[i] = i + 2 < n ? 3 * std::pow(0.8, double(i)) : 0, m[i * n + i] = s[i];
+    if (n == 1) s[0] = m[0] = 3;
+    for (bool left : {true, false}) {
+      std::vector<double> u = random_values(n, 60 + left), product(n);
+      double squares = 0;
+      for (double x : u) squares += x * x;
+      for (size_t i = 0; i < n * n; ++i)
+        product[left ? i % n : i / n] += u[left ? i / n : i % n] * m[i];
+      for (size_t i = 0; i < n * n; ++i)
+        m[i] -= 2 / squares * u[left ? i / n : i % n] * product[left ? i % n : i / n];
+    }
+    EXPECT_LE(relative_difference(singular_values(m, n), s), 1e-14);
+    EXPECT_NEAR(spectral_norm(m, n), 3, 1e-13);
+    m[0] += 1e-3;
+    EXPECT_GT(relative_difference(singular_values(m, n), s), 1e-6) << "the check is blind";
+  }
+}
