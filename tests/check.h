@@ -167,6 +167,105 @@ inline double relative_difference(const std::vector<double>& a, const std::vecto
   return std::isfinite(r) ? r : HUGE_VAL;
 }
 
+// A matrix in fp64 on the host, for statements about matrices: small, and written like mathematics.
+struct Dense {
+  size_t rows, cols;
+  std::vector<double> v;
+
+  Dense(size_t m, size_t n) : rows(m), cols(n), v(m * n) {}
+  Dense(size_t m, size_t n, std::vector<double> values) : rows(m), cols(n), v(std::move(values)) {}
+  double& operator()(size_t i, size_t j) { return v[i * cols + j]; }
+  double operator()(size_t i, size_t j) const { return v[i * cols + j]; }
+};
+inline Dense random_dense(size_t rows, size_t cols, uint64_t seed, double scale = 1) {
+  return {rows, cols, random_values(rows * cols, seed, scale)};
+}
+inline Dense diagonal(const std::vector<double>& d) {
+  Dense m(d.size(), d.size());
+  for (size_t i = 0; i < d.size(); ++i) m(i, i) = d[i];
+  return m;
+}
+inline Dense identity(size_t n) { return diagonal(std::vector<double>(n, 1.0)); }
+inline Dense operator*(const Dense& a, const Dense& b) {
+  Dense c(a.rows, b.cols);
+  for (size_t i = 0; i < a.rows; ++i)
+    for (size_t k = 0; k < a.cols; ++k)
+      for (size_t j = 0; j < b.cols; ++j) c(i, j) += a(i, k) * b(k, j);
+  return c;
+}
+inline Dense operator*(double s, Dense a) {
+  for (double& x : a.v) x *= s;
+  return a;
+}
+inline Dense operator+(Dense a, const Dense& b) {
+  for (size_t i = 0; i < a.v.size(); ++i) a.v[i] += b.v[i];
+  return a;
+}
+inline Dense operator-(const Dense& a, const Dense& b) { return a + (-1.0) * b; }
+inline Dense transpose(const Dense& a) {
+  Dense t(a.cols, a.rows);
+  for (size_t i = 0; i < a.rows; ++i)
+    for (size_t j = 0; j < a.cols; ++j) t(j, i) = a(i, j);
+  return t;
+}
+// Rows first, first + 1, ..., of a.
+inline Dense rows_of(const Dense& a, size_t first, size_t count) {
+  auto from = a.v.begin() + std::ptrdiff_t(first * a.cols);
+  return {count, a.cols, {from, from + std::ptrdiff_t(count * a.cols)}};
+}
+inline double inner(const Dense& a, const Dense& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.v.size(); ++i) sum += a.v[i] * b.v[i];
+  return sum;
+}
+inline double norm(const Dense& a) { return std::sqrt(inner(a, a)); }
+inline double difference(const Dense& a, const Dense& b) { return norm(a - b) / norm(b); }
+
+// J: the mean over each of consecutive groups of tokens. {T} is the global one, {N, L} that of the
+// segments, and the sequences of a batch are further groups.
+inline Dense mean_over(const std::vector<size_t>& groups) {
+  size_t n = 0, start = 0;
+  for (size_t g : groups) n += g;
+  Dense J(n, n);
+  for (size_t g : groups) {
+    for (size_t i = start; i < start + g; ++i)
+      for (size_t j = start; j < start + g; ++j) J(i, j) = 1 / double(g);
+    start += g;
+  }
+  return J;
+}
+
+// A statement of the paper as a residual: zero up to rounding for this code, and for none of the
+// false statements or mutated ingredients beside it. --gtest_output=xml writes the numbers.
+struct Mutation {
+  const char* what;
+  double residual;
+};
+inline void expect_statement(const Device& device, const std::string& name, double residual,
+                             const std::vector<Mutation>& mutations, double tolerance = 1e-12) {
+  EXPECT_LE(residual, tolerance) << name << " on " << device.name;
+  double least = HUGE_VAL;
+  for (const Mutation& m : mutations) {
+    EXPECT_GT(m.residual, tolerance) << name << ": not rejected: " << m.what;
+    EXPECT_TRUE(std::isfinite(m.residual)) << name << ": " << m.what;
+    least = std::min(least, m.residual);
+  }
+  char text[64];
+  std::snprintf(text, sizeof text, "%.1e; %zu mutations, least %.1e", residual, mutations.size(),
+                least);
+  testing::Test::RecordProperty(name + (device.gpu ? " (GPU)" : ""), text);
+}
+
+// The slope of log y against log x, by least squares.
+inline double log_slope(const std::vector<double>& x, const std::vector<double>& y) {
+  double n = double(x.size()), sx = 0, sy = 0, sxx = 0, sxy = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    double a = std::log(x[i]), b = std::log(y[i]);
+    sx += a, sy += b, sxx += a * a, sxy += a * b;
+  }
+  return (n * sxy - sx * sy) / (n * sxx - sx * sx);
+}
+
 // The singular values of M (n, n), largest first, by one-sided Jacobi rotations: two rows at a time
 // are turned in their plane until all rows are orthogonal. Rotations from the left keep the singular
 // values, and those of a matrix with orthogonal rows are the rows' norms.

@@ -307,3 +307,337 @@ TEST(Check, SingularValuesOfAKnownMatrix) {
     EXPECT_GT(relative_difference(singular_values(m, n), s), 1e-6) << "the check is blind";
   }
 }
+
+// ---------------------------------------------------------------------------------------------
+// The paper's statements about merges
+//
+// (n) is the paper's number. Each statement is checked on what the kernels return, and the same
+// check must reject each mutation beside it.
+
+// One merge of one sequence, forward and backward, as matrices (T, D). Z = X_next / r undoes the
+// RMSNorm, which (7) and (9) do not speak of; Delta = dL/dZ = r G - q Z.
+struct Merged {
+  Dense X_next, Z, Delta, dX, dF;
+};
+struct Gains {
+  Merge merge;
+  std::vector<double> alpha, beta, lambda;
+};
+
+Merged merged(Device& device, Tokens tokens, const Gains& gains, const Dense& X, const Dense& F,
+              const Dense& G) {
+  auto tensor = [&](const std::vector<double>& values) {
+    Tensor t = Tensor::of<double>(device, values.size());
+    t.set(values);
+    return t;
+  };
+  size_t T = X.rows, D = X.cols;
+  std::vector<double> row(T), mean(2 * D), array(T * D);
+  Tensor x = tensor(X.v), f = tensor(F.v), g = tensor(G.v), y = tensor(array), dx = tensor(array),
+         df = tensor(array), alpha = tensor(gains.alpha), beta = tensor(gains.beta),
+         lambda = tensor(gains.lambda), da = tensor(mean), db = tensor(mean), dl = tensor(mean),
+         r = tensor(row), q = tensor(row), xbar = tensor(mean), fbar = tensor(mean),
+         dbar = tensor(mean), dgate = tensor(mean);
+  auto at = [](const Tensor& t) { return t.data<double>(); };
+  Gates<const double> gates{gains.merge, at(alpha), at(beta), at(lambda)};
+  Gates<double> dgates{gains.merge, at(da), at(db), at(dl)};
+  MergeSaved<double> saved{at(r), at(xbar), at(fbar)};
+  merge_forward(device, at(y), saved, at(x), at(f), gates, tokens, D, 1e-6);
+  merge_backward(device, at(dx), at(df), dgates, at(g), at(x), at(f), gates, saved,
+                 MergeScratch<double>{at(q), at(dbar), at(dgate)}, tokens, D, false);
+  Merged m{{T, D, y.get()}, {T, D}, {T, D}, {T, D, dx.get()}, {T, D, df.get()}};
+  std::vector<double> rs = r.get(), qs = q.get();
+  for (size_t i = 0; i < T * D; ++i) {
+    m.Z.v[i] = m.X_next.v[i] / rs[i / D];
+    m.Delta.v[i] = rs[i / D] * G.v[i] - qs[i / D] * m.Z.v[i];
+  }
+  return m;
+}
+
+const Tokens one_segment{1, 12, 0}, two_segments{1, 9, 3};
+std::vector<size_t> groups(Tokens t) {
+  return t.text ? std::vector<size_t>{t.image, t.text} : std::vector<size_t>{t.image};
+}
+std::vector<double> gain(uint64_t seed, size_t D, double scale = 0.3) {
+  return random_values(D, seed, scale);
+}
+std::vector<double> minus(const std::vector<double>& a, const std::vector<double>& b) {
+  std::vector<double> c = a;
+  for (size_t i = 0; i < c.size(); ++i) c[i] -= b[i];
+  return c;
+}
+
+// J (mean = 1) or P (mean = 0) as the merge applies it: with X = 0 and F = I, (7) without the leaky
+// term is Z = J for alpha = 1, beta = 0 and Z = P for alpha = 0, beta = 1.
+Dense projector(Device& device, Tokens tokens, double mean) {
+  size_t T = tokens.length();
+  Gains gains{
+      Merge::mvsplit_noleak, std::vector<double>(T, mean), std::vector<double>(T, 1 - mean), {}};
+  return merged(device, tokens, gains, Dense(T, T), identity(T), Dense(T, T)).Z;
+}
+
+TEST(Statement, Eq3_SplitAndProjectors) {
+  for (Device* device : devices())
+    for (Tokens tokens : {one_segment, two_segments}) {
+      size_t T = tokens.length();
+      Dense one(T, 1, std::vector<double>(T, 1.0)), I = identity(T);
+      Dense J = projector(*device, tokens, 1), P = projector(*device, tokens, 0);
+      // J + P = I, JJ = J = J^T, PP = P, JP = 0, J1 = 1, and J is the mean over these tokens.
+      auto residual = [&](const Dense& j, const Dense& p) {
+        return (norm(j + p - I) + norm(j * j - j) + norm(j - transpose(j)) + norm(p * p - p) +
+                norm(j * p) + norm(j * one - one) + norm(j - mean_over(groups(tokens)))) /
+               double(T);
+      };
+      Dense weights = random_dense(1, T, 31), oblique = 1 / (weights * one)(0, 0) * (one * weights);
+      double n = double(tokens.image);
+      expect_statement(
+          *device, tokens.text ? "(3) two segments" : "(3) one segment", residual(J, P),
+          {{"P without centering", residual(J, I)},
+           {"divided by n - 1", residual(n / (n - 1) * J, I - n / (n - 1) * J)},
+           {"a weighted mean", residual(oblique, I - oblique)},
+           {"J and P exchanged", residual(P, J)},
+           {"another segmentation", residual(mean_over({5, 7}), I - mean_over({5, 7}))}});
+    }
+}
+
+TEST(Statement, Eq43_45_SegmentAlgebra) {
+  for (Device* device : devices()) {
+    size_t T = two_segments.length();
+    Dense J = projector(*device, one_segment, 1), I = identity(T);
+    Dense J_seg = projector(*device, two_segments, 1), P_seg = projector(*device, two_segments, 0);
+    // J J_seg = J_seg J = J, J P_seg = P_seg J = 0, and all of them symmetric.
+    auto residual = [&](const Dense& j, const Dense& js, const Dense& ps) {
+      return norm(j * js - j) + norm(js * j - j) + norm(j * ps) + norm(ps * j) + norm(js + ps - I) +
+             norm(j - transpose(j)) + norm(js - transpose(js));
+    };
+    Dense image_only = J_seg, overlapping = J_seg, unweighted = J;
+    for (size_t i = 0; i < T; ++i)
+      for (size_t j = 0; j < T; ++j) {
+        if (i >= 9) image_only(i, j) = 0;
+        if (i == 8) overlapping(i, j) = J(i, j);
+        unweighted(i, j) = j < 9 ? 0.5 / 9 : 0.5 / 3;
+      }
+    expect_statement(*device, "(43)-(45)", residual(J, J_seg, P_seg),
+                     {{"text tokens in no segment", residual(J, image_only, I - image_only)},
+                      {"a token in both segments", residual(J, overlapping, I - overlapping)},
+                      {"the mean of the two means", residual(unweighted, J_seg, P_seg)},
+                      {"J in the segments' place for P", residual(J, J_seg, I - J)}});
+    // But not the other way round: what is centered globally has segment means.
+    EXPECT_GT(norm(J_seg * (I - J)), 0.9);
+  }
+}
+
+TEST(Statement, Eq7_10_OneMerge) {
+  for (Device* device : devices())
+    for (Tokens tokens : {one_segment, two_segments}) {
+      size_t T = tokens.length(), D = 8;
+      Dense X = random_dense(T, D, 1), F = random_dense(T, D, 2), G = random_dense(T, D, 3);
+      Gains gains{Merge::mvsplit, gain(4, D), gain(5, D), {}};
+      Merged m = merged(*device, tokens, gains, X, F, G);
+      std::vector<double> one(D, 1.0);
+      Dense I = identity(T), J = mean_over({T}), J_seg = mean_over(groups(tokens));
+      Dense P_seg = I - J_seg;
+      // The mean of Z is (1 - alpha) that of X plus alpha that of F; what is left is X + beta F.
+      auto integrator = [&](const Dense& j, const std::vector<double>& keep,
+                            const std::vector<double>& in) {
+        return difference(j * m.Z, j * X * diagonal(keep) + j * F * diagonal(in));
+      };
+      auto stream = [&](const Dense& p) {
+        return difference(p * m.Z, p * X + p * F * diagonal(gains.beta));
+      };
+      // The branch's adjoint: alpha times the mean of Delta, beta times what is left.
+      auto adjoint = [&](const Dense& p, const std::vector<double>& a) {
+        return difference(m.dF,
+                          (I - p) * m.Delta * diagonal(a) + p * m.Delta * diagonal(gains.beta));
+      };
+      std::vector<double> keep = minus(one, gains.alpha);
+      std::string which = tokens.text ? ", two segments" : ", one segment";
+      for (const Dense& j : {J_seg, J})
+        expect_statement(*device, "(9) mean" + which, integrator(j, keep, gains.alpha),
+                         {{"no leak", integrator(j, one, gains.alpha)},
+                          {"beta for alpha", integrator(j, minus(one, gains.beta), gains.beta)}});
+      std::vector<Mutation> centered = {{"the mean's equation", stream(J_seg)}},
+                            back = {{"one gain for both", adjoint(P_seg, gains.beta)}};
+      if (tokens.text) {
+        // The difference of the two segment means leaks too, though globally it counts as centered.
+        centered.push_back({"centered by the global mean", stream(I - J)});
+        back.push_back({"centered by the global mean", adjoint(I - J, gains.alpha)});
+      }
+      expect_statement(*device, "(9) centered" + which, stream(P_seg), centered);
+      expect_statement(*device, "(10)" + which, adjoint(P_seg, gains.alpha), back);
+    }
+}
+
+// Over depth, with F = 0: each Z is the next X, so that the RMSNorm stays out.
+TEST(Statement, Eq7_10_LeakyIntegratorOverDepth) {
+  for (Device* device : devices())
+    for (Tokens tokens : {one_segment, two_segments}) {
+      size_t T = tokens.length(), D = 8, depth = 30;
+      Dense X0 = random_dense(T, D, 1), zero(T, D), I = identity(T);
+      for (size_t i = 0; i < X0.v.size(); ++i) X0.v[i] += 1;  // a mean to lose
+      std::vector<double> product(D, 1.0), but_one = product, grown = product;
+      Dense leaky = X0, kept = X0;
+      for (size_t l = 0; l < depth; ++l) {
+        std::vector<double> alpha = gain(10 + l, D, 0.1);
+        for (size_t d = 0; d < D; ++d) {
+          alpha[d] = std::abs(alpha[d]);
+          product[d] *= 1 - alpha[d], grown[d] *= 1 + alpha[d];
+          if (l) but_one[d] *= 1 - alpha[d];
+        }
+        leaky =
+            merged(*device, tokens, {Merge::mvsplit, alpha, gain(5, D), {}}, leaky, zero, zero).Z;
+        kept = merged(*device, tokens, {Merge::mvsplit_noleak, alpha, gain(5, D), {}}, kept, zero,
+                      zero)
+                   .Z;
+      }
+      Dense J_seg = mean_over(groups(tokens)), J = mean_over({T}), P_seg = I - J_seg;
+      auto residual = [&](const Dense& Z, const Dense& j, const std::vector<double>& decay) {
+        return difference(j * Z, j * X0 * diagonal(decay)) + difference(P_seg * Z, P_seg * X0);
+      };
+      for (const Dense& j : {J_seg, J})
+        expect_statement(*device, tokens.text ? "prod(1 - alpha), two segments" : "prod(1 - alpha)",
+                         residual(leaky, j, product),
+                         {{"no leaky term", residual(kept, j, product)},
+                          {"one merge fewer", residual(leaky, j, but_one)},
+                          {"1 + alpha", residual(leaky, j, grown)},
+                          {"no decay", residual(leaky, j, std::vector<double>(D, 1.0))}});
+      // What the RMSNorm does: with one alpha for all channels it takes the decay of a state that is
+      // nothing but mean back at once (up to eps). The leak is a claim about the mean against the
+      // rest, not about the size of X_next.
+      Dense mean = J * X0;
+      double rms = norm(mean) / std::sqrt(double(T * D));
+      Gains gains{Merge::mvsplit, std::vector<double>(D, 0.25), gain(5, D), {}};
+      Merged m = merged(*device, tokens, gains, 1 / rms * mean, zero, zero);
+      expect_statement(*device, "RMSNorm restores a pure mean",
+                       difference(m.X_next, 1 / rms * mean),
+                       {{"Z is not restored", difference(m.Z, 1 / rms * mean)}}, 1e-5);
+    }
+}
+
+// (40): the update Z - X of LayerScale is lambda * F for some lambda. How far an update is from the
+// nearest such, by channel.
+double distance_from_layerscale(const Dense& update, const Dense& F) {
+  double left = 0;
+  for (size_t d = 0; d < F.cols; ++d) {
+    double uu = 0, uf = 0, ff = 0;
+    for (size_t i = 0; i < F.rows; ++i)
+      uu += update(i, d) * update(i, d), uf += update(i, d) * F(i, d), ff += F(i, d) * F(i, d);
+    left += std::max(uu - uf * uf / ff, 0.0);  // at lambda = uf / ff
+  }
+  return std::sqrt(left) / norm(update);
+}
+
+TEST(Statement, Eq40_42_LayerScaleIsNotASplit) {
+  for (Device* device : devices()) {
+    Tokens tokens = two_segments;
+    size_t T = tokens.length(), D = 8;
+    Dense X = random_dense(T, D, 1), F = random_dense(T, D, 2), G = random_dense(T, D, 3);
+    Dense y = random_dense(T, 6, 6), J = mean_over(groups(tokens)), P = identity(T) - J;
+    for (size_t i = 0; i < T * D; ++i) F.v[i] += 0.7;
+    std::vector<double> alpha = gain(4, D), beta = gain(5, D), zero(D);
+    auto update = [&](const Gains& gains) { return merged(*device, tokens, gains, X, F, G).Z - X; };
+    auto distance = [&](const Gains& g) { return distance_from_layerscale(update(g), F); };
+    // Rounding of a difference of squares: the root of 1e-16.
+    expect_statement(*device, "(40) LayerScale", distance({Merge::layerscale, {}, {}, beta}),
+                     {{"MV-Split", distance({Merge::mvsplit, alpha, beta, {}})},
+                      {"alpha = 0", distance({Merge::mvsplit, zero, beta, {}})},
+                      {"beta = 0", distance({Merge::mvsplit, alpha, zero, {}})},
+                      {"alpha = beta, which leaks", distance({Merge::mvsplit, beta, beta, {}})},
+                      {"no leak", distance({Merge::mvsplit_noleak, alpha, beta, {}})}},
+                     1e-7);
+    // The two cases in which they agree after all.
+    EXPECT_LE(distance({Merge::mvsplit_noleak, beta, beta, {}}), 1e-7);
+    EXPECT_LE(norm(update({Merge::mvsplit, zero, zero, {}})), 1e-14);  // Z = X, up to rounding
+
+    // (41), (42): gains of the update's and of the writer gradient's two parts. Rows of dW are the
+    // channels of dF: dW_mu = diag(mean gain) (J Delta)^T J y, dW_c = diag(rest) (P Delta)^T P y.
+    auto gains_are = [&](const Gains& g, const std::vector<double>& mean,
+                         const std::vector<double>& rest) {
+      Merged m = merged(*device, tokens, g, X, F, G);
+      Dense into_mean = g.merge == Merge::mvsplit ? F - X : F;
+      return difference(J * (m.Z - X), J * into_mean * diagonal(mean)) +
+             difference(P * (m.Z - X), P * F * diagonal(rest)) +
+             difference(transpose(J * m.dF) * (J * y),
+                        diagonal(mean) * transpose(J * m.Delta) * (J * y)) +
+             difference(transpose(P * m.dF) * (P * y),
+                        diagonal(rest) * transpose(P * m.Delta) * (P * y));
+    };
+    Gains split{Merge::mvsplit, alpha, beta, {}}, scale{Merge::layerscale, {}, {}, beta};
+    expect_statement(*device, "(41) LayerScale's gains", gains_are(scale, beta, beta),
+                     {{"of a split", gains_are(split, beta, beta)},
+                      {"two gains", gains_are(scale, alpha, beta)}});
+    expect_statement(*device, "(42) MV-Split's gains", gains_are(split, alpha, beta),
+                     {{"of LayerScale", gains_are(scale, alpha, beta)},
+                      {"exchanged", gains_are(split, beta, alpha)}});
+  }
+}
+
+// (50)-(54) written with matrices, against differences and against the kernels. J is that of both
+// segments of both sequences; the other arguments are 1 in the paper.
+struct ClosedForm {
+  std::vector<double> dX, dF, dalpha, dbeta;
+};
+ClosedForm closed_form(const MergeOp& op, const Dense& J, double q_factor, double leak,
+                       double cross) {
+  size_t D = op.input("alpha").value.count(), n = J.rows;
+  Dense X(n, D, op.input("X").value.get()), F(n, D, op.input("F").value.get());
+  Dense G(n, D, op.cotangent.get()), I = identity(n);
+  std::vector<double> a = op.input("alpha").value.get(), b = op.input("beta").value.get();
+  Dense PF = (I - J) * F, into_mean = J * (F - X),
+        Z = X + PF * diagonal(b) + into_mean * diagonal(a);
+  Dense Delta = G;
+  for (size_t i = 0; i < n; ++i) {
+    Dense z = rows_of(Z, i, 1), g = rows_of(G, i, 1);
+    double r = 1 / std::sqrt(inner(z, z) / double(D) + 1e-6);
+    for (size_t d = 0; d < D; ++d)
+      Delta(i, d) = r * g(0, d) - q_factor * r * r * r / double(D) * inner(g, z) * z(0, d);
+  }
+  Dense Dbar = J * Delta;
+  ClosedForm c{(Delta - leak * (Dbar * diagonal(a))).v,
+               (Delta * diagonal(b) + cross * (Dbar * diagonal(minus(a, b)))).v,
+               std::vector<double>(D), std::vector<double>(D)};
+  for (size_t i = 0; i < n * D; ++i) {
+    c.dalpha[i % D] += Delta.v[i] * into_mean.v[i];
+    c.dbeta[i % D] += Delta.v[i] * PF.v[i];
+  }
+  return c;
+}
+
+TEST(Statement, Eq50_54_ClosedFormBackward) {
+  for (Device* device : devices()) {
+    MergeOp op = merge_op<double>(*device, Merge::mvsplit, shapes[0]);
+    op.forward(), op.backward();
+    Dense segments = mean_over({5, 3, 5, 3}), sequences = mean_over({8, 8});
+    auto parts = [&](const ClosedForm& c) {
+      return std::vector<std::pair<const char*, std::vector<double>>>{
+          {"X", c.dX}, {"F", c.dF}, {"alpha", c.dalpha}, {"beta", c.dbeta}};
+    };
+    auto kernels = [&](const ClosedForm& c) {
+      double largest = 0;
+      for (const auto& part : parts(c))
+        largest = std::max(largest,
+                           relative_difference(op.input(part.first).gradient.get(), part.second));
+      return largest;
+    };
+    auto differences = [&](const ClosedForm& c) {
+      double largest = 0;
+      for (const auto& part : parts(c))
+        largest = std::max(largest, directional_error(op, op.input(part.first), part.second));
+      return largest;
+    };
+    ClosedForm right = closed_form(op, segments, 1, 1, 1);
+    const std::pair<const char*, ClosedForm> wrong[] = {
+        {"one mean over both segments", closed_form(op, sequences, 1, 1, 1)},
+        {"no projection: r G alone", closed_form(op, segments, 0, 1, 1)},
+        {"no leaky term in dX", closed_form(op, segments, 1, 0, 1)},
+        {"no (alpha - beta) Dbar in dF", closed_form(op, segments, 1, 1, 0)}};
+    std::vector<Mutation> from_kernels, from_differences;
+    for (const auto& w : wrong) {
+      from_kernels.push_back({w.first, kernels(w.second)});
+      from_differences.push_back({w.first, differences(w.second)});
+    }
+    expect_statement(*device, "(50)-(54) kernels", kernels(right), from_kernels);
+    expect_statement(*device, "(50)-(54) differences", differences(right), from_differences,
+                     gradient_tolerance);
+  }
+}
