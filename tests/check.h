@@ -268,19 +268,23 @@ inline double log_slope(const std::vector<double>& x, const std::vector<double>&
 
 // The singular values of M (n, n), largest first, by one-sided Jacobi rotations: two rows at a time
 // are turned in their plane until all rows are orthogonal. Rotations from the left keep the singular
-// values, and those of a matrix with orthogonal rows are the rows' norms.
+// values, and those of a matrix with orthogonal rows are the rows' norms. What is below rounding of
+// the largest is left as it is.
 inline std::vector<double> singular_values(std::vector<double> m, size_t n) {
   auto dot = [&](size_t p, size_t q) {
     double sum = 0;
     for (size_t k = 0; k < n; ++k) sum += m[p * n + k] * m[q * n + k];
     return sum;
   };
-  for (bool turned = true; turned;) {
+  double squares = 0, eps = double(n) * 2.3e-16;
+  for (double x : m) squares += x * x;
+  bool turned = true;
+  for (int sweep = 0; turned && sweep < 60; ++sweep) {
     turned = false;
     for (size_t p = 0; p < n; ++p)
       for (size_t q = p + 1; q < n; ++q) {
         double a = dot(p, p), b = dot(q, q), c = dot(p, q);
-        if (!(std::abs(c) > double(n) * 2.3e-16 * std::sqrt(a * b))) continue;
+        if (!(std::abs(c) > eps * std::max(std::sqrt(a * b), eps * squares))) continue;
         // tan of the angle: the smaller root of t^2 + 2 zeta t - 1 = 0.
         double zeta = (b - a) / (2 * c);
         double t = std::copysign(1 / (std::abs(zeta) + std::hypot(1, zeta)), zeta);
@@ -293,6 +297,7 @@ inline std::vector<double> singular_values(std::vector<double> m, size_t n) {
         turned = true;
       }
   }
+  EXPECT_FALSE(turned) << "60 sweeps of Jacobi rotations were not enough";
   std::vector<double> values(n);
   for (size_t p = 0; p < n; ++p) values[p] = std::sqrt(dot(p, p));
   std::sort(values.rbegin(), values.rend());
