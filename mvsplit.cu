@@ -185,11 +185,25 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 //     P Z = P X + beta * P F           the centered part is a residual stream with gain beta,
 //     J Z = (1 - alpha) * J X + alpha * J F                                                   (9)
 //
-// while the mean is a leaky integrator: for 0 < alpha < 2 the old mean decays, so it cannot grow
-// without bound over a thousand layers, and what the branches write into it comes in with gain
-// alpha. At alpha = 0, the start, J Z = J X: no branch can write into the mean at all. LayerScale
-// has one gain for both and never forgets: J Z = J X + lambda * J F. (All this is exact for Z. The
-// RMSNorm of (8) then scales each token by its own r_i, which mixes the two parts a little.)
+// while the mean is a leaky integrator: for 0 < alpha < 2 the old mean decays, and what the
+// branches write into it comes in with gain alpha. Over depth, with F = 0 and each Z the next X,
+// J Z_L = prod_l (1 - alpha_l) * J X_0 while P Z_L = P X_0. At alpha = 0, the start, J Z = J X: no
+// branch can write into the mean at all.
+//
+// All this is exact for Z, with J and P of the segments. The global mean obeys (9) too (J J_seg =
+// J), but what is centered globally does not: the difference of the two segment means leaks as they
+// do. And the RMSNorm of (8) scales each token by its own r_i: the two parts mix a little, and a
+// state that is all mean gets its decay back at once. The leak makes the mean smaller against the
+// rest, not X_next smaller.
+//
+// LayerScale is no such split, whatever its lambda (40):
+//
+//     Z - X = lambda * J F + lambda * P F          one gain for both parts, nothing leaks    (41)
+//     Z - X = alpha * J (F - X) + beta * P F       MV-Split                                  (42)
+//
+// For all X and F these are equal only if alpha = 0, since J X appears in one alone, and then alpha
+// = lambda = beta, all zero. The consequence for training: a lambda small enough to tame the mean
+// slows what the tokens learn about each other as much.
 
 enum class Merge { plain, layerscale, rezero, mvsplit, mvsplit_noleak };
 
@@ -396,14 +410,48 @@ void merge_backward(const Device& device, T* dX, T* dF, Gates<P> dgates, const T
 //        = (J delta)^T (J y) + (P delta)^T (P y)          since J P = 0 kills the cross terms
 //        = T dbar ybar^T  +  sum_t dtil_t ytil_t^T  =  dW_mu + dW_c.                      (5), (17)
 //
-// dW_mu is rank one and grows like T when tokens agree in delta and in y; a sum of T terms that do
-// not agree, like dW_c, grows like sqrt(T). That is the lever of the collapse: once tokens become
-// alike, every writer's step is dominated by one direction that makes them more alike.
+// G_mean = ||dW_mu||_F, G_ctr = ||dW_c||_F. (As matrices the two are not orthogonal: G_mean^2 +
+// G_ctr^2 is not ||dW||^2.) dW_mu has rank one, and grows like T when tokens agree in delta and y.
+//
+// How large is dW? Square it, and what remains are pairs of tokens:
+//
+//     ||dW||_F^2 = tr(dW^T dW) = sum_ts <delta_t, delta_s> <y_t, y_s> = sum_ts w_t w_s M_ts,
+//     w_t = |delta_t| |y_t|,     M_ts = cos(delta_t, delta_s) cos(y_t, y_s).          (19)-(26)
+//
+// Against what it would be if no two tokens agreed (M = I) it is larger by the alignment
+// amplification
+//
+//     A = ||dW||_F^2 / sum_t w_t^2 = w^T M w / |w|^2.                                          (6)
+//
+// <delta_t, delta_s> <y_t, y_s> is the inner product of the matrices delta_t y_t^T and delta_s
+// y_s^T, so M is a Gram matrix (of these, each divided by w_t): positive semidefinite, with trace
+// T. Its eigenvalues lie between 0 and T, and so does A. With equal w_t,
+//
+//     A - 1 = (1/T) sum_(s != t) M_ts = (T - 1) kappa,    kappa the mean of M_ts over pairs; (30)
+//
+// in general |A - 1| <= (T - 1) khat, khat the mean of |M_ts| with weights w_t w_s, as sum_(s != t)
+// w_t w_s = (sum w)^2 - sum w^2 <= (T - 1) sum w^2.                                      (31)-(32)
+// (The weights matter: two tokens that agree and outweigh the others give A = 2 for every T, while
+// the plain mean of |M_ts| falls like 1/T^2.) Hence two limits, for w_t of a given size:
+//
+//     kappa ~ 0:    A ~ 1,   ||dW|| = |w| = O(sqrt T)        tokens that differ
+//     kappa -> 1:   A -> T,  ||dW|| = sqrt(T) |w| = O(T)     tokens alike, and dW = dW_mu
+//
+// That is the lever of the collapse. When tokens become alike, each writer's gradient grows by up to
+// sqrt(T), 16 for 256 tokens, and points in one direction, which makes them more alike.
 //
 // MV-Split acts on delta: by (10), delta = beta * P Delta + alpha * J Delta with Delta = dL/dZ.
-// Take this section's J and P within each segment, as the merge does: dW_mu is then one rank-one
-// term a segment, and row d of it is scaled by alpha_d, row d of dW_c by beta_d, separately. (With
-// the global J, J P_seg = 0 still leaves alpha alone on the mean part; the difference of the two
-// segment means, also scaled by alpha, counts as centered.) LayerScale scales row d of both by
-// lambda_d, which cannot change their ratio in that row; nor can clipping, which multiplies all of
-// dW by one number.
+// With the J and P of the merge, within each segment, row d of dW_mu is scaled by alpha_d and row d
+// of dW_c by beta_d, separately. LayerScale scales row d of both by lambda_d, which cannot change
+// their ratio in that row; nor can clipping, which multiplies all of dW by one number (App. J).
+//
+// Which mean? (17) holds for any such pair of projectors. With J_seg, dW_mu is one rank-one term a
+// segment; in terms of the global mean, for n_i image and n_t text tokens, these two are
+//
+//     T dbar ybar^T + (n_i n_t / T) (dbar_i - dbar_t) (ybar_i - ybar_t)^T.
+//
+// Diagnostics take the global J, as the paper does: they count the second term as centered, though
+// alpha governs it and it grows like T. At alpha = 0 the question is moot: J_seg delta = 0, hence J
+// delta = J J_seg delta = 0, and G_mean = 0 by both counts, up to the rounding of delta. (Were the
+// merge to use the global mean instead, the segment means of delta would only have to cancel, and
+// each segment's own mean-coherent gradient would be free.)

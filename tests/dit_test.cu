@@ -547,3 +547,594 @@ TEST(Network, AgreesWithTheOracle) {
         compare("grad." + p.name, net.gradients() + p.offset);
     }
 }
+
+// ---------------------------------------------------------------------------------------------
+// The paper's statements about attention and the writers
+//
+// (n) is the paper's number. The quantities are those of a block of a network with random weights:
+// its attention probabilities, its writers' inputs y and adjoints delta, its gradients. The same
+// check must reject each mutation beside it.
+
+// The second block of a network, forward, and backward from a random cotangent.
+template <class T>
+struct OneBlock {
+  using A = Acc<T>;
+  struct Writer {
+    Dense y, delta, dW;  // (B T, n), (B T, D), (D, n)
+  };
+  Filled<T> filled;
+  Network<T>& net;
+  size_t B, N, L, D;
+  BlockSaved<T> saved;
+
+  OneBlock(Device& device, const char* residual)
+      : filled(device, small(2, residual), 2, 0),
+        net(*filled.net),
+        B(2),
+        N(net.config.image_tokens()),
+        L(net.config.text_tokens),
+        D(net.config.width),
+        saved(net.arrays.blocks[1]) {
+    net.forward(B);
+  }
+  size_t length() const { return N + L; }
+  // The groups that J averages over: the sequences, or their segments.
+  std::vector<size_t> sequences() const { return {N + L, N + L}; }
+  std::vector<size_t> segments() const { return {N, L, N, L}; }
+
+  template <class X>
+  Dense read(const X* from, size_t rows, size_t cols) const {
+    std::vector<X> host(rows * cols);
+    net.device.download(host.data(), from, host.size() * sizeof(X));
+    return {rows, cols, {host.begin(), host.end()}};
+  }
+  void write(T* to, const std::vector<double>& values) {
+    std::vector<T> host;
+    for (double x : values) host.push_back(T(typename OneBlock::A(x)));
+    net.device.upload(to, host.data(), host.size() * sizeof(T));
+  }
+  Dense input() const { return read(saved.X, B * length(), D); }
+  void set_input(const Dense& X) { write(saved.X, X.v); }
+  void set_alpha(double alpha) {
+    for (const char* name :
+         {"blocks.1.fused_mvsplit_norm1.alpha", "blocks.1.fused_mvsplit_norm2.alpha"})
+      write(net.weights() + net.table.at(name).offset, std::vector<double>(D, alpha));
+  }
+
+  // Both writers: attention's, the FFN's.
+  std::vector<Writer> run() {
+    Arrays<T>& a = net.arrays;
+    BlockShape<T> shape = net.shape(B);
+    auto w = locate<const T>(net.config, net.table, net.weights()).block(1);
+    auto d = locate<A>(net.config, net.table, net.gradients()).block(1);
+    size_t rows = B * length(), F = net.config.ffn;
+    block_forward(net.device, a.output, saved, w, a.scratch, shape);
+    write(a.G, random_values(rows * D, 50));
+    // block_backward() begins with this merge, and overwrites its dF later.
+    merge_backward(net.device, a.scratch.dY, a.scratch.dF, d.gates[1], a.G, saved.X1, saved.F2,
+                   w.gates[1], saved.merge[1], a.scratch.merge, shape.tokens, D, false);
+    Dense ffn = read(a.scratch.dF, rows, D);
+    block_backward(net.device, a.G, d, saved, w, a.scratch, shape, false);
+    return {{read(saved.Y, rows, D), read(a.scratch.dF, rows, D), read(d.proj, D, D)},
+            {read(saved.hidden, rows, F), ffn, read(d.w2, D, F)}};
+  }
+  // After run(): dW_Q and dW_K.
+  Dense query_key_gradient() const {
+    return read(net.gradients() + net.table.at("blocks.1.operator.q_proj.weight").offset, 2 * D, D);
+  }
+  // Q (0), K (1), V (2) or Y (3) of one sequence and head: (T, hd).
+  Dense part(size_t which, size_t b, size_t head) const {
+    size_t hd = net.config.head_dim(), width = which == 3 ? D : 3 * D;
+    Dense all = read(which == 3 ? saved.Y : saved.qkv, B * length(), width), out(length(), hd);
+    for (size_t t = 0; t < length(); ++t)
+      for (size_t k = 0; k < hd; ++k)
+        out(t, k) = all(b * length() + t, which % 3 * D + head * hd + k);
+    return out;
+  }
+  // Its attention matrix A (T, T), from Q and K as the block left them (turned and normalised).
+  Dense attention(size_t b, size_t head) const {
+    Dense S = part(0, b, head) * transpose(part(1, b, head));
+    for (size_t i = 0; i < S.rows; ++i) {
+      double sum = 0;
+      for (size_t j = 0; j < S.cols; ++j)
+        sum += S(i, j) = std::exp(S(i, j) / std::sqrt(double(net.config.head_dim())));
+      for (size_t j = 0; j < S.cols; ++j) S(i, j) /= sum;
+    }
+    return S;
+  }
+  // The largest residual(A, V, Y) over sequences and heads.
+  template <class Residual>
+  double over_heads(const Residual& residual) const {
+    double largest = 0;
+    for (size_t b = 0; b < B; ++b)
+      for (size_t head = 0; head < net.config.heads; ++head)
+        largest =
+            std::max(largest, residual(attention(b, head), part(2, b, head), part(3, b, head)));
+    return largest;
+  }
+};
+
+// Y is the block's own output A V throughout: what is said of A is said of attention_forward().
+TEST(Statement, Prop1_PureMeanStatesAreKept) {
+  for (Device* device : devices()) {
+    OneBlock<double> block(*device, "postnorm");
+    size_t T = block.length();
+    Dense I = identity(T), J = mean_over({T}), J_seg = mean_over({block.N, block.L});
+    Dense X = block.input(), X_pure = mean_over(block.sequences()) * X;
+    auto kept = [&](const Dense& X) {
+      block.set_input(X), block.run();
+      return block.over_heads(
+          [](const Dense&, const Dense& V, const Dense& Y) { return difference(Y, V); });
+    };
+    expect_statement(*device, "Prop. 1: A mu = mu", kept(X_pure),
+                     {{"a general state", kept(X)},
+                      {"a mean in each segment", kept(mean_over(block.segments()) * X)}});
+    // For general V, the mean of Y is that of V plus a leak out of the centered part: J A V = J V +
+    // J A P V, because A J = J.
+    block.set_input(X), block.run();
+    auto leak = [&](const Dense& j, double leaks, double sum, bool columns) {
+      return block.over_heads([&](Dense A, const Dense& V, const Dense& Y) {
+        if (columns) A = transpose(A);
+        return difference(j * Y, j * V + leaks * (j * (sum * A) * (I - j) * V));
+      });
+    };
+    expect_statement(*device, "Prop. 1: JAX = JX + JAPX", leak(J, 1, 1, false),
+                     {{"no leak: J A = J", leak(J, 0, 1, false)},
+                      {"columns that sum to one", leak(J, 1, 1, true)},
+                      {"rows that sum to 1.01", leak(J, 1, 1.01, false)},
+                      {"segment means", leak(J_seg, 1, 1, false)}});
+  }
+}
+
+TEST(Statement, Prop2_Eq4_CenteredPartContracts) {
+  for (Device* device : devices()) {
+    OneBlock<double> block(*device, "postnorm");
+    block.run();
+    size_t T = block.length();
+    Dense I = identity(T), J = mean_over({T}), P = I - J;
+    Dense P_seg = I - mean_over({block.N, block.L});
+    // c(AX) = P A P c(X), since P A J = P J = 0.
+    auto centered = [&](const Dense& p, const Dense& left) {
+      return block.over_heads([&](const Dense& A, const Dense& V, const Dense& Y) {
+        return difference(p * Y, left * A * p * V);
+      });
+    };
+    expect_statement(*device, "Prop. 2: c(AX) = PAPX", centered(P, P),
+                     {{"A P X", centered(P, I)}, {"within segments", centered(P_seg, P_seg)}});
+    // It need not be below 1: half of the rows on one token, half on another.
+    Dense sinks(12, 12), P12 = identity(12) - mean_over({12});
+    for (size_t i = 0; i < 12; ++i) sinks(i, i % 2) = 1;
+    EXPECT_NEAR(spectral_norm((P12 * sinks * P12).v, 12), std::sqrt(6.0), 1e-12);
+    // (4): mu_eff = ||PAP||_2 is how much A can keep of a centered state, and no less. The worst X:
+    // A's own top singular vector, by squaring M^T M.
+    auto bound = [&](const Dense& p, double factor) {
+      return block.over_heads([&](const Dense& A, const Dense& V, const Dense&) {
+        Dense M = P * A * P, MM = transpose(M) * M;
+        for (int i = 0; i < 12; ++i) MM = 1 / norm(MM * MM) * (MM * MM);
+        Dense worst = MM * V, PX = P * V;
+        double mu = factor * spectral_norm((p * A * P).v, T);
+        double excess = norm(P * A * V) / norm(PX) / mu - 1;  // must not be positive
+        return std::max(excess, std::abs(norm(P * A * worst) / norm(P * worst) / mu - 1));
+      });
+    };
+    expect_statement(*device, "(4) mu_eff", bound(P, 1),
+                     {{"||AP|| for ||PAP||", bound(I, 1)}, {"0.999 mu_eff", bound(P, 0.999)}});
+  }
+}
+
+TEST(Statement, Eq5_17_WriterGradientSplits) {
+  for (Device* device : devices())
+    for (const char* residual : {"postnorm", "mvsplit"}) {
+      OneBlock<double> block(*device, residual);
+      size_t rows = block.B * block.length();
+      Dense I = identity(rows), J = mean_over(block.sequences()),
+            J_seg = mean_over(block.segments());
+      Dense weights = random_dense(1, rows, 51), one(rows, 1, std::vector<double>(rows, 1.0));
+      Dense oblique = 1 / (weights * one)(0, 0) * (one * weights);
+      for (const auto& writer : block.run()) {
+        Dense delta_T = transpose(writer.delta);
+        // dW = (J delta)^T J y + (P delta)^T P y, and each cross term is zero.
+        auto split = [&](const Dense& j, const Dense& p) {
+          Dense mean = transpose(j * writer.delta), rest = transpose(p * writer.delta);
+          return difference(mean * (j * writer.y) + rest * (p * writer.y), writer.dW) +
+                 (norm(mean * (p * writer.y)) + norm(rest * (j * writer.y))) / norm(writer.dW);
+        };
+        // dW_mu = sum over sequences of n dbar ybar^T: one rank-one term each.
+        auto rank_one = [&](const Dense& j, const std::vector<size_t>& groups, double more) {
+          Dense sum(writer.dW.rows, writer.dW.cols), dbar = j * writer.delta, ybar = j * writer.y;
+          size_t first = 0;
+          for (size_t n : groups) {
+            sum = sum + (double(n) + more) *
+                            (transpose(rows_of(dbar, first, 1)) * rows_of(ybar, first, 1));
+            first += n;
+          }
+          return difference(sum, delta_T * j * writer.y);
+        };
+        std::string name = std::string(residual) + (writer.y.cols == block.D ? " W_O" : " W2");
+        std::vector<Mutation> wrong = {{"P without centering", split(J, I)},
+                                       {"a weighted mean", split(oblique, I - oblique)},
+                                       {"J of sequences, P of segments", split(J, I - J_seg)},
+                                       {"no mean part", split(0.0 * J, I - J)}};
+        expect_statement(*device, "(5) " + name + ", global mean", split(J, I - J), wrong);
+        expect_statement(*device, "(5) " + name + ", segment means", split(J_seg, I - J_seg),
+                         wrong);
+        expect_statement(*device, "(17) " + name + ", global mean",
+                         rank_one(J, block.sequences(), 0),
+                         {{"T - 1 for T", rank_one(J, block.sequences(), -1)},
+                          {"one term for two segments", rank_one(J_seg, block.sequences(), 0)}});
+        expect_statement(*device, "(17) " + name + ", segment means",
+                         rank_one(J_seg, block.segments(), 0),
+                         {{"n - 1 for n", rank_one(J_seg, block.segments(), -1)}});
+        // The segments' terms are the global one and what they differ by, which is rank one too.
+        Dense dbar = J_seg * writer.delta, ybar = J_seg * writer.y;
+        auto between = [&](double scale) {
+          Dense sum = delta_T * J * writer.y;
+          for (size_t b = 0; b < block.B; ++b) {
+            size_t i = b * block.length(), t = i + block.N;
+            Dense d = rows_of(dbar, i, 1) - rows_of(dbar, t, 1);
+            sum = sum + scale * (transpose(d) * (rows_of(ybar, i, 1) - rows_of(ybar, t, 1)));
+          }
+          return difference(sum, delta_T * J_seg * writer.y);
+        };
+        double n_i = double(block.N), n_t = double(block.L);
+        expect_statement(*device, "global and segment means, " + name,
+                         between(n_i * n_t / (n_i + n_t)),
+                         {{"one mean is both", between(0)}, {"n_t for n_i n_t / T", between(n_t)}});
+        // The parts are not orthogonal as matrices: G_mean^2 + G_ctr^2 is not ||dW||^2.
+        Dense mean = delta_T * J * writer.y, rest = writer.dW - mean;
+        EXPECT_GT(std::abs(inner(mean, rest)) / (norm(mean) * norm(rest)), 1e-3) << name;
+      }
+    }
+}
+
+// What has no mean within segments has none globally (J J_seg = J): at alpha = 0 both counts of the
+// mean-coherent gradient are zero, up to the rounding of delta in T.
+template <class T>
+double mean_coherent(Device& device, bool by_segments, const char* residual, double alpha) {
+  OneBlock<T> block(device, residual);
+  if (residual == std::string("mvsplit")) block.set_alpha(alpha);
+  Dense J = mean_over(by_segments ? block.segments() : block.sequences());
+  double largest = 0;
+  for (const auto& writer : block.run()) {
+    double size = 0;  // of dW, were all its terms aligned
+    for (size_t i = 0; i < writer.y.rows; ++i)
+      size += norm(rows_of(writer.y, i, 1)) * norm(rows_of(writer.delta, i, 1));
+    largest = std::max(largest, norm(transpose(J * writer.delta) * (J * writer.y)) / size);
+  }
+  return largest;
+}
+TEST(Statement, AlphaZeroHasNoMeanCoherentGradient) {
+  for (Device* device : devices())
+    for (bool by_segments : {true, false}) {
+      std::string name = by_segments ? "alpha = 0, segment means" : "alpha = 0, global mean";
+      auto wrong = [&](const char* residual, double alpha) {
+        return mean_coherent<double>(*device, by_segments, residual, alpha);
+      };
+      expect_statement(*device, name, wrong("mvsplit", 0),
+                       {{"alpha = 1e-3", wrong("mvsplit", 1e-3)},
+                        {"Post-Norm", wrong("postnorm", 0)},
+                        {"LayerScale", wrong("layerscale", 0)}},
+                       1e-15);
+      // Half a unit in the last place of each delta, at the most: 2^-24, 2^-9.
+      EXPECT_LE(mean_coherent<float>(*device, by_segments, "mvsplit", 0), 0x1p-24);
+      EXPECT_LE(mean_coherent<bf16>(*device, by_segments, "mvsplit", 0), 0x1p-9);
+    }
+}
+
+// The pairs of (19)-(26): w_t = |delta_t| |y_t| and M_ts = cos(delta_t, delta_s) cos(y_t, y_s).
+struct Alignment {
+  Dense w, M;          // (T, 1), (T, T)
+  double A;            // ||dW||^2 / sum_t w_t^2
+  double kappa, khat;  // means over s != t of M_ts, of |M_ts|
+  double weighted;     // mean of |M_ts| with weights w_t w_s
+
+  static Dense cosines(const Dense& x) {
+    Dense c = x * transpose(x), out = c;
+    for (size_t s = 0; s < x.rows; ++s)
+      for (size_t t = 0; t < x.rows; ++t) out(s, t) /= std::sqrt(c(s, s) * c(t, t));
+    return out;
+  }
+  Alignment(const Dense& y, const Dense& delta, const Dense& dW)
+      : w(y.rows, 1), M(cosines(delta)), A(0), kappa(0), khat(0), weighted(0) {
+    Dense cos_y = cosines(y);
+    double n = double(y.rows), weights = 0;
+    for (size_t i = 0; i < M.v.size(); ++i) M.v[i] *= cos_y.v[i];
+    for (size_t t = 0; t < y.rows; ++t)
+      w(t, 0) = norm(rows_of(y, t, 1)) * norm(rows_of(delta, t, 1));
+    for (size_t s = 0; s < y.rows; ++s)
+      for (size_t t = 0; t < y.rows; ++t) {
+        if (s == t) continue;
+        kappa += M(s, t) / (n * (n - 1)), khat += std::abs(M(s, t)) / (n * (n - 1));
+        weighted += w(s, 0) * w(t, 0) * std::abs(M(s, t)), weights += w(s, 0) * w(t, 0);
+      }
+    weighted /= weights;
+    A = inner(dW, dW) / inner(w, w);
+  }
+};
+// dW of unit vectors in the directions of y and delta, or of those times given magnitudes.
+Alignment alignment_of(Device& device, Dense y, Dense delta, const std::vector<double>& magnitude) {
+  for (Dense* x : {&y, &delta})
+    for (size_t t = 0; t < x->rows; ++t) {
+      double length = norm(rows_of(*x, t, 1));
+      for (size_t k = 0; k < x->cols; ++k) (*x)(t, k) *= magnitude[t] / length;
+    }
+  Tensor Y = Tensor::of<double>(device, y.v.size()), G = Tensor::of<double>(device, delta.v.size());
+  Tensor dW = Tensor::of<double>(device, y.cols * delta.cols);
+  Y.set(y.v), G.set(delta.v);
+  linear_backward_weight(device, dW.data<double>(), G.data<double>(), Y.data<double>(), y.rows,
+                         delta.cols, y.cols, false);
+  return {y, delta, {delta.cols, y.cols, dW.get()}};
+}
+
+TEST(Statement, Eq19_26_EnergyIdentity) {
+  for (Device* device : devices())
+    for (const char* residual : {"postnorm", "mvsplit"}) {
+      OneBlock<double> block(*device, residual);
+      for (const auto& writer : block.run()) {
+        Alignment a(writer.y, writer.delta, writer.dW);
+        auto identity_of = [&](const Dense& M) {
+          return std::abs((transpose(a.w) * M * a.w)(0, 0) / inner(a.w, a.w) - a.A) / a.A;
+        };
+        Dense cos_y = Alignment::cosines(writer.y), cos_delta = Alignment::cosines(writer.delta);
+        Dense absolute = a.M, flipped = a.M;
+        for (double& x : absolute.v) x = std::abs(x);
+        for (size_t i = 0; i < a.M.v.size(); ++i) flipped.v[i] *= i % (a.M.cols + 1) ? -1 : 1;
+        std::string name = std::string(residual) + (writer.y.cols == block.D ? " W_O" : " W2");
+        expect_statement(*device, "(19)-(26) " + name, identity_of(a.M),
+                         {{"absolute cosines", identity_of(absolute)},
+                          {"cosines of delta alone", identity_of(cos_delta)},
+                          {"product of the matrices", identity_of(cos_delta * cos_y)},
+                          {"no cross terms", identity_of(identity(a.M.rows))}});
+        // A symmetric M is positive semidefinite just if its singular values add up to its trace.
+        auto negative = [&](const Dense& M) {
+          double sum = 0, trace = 0;
+          for (double s : singular_values(M.v, M.rows)) sum += s;
+          for (size_t t = 0; t < M.rows; ++t) trace += M(t, t);
+          return (sum - trace) / trace;
+        };
+        expect_statement(
+            *device, "M is PSD, " + name, negative(a.M),
+            {{"signs of the pairs flipped", negative(flipped)},
+             {"a difference for the product", negative(cos_delta - cos_y + identity(a.M.rows))}});
+      }
+    }
+}
+
+TEST(Statement, Eq30_EqualMagnitudes) {
+  for (Device* device : devices()) {
+    OneBlock<double> block(*device, "mvsplit");
+    for (const auto& writer : block.run()) {
+      double others = double(writer.y.rows - 1);
+      std::vector<double> equal(writer.y.rows, 1.0);
+      Alignment a = alignment_of(*device, writer.y, writer.delta, equal);
+      Alignment unequal(writer.y, writer.delta, writer.dW);
+      auto residual = [&](const Alignment& x, double kappa, double count) {
+        return std::abs(x.A - 1 - count * kappa) / x.A;
+      };
+      std::string name = writer.y.cols == block.D ? "W_O" : "W2";
+      expect_statement(*device, "(30) " + name, residual(a, a.kappa, others),
+                       {{"T for T - 1", residual(a, a.kappa, others + 1)},
+                        {"absolute values", residual(a, a.khat, others)},
+                        {"unequal magnitudes", residual(unequal, unequal.kappa, others)}});
+    }
+  }
+}
+
+// |A - 1| <= (T-1) khat. khat has to be weighted by w_t w_s; where magnitudes are equal that is the
+// plain mean of |M_ts|, and where they are not the plain mean is no bound.
+TEST(Statement, Eq31_32_Envelope) {
+  // How far |A - 1| is beyond (T-1) khat, in parts of itself.
+  auto beyond = [](const Alignment& x, double khat, double others) {
+    return std::max(0.0, 1 - others * khat / std::abs(x.A - 1));
+  };
+  for (Device* device : devices()) {
+    OneBlock<double> block(*device, "mvsplit");
+    block.set_alpha(0);  // centered adjoints: A < 1, kappa < 0
+    size_t T = block.B * block.length();
+    double others = double(T - 1);
+    std::vector<double> equal(T, 1.0), two(T, 1e-3);
+    // Two tokens that agree and outweigh all others: A = 2, whatever T is.
+    two[0] = two[1] = 1;
+    Dense x = random_dense(T, 64, 52);
+    for (size_t k = 0; k < x.cols; ++k) x(1, k) = x(0, k);
+    Alignment pair = alignment_of(*device, x, x, two);
+    // All alike: the envelope is reached.
+    Dense same = Dense(T, 1, equal) * random_dense(1, 16, 53);
+    Alignment aligned = alignment_of(*device, same, same, equal);
+    EXPECT_NEAR(pair.A, 2, 1e-3);
+    EXPECT_NEAR(aligned.A, double(T), 1e-10);
+    for (const auto& writer : block.run()) {
+      Alignment a = alignment_of(*device, writer.y, writer.delta, equal);
+      Alignment unequal(writer.y, writer.delta, writer.dW);
+      double largest = beyond(a, a.khat, others);
+      for (const Alignment* x : {&a, &unequal, &pair, &aligned})
+        largest = std::max(largest, beyond(*x, x->weighted, others));
+      std::string name = writer.y.cols == block.D ? "W_O" : "W2";
+      expect_statement(*device, "(31)-(32) " + name, largest,
+                       {{"plain mean, unequal magnitudes", beyond(pair, pair.khat, others)},
+                        {"kappa for khat", beyond(a, a.kappa, others)},
+                        {"T - 2 for T - 1", beyond(aligned, aligned.khat, others - 1)}});
+    }
+  }
+}
+
+// ||dW|| of a writer behind a merge, against T: tokens are a common vector, times `common`, plus
+// noise of their own, in X, F, G and y alike.
+double growth(Device& device, Merge merge, double alpha, double common) {
+  std::vector<double> lengths, norms;
+  const size_t D = 32;
+  for (size_t T = 16; T <= 1024; T *= 2) {
+    Tokens tokens{1, T / 4 * 3, T / 4};
+    auto tokens_like = [&](uint64_t seed) {
+      Tensor x = Tensor::random<double>(device, T * D, seed, common ? 0.3 : 1);
+      std::vector<double> values = x.get(), shared = random_values(D, seed + 100, common);
+      for (size_t i = 0; i < values.size(); ++i) values[i] += shared[i % D];
+      x.set(values);
+      return x;
+    };
+    Tensor X = tokens_like(1), F = tokens_like(2), G = tokens_like(3), y = tokens_like(4);
+    auto of = [&](size_t n) { return Tensor::of<double>(device, n); };
+    Tensor next = of(T * D), dX = of(T * D), dF = of(T * D), dW = of(D * D), r = of(T), q = of(T);
+    Tensor means[4] = {of(2 * D), of(2 * D), of(2 * D), of(2 * D)}, dgains[2] = {of(D), of(D)};
+    Tensor gain = of(D), one = of(D);
+    gain.set(std::vector<double>(D, alpha)), one.set(std::vector<double>(D, 1.0));
+    Gates<const double> gates{merge, gain.data<double>(), one.data<double>(), gain.data<double>()};
+    Gates<double> dgates{merge, dgains[0].data<double>(), dgains[1].data<double>(),
+                         dgains[1].data<double>()};
+    MergeSaved<double> saved{r.data<double>(), means[0].data<double>(), means[1].data<double>()};
+    MergeScratch<double> scratch{q.data<double>(), means[2].data<double>(),
+                                 means[3].data<double>()};
+    merge_forward(device, next.data<double>(), saved, X.data<double>(), F.data<double>(), gates,
+                  tokens, D, 1e-6);
+    merge_backward(device, dX.data<double>(), dF.data<double>(), dgates, G.data<double>(),
+                   X.data<double>(), F.data<double>(), gates, saved, scratch, tokens, D, false);
+    linear_backward_weight(device, dW.data<double>(), dF.data<double>(), y.data<double>(), T, D, D,
+                           false);
+    lengths.push_back(double(T));
+    norms.push_back(norm({D, D, dW.get()}));
+  }
+  return log_slope(lengths, norms);
+}
+
+TEST(Statement, SqrtTAndTScaling) {
+  // ||dW||^2 of independent tokens varies by about sqrt(2) / D of itself, the slope through seven
+  // points over a factor of 64 therefore by 0.01. Centering takes two tokens, one a segment, which
+  // over these T adds 0.01.
+  for (Device* device : devices()) {
+    auto slope = [&](Merge merge, double alpha, double common) {
+      return growth(*device, merge, alpha, common);
+    };
+    double apart = slope(Merge::plain, 0, 0), alike = slope(Merge::plain, 0, 1);
+    double split = slope(Merge::mvsplit, 0, 1), leaking = slope(Merge::mvsplit, 0.5, 1);
+    double scaled = slope(Merge::layerscale, 0.01, 1);
+    auto from = [](double a, double b) { return std::abs(a - b); };
+    expect_statement(*device, "sqrt(T): tokens unlike, Post-Norm", from(apart, 0.5),
+                     {{"T", from(apart, 1)}}, 0.03);
+    expect_statement(*device, "T: tokens alike, Post-Norm", from(alike, 1),
+                     {{"sqrt(T)", from(alike, 0.5)}}, 0.03);
+    expect_statement(*device, "sqrt(T): tokens alike, MV-Split at alpha = 0", from(split, 0.5),
+                     {{"alpha = 0.5", from(leaking, 0.5)},
+                      {"LayerScale", from(scaled, 0.5)},
+                      {"T", from(split, 1)}},
+                     0.03);
+    expect_statement(*device, "T: tokens alike, LayerScale", from(scaled, 1),
+                     {{"alpha = 0", from(split, 1)}}, 0.03);
+  }
+}
+
+// The gradient dS of a head's scores, diag(a) - a a^T row by row on dA = G V^T.
+Dense score_gradient(const Dense& A, const Dense& G, const Dense& V) {
+  Dense dA = G * transpose(V), dS = dA;
+  for (size_t i = 0; i < A.rows; ++i) {
+    double mean = inner(rows_of(A, i, 1), rows_of(dA, i, 1));
+    for (size_t j = 0; j < A.cols; ++j) dS(i, j) = A(i, j) * (dA(i, j) - mean);
+  }
+  return dS;
+}
+
+TEST(Statement, Lemma1_EqualValuesStopQueriesAndKeys) {
+  for (Device* device : devices()) {
+    OneBlock<double> block(*device, "postnorm");
+    block.run();
+    size_t T = block.length(), hd = block.net.config.head_dim();
+    Heads h{1, T, 1, hd};
+    const Dense A = block.attention(0, 0), Q = block.part(0, 0, 0), K = block.part(1, 0, 0);
+    const Dense V = block.part(2, 0, 0), vbar = mean_over({T}) * V, spread = V - vbar;
+    Dense image_text = mean_over({block.N, block.L}) * V;
+    // dQ and dK by attention_backward() on the block's own Q and K with values V.
+    AttentionOp op = attention_op<double>(*device, h);
+    Dense G(T, hd, op.cotangent.get());
+    auto query_key = [&](const Dense& values) {
+      std::vector<double> qkv;
+      for (size_t t = 0; t < T; ++t)
+        for (const Dense* x : {&Q, &K, &values})
+          qkv.insert(qkv.end(), x->v.begin() + std::ptrdiff_t(t * hd),
+                     x->v.begin() + std::ptrdiff_t((t + 1) * hd));
+      op.inputs[0].value.set(qkv);
+      op.forward(), op.backward();
+      Dense d(T, 3 * hd, op.inputs[0].gradient.get());
+      double squares = 0;
+      for (size_t t = 0; t < T; ++t)
+        for (size_t k = 0; k < 2 * hd; ++k) squares += d(t, k) * d(t, k);
+      return std::sqrt(squares);
+    };
+    double alive = query_key(V);
+    expect_statement(*device, "Lemma 1: dQ, dK", query_key(vbar) / alive,
+                     {{"values that differ by 1e-9", query_key(vbar + 1e-9 * spread) / alive},
+                      {"equal within segments", query_key(image_text) / alive}});
+    auto scores = [&](const Dense& values) { return norm(score_gradient(A, G, values)); };
+    expect_statement(*device, "Lemma 1: dS", scores(vbar) / scores(V),
+                     {{"values that differ by 1e-9", scores(vbar + 1e-9 * spread) / scores(V)},
+                      {"equal within segments", scores(image_text) / scores(V)}});
+    // On the way there dS is proportional to the spread, being linear in V and zero at vbar. At 1e-8
+    // rounding is 1e-8 of it: the slope is 1 to about 1e-9.
+    std::vector<double> spreads, dS, dQK;
+    for (double e = 1; e > 1e-8; e /= 10) {
+      spreads.push_back(e);
+      dS.push_back(scores(vbar + e * spread)), dQK.push_back(query_key(vbar + e * spread));
+    }
+    double slope = log_slope(spreads, dS), slope_qk = log_slope(spreads, dQK);
+    expect_statement(*device, "||dS|| ~ spread of V", std::abs(slope - 1),
+                     {{"its square", std::abs(slope - 2)}}, 1e-7);
+    expect_statement(*device, "||dQ, dK|| ~ spread of V", std::abs(slope_qk - 1),
+                     {{"its square", std::abs(slope_qk - 2)}}, 1e-7);
+  }
+}
+
+TEST(Statement, SoftmaxJacobianHasNullSpaceOfConstants) {
+  for (Device* device : devices()) {
+    OneBlock<double> block(*device, "postnorm");
+    block.run();
+    size_t n = block.length();
+    Dense one(n, 1, std::vector<double>(n, 1.0)), A = block.attention(1, 1);
+    // M 1 = 0, and the next eigenvalue is at least the smallest a_j: taking a a^T from diag(a) lowers
+    // eigenvalues past one of diag(a)'s at the most. Relative to the largest.
+    auto residual = [&](const Dense& M, const Dense& a) {
+      std::vector<double> s = singular_values(M.v, n);
+      double least = *std::min_element(a.v.begin(), a.v.end());
+      return norm(M * one) / s[0] + s[n - 1] / s[0] + std::max(0.0, 1 - s[n - 2] / least);
+    };
+    double right = 0;
+    std::vector<Mutation> wrong = {
+        {"diag(a)", HUGE_VAL}, {"a a^T", HUGE_VAL}, {"rows that sum to 1.01", HUGE_VAL}};
+    for (size_t i = 0; i < n; ++i) {
+      Dense a = rows_of(A, i, 1), outer = transpose(a) * a, D = diagonal(a.v);
+      right = std::max(right, residual(D - outer, a));
+      double r[] = {residual(D, a), residual(outer, a), residual(1.01 * D - 1.0201 * outer, a)};
+      for (size_t k = 0; k < 3; ++k) wrong[k].residual = std::min(wrong[k].residual, r[k]);
+    }
+    expect_statement(*device, "null space of diag(a) - a a^T", right, wrong);
+  }
+}
+
+// A block whose tokens have all become alike.
+TEST(Statement, Eq39_WriterGradientsOutliveTheValues) {
+  for (Device* device : devices()) {
+    OneBlock<double> block(*device, "postnorm");
+    Dense X = block.input(), J = mean_over(block.sequences()), J_seg = mean_over(block.segments());
+    block.run();
+    double alive = norm(block.query_key_gradient());
+    // The writer's gradient against its mean part alone, and Q's and K's against that of X.
+    std::vector<double> writer[2], query_key;
+    for (const Dense& x : {J * X, X, J_seg * X}) {
+      block.set_input(x);
+      auto both = block.run();
+      for (int k = 0; k < 2; ++k)
+        writer[k].push_back(difference(transpose(J * both[k].delta) * (J * both[k].y), both[k].dW));
+      query_key.push_back(norm(block.query_key_gradient()) / alive);
+      for (const auto& w : both) EXPECT_GT(norm(w.dW), 0.1);
+    }
+    const char* names[] = {"(39) dW_O = dW_mu", "(39) dW_2 = dW_mu"};
+    for (int k = 0; k < 2; ++k)
+      expect_statement(
+          *device, names[k], writer[k][0],
+          {{"tokens that differ", writer[k][1]}, {"image and text differ", writer[k][2]}});
+    expect_statement(
+        *device, "(39) dW_Q, dW_K = 0", query_key[0],
+        {{"tokens that differ", query_key[1]}, {"image and text differ", query_key[2]}});
+    // Behind MV-Split at alpha = 0 such a block's writers get nothing either: dW_mu is all there is.
+    OneBlock<double> split(*device, "mvsplit");
+    split.set_alpha(0), split.set_input(J * X);
+    for (const auto& w : split.run()) EXPECT_LE(norm(w.dW), 1e-13);
+  }
+}

@@ -394,6 +394,43 @@ TEST(AdamW, FollowsThePlainFormula) {
   });
 }
 
+// App. J: clipping cannot change the share of the mean in a writer's gradient. What AdamW keeps in m
+// of two gradients of very different size, dW_mu and dW_c.
+TEST(Statement, AppJ_ClippingKeepsTheRatio) {
+  for (Device* device : devices()) {
+    Table table;
+    table.parameters = {{"mu", {24, 40}, Init::normal, 1, 0},
+                        {"c", {24, 40}, Init::normal, 1, 960}};
+    table.size = 1920;
+    std::vector<double> g = random_values(1920, 1), zeros(1920);
+    for (size_t i = 0; i < 960; ++i) g[i] = 155 * g[960 + i / 40] * g[1000 + i % 40];  // rank one
+    std::vector<Chunk> chunks = chunks_of(table);
+    Slab gs(*device, 1920 * 8), ws(*device, 1920 * 8), xs(*device, 1920 * 8), ms(*device, 1920 * 8),
+        vs(*device, 1920 * 8), ch(*device, chunks.size() * sizeof(Chunk)), pa(*device, 64),
+        cl(*device, sizeof(Clock));
+    double *gradient = put(*device, gs, g), *m = put(*device, ms, zeros);
+    Chunk* dchunks = put(*device, ch, chunks);
+    Clock* clock = put(*device, cl, std::vector<Clock>{{0, 0, 0, 0, 0, 0}});
+    Optimizer o;
+    begin_step(*device, clock, o);
+    gradient_norm(*device, clock, reinterpret_cast<double*>(pa.data), gradient, dchunks,
+                  chunks.size(), o.clip);
+    adamw<double>(*device, put(*device, ws, g), put(*device, xs, g), m, put(*device, vs, zeros),
+                  nullptr, 0, gradient, clock, dchunks, chunks.size(), o);
+    EXPECT_LT(from(*device, clock, 1)[0].clip_scale, 1e-3);
+    auto ratio = [](const std::vector<double>& x) {
+      return norm(rows_of({2, 960, x}, 0, 1)) / norm(rows_of({2, 960, x}, 1, 1));
+    };
+    auto changed = [&](const std::vector<double>& x) { return std::abs(ratio(x) / ratio(g) - 1); };
+    std::vector<double> each = g, by_element = g;
+    for (size_t i = 0; i < 960; ++i) each[i] /= ratio(g);
+    for (double& x : by_element) x = std::clamp(x, -1.0, 1.0);
+    expect_statement(
+        *device, "App. J: clipping", changed(from(*device, m, 1920)),
+        {{"each tensor by its own norm", changed(each)}, {"each element", changed(by_element)}});
+  }
+}
+
 // ---------------------------------------------------------------------------------------------
 // 3. Sampling
 
