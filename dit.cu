@@ -444,8 +444,8 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
 //
 //     S = Q K^T / sqrt(hd),   A = softmax by rows of S,   Y = A V          for each head.
 //
-// What it does to the token mean. Rows of A are probabilities, A 1 = 1, so A J = J for the global J.
-// Split what is averaged, V = J V + P V:
+// What it does to the token mean. Rows of A are probabilities, A 1 = 1, so A J = J for the global
+// J. Split what is averaged, V = J V + P V:
 //
 //     A J V = J V                    a state that is all mean passes unchanged,          (Prop. 1)
 //     J A V = J V + J A P V          otherwise the centered part leaks into the mean,
@@ -454,9 +454,9 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
 //
 // The mean has gain one, however deep the network. Where mu_eff < 1, attention alone makes tokens
 // more alike from layer to layer. (It need not be: rows that put all their weight on one of two
-// tokens, half of them on each, have mu_eff = sqrt(T/2).) JAPV would vanish if columns summed to one
-// as well. For means within segments Prop. 1 fails: rows of A mix the image's and the text's mean in
-// different proportions.
+// tokens, half of them on each, have mu_eff = sqrt(T/2).) JAPV would vanish if columns summed to
+// one as well. For means within segments Prop. 1 fails: rows of A mix the image's and the text's
+// mean in different proportions.
 //
 // Backward, with G the cotangent of Y. Y = A V is linear in each factor:
 //     dV = A^T G,     dA = G V^T.
@@ -475,12 +475,11 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
 // their gradients fall by orders of magnitude at once. Meanwhile the writer's gradient dW_O = sum_i
 // delta_i y_i^T (39), delta_i the adjoint of token i of F = Y W_O^T, is alive: with y_i = vbar for
 // all i it is (sum_i delta_i) vbar^T = T dbar vbar^T, all of it the dW_mu of section 5 in
-// mvsplit.cu, and dW_c = 0. So a collapsed block keeps writing to the mean, and what could tell
-// tokens apart again has no gradient. (MV-Split at alpha = 0 has dbar = 0: then the writer gets
-// nothing either.) On the way there dA, and dS with it, is linear in V - J V: the gradient of S
-// falls in proportion to the spread of the values. Image and text collapsed each to a mean of its
-// own are not Lemma 1's case: dA's row has two values, and dS still moves weight from one to the
-// other.
+// mvsplit.cu, and dW_c = 0. So a collapsed block keeps writing into the mean while Q and K, which
+// could tell tokens apart, stand still. (MV-Split at alpha = 0 has dbar = 0: then the writer gets
+// nothing either.) On the way there dS is linear in V - J V: it falls in proportion to the spread
+// of the values. Image and text collapsed each to a mean of its own are not Lemma 1's case: a row
+// of dA then has two values, and dS still moves weight from one segment to the other.
 //
 // Finally S = Q K^T / sqrt(hd) gives
 //     dQ = dS K / sqrt(hd),     dK = dS^T Q / sqrt(hd).

@@ -432,13 +432,14 @@ void merge_backward(const Device& device, T* dX, T* dF, Gates<P> dgates, const T
 // in general |A - 1| <= (T - 1) khat, khat the mean of |M_ts| with weights w_t w_s, as sum_(s != t)
 // w_t w_s = (sum w)^2 - sum w^2 <= (T - 1) sum w^2.                                      (31)-(32)
 // (The weights matter: two tokens that agree and outweigh the others give A = 2 for every T, while
-// the plain mean of |M_ts|, if no other pair agrees, falls like 1/T^2.) Hence two limits, for w_t of a given size:
+// the plain mean of |M_ts|, if no other pair agrees, falls like 1/T^2.) Hence two limits, for w_t
+// of a given size:
 //
 //     kappa ~ 0:    A ~ 1,   ||dW|| = |w| = O(sqrt T)        tokens that differ
 //     kappa -> 1:   A -> T,  ||dW|| = sqrt(T) |w| = O(T)     tokens alike, and dW = dW_mu
 //
-// That is the lever of the collapse. When tokens become alike, each writer's gradient grows by up to
-// sqrt(T), 16 for 256 tokens, and points in one direction, which makes them more alike.
+// That is the lever of the collapse. When tokens become alike, each writer's gradient grows by up
+// to sqrt(T), 16 for 256 tokens, and points in one direction, which makes them more alike.
 //
 // MV-Split acts on delta: by (10), delta = beta * P Delta + alpha * J Delta with Delta = dL/dZ.
 // With the J and P of the merge, within each segment, row d of dW_mu is scaled by alpha_d and row d

@@ -267,9 +267,9 @@ inline double log_slope(const std::vector<double>& x, const std::vector<double>&
 }
 
 // The singular values of M (n, n), largest first, by one-sided Jacobi rotations: two rows at a time
-// are turned in their plane until all rows are orthogonal. Rotations from the left keep the singular
-// values, and those of a matrix with orthogonal rows are the rows' norms. What is below rounding of
-// the largest is left as it is.
+// are turned in their plane until all rows are orthogonal. Rotations from the left keep the
+// singular values, and those of a matrix with orthogonal rows are the rows' norms. What is below
+// rounding of the largest is left as it is.
 inline std::vector<double> singular_values(std::vector<double> m, size_t n) {
   auto dot = [&](size_t p, size_t q) {
     double sum = 0;

@@ -1066,8 +1066,8 @@ TEST(Statement, Lemma1_EqualValuesStopQueriesAndKeys) {
     expect_statement(*device, "Lemma 1: dS", scores(vbar) / scores(V),
                      {{"values that differ by 1e-9", scores(vbar + 1e-9 * spread) / scores(V)},
                       {"equal within segments", scores(image_text) / scores(V)}});
-    // On the way there dS is proportional to the spread, being linear in V and zero at vbar. At 1e-8
-    // rounding is 1e-8 of it: the slope is 1 to about 1e-9.
+    // On the way there dS is proportional to the spread, being linear in V and zero at vbar. At
+    // 1e-8 rounding is 1e-8 of it: the slope is 1 to about 1e-9.
     std::vector<double> spreads, dS, dQK;
     for (double e = 1; e > 1e-8; e /= 10) {
       spreads.push_back(e);
@@ -1087,8 +1087,8 @@ TEST(Statement, SoftmaxJacobianHasNullSpaceOfConstants) {
     block.run();
     size_t n = block.length();
     Dense one(n, 1, std::vector<double>(n, 1.0)), A = block.attention(1, 1);
-    // M 1 = 0, and the next eigenvalue is at least the smallest a_j: taking a a^T from diag(a) lowers
-    // eigenvalues past one of diag(a)'s at the most. Relative to the largest.
+    // M 1 = 0, and the next eigenvalue is at least the smallest a_j: eigenvalues of diag(a) - a a^T
+    // and of diag(a) interlace.
     auto residual = [&](const Dense& M, const Dense& a) {
       std::vector<double> s = singular_values(M.v, n);
       double least = *std::min_element(a.v.begin(), a.v.end());
@@ -1132,7 +1132,7 @@ TEST(Statement, Eq39_WriterGradientsOutliveTheValues) {
     expect_statement(
         *device, "(39) dW_Q, dW_K = 0", query_key[0],
         {{"tokens that differ", query_key[1]}, {"image and text differ", query_key[2]}});
-    // Behind MV-Split at alpha = 0 such a block's writers get nothing either: dW_mu is all there is.
+    // Behind MV-Split at alpha = 0 such a block's writers get nothing: dW_mu is all there is.
     OneBlock<double> split(*device, "mvsplit");
     split.set_alpha(0), split.set_input(J * X);
     for (const auto& w : split.run()) EXPECT_LE(norm(w.dW), 1e-13);

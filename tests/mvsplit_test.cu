@@ -285,7 +285,7 @@ TEST(Tokens, KnowTheirSegments) {
     EXPECT_EQ(t.segment_of(row), row / 7 * 2 + (row % 7 >= 5)) << row;
 }
 
-// The reference for mu_eff. M = U diag(s) V with U, V reflections I - 2 u u^T has singular values s.
+// The reference for mu_eff. M = U diag(s) V with reflections U, V has the singular values s.
 TEST(Check, SingularValuesOfAKnownMatrix) {
   for (size_t n : {1, 6, 90}) {
     std::vector<double> s(n), m(n * n);
@@ -501,8 +501,8 @@ TEST(Statement, Eq7_10_LeakyIntegratorOverDepth) {
                           {"one merge fewer", residual(leaky, j, but_one)},
                           {"1 + alpha", residual(leaky, j, grown)},
                           {"no decay", residual(leaky, j, std::vector<double>(D, 1.0))}});
-      // What the RMSNorm does: with one alpha for all channels it takes the decay of a state that is
-      // nothing but mean back at once (up to eps). The leak is a claim about the mean against the
+      // What the RMSNorm does: with one alpha for all channels it gives a state that is nothing but
+      // mean its length back at once (up to eps). The leak is a claim about the mean against the
       // rest, not about the size of X_next.
       Dense mean = J * X0;
       double rms = norm(mean) / std::sqrt(double(T * D));

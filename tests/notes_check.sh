@@ -54,6 +54,6 @@ while IFS='|' read -r _ equation code tests _; do
   check_cell "$tests" "$equation"
 done <<<"$table"
 while read -r name; do
-  grep -qE "Statement\.(\*|$name\b)" <<<"$table" || fault "the test Statement.$name is not in the table"
+  grep -qE "Statement\.(\*|$name\b)" <<<"$table" || fault "Statement.$name is not in the table"
 done < <(sed -nE 's/^TEST\(Statement, (\w+)\).*/\1/p' tests/*_test.cu)
 [ "$faults" -eq 0 ]

@@ -394,8 +394,8 @@ TEST(AdamW, FollowsThePlainFormula) {
   });
 }
 
-// App. J: clipping cannot change the share of the mean in a writer's gradient. What AdamW keeps in m
-// of two gradients of very different size, dW_mu and dW_c.
+// App. J: clipping cannot change the share of the mean in a writer's gradient. What AdamW keeps in
+// m of two gradients of very different size, dW_mu and dW_c.
 TEST(Statement, AppJ_ClippingKeepsTheRatio) {
   for (Device* device : devices()) {
     Table table;
