@@ -590,7 +590,7 @@ struct OneBlock {
   }
   void write(T* to, const std::vector<double>& values) {
     std::vector<T> host;
-    for (double x : values) host.push_back(T(typename OneBlock::A(x)));
+    for (double x : values) host.push_back(T(A(x)));
     net.device.upload(to, host.data(), host.size() * sizeof(T));
   }
   Dense input() const { return read(saved.X, B * length(), D); }
@@ -803,22 +803,28 @@ double mean_coherent(Device& device, bool by_segments, const char* residual, dou
   }
   return largest;
 }
+template <class T>
+void check_alpha_zero(Device& device, const char* precision, double rounding) {
+  for (bool by_segments : {true, false}) {
+    auto coherent = [&](const char* residual, double alpha) {
+      return mean_coherent<T>(device, by_segments, residual, alpha);
+    };
+    expect_statement(device,
+                     std::string("alpha = 0, ") +
+                         (by_segments ? "segment means, " : "global mean, ") + precision,
+                     coherent("mvsplit", 0),
+                     {{"alpha = 0.1", coherent("mvsplit", 0.1)},
+                      {"Post-Norm", coherent("postnorm", 0)},
+                      {"LayerScale", coherent("layerscale", 0)}},
+                     rounding);
+  }
+}
 TEST(Statement, AlphaZeroHasNoMeanCoherentGradient) {
-  for (Device* device : devices())
-    for (bool by_segments : {true, false}) {
-      std::string name = by_segments ? "alpha = 0, segment means" : "alpha = 0, global mean";
-      auto wrong = [&](const char* residual, double alpha) {
-        return mean_coherent<double>(*device, by_segments, residual, alpha);
-      };
-      expect_statement(*device, name, wrong("mvsplit", 0),
-                       {{"alpha = 1e-3", wrong("mvsplit", 1e-3)},
-                        {"Post-Norm", wrong("postnorm", 0)},
-                        {"LayerScale", wrong("layerscale", 0)}},
-                       1e-15);
-      // Half a unit in the last place of each delta, at the most: 2^-24, 2^-9.
-      EXPECT_LE(mean_coherent<float>(*device, by_segments, "mvsplit", 0), 0x1p-24);
-      EXPECT_LE(mean_coherent<bf16>(*device, by_segments, "mvsplit", 0), 0x1p-9);
-    }
+  for (Device* device : devices()) {
+    check_alpha_zero<double>(*device, "fp64", 1e-15);
+    check_alpha_zero<float>(*device, "fp32", 0x1p-24);  // half a unit in the last place of delta
+    check_alpha_zero<bf16>(*device, "bf16", 0x1p-9);
+  }
 }
 
 // The pairs of (19)-(26): w_t = |delta_t| |y_t| and M_ts = cos(delta_t, delta_s) cos(y_t, y_s).
@@ -1007,18 +1013,18 @@ TEST(Statement, SqrtTAndTScaling) {
     double apart = slope(Merge::plain, 0, 0), alike = slope(Merge::plain, 0, 1);
     double split = slope(Merge::mvsplit, 0, 1), leaking = slope(Merge::mvsplit, 0.5, 1);
     double scaled = slope(Merge::layerscale, 0.01, 1);
-    auto from = [](double a, double b) { return std::abs(a - b); };
-    expect_statement(*device, "sqrt(T): tokens unlike, Post-Norm", from(apart, 0.5),
-                     {{"T", from(apart, 1)}}, 0.03);
-    expect_statement(*device, "T: tokens alike, Post-Norm", from(alike, 1),
-                     {{"sqrt(T)", from(alike, 0.5)}}, 0.03);
-    expect_statement(*device, "sqrt(T): tokens alike, MV-Split at alpha = 0", from(split, 0.5),
-                     {{"alpha = 0.5", from(leaking, 0.5)},
-                      {"LayerScale", from(scaled, 0.5)},
-                      {"T", from(split, 1)}},
+    auto off = [](double a, double b) { return std::abs(a - b); };
+    expect_statement(*device, "sqrt(T): tokens unlike, Post-Norm", off(apart, 0.5),
+                     {{"T", off(apart, 1)}}, 0.03);
+    expect_statement(*device, "T: tokens alike, Post-Norm", off(alike, 1),
+                     {{"sqrt(T)", off(alike, 0.5)}}, 0.03);
+    expect_statement(*device, "sqrt(T): tokens alike, MV-Split at alpha = 0", off(split, 0.5),
+                     {{"alpha = 0.5", off(leaking, 0.5)},
+                      {"LayerScale", off(scaled, 0.5)},
+                      {"T", off(split, 1)}},
                      0.03);
-    expect_statement(*device, "T: tokens alike, LayerScale", from(scaled, 1),
-                     {{"alpha = 0", from(split, 1)}}, 0.03);
+    expect_statement(*device, "T: tokens alike, LayerScale", off(scaled, 1),
+                     {{"alpha = 0", off(split, 1)}}, 0.03);
   }
 }
 
