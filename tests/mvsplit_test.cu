@@ -328,7 +328,7 @@ Merged merged(Device& device, Tokens tokens, const Gains& gains, const Dense& X,
               const Dense& G) {
   auto tensor = [&](const std::vector<double>& values) {
     Tensor t = Tensor::of<double>(device, values.size());
-    t.set(values);
+    if (!values.empty()) t.set(values);  // a gate that this merge does not have
     return t;
   };
   size_t T = X.rows, D = X.cols;
