@@ -44,6 +44,8 @@ build/%/mvsplit: train.cu $(SOURCES) | setup
 	$(compile)
 build/%_test: $(SOURCES) | setup
 	$(compile)
+build/%/bench: tests/bench.cu $(SOURCES) | setup
+	$(compile)
 $(foreach t,$(TESTS),$(eval $(cpu)/$t_test $(gpu)/$t_test: tests/$t_test.cu))
 
 # The folder says which compiler.
@@ -51,7 +53,7 @@ compile = @mkdir -p $(@D); echo "building $@$(if $(findstring gpu,$@), for $(ARC
 	$(if $(findstring gpu,$@),$(NVCC) $(NVCCFLAGS) $(source) -o $@ -lcublas,\
 	                          g++ $(CXXFLAGS) -x c++ $(source) -o $@) \
 	$(if $(findstring _test,$@),-lgtest -lgtest_main) -lz -lpthread
-source = $(if $(findstring _test,$@),tests/$(notdir $@).cu,train.cu)
+source = $(if $(filter %/mvsplit,$@),train.cu,tests/$(notdir $@).cu)
 
 setup:
 	@bash data/setup.sh

@@ -909,16 +909,6 @@ class Network {
             config.norm_eps, {arrays.cosine, arrays.sine, config.image_tokens()}};
   }
 
- private:
-  size_t span_;
-  std::vector<std::unique_ptr<Slab>> slabs_;
-  T* weights_ = nullptr;
-  A* gradients_ = nullptr;
-
-  Patches patches() const {
-    return {config.channels, config.height, config.image_width, config.patch};
-  }
-
   // The input (B, T, D) of block i; of block `depth`: the trunk's output.
   T* input(size_t i) {
     size_t stride = Arrays<T>::input_stride(config, batch);
@@ -930,6 +920,16 @@ class Network {
     BlockSaved<T> s = arrays.blocks[i % span_];
     s.X = input(i);
     return s;
+  }
+
+ private:
+  size_t span_;
+  std::vector<std::unique_ptr<Slab>> slabs_;
+  T* weights_ = nullptr;
+  A* gradients_ = nullptr;
+
+  Patches patches() const {
+    return {config.channels, config.height, config.image_width, config.patch};
   }
 
   // Block 0's input: image tokens from the patches, text tokens from the text, each normalised.

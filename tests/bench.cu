@@ -1,0 +1,269 @@
+// bench.cu - how fast the pieces are on this GPU, and how far from what it can do.
+//
+// Everything is timed as replays of a CUDA graph between events, on random data, and the median is
+// taken. Kernels rotate among several sets of arrays so that they read from memory, not from a
+// cache that the run before filled. "Floor" bytes are each input once and each output once.
+//
+//   build/bench [--tsv FILE] [PART...]      parts: ceilings kernels gemms block step400 step1000 postnorm depth
+#define MVSPLIT_NO_MAIN
+#include "../train.cu"
+
+#ifdef __CUDACC__
+
+namespace {
+
+using T = bf16;
+using A = float;
+
+FILE* tsv = nullptr;
+double copy_ceiling = 0, gemm_ceiling = 0;
+
+// Median seconds of one sequence(), of `count` in a graph.
+template <class Sequence>
+double seconds(Device& device, const Sequence& sequence, int count = 1, int replays = 21) {
+  Graph graph;
+  cudaEvent_t begin, end;
+  CUDA_CHECK(cudaEventCreate(&begin));
+  CUDA_CHECK(cudaEventCreate(&end));
+  std::vector<double> times;
+  for (int i = -2; i < replays; ++i) {
+    CUDA_CHECK(cudaEventRecord(begin, device.stream));
+    graph.run(device, [&] {
+      for (int k = 0; k < count; ++k) sequence(k);
+    });
+    CUDA_CHECK(cudaEventRecord(end, device.stream));
+    CUDA_CHECK(cudaEventSynchronize(end));
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+    if (i >= 0) times.push_back(1e-3 * double(ms) / count);
+  }
+  cudaEventDestroy(begin), cudaEventDestroy(end);
+  std::nth_element(times.begin(), times.begin() + replays / 2, times.end());
+  return times[size_t(replays / 2)];
+}
+
+void report(const std::string& name, double s, double bytes, double flops) {
+  std::printf("%-30s %9.4f ms", name.c_str(), 1e3 * s);
+  if (bytes > 0) {
+    std::printf("  %8.1f MB  %6.0f GB/s", 1e-6 * bytes, 1e-9 * bytes / s);
+    if (copy_ceiling > 0) std::printf("  %3.0f%% of the copy", 100 * bytes / s / copy_ceiling);
+  }
+  if (flops > 0) {
+    std::printf("  %8.1f TFLOP/s", 1e-12 * flops / s);
+    if (gemm_ceiling > 0) std::printf("  %3.0f%% of the largest product", 100 * flops / s / gemm_ceiling);
+  }
+  std::printf("\n");
+  std::fflush(stdout);
+  if (tsv) std::fprintf(tsv, "%s\t%.6f\n", name.c_str(), 1e3 * s);
+}
+
+// Random numbers in an array of X: N(0, scale^2).
+template <class X>
+X* random_array(Slab& slab, size_t count, uint64_t seed, double scale = 1) {
+  X* x = reinterpret_cast<X*>(slab.data);
+  for_each(slab.device, count, [=] HD(size_t i) { x[i] = X(float(scale * gaussian(seed, 7, i))); });
+  return x;
+}
+
+void ceilings(Device& device) {
+  size_t bytes = size_t(1) << 30;
+  Slab from(device, bytes), to(device, bytes);
+  random_array<T>(from, bytes / 2, 1);
+  double s = seconds(device, [&](int) { device.copy(to.data, from.data, bytes); });
+  copy_ceiling = 2 * double(bytes) / s;
+  report("device copy", s, 2 * double(bytes), 0);
+  size_t n = 8192;
+  T *x = random_array<T>(from, n * n, 1), *w = x + n * n, *y = reinterpret_cast<T*>(to.data);
+  s = seconds(device, [&](int) { linear_forward(device, y, x, w, n, n, n); });
+  gemm_ceiling = 2 * double(n) * double(n) * double(n) / s;
+  report("product of 8192 x 8192", s, 0, 2 * double(n) * double(n) * double(n));
+}
+
+Config model(size_t depth, size_t width, size_t heads, size_t ffn, size_t text,
+             const std::string& residual = "mvsplit") {
+  Config c;
+  c.depth = depth, c.width = width, c.heads = heads, c.ffn = ffn, c.patch = 2;
+  c.text_tokens = text, c.residual = residual, c.writer_std = 0.02, c.final_std = 0.02;
+  c.alpha = 0.1;
+  return c;
+}
+
+// A network with random weights and inputs.
+struct Subject {
+  Network<T> net;
+  Subject(Device& device, const Config& c, size_t batch, size_t recompute)
+      : net(device, c, batch, recompute, true) {
+    Slab master(device, net.table.size * sizeof(A));
+    initialise(device, net.table, reinterpret_cast<A*>(master.data), 1);
+    convert(device, net.weights(), reinterpret_cast<A*>(master.data), net.table.size);
+    Arrays<T>& a = net.arrays;
+    auto fill = [&](auto* x, size_t n, double scale) {
+      using X = std::remove_pointer_t<decltype(x)>;
+      std::vector<X> host;
+      for (size_t i = 0; i < n; ++i) host.push_back(X(float(scale * gaussian(2, 7, i))));
+      device.upload(x, host.data(), n * sizeof(X));
+    };
+    fill(a.z, batch * c.pixels(), 1), fill(a.dvelocity, batch * c.pixels(), 1e-3);
+    fill(a.text, batch * c.text_size(), 1);
+    net.forward(batch);
+    net.backward(batch, false);
+  }
+};
+
+// The kernels of a block, at the paper's width: each with the arrays of its own block, in turn.
+void kernels(Device& device) {
+  constexpr int sets = 6;
+  size_t B = 32;
+  Config c = model(sets, 1024, 8, 3072, 64);
+  Subject subject(device, c, B, 0);
+  Network<T>& net = subject.net;
+  BlockShape<T> b = net.shape(B);
+  Parameters<const T> w = locate<const T>(net.config, net.table, net.weights());
+  Parameters<A> d = locate<A>(net.config, net.table, net.gradients());
+  BlockScratch<T>& scratch = net.arrays.scratch;
+  auto saved = [&](int k) { return net.saved(size_t(k)); };
+  double X = double(b.tokens.rows() * b.D) * sizeof(T), U = double(b.tokens.rows() * b.F) * sizeof(T);
+  // Gradients of their own for each turn: 8 arrays would not fit a cache either.
+  std::vector<std::unique_ptr<Slab>> G, dF;
+  for (int k = 0; k < sets; ++k) {
+    G.push_back(std::make_unique<Slab>(device, size_t(X)));
+    dF.push_back(std::make_unique<Slab>(device, size_t(X)));
+    random_array<T>(*G.back(), size_t(X) / sizeof(T), uint64_t(k), 1e-3);
+  }
+  auto g = [&](int k) { return reinterpret_cast<T*>(G[size_t(k)]->data); };
+  auto df = [&](int k) { return reinterpret_cast<T*>(dF[size_t(k)]->data); };
+  auto time = [&](const char* name, double bytes, double flops, auto f) {
+    report(name, seconds(device, f, sets), bytes, flops);
+  };
+  time("merge forward", 3 * X, 0, [&](int k) {
+    BlockSaved<T> s = saved(k);
+    merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.block(size_t(k)).gates[0], b.tokens, b.D,
+                  b.eps);
+  });
+  time("merge backward", 5 * X, 0, [&](int k) {
+    BlockSaved<T> s = saved(k);
+    merge_backward(device, df((k + 1) % sets), df(k), d.block(size_t(k)).gates[0], g(k), s.X, s.F1,
+                   w.block(size_t(k)).gates[0], s.merge[0], scratch.merge, b.tokens, b.D, false);
+  });
+  double attention = 4 * double(B * b.heads.length * b.heads.length) * double(b.D);
+  time("rope + QK-norm forward", 4 * X, 0, [&](int k) {
+    BlockSaved<T> s = saved(k);
+    rope_qk_norm_forward(device, s.qkv, s.r_qk, b.rope, b.heads);
+  });
+  time("attention forward", 4 * X, attention, [&](int k) {
+    BlockSaved<T> s = saved(k);
+    attention_forward(device, s.Y, s.P, scratch.scores, s.qkv, b.heads);
+  });
+  time("attention backward", 8 * X, 2.5 * attention, [&](int k) {
+    BlockSaved<T> s = saved(k);
+    attention_backward(device, scratch.dqkv, g(k), s.P, s.qkv, scratch.scores, scratch.dS, b.heads);
+  });
+  time("rope + QK-norm backward", 6 * X, 0, [&](int k) {
+    rope_qk_norm_backward(device, scratch.dqkv, saved(k).qkv, saved(k).r_qk, b.rope, b.heads);
+  });
+  time("SwiGLU forward", 3 * U, 0, [&](int k) {
+    swiglu_forward(device, saved(k).hidden, saved(k).u, b.tokens.rows(), b.F);
+  });
+  time("SwiGLU backward", 5 * U, 0, [&](int k) {
+    swiglu_backward(device, scratch.du, saved(k).hidden, saved(k).u, b.tokens.rows(), b.F);
+  });
+}
+
+// The products of a block: Y = X W^T, dX = G W, dW = G^T X.
+void gemms(Device& device, size_t rows, size_t D, size_t F) {
+  std::printf("products of %zu tokens, width %zu\n", rows, D);
+  size_t largest = std::max(rows * 2 * F, 2 * F * D);
+  Slab a(device, largest * sizeof(T)), b(device, largest * sizeof(T)), c(device, largest * sizeof(A));
+  T *x = random_array<T>(a, largest, 1), *w = random_array<T>(b, largest, 2, 0.02);
+  struct Shape {
+    const char* name;
+    size_t out, in;
+  };
+  for (Shape s : {Shape{"qkv", 3 * D, D}, {"proj", D, D}, {"w13", 2 * F, D}, {"w2", D, F}}) {
+    double flops = 2 * double(rows) * double(s.out) * double(s.in);
+    std::string name = s.name;
+    T* y = reinterpret_cast<T*>(c.data);
+    A* dw = reinterpret_cast<A*>(c.data);
+    report(name + " forward", seconds(device, [&](int) { linear_forward(device, y, x, w, rows, s.out, s.in); }, 8), 0, flops);
+    report(name + " input gradient", seconds(device, [&](int) { linear_backward_input(device, y, x, w, rows, s.out, s.in); }, 8), 0, flops);
+    report(name + " weight gradient", seconds(device, [&](int) { linear_backward_weight(device, dw, x, w, rows, s.out, s.in, false); }, 8), 0, flops);
+  }
+}
+
+// A block's forward, recomputation and backward: what eight more blocks cost.
+void block(Device& device, size_t batch) {
+  auto run = [&](size_t depth) {
+    Subject subject(device, model(depth, 1024, 8, 3072, 64), batch, 1);
+    return seconds(device, [&](int) {
+      subject.net.forward(batch);
+      subject.net.backward(batch, false);
+    }, 1, 11);
+  };
+  double s = (run(10) - run(2)) / 8;
+  Config c = model(1, 1024, 8, 3072, 64);
+  double flops = 8 * double(batch * c.tokens()) * double(4 * 1024 * 1024 + 3 * 1024 * 3072);
+  report("block " + std::to_string(batch), s, 0, flops);
+}
+
+// A whole training step: drawing, forward, backward, clipping, AdamW.
+void step(Device& device, size_t depth, const std::string& residual) {
+  TrainOptions o;
+  o.model = model(depth, 128, 2, 384, 8, residual);
+  Dataset data;
+  data.channels = 1, data.height = data.width = 32, data.images = 512, data.captions = 10;
+  data.text_tokens = 8, data.text_dim = 64;
+  for (size_t i = 0; i < data.images * 1024; ++i) data.pixels.push_back(float(gaussian(3, 7, i)));
+  for (size_t i = 0; i < 10 * 512; ++i) data.text.push_back(float(gaussian(4, 7, i)));
+  data.empty_text.resize(512, 0.1f);
+  for (size_t i = 0; i < data.images; ++i) data.caption.push_back(int32_t(i % 10));
+  Trainer<T> trainer(device, o, data, data);
+  trainer.train_step();
+  trainer.train_step();
+  device.synchronize();
+  std::vector<double> times;
+  for (int i = 0; i < 9; ++i) {
+    auto start = std::chrono::steady_clock::now();
+    for (int k = 0; k < 3; ++k) trainer.train_step();
+    device.synchronize();
+    times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 3);
+  }
+  std::nth_element(times.begin(), times.begin() + 4, times.end());
+  report("step " + std::to_string(depth) + " " + residual, times[4], 0, step_flops(o));
+  std::printf("%-30s %.3g tokens/s\n", "", double(o.batch * o.model.tokens()) / times[4]);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::string> parts;
+  for (int i = 1; i < argc; ++i) {
+    if (std::string(argv[i]) == "--tsv" && i + 1 < argc)
+      tsv = std::fopen(argv[++i], "w");
+    else
+      parts.push_back(argv[i]);
+  }
+  auto wanted = [&](const char* name) {
+    return parts.empty() || std::find(parts.begin(), parts.end(), name) != parts.end();
+  };
+  Device device(true);
+  std::printf("%s\n", device.name.c_str());
+  if (wanted("ceilings")) ceilings(device);
+  if (wanted("kernels")) kernels(device);
+  if (wanted("gemms")) gemms(device, 32 * 320, 1024, 3072), gemms(device, 32 * 264, 128, 384);
+  for (size_t batch : {16, 32, 64})
+    if (wanted("block")) block(device, batch);
+  if (wanted("step400")) step(device, 400, "mvsplit");
+  if (wanted("postnorm")) step(device, 400, "postnorm");
+  if (wanted("step1000")) step(device, 1000, "mvsplit");
+  if (wanted("depth"))
+    for (size_t depth : {100, 200, 700}) step(device, depth, "mvsplit");
+  if (tsv) std::fclose(tsv);
+  return 0;
+}
+
+#else
+int main() {
+  std::fprintf(stderr, "bench: built without CUDA: it measures a GPU\n");
+  return 2;
+}
+#endif
