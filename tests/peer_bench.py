@@ -5,6 +5,7 @@ so that no time is Python's. Data is random. Where two ways are open, the faster
 """
 import gc, math, statistics, sys, time, traceback
 import torch
+import torch._functorch.config
 from torch.utils.checkpoint import checkpoint
 from peer_torch import BFLOAT, DEVICE, config, layers, make_block, merge, random_weights, rope_table, velocity, wide
 
@@ -89,8 +90,8 @@ def bench_block(tiny):
 
 def bench_step(depth, residual, tiny):
     """One training step: draw, forward, backward, clip, AdamW on fp32 weights, of which the network has bf16 copies."""
-    c = config(depth=2 if tiny else depth, residual=residual)
-    B = 2 if tiny else 32
+    c = config(depth=4 if tiny else depth, residual=residual)
+    B = 1 if tiny else 32
     master = {name: x.to(DEVICE, torch.float32).requires_grad_() for name, x in random_weights(c).items()}
     weights = {name: x.detach().to(BFLOAT).requires_grad_() for name, x in master.items()}
     matrices = [x for name, x in master.items() if name.endswith("weight")]
@@ -121,6 +122,8 @@ PARTS = {"merge": [bench_merge],
          "step400": [lambda tiny: bench_step(400, "mvsplit", tiny), lambda tiny: bench_step(400, "postnorm", tiny)],
          "step1000": [lambda tiny: bench_step(1000, "mvsplit", tiny)],
          "block": [bench_block]}
+NAMES = ["merge forward", "merge backward", "block 16", "block 32", "block 64", "step 400 mvsplit",
+         "step 1000 mvsplit", "step 400 postnorm"]
 
 
 def bench(parts, tiny):
@@ -130,13 +133,23 @@ def bench(parts, tiny):
     for run in [run for part in parts or PARTS for run in PARTS[part]]:
         try:
             start = time.perf_counter()
-            with torch.cuda.stream(torch.cuda.Stream() if GPU else None):  # one stream for all: a graph's backward
-                for name, ms in run(tiny):                                 # runs where its forward did
+            with torch.cuda.stream(torch.cuda.Stream() if GPU else None):  # a backward runs in its forward's stream
+                for name, ms in run(tiny):
                     if math.isfinite(ms):
                         print(f"{name}\t{ms:.4f}", flush=True)
             print(f"took {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         except Exception:
             traceback.print_exc()
+        torch._dynamo.reset()
         gc.collect()
         if GPU:
             torch.cuda.empty_cache()
+
+
+def compare(ours, theirs):
+    """The table of two files of name<TAB>milliseconds; nan: not measured."""
+    ours, theirs = (dict(line.rstrip("\n").split("\t") for line in open(path)) for path in (ours, theirs))
+    print(f"{'milliseconds':24}{'ours':>10}{'PyTorch':>10}{'PyTorch / ours':>16}")
+    for name in NAMES:
+        a, b = (float(times.get(name, "nan")) for times in (ours, theirs))
+        print(f"{name:24}{a:10.4f}{b:10.4f}{b / a:16.2f}")

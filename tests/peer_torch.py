@@ -1,8 +1,8 @@
 """The model in PyTorch: does the same work give the same numbers, and what does it cost with the usual tools?
 
-What it is: a twin of dit.cu, autograd for its backward, and three jobs that `make bench-peer` does in turn:
+What it is: a twin of dit.cu, autograd for its backward, and three jobs, which `make bench-peer` does in turn:
     check build/mvsplit [--precision bf16]     are outputs and gradients those of fp64?
-    bench [merge step400 step1000 block]       name<TAB>milliseconds, a line each (peer_bench.py)
+    bench [merge step400 step1000 block]       name<TAB>milliseconds, a line each; in peer_bench.py, as is
     compare ours.tsv theirs.tsv                both side by side
 What it is not: the tests' oracle (oracle.py: slower, nearer to the definitions), or a trainer.
 
@@ -19,7 +19,7 @@ except ImportError:
 BFLOAT, DOUBLE, DEVICE = torch.bfloat16, torch.float64, "cuda" if torch.cuda.is_available() else "cpu"
 PRECISIONS = {"fp64": (DOUBLE, 1e-10), "fp32": (torch.float32, 1e-4), "bf16": (BFLOAT, 2e-2)}  # largest error
 GATES = {"postnorm": [], "layerscale": ["layerscale%d"], "rezero": ["rezero%d"],
-         "mvsplit": ["fused_mvsplit_norm%d.alpha", "fused_mvsplit_norm%d.beta"]}
+         "mvsplit": ["fused_mvsplit_norm%d.alpha", "fused_mvsplit_norm%d.beta"]}  # %d: 1 attention, 2 FFN
 CONFIG = dict(depth=24, width=128, heads=2, ffn=384, channels=1, height=32, image_width=32, patch=2, text_tokens=8,
               text_dim=64, residual="mvsplit", norm_eps=1e-6)
 
@@ -38,8 +38,7 @@ def random_weights(c):
     shapes |= {"blocks.*." + name % i: (L, gate) for i in (1, 2) for name in GATES[c.residual]}
 
     def draw(name, shape):
-        x = torch.randn(shape, dtype=DOUBLE)
-        fan_in = math.prod(shape[2 if "*" in name else 1:])
+        x, fan_in = torch.randn(shape, dtype=DOUBLE, device=DEVICE), math.prod(shape[1 + ("*" in name):])
         return (x / fan_in ** 0.5 if name.endswith("weight") else 0.3 + 0.2 * x).to(BFLOAT).double()
     return {name: draw(name, shape) for name, shape in shapes.items()}
 
@@ -50,8 +49,7 @@ def wide(x):
 
 
 def rms_norm(x, eps):
-    x = wide(x)
-    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    return wide(x) * torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)
 
 
 def segment_mean(x, N):
@@ -74,9 +72,9 @@ def merge(X, F, *gates, N, eps=1e-6):
 
 def rope_table(c, dtype):
     """cos, sin (T, 1, hd/2) of the angles [row w_j, col w_j], w_j = 10000^(-2j/(hd/2)); text tokens do not turn."""
-    n = c.width // c.heads // 4
-    row, col, j = (torch.arange(k, dtype=dtype, device=DEVICE) for k in (c.height // c.patch, c.image_width // c.patch, n))
-    angle = torch.cartesian_prod(row, col)[:, None, :, None] * 10000 ** (-j / n)
+    sizes = (c.height // c.patch, c.image_width // c.patch, c.width // c.heads // 4)
+    row, col, j = (torch.arange(size, dtype=dtype, device=DEVICE) for size in sizes)
+    angle = torch.cartesian_prod(row, col)[:, None, :, None] * 10000 ** (-j / len(j))
     angle = pad(angle.flatten(2), (0, 0, 0, 0, 0, c.text_tokens))
     return angle.cos(), angle.sin()
 
@@ -96,8 +94,8 @@ def make_block(c):
         q = rope(rms_norm(q, 1e-6), cos, sin).to(X.dtype)  # RoPE keeps the norm, so the order is free
         k = rope(rms_norm(k, 1e-6), cos, sin).to(X.dtype)
         y = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        y, half = y.transpose(1, 2).reshape(B, T, D), len(gates) // 2
-        X = merge(X, linear(y, proj), *gates[:half], N=N, eps=c.norm_eps)
+        half = len(gates) // 2
+        X = merge(X, linear(y.transpose(1, 2).reshape(B, T, D), proj), *gates[:half], N=N, eps=c.norm_eps)
         g, h = linear(X, w13).chunk(2, -1)  # the gate half comes first
         return merge(X, linear(silu(g) * h, w2), *gates[half:], N=N, eps=c.norm_eps)
     return block
@@ -141,9 +139,9 @@ def load(path):
 def save(path, tensors, metadata):
     header, numbers = {"__metadata__": {key: str(value) for key, value in metadata.items()}}, b""
     for name, stack in tensors.items():
-        for i, x in enumerate(stack.numpy() if "*" in name else [stack.numpy()]):
-            header[name.replace("*", str(i))] = {"dtype": "F64", "shape": x.shape,
-                                                 "data_offsets": [len(numbers), len(numbers) + x.nbytes]}
+        for i, x in enumerate(stack.cpu().numpy() if "*" in name else [stack.cpu().numpy()]):
+            place = [len(numbers), len(numbers) + x.nbytes]
+            header[name.replace("*", str(i))] = {"dtype": "F64", "shape": x.shape, "data_offsets": place}
             numbers += x.tobytes()
     text = json.dumps(header).encode()
     pathlib.Path(path).write_bytes(len(text).to_bytes(8, "little") + text + numbers)
@@ -151,68 +149,51 @@ def save(path, tensors, metadata):
 
 def evaluate(tensors, c, dtype):
     """velocity and each grad.NAME of <cotangent, velocity>, computed in dtype."""
-    x = {name: t.to(DEVICE, dtype).requires_grad_() for name, t in tensors.items()}
+    x = {name: t.to(DEVICE, dtype, copy=True).requires_grad_() for name, t in tensors.items()}
     cotangent = x.pop("cotangent")
     v = velocity(x["z"], x["text"], x, c, make_block(c))
     results = [v, *torch.autograd.grad(v, list(x.values()), cotangent)]
     return dict(zip(["velocity", *("grad." + name for name in x)], (r.detach().double().cpu() for r in results)))
 
 
-def check(o):
+def check(program, o):
     """Relative norm of each result's difference from fp64. None may be beyond the limit, unless PyTorch in the same
     precision is too: in bf16 the trunk is rounded at every merge; then 1.5 times PyTorch's is the limit."""
-    (dtype, limit), good = PRECISIONS[o.precision], True
+    (dtype, limit), failures = PRECISIONS[o.precision], 0
     with tempfile.TemporaryDirectory() as folder:
-        for residual in ["the file's"] if o.weights else o.residual:
+        for residual in o.residual[:1] if o.weights else o.residual:
             weights, inputs, out = o.weights or f"{folder}/weights", f"{folder}/inputs", f"{folder}/out"
             torch.manual_seed(1)
             if not o.weights:
-                save(weights, random_weights(config(residual=residual)), vars(config(residual=residual)))
+                save(weights, random_weights(c := config(residual=residual)), vars(c))
             w, metadata = load(weights)
             c = config(**{key: type(value)(metadata[key]) for key, value in CONFIG.items()})
             z, cotangent = torch.randn(2, 2, c.channels, c.height, c.image_width).to(BFLOAT).double()
             text = torch.randn(2, c.text_tokens, c.text_dim).to(BFLOAT).double()
-            save(inputs, {"z": z, "text": text, "cotangent": cotangent}, {})
-            subprocess.run([o.program, "forward", "--precision", o.precision, "--weights", weights, "--inputs", inputs,
+            arrays = {"z": z, "text": text, "cotangent": cotangent}
+            save(inputs, arrays, {})
+            subprocess.run([program, "forward", "--precision", o.precision, "--weights", weights, "--inputs", inputs,
                             "--out", out], check=True, stdout=subprocess.DEVNULL)
-            ours, exact, peer = load(out)[0], *(evaluate(w | load(inputs)[0], c, d) for d in (DOUBLE, dtype))
-            print(f"{c.residual}, {c.depth} layers, {o.precision}, error:{'ours':>24}{'PyTorch':>10}")
+            ours, exact, peer = load(out)[0], *(evaluate(w | arrays, c, d) for d in (DOUBLE, dtype))
+            print(f"{f'{c.residual}, {c.depth} layers, {o.precision}, error':48}{'ours':>10}{'PyTorch':>10}")
             for name, x in exact.items():
                 error, other = (float((result[name] - x).norm() / x.norm()) for result in (ours, peer))
                 bad = not error <= max(limit, 1.5 * other)
-                good &= not bad
-                print(f"    {name:44}{error:10.1e}{other:10.1e}{' too far' * bad}")
-    return good
-
-
-def compare(o):
-    ours, theirs = (dict(line.split("\t") for line in pathlib.Path(path).read_text().splitlines())
-                    for path in (o.ours, o.theirs))
-    print(f"{'milliseconds':24}{'ours':>10}{'PyTorch':>10}{'ratio':>8}")
-    for name in theirs:
-        a, b = (float(times.get(name, "nan")) for times in (ours, theirs))
-        print(f"{name:24}{a:10.4f}{b:10.4f}{b / a:8.2f}")
+                failures += bad
+                print(f"    {name:44}{error:10.1e}{other:10.1e}{'  too far' * bad}", flush=True)
+    return min(failures, 1)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    jobs = parser.add_subparsers(dest="job", required=True)
-    job = jobs.add_parser("check")
-    job.add_argument("program", help="build/mvsplit")
-    job.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    job.add_argument("--residual", choices=GATES, nargs="+", default=list(GATES))
-    job.add_argument("--weights", help="default: random ones")
-    job = jobs.add_parser("bench")
-    job.add_argument("parts", nargs="*", help="merge step400 step1000 block; default: all")
-    job.add_argument("--tiny", action="store_true", help="small sizes, also without a GPU, to try the program itself")
-    job = jobs.add_parser("compare")
-    job.add_argument("ours")
-    job.add_argument("theirs")
+    parser = argparse.ArgumentParser(description="The jobs are described at the top of this file.")
+    parser.add_argument("job", choices=["check", "bench", "compare"])
+    parser.add_argument("names", nargs="*", help="the program to check, the parts to time, two files to compare")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of check")
+    parser.add_argument("--residual", choices=GATES, nargs="+", default=list(GATES), help="of check; default: all")
+    parser.add_argument("--weights", help="of check, as train writes them; default: random ones")
+    parser.add_argument("--tiny", action="store_true", help="bench: small sizes, to try the script without a GPU")
     options = parser.parse_args()
-    if options.job == "bench":
-        import peer_bench
-        peer_bench.bench(options.parts, options.tiny)
-    elif options.job == "compare":
-        compare(options)
-    else:
-        sys.exit(0 if check(options) else 1)
+    if options.job == "check":
+        sys.exit(check(*options.names, options))
+    import peer_bench  # which imports this file
+    peer_bench.bench(options.names, options.tiny) if options.job == "bench" else peer_bench.compare(*options.names)
