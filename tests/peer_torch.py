@@ -192,7 +192,7 @@ if __name__ == "__main__":
     parser.add_argument("--residual", choices=GATES, nargs="+", default=list(GATES), help="of check; default: all")
     parser.add_argument("--weights", help="of check, as train writes them; default: random ones")
     parser.add_argument("--tiny", action="store_true", help="bench: small sizes, to try the script without a GPU")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.job == "check":
         sys.exit(check(*options.names, options))
     import peer_bench  # which imports this file
