@@ -1,5 +1,6 @@
 # make run    train an ultra-deep model on this machine and draw pictures from it
 # make test   build and run every test (SAN=1: under AddressSanitizer and UBSan)
+# make bench-peer   compare results and speed with PyTorch, side by side
 # make        build the program, build/mvsplit
 #
 # With nvcc and a GPU everything is built for the GPU (the binaries still run on the CPU too). With
@@ -34,7 +35,7 @@ BIN := $($(MACHINE))
 # Threads that spin while they wait slow a busy machine down many times.
 export OMP_WAIT_POLICY ?= passive
 MAKEFLAGS += --jobs=$(shell nproc)
-.PHONY: all run test setup data clean format
+.PHONY: all run test bench-peer setup data clean format
 all: build/mvsplit
 
 build/mvsplit: $(BIN)/mvsplit
@@ -74,6 +75,16 @@ run: build/mvsplit data
 test: data $(TESTS:%=$(BIN)/%_test) $(BIN)/mvsplit $(if $(NVCC),$(TESTS:%=$(gpu)/%_test) $(gpu)/mvsplit)
 	@$(if $(NVCC),echo "the GPU build was compiled for $(ARCH)",echo "no nvcc: the GPU build was not compiled")
 	@bash tests/run.sh $(BIN)
+
+# The same work by PyTorch, in the same run: results compared, then times. Needs a GPU and PyTorch.
+PYTHON ?= python3
+bench-peer: build/mvsplit build/bench
+	@command -v $(PYTHON) >/dev/null || { echo "bench-peer needs Python 3 with PyTorch"; exit 1; }
+	@$(PYTHON) tests/peer_torch.py check build/mvsplit --precision fp32
+	@$(PYTHON) tests/peer_torch.py check build/mvsplit --precision bf16
+	@build/bench --tsv build/bench.tsv
+	@$(PYTHON) tests/peer_torch.py bench >build/peer.tsv
+	@$(PYTHON) tests/peer_torch.py compare build/bench.tsv build/peer.tsv
 
 format:
 	clang-format -i *.cu *.h data/*.h tests/*.cu tests/*.h
