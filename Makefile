@@ -1,6 +1,7 @@
 # make run    train an ultra-deep model on this machine and draw pictures from it
 # make test   build and run every test (SAN=1: under AddressSanitizer and UBSan)
-# make bench-peer   compare results and speed with PyTorch, side by side
+# make bench  time every kernel, product, block and step on a GPU; bench-peer: beside PyTorch, whose
+#             outputs and gradients are compared too
 # make        build the program, build/mvsplit
 #
 # With nvcc and a GPU everything is built for the GPU (the binaries still run on the CPU too). With
@@ -35,7 +36,7 @@ BIN := $($(MACHINE))
 # Threads that spin while they wait slow a busy machine down many times.
 export OMP_WAIT_POLICY ?= passive
 MAKEFLAGS += --jobs=$(shell nproc)
-.PHONY: all run test bench-peer setup data clean format
+.PHONY: all run test bench bench-peer setup data clean format
 all: build/mvsplit
 
 build/mvsplit: $(BIN)/mvsplit
@@ -76,8 +77,12 @@ test: data $(TESTS:%=$(BIN)/%_test) $(BIN)/mvsplit $(if $(NVCC),$(TESTS:%=$(gpu)
 	@$(if $(NVCC),echo "the GPU build was compiled for $(ARCH)",echo "no nvcc: the GPU build was not compiled")
 	@bash tests/run.sh $(BIN)
 
-# The same work by PyTorch, in the same run: results compared, then times. Needs a GPU and PyTorch.
+# How fast the pieces are on this GPU. Then the same work by PyTorch, in the same run: results compared, then times. Needs a GPU and PyTorch.
 PYTHON ?= python3
+bench: build/bench
+	@build/bench
+build/bench: $(gpu)/bench
+	@cp $< $@
 bench-peer: build/mvsplit build/bench
 	@command -v $(PYTHON) >/dev/null || { echo "bench-peer needs Python 3 with PyTorch"; exit 1; }
 	@$(PYTHON) tests/peer_torch.py check build/mvsplit --precision fp32
