@@ -96,8 +96,8 @@ inline std::string diagnostics_rows(uint64_t step, const std::vector<size_t>& la
 struct Spike {
   struct Mode {
     size_t layer;
-    int writer;                       // 0: W_O, 1: W2
-    double mean, centered;            // G_mean and G_ctr at this step
+    int writer;                         // 0: W_O, 1: W2
+    double mean, centered;              // G_mean and G_ctr at this step
     double usual_mean, usual_centered;  // their medians over the steps before
   };
   uint64_t step;
@@ -134,7 +134,8 @@ inline std::string verdict(const Spike& s) {
 
 inline std::string spike_report(const Spike& s) {
   std::string text = text_of(
-      "Spike at step %zu: gradient norm %.4g is %.3g times %.4g, the median of the %zu steps before "
+      "Spike at step %zu: gradient norm %.4g is %.3g times %.4g, the median of the %zu steps "
+      "before "
       "(reported from %g times).\n",
       size_t(s.step), s.norm, s.norm / s.median, s.median, s.window, s.factor);
   text += "Verdict: " + verdict(s) + ".\n\n";
