@@ -1049,15 +1049,6 @@ void center_columns(const Device& device, A* out, const T* x, size_t batch, size
   });
 }
 
-// Energies (batch, 2) of stored matrices x (batch, n, D).
-template <class T>
-void matrix_energies(const Device& device, double* energies, const T* x, size_t batch, size_t n,
-                     size_t D) {
-  using A = Acc<T>;
-  split_energies<A>(device, energies, batch, n, D,
-                    [=] HD(size_t b, size_t t, size_t d) { return A(x[(b * n + t) * D + d]); });
-}
-
 // Energies (3, B, 2) of X and F (B, T, D), and of X with every token scaled to length 1. The mean
 // u of T unit vectors has |u|^2 = (T + the sum of their T (T - 1) pairwise cosines) / T^2, so the
 // mean cosine is (T |u|^2 - 1) / (T - 1): TCS, from the mean's energy T |u|^2.

@@ -464,6 +464,15 @@ void split_energies(const Device& device, double* energies, size_t batch, size_t
   });
 }
 
+// Energies (batch, 2) of stored matrices x (batch, n, D).
+template <class T>
+void matrix_energies(const Device& device, double* energies, const T* x, size_t batch, size_t n,
+                     size_t D) {
+  using A = Acc<T>;
+  split_energies<A>(device, energies, batch, n, D,
+                    [=] HD(size_t b, size_t t, size_t d) { return A(x[(b * n + t) * D + d]); });
+}
+
 // Of one sequence. |dW_mu| and |dW_c| with the global mean, as in the paper, and with a mean a
 // segment, as in the merges; A; khat. A and khat are NaN where delta or y is zero.
 struct WriterModes {
