@@ -1014,8 +1014,8 @@ void initialise(const Device& device, const Table& table, A* slab, uint64_t seed
 //
 // centering A's columns is all there is to do. (The left P matters: 1^T A is not 1^T. A token that
 // all others look at, a "sink", makes |A P| large and leaves |P A P| alone.) And mu_eff = ||P A P||_2
-// is the root of the largest eigenvalue of M = (P A)^T (P A), which power iteration on M finds. The
-// estimate |M x|, |x| = 1, is never above it. In A Z with Z = P X, c(A Z) is bounded by mu_eff |Z|
+// is the root of the largest eigenvalue of M = (P A)^T (P A), which power iteration on M finds, from
+// below: |M x| <= mu_eff^2 |x|. In A Z with Z = P X, c(A Z) is bounded by mu_eff |Z|
 // (Prop. 2) while J A Z, the mean leakage J A P X (Prop. 1), is bounded by the sink.
 
 // A (B, H, T, T), the attention matrices, in Acc<T>, from qkv (B, T, 3, H, hd).
@@ -1088,15 +1088,25 @@ void sum_squares(const Device& device, double* squares, const P* x, size_t count
   });
 }
 
+// norms (batch) = ||P A P||_2 of row-stochastic A (batch, n, n): power iteration on M = (P A)^T (P A),
+// squared twice beforehand, so that a step counts for four. Scratch: C, M as A; x (batch, 2, n).
+//
+// After k steps of M the estimate is short by at most about ln(n) / 4k of itself, however close the
+// singular values are; after these 400, by less than 2e-5 for random matrices of 72 and 264 tokens.
+// (M^4 in fp32 vanishes below a norm of 2e-5, which reads 0.)
 constexpr int power_steps = 100;
 
-// norms (batch) = ||P A P||_2 of row-stochastic A (batch, n, n). Scratch: C, M as A; x (batch, 2, n).
 template <class A>
 void centered_norms(Device& device, double* norms, const A* matrices, A* C, A* M, A* x,
                     size_t batch, size_t n) {
+  auto square = [&](A* to, A* from, bool of_columns) {
+    Matrix<A> m = Matrix<A>(from, n).batch(n * n, 0);
+    gemm(device, Matrix<A>(to, n).batch(n * n, 0), of_columns ? m.transpose() : m, m,
+         {n, n, n, batch});
+  };
   center_columns(device, C, matrices, batch, n, n);
-  Matrix<A> columns = Matrix<A>(C, n).batch(n * n, 0);
-  gemm(device, Matrix<A>(M, n).batch(n * n, 0), columns.transpose(), columns, {n, n, n, batch});
+  square(M, C, true);                        // (P A)^T (P A)
+  square(C, M, false), square(M, C, false);  // its 2nd and 4th power
   for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
     const A* m = M + team.index * n * n;
     A *v = x + team.index * 2 * n, *next = v + n;
@@ -1117,7 +1127,7 @@ void centered_norms(Device& device, double* norms, const A* matrices, A* C, A* M
       A inverse = scale > 0 ? A(1) / scale : A(0);
       for (size_t j = team.rank; j < n; j += team.size) v[j] = inverse * next[j];
     }
-    if (team.rank == 0) norms[team.index] = sqrt(double(scale));
+    if (team.rank == 0) norms[team.index] = pow(double(scale), 0.125);  // |M^4 x|^(1/8)
   });
 }
 

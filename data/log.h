@@ -112,18 +112,14 @@ struct Spike {
 
 // One line: what kind of spike this is.
 inline std::string verdict(const Spike& s) {
-  if (!s.bad_gradients.empty() || !s.bad_weights.empty() || !std::isfinite(s.norm))
-    return "numbers are not finite: " +
-           (s.bad_gradients.empty() ? s.bad_weights.empty() ? std::string("the norm overflows")
-                                                            : "weights, " + s.bad_weights[0]
-                                    : "gradients, " + s.bad_gradients[0]) +
-           " first";
+  if (!s.bad_gradients.empty()) return "not finite: the gradient of " + s.bad_gradients[0];
+  if (!std::isfinite(s.norm)) return "not finite: the gradient's norm";
+  // The writer whose mean part rose most, in numbers: where it was nearly zero any factor is large.
   const Spike::Mode* worst = nullptr;
-  auto growth = [](const Spike::Mode& m) { return m.mean / m.usual_mean; };
   for (const Spike::Mode& m : s.modes)
-    if (std::isfinite(growth(m)) && (!worst || growth(m) > growth(*worst))) worst = &m;
+    if (!worst || m.mean - m.usual_mean > worst->mean - worst->usual_mean) worst = &m;
   if (!worst) return "the writers' modes are not known";
-  double mean = growth(*worst), centered = worst->centered / worst->usual_centered;
+  double mean = worst->mean / worst->usual_mean, centered = worst->centered / worst->usual_centered;
   // A step that is larger all over raises both parts alike; the mean mode raises one.
   const char* kind = mean > s.factor && mean > 3 * centered ? "mean mode"
                      : mean > s.factor                      ? "both modes"
@@ -135,8 +131,7 @@ inline std::string verdict(const Spike& s) {
 inline std::string spike_report(const Spike& s) {
   std::string text = text_of(
       "Spike at step %zu: gradient norm %.4g is %.3g times %.4g, the median of the %zu steps "
-      "before "
-      "(reported from %g times).\n",
+      "before (reported from %g times).\n",
       size_t(s.step), s.norm, s.norm / s.median, s.median, s.window, s.factor);
   text += "Verdict: " + verdict(s) + ".\n\n";
 
@@ -150,8 +145,12 @@ inline std::string spike_report(const Spike& s) {
     text += text_of("  %-44s %12.4g %6.1f%%\n", name.c_str(), norm,
                     100 * (norm / s.norm) * (norm / s.norm));
 
-  text += "\nWriter gradients: G_mean (times its median), G_ctr (times its median)\n";
-  for (const Spike::Mode& m : s.modes)
+  auto modes = s.modes;
+  std::stable_sort(modes.begin(), modes.end(),
+                   [&](auto& a, auto& b) { return key(a.mean) > key(b.mean); });
+  modes.resize(std::min<size_t>(modes.size(), 15));
+  text += "\nWriters, largest G_mean first: G_mean (times its median), G_ctr (times its median)\n";
+  for (const Spike::Mode& m : modes)
     text += text_of("  layer %5zu %-4s %12.4g (%8.3g) %12.4g (%8.3g)\n", m.layer,
                     m.writer ? "W2" : "W_O", m.mean, m.mean / m.usual_mean, m.centered,
                     m.centered / m.usual_centered);

@@ -592,8 +592,8 @@ std::vector<double> centered_norms_of(Device& device, const std::vector<double>&
   return norms.get();
 }
 
-// Against singular values of the whole P A P. A power step is a lower bound, and slow where the two
-// largest singular values are close.
+// Against singular values of the whole P A P. Power iteration is a lower bound, and slow where the
+// two largest singular values are close.
 TEST(Diagnostics, PowerIterationFindsTheNormOfPAP) {
   for (Device* device : devices())
     for (size_t n : {5, 40, 72})
@@ -607,7 +607,7 @@ TEST(Diagnostics, PowerIterationFindsTheNormOfPAP) {
             double exact = spectral_norm(projected(matrix, n, true, true), n);
             double error = norms[b] / exact - 1;
             EXPECT_LE(error, 1e-12) << "a lower bound";
-            EXPECT_GE(error, -2e-3) << n << " tokens, spread " << spread << " sink " << sink;
+            EXPECT_GE(error, -1e-4) << n << " tokens, spread " << spread << " sink " << sink;
             EXPECT_NEAR(rough[b] / norms[b], 1, 1e-4);
             EXPECT_NEAR(spectral_norm(projected(matrix, n, true, false), n) / exact, 1, 1e-12)
                 << "P A = P A P";
@@ -776,7 +776,7 @@ void check_diagnostics(Device& device, double tolerance) {
     EXPECT_EQ(got.size(), 27u);
     for (const auto& [name, value] : want) {
       bool power = name.rfind("mu_eff", 0) == 0;
-      EXPECT_NEAR(got.at(name) / value, 1, power ? 2e-3 : tolerance) << name << " layer " << layer;
+      EXPECT_NEAR(got.at(name) / value, 1, power ? 1e-4 : tolerance) << name << " layer " << layer;
     }
     for (const auto& [name, value] : got) EXPECT_TRUE(std::isfinite(value)) << name;
     EXPECT_GT(std::abs(got.at("mu_eff") / got.at("mu_eff_max") - 1), 1e-3);
