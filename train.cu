@@ -217,8 +217,8 @@ struct SpikeArrays {
   double* modes;                          // (records, L, 2, 2): G_mean and G_ctr of W_O and W2
   double* squares;                        // (chunks), of the gradients
   uint32_t *bad_gradients, *bad_weights;  // (chunks): how many are not finite
-  double *losses,
-      *velocity;  // (accumulate * B); (B, 3): sums of dL/dvelocity, its squares, largest
+  double* losses;                         // (accumulate * B)
+  double* velocity;                       // (B, 3): sums of dL/dvelocity and its squares, largest
 
   void lay(Carver& c, size_t layers, size_t chunks, size_t samples) {
     watch = c.take<SpikeWatch>(1), modes = c.take<double>(records * layers * 4);
@@ -619,15 +619,14 @@ class Trainer {
     if constexpr (mixed) convert(device, net.weights(), a.master, net.table.size);
     Clock clock{done, 0, 0, 0, 0, 0};
     device.upload(a.clock, &clock, sizeof clock);
-    watch_spikes_from(done);
+    SpikeWatch watch{done, 0, 0, 0, 0, 0, 0, 0};
+    if (o.spike_factor > 0) device.upload(spikes.watch, &watch, sizeof watch);
   }
 
-  // Forget a spike and look for the next one from step `quiet_until` on.
+  // Forget the spike that was found and look for the next from step `quiet_until` on.
   void watch_spikes_from(uint64_t quiet_until) {
-    if (o.spike_factor == 0) return;
     SpikeWatch watch{};
     device.download(&watch, spikes.watch, sizeof watch);
-    if (quiet_until == step) watch.first = step;  // a start
     watch.pending = 0, watch.quiet_until = quiet_until;
     device.upload(spikes.watch, &watch, sizeof watch);
   }
@@ -974,6 +973,7 @@ class Run {
   Dataset data_;
   std::unique_ptr<CsvLog> log_, validation_, diagnostics_;
   uint64_t first_, logged_, saved_ = ~uint64_t(0);
+  size_t reports_ = 0;
   Time::time_point start_, last_;
 
   bool due(size_t every) const { return every && trainer_.step % every == 0; }
@@ -1031,7 +1031,7 @@ class Run {
     return false;
   }
 
-  // Write a report if there was a spike: at most five a run, one in a hundred steps.
+  // Write a report if there was a spike: five of a run, at least a hundred steps apart.
   void report_spike() {
     std::optional<Spike> spike = trainer_.spike();
     if (!spike) return;
@@ -1041,10 +1041,7 @@ class Run {
     file.commit();
     std::printf("step %6zu  norm %.3g, %.3g times its median: %s\n", size_t(spike->step),
                 spike->norm, spike->norm / spike->median, path.c_str());
-    size_t reports = 0;
-    for (const auto& entry : std::filesystem::directory_iterator(o_.out))
-      reports += entry.path().filename().string().rfind("spike_", 0) == 0;
-    if (reports < 5) trainer_.watch_spikes_from(spike->step + spike_window);
+    trainer_.watch_spikes_from(++reports_ < 5 ? spike->step + spike_window : ~uint64_t(0));
   }
 
   double validate() {
@@ -1095,7 +1092,8 @@ inline void check_options(const TrainOptions& o) {
   } rules[] = {
       {o.batch >= 1 && o.accumulate >= 1 && o.batch < 1 << 20 && o.accumulate < 1 << 20,
        "--batch and --accumulate must be at least 1"},
-      {o.log_every >= 1 && o.log_every <= records - spike_window, "--log-every must be from 1 to 924"},
+      {o.log_every >= 1 && o.log_every <= records - spike_window,
+       "--log-every must be from 1 to 924"},
       {o.dropout >= 0 && o.dropout <= 1, "--dropout must be a probability, from 0 to 1"},
       {o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1"},
       {o.time_shift > 0 && std::isfinite(o.time_shift), "--time-shift must be positive"},

@@ -7,8 +7,9 @@ if ! command -v gnuplot >/dev/null; then
   echo "gnuplot is missing: nothing was drawn" >&2
   exit 0
 fi
-if [ "$(grep -cv '^#' "$csv" 2>/dev/null)" -lt 3 ]; then
-  echo "$csv holds no two steps to draw: train with --diagnose-every 10 or so" >&2
+steps=$({ awk -F, '!/^#/ && $1 ~ /^[0-9]+$/ { print $1 }' "$csv" 2>/dev/null || true; } | sort -nu | wc -l)
+if [ "$steps" -lt 2 ]; then
+  echo "$csv has no two steps to draw: train with --diagnose-every 10, or so" >&2
   exit 2
 fi
 mkdir -p "$run/figures"
@@ -70,14 +71,13 @@ set palette defined (0 "#f7fbff", 0.25 "#9ecae1", 0.5 "#4292c6", 0.75 "#7a4fa3",
 set cbrange [0:1]
 set datafile separator whitespace
 set autoscale noextend
-set xrange [0:last]
 unset grid
 unset logscale
 set format y "%g"
 set style fill solid 1.0 noborder
 plot "'$work'/map" using 1:2:3:4:5:6:7 with boxxyerror fc palette notitle
 '
-style+="last = $(awk -F, '!/^#/ { last = $1 } END { print last }' "$csv")"
+style+="set xrange [0:$(awk -F, '!/^#/ { last = $1 } END { print last }' "$csv")]"
 gnuplot <<G
 $style
 set terminal pngcairo size 1400,1640 font "sans,10"

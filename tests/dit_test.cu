@@ -780,6 +780,17 @@ void check_diagnostics(Device& device, double tolerance) {
     }
     for (const auto& [name, value] : got) EXPECT_TRUE(std::isfinite(value)) << name;
     EXPECT_GT(std::abs(got.at("mu_eff") / got.at("mu_eff_max") - 1), 1e-3);
+    // What the check would not miss: 1 counted among the cosines, nothing centered, two exchanges.
+    double tokens = double(n);
+    const std::pair<const char*, double> wrong[] = {
+        {"attention_tcs", want["attention_tcs"] * (tokens - 1) / tokens + 1 / tokens},
+        {"retention", std::hypot(want["retention"], want["leakage"])},
+        {"row_diversity", 1},
+        {"attention_rho", want["ffn_rho"]},
+        {"q_grad_rms", want["k_grad_rms"]},
+    };
+    for (const auto& [name, value] : wrong)
+      EXPECT_GT(std::abs(got.at(name) / value - 1), 10 * tolerance) << name;
   }
   EXPECT_NE(d.readings(device, 0), d.readings(device, 1));
 }
