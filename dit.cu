@@ -806,8 +806,8 @@ inline double forward_flops(const Config& m, size_t batch) {
 // ---------------------------------------------------------------------------------------------
 // 8. The network
 
-// Looks on during a backward: called for each block and each of its writers with all that the block
-// saved and the writer's adjoint delta (B, T, D). It may enqueue kernels, and must not write to these.
+// Looks on during a backward: called for each block and each of its writers with all that the
+// block saved and the writer's adjoint delta (B, T, D). It enqueues kernels that only read these.
 template <class T>
 using Observer =
     std::function<void(size_t block, int writer, const BlockSaved<T>& saved, const T* delta)>;
@@ -1012,11 +1012,11 @@ void initialise(const Device& device, const Table& table, A* slab, uint64_t seed
 //
 //     P A P = P A (I - J) = P A:
 //
-// centering A's columns is all there is to do. (The left P matters: 1^T A is not 1^T. A token that
-// all others look at, a "sink", makes |A P| large and leaves |P A P| alone.) And mu_eff = ||P A P||_2
-// is the root of the largest eigenvalue of M = (P A)^T (P A), which power iteration on M finds, from
-// below: |M x| <= mu_eff^2 |x|. In A Z with Z = P X, c(A Z) is bounded by mu_eff |Z|
-// (Prop. 2) while J A Z, the mean leakage J A P X (Prop. 1), is bounded by the sink.
+// centering A's columns is all there is to do. (The left P matters: 1^T A is not 1^T. If all tokens
+// look at one, a "sink", A = 1 e^T, then ||A P||_2 is about sqrt(T) and P A P = 0.) And mu_eff = ||P
+// A P||_2 is the root of the largest eigenvalue of M = (P A)^T (P A), which power iteration on M
+// finds from below: |M x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two parts,
+// c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A P X, the leakage (Prop. 1).
 
 // A (B, H, T, T), the attention matrices, in Acc<T>, from qkv (B, T, 3, H, hd).
 template <class T>
@@ -1088,8 +1088,9 @@ void sum_squares(const Device& device, double* squares, const P* x, size_t count
   });
 }
 
-// norms (batch) = ||P A P||_2 of row-stochastic A (batch, n, n): power iteration on M = (P A)^T (P A),
-// squared twice beforehand, so that a step counts for four. Scratch: C, M as A; x (batch, 2, n).
+// norms (batch) = ||P A P||_2 of row-stochastic A (batch, n, n): power iteration on M = (P A)^T (P
+// A), squared twice beforehand, so that a step counts for four. Scratch: C, M as A; x (batch, 2,
+// n).
 //
 // After k steps of M the estimate is short by at most about ln(n) / 4k of itself, however close the
 // singular values are; after these 400, by less than 2e-5 for random matrices of 72 and 264 tokens.
@@ -1247,7 +1248,8 @@ class Diagnostics {
   std::vector<Reading> readings(const Measurements& m, size_t slot) const;
 };
 
-// The columns of diagnostics.csv for one of the chosen layers: ratios and means of what was measured.
+// The columns of diagnostics.csv for one of the chosen layers: ratios and means of what was
+// measured.
 template <class T>
 std::vector<Reading> Diagnostics<T>::readings(const Measurements& m, size_t slot) const {
   std::vector<Reading> row;

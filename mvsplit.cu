@@ -428,18 +428,20 @@ void merge_backward(const Device& device, T* dX, T* dF, Gates<P> dgates, const T
 // takes the small difference of large numbers once the mean dominates, which is what is looked for.
 //
 // Alignment. With w_t = |delta_t| |y_t| = sqrt(K_tt C_tt) and M_ts = cos(y_t, y_s) cos(delta_t,
-// delta_s), w_t w_s M_ts = K_ts C_ts. So the energy |dW|^2 = w^T M w against what T unrelated tokens
-// would have is
+// delta_s), w_t w_s M_ts = K_ts C_ts. So |dW|^2 = w^T M w; against what T unrelated tokens would
+// give it is
 //
 //     A = |dW|^2 / sum_t w_t^2 = sum_ts K_ts C_ts / sum_t K_tt C_tt,                    (19)-(26)
 //
 //     A - 1 = sum_(s != t) w_t w_s M_ts / |w|^2,
-//     khat  = sum_(s != t) |K_ts C_ts| / sum_(s != t) w_t w_s,   the mean |M_ts| with weights w_t w_s,
-//     |A - 1| <= khat (|w|_1^2 - |w|^2) / |w|^2 <= (T - 1) khat     by |w|_1^2 <= T |w|^2.  (31)-(32)
+//     khat  = sum_(s != t) |K_ts C_ts| / sum_(s != t) w_t w_s,
+//     |A - 1| <= khat (|w|_1^2 - |w|^2) / |w|^2 <= (T - 1) khat,                        (31)-(32)
 //
-// The weights make the envelope hold for tokens of any magnitude; equal ones make it the plain mean.
+// the last step by |w|_1^2 <= T |w|^2. khat is the mean of |M_ts| with weights w_t w_s; they make
+// the envelope hold for tokens of any magnitude. With equal magnitudes it is the plain mean.
 
-// (batch, 2): |mu(X)|^2 and |c(X)|^2 of matrices X (T, D) over all T rows, given as x(matrix, t, d).
+// energies (batch, 2): |mu(X)|^2 and |c(X)|^2 of matrices X (T, D) over all T rows, given by their
+// elements x(matrix, t, d).
 template <class A, class Element>
 void split_energies(const Device& device, double* energies, size_t batch, size_t T, size_t D,
                     const Element& x) {

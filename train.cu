@@ -197,8 +197,8 @@ void end_step(const Device& device, Clock* clock, Record* history, const A* loss
 //
 // A step stands out if its gradient's norm is not at most `factor` times the median of the steps
 // before it, up to 100 and at least 50 of them (so NaN stands out too). By the time the host reads
-// the norms that step's gradients are gone; so the device decides within the step, and copies what a
-// report needs. No step waits for the host, and none is changed.
+// the norms that step's gradients are gone; so the device decides within the step, and copies what
+// a report needs. No step waits for the host, and none is changed.
 
 constexpr size_t spike_window = 100, spike_least = 50;
 
@@ -736,7 +736,7 @@ class Trainer {
     };
   }
 
-  // The norm of each parameter's gradient, from its chunks' sums of squares, and what is not finite.
+  // The norm of each parameter's gradient, from its chunks' squares, and what is not finite.
   void read_gradients(Spike& s) {
     std::vector<double> squares(chunk_count);
     std::vector<uint32_t> gradients(chunk_count), weights(chunk_count);

@@ -7,7 +7,8 @@ if ! command -v gnuplot >/dev/null; then
   echo "gnuplot is missing: nothing was drawn" >&2
   exit 0
 fi
-steps=$({ awk -F, '!/^#/ && $1 ~ /^[0-9]+$/ { print $1 }' "$csv" 2>/dev/null || true; } | sort -nu | wc -l)
+steps=$({ awk -F, '!/^#/ && $1 ~ /^[0-9]+$/ { print $1 }' "$csv" 2>/dev/null || true; } |
+  sort -nu | wc -l)
 if [ "$steps" -lt 2 ]; then
   echo "$csv has no two steps to draw: train with --diagnose-every 10, or so" >&2
   exit 2
@@ -17,7 +18,9 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # The number of the column with name $1.
-column() { awk -F, -v name="$1" '!/^#/ { for (i = 1; i <= NF; i++) if ($i == name) print i; exit }' "$csv"; }
+column() {
+  awk -F, -v name="$1" '!/^#/ { for (i = 1; i <= NF; i++) if ($i == name) print i; exit }' "$csv"
+}
 
 # Five layers at most get a line: a file each, and their numbers in $layers.
 all=$(awk -F, '!/^#/ && $2 ~ /^[0-9]+$/ { print $2 }' "$csv" | sort -nu)
@@ -25,7 +28,8 @@ layers=$(awk '{ l[NR - 1] = $1 } END { n = NR < 5 ? NR : 5
   for (i = 0; i < n; i++) printf "%s ", l[int(i * (NR - 1) / (n - 1 + !(n - 1)) + 0.5)] }' <<<"$all")
 for layer in $layers; do awk -F, -v l="$layer" '!/^#/ && $2 == l' "$csv" >"$work/$layer"; done
 
-# The heat map: a box a row of the csv, from the step before to this one and halfway to the next layers.
+# The heat map: a box a row of the csv, from the step before to this one and halfway to the next
+# layers. A little overlap hides the seams.
 awk -F, -v tcs="$(column attention_tcs)" '
   NR == FNR { layer[NR] = $1; place[$1] = NR; n = NR; next }
   /^#/ || $1 !~ /^[0-9]+$/ { next }
@@ -33,8 +37,8 @@ awk -F, -v tcs="$(column attention_tcs)" '
   { i = place[$2]
     low = i > 1 ? (layer[i - 1] + layer[i]) / 2 : layer[i] - 0.5
     high = i < n ? (layer[i] + layer[i + 1]) / 2 : layer[i] + 0.5
-    # A little overlap hides the seams.
-    print ($1 + before) / 2, (low + high) / 2, before + 0, $1 + 0.1 * ($1 - before), low, high + 0.1, $tcs }' \
+    end = $1 + 0.1 * ($1 - before)
+    print ($1 + before) / 2, (low + high) / 2, before + 0, end, low, high + 0.1, $tcs }' \
   <(echo "$all") "$csv" >"$work/map"
 
 # Two columns of the csv against the step for each layer: the first solid, the second dashed.

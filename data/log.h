@@ -1,4 +1,4 @@
-// log.h - what a run writes about itself: csv files that survive a resume, and the report of a spike.
+// log.h - what a run writes about itself: csv files that survive a resume, the report of a spike.
 #pragma once
 
 #include "../dit.cu"
@@ -66,7 +66,7 @@ __attribute__((format(printf, 1, 2))) inline std::string text_of(const char* for
   return text;
 }
 
-// diagnostics.csv: a comment that says what each column is, the names, and a step's rows, one a layer.
+// diagnostics.csv: a comment that says what each column is, the names, a step's rows, one a layer.
 inline std::string diagnostics_header(const std::vector<Reading>& columns, const Config& m,
                                       size_t samples) {
   std::string about = text_of(
