@@ -3,6 +3,7 @@
 # make bench  time every kernel, product, block and step on a GPU; bench-peer: beside PyTorch, whose
 #             outputs and gradients are compared too
 # make        build the program, build/mvsplit
+# make figures RUN=dir   draw a run's diagnostics (train --diagnose-every N) into dir/figures
 #
 # With nvcc and a GPU everything is built for the GPU (the binaries still run on the CPU too). With
 # nvcc alone, `make test` compiles the GPU build as well and runs the CPU one. ARCH=sm_80 chooses the
@@ -36,7 +37,7 @@ BIN := $($(MACHINE))
 # Threads that spin while they wait slow a busy machine down many times.
 export OMP_WAIT_POLICY ?= passive
 MAKEFLAGS += --jobs=$(shell nproc)
-.PHONY: all run test bench bench-peer setup data clean format
+.PHONY: all run figures test bench bench-peer setup data clean format
 all: build/mvsplit
 
 build/mvsplit: $(BIN)/mvsplit
@@ -72,6 +73,9 @@ RUN ?= run
 run: build/mvsplit data
 	build/mvsplit train $(RUN_$(MACHINE)) --residual mvsplit --resume --out $(RUN)
 	@bash data/curve.sh $(RUN)
+
+figures: | setup
+	@bash data/figures.sh $(RUN)
 
 test: data $(TESTS:%=$(BIN)/%_test) $(BIN)/mvsplit $(if $(NVCC),$(TESTS:%=$(gpu)/%_test) $(gpu)/mvsplit)
 	@$(if $(NVCC),echo "the GPU build was compiled for $(ARCH)",echo "no nvcc: the GPU build was not compiled")

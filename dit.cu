@@ -6,7 +6,7 @@
 // reads the noise level off its input. Blocks have no biases.
 //
 // How to read it: section 1 is what is computed with; sections 2 to 5 are the operations, in the
-// order of the forward pass; 6 is a block, 7 the memory, 8 the network.
+// order of the forward pass; 6 is a block, 7 the memory, 8 the network, 9 what is measured in it.
 //
 // Shapes: B sequences of T tokens (N image tokens, then L text tokens) of D channels; H heads of hd
 // = D/H channels; FFN width F. Rows (B T) of any array are its tokens; every weight is (out, in)
@@ -17,6 +17,8 @@
 #pragma once
 
 #include "mvsplit.cu"
+
+#include <functional>
 
 // ---------------------------------------------------------------------------------------------
 // 1. Configuration and parameters
@@ -642,14 +644,16 @@ void block_forward(Device& device, T* X_next, BlockSaved<T> s, BlockParameters<c
 // G holds dL/dX_next on entry and dL/dX on return; parameter gradients = (or += if `accumulate`).
 // Each line of block_forward has its backward here, last first; a linear map has two, its weight's
 // and its input's. The trunk's gradient stays in G: the merges replace it, and the branch's first
-// linear map adds its part.
+// linear map adds its part. `observe`, if any, is called when scratch.dF is the adjoint of writer
+// 1 (W2) and of writer 0 (W_O).
 template <class T, class P>
 void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
                     BlockParameters<const T> w, BlockScratch<T> scratch, const BlockShape<T>& b,
-                    bool accumulate) {
+                    bool accumulate, const std::function<void(int)>& observe = {}) {
   size_t rows = b.tokens.rows(), D = b.D, F = b.F;
   merge_backward(device, G, scratch.dF, d.gates[1], G, s.X1, s.F2, w.gates[1], s.merge[1],
                  scratch.merge, b.tokens, D, accumulate);
+  if (observe) observe(1);
   linear_backward_weight(device, d.w2, scratch.dF, s.hidden, rows, D, F, accumulate);
   linear_backward_input(device, scratch.dhidden, scratch.dF, w.w2, rows, D, F);
   swiglu_backward(device, scratch.du, scratch.dhidden, s.u, rows, F);
@@ -658,6 +662,7 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
 
   merge_backward(device, G, scratch.dF, d.gates[0], G, s.X, s.F1, w.gates[0], s.merge[0],
                  scratch.merge, b.tokens, D, accumulate);
+  if (observe) observe(0);
   linear_backward_weight(device, d.proj, scratch.dF, s.Y, rows, D, D, accumulate);
   linear_backward_input(device, scratch.dY, scratch.dF, w.proj, rows, D, D);
   attention_backward(device, scratch.dqkv, scratch.dY, s.P, s.qkv, scratch.scores, scratch.dS,
@@ -819,6 +824,12 @@ inline double forward_flops(const Config& m, size_t batch) {
 // ---------------------------------------------------------------------------------------------
 // 8. The network
 
+// Looks on during a backward: called for each block and each of its writers with all that the
+// block saved and the writer's adjoint delta (B, T, D). It enqueues kernels that only read these.
+template <class T>
+using Observer =
+    std::function<void(size_t block, int writer, const BlockSaved<T>& saved, const T* delta)>;
+
 template <class T>
 class Network {
  public:
@@ -886,7 +897,7 @@ class Network {
 
   // Gradients of all parameters (=, or += if `accumulate`) from dvelocity, after forward(b) with
   // the same inputs; with `inputs` also dz and dtext.
-  void backward(size_t b, bool accumulate, bool inputs = false) {
+  void backward(size_t b, bool accumulate, bool inputs = false, const Observer<T>& observe = {}) {
     Parameters<const T> w = locate<const T>(config, table, weights_);
     Parameters<A> d = locate<A>(config, table, gradients_);
     project_backward(b, w, d, accumulate);
@@ -897,7 +908,9 @@ class Network {
           block_forward(device, input(i + 1), saved(i), w.block(i), arrays.scratch, shape(b));
       for (size_t i = end; i-- > first;)
         block_backward(device, arrays.G, d.block(i), saved(i), w.block(i), arrays.scratch, shape(b),
-                       accumulate);
+                       accumulate, [&](int writer) {
+                         if (observe) observe(i, writer, saved(i), arrays.scratch.dF);
+                       });
     }
     embed_backward(b, w, d, accumulate, inputs);
   }
@@ -1003,4 +1016,317 @@ void initialise(const Device& device, const Table& table, A* slab, uint64_t seed
                                          : scale * gaussian(seed, stream, i));
     });
   }
+}
+
+// ---------------------------------------------------------------------------------------------
+// 9. Diagnostics: the quantities that the paper argues with (its Table 2)
+//
+// All of them describe the first S sequences of a batch in a few chosen blocks, and are read off
+// during the backward, when what the forward saved and the writers' adjoints are both there. The
+// kernels write to arrays of their own, so a step with them has the same bits as one without.
+//
+// Two facts about an attention matrix A keep this short. Its rows sum to one, A 1 = 1, hence A J =
+// (1/T) A 1 1^T = J and P A J = P J = 0. So
+//
+//     P A P = P A (I - J) = P A:
+//
+// centering A's columns is all there is to do. (The left P matters: 1^T A is not 1^T. If all tokens
+// look at one, a "sink", A = 1 e^T, then ||A P||_2 is about sqrt(T) and P A P = 0.) And mu_eff = ||P
+// A P||_2 is the root of the largest eigenvalue of M = (P A)^T (P A), which power iteration on M
+// finds from below: |M x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two parts,
+// c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A P X, the leakage (Prop. 1).
+
+// A (B, H, T, T), the attention matrices, in Acc<T>, from qkv (B, T, 3, H, hd).
+template <class T>
+void attention_matrices(Device& device, Acc<T>* matrices, const T* qkv, Heads h) {
+  using A = Acc<T>;
+  size_t n = h.length;
+  gemm(device, head_square(matrices, h), head_part(qkv, 0, h), head_part(qkv, 1, h).transpose(),
+       {n, n, h.dim, h.batch, h.heads}, A(1) / std::sqrt(A(h.dim)));
+  for_each_team(device, h.batch * h.heads * n, threads_for(n), [=] HD(Team team) {
+    A* a = matrices + team.index * n;
+    A largest = a[0], sum = 0;
+    for (size_t j = team.rank; j < n; j += team.size) largest = max_(largest, a[j]);
+    largest = team.max(largest);
+    for (size_t j = team.rank; j < n; j += team.size) sum += a[j] = exp_(a[j] - largest);
+    A scale = A(1) / team.sum(sum);
+    for (size_t j = team.rank; j < n; j += team.size) a[j] *= scale;
+  });
+}
+
+// out = P x for each x (n, D) of a batch: every column is centered.
+template <class A, class T>
+void center_columns(const Device& device, A* out, const T* x, size_t batch, size_t n, size_t D) {
+  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
+    size_t first = team.index * n * D;
+    for (size_t d = team.rank; d < D; d += team.size) {
+      A sum = 0;
+      for (size_t t = 0; t < n; ++t) sum += A(x[first + t * D + d]);
+      for (size_t t = 0; t < n; ++t) out[first + t * D + d] = A(x[first + t * D + d]) - sum / A(n);
+    }
+  });
+}
+
+// Energies (3, B, 2) of X and F (B, T, D), and of X with every token scaled to length 1. The mean
+// u of T unit vectors has |u|^2 = (T + the sum of their T (T - 1) pairwise cosines) / T^2, so the
+// mean cosine is (T |u|^2 - 1) / (T - 1): TCS, from the mean's energy T |u|^2.
+template <class T>
+void state_energies(const Device& device, double* energies, const T* X, const T* F,
+                    Acc<T>* inverse_norms, Tokens tokens, size_t D) {
+  using A = Acc<T>;
+  size_t n = tokens.length();
+  for_each_team(device, tokens.rows(), threads_for(D), [=] HD(Team team) {
+    A squares = 0;
+    for (size_t d = team.rank; d < D; d += team.size) {
+      A x = A(X[team.index * D + d]);
+      squares += x * x;
+    }
+    squares = team.sum(squares);
+    if (team.rank == 0) inverse_norms[team.index] = rsqrt_(squares);
+  });
+  matrix_energies(device, energies, X, tokens.batch, n, D);
+  matrix_energies(device, energies + 2 * tokens.batch, F, tokens.batch, n, D);
+  split_energies<A>(device, energies + 4 * tokens.batch, tokens.batch, n, D,
+                    [=] HD(size_t b, size_t t, size_t d) {
+                      return inverse_norms[b * n + t] * A(X[(b * n + t) * D + d]);
+                    });
+}
+
+// squares (count): |x|^2 of each of `count` stretches of x, `size` long.
+template <class P>
+void sum_squares(const Device& device, double* squares, const P* x, size_t count, size_t size) {
+  for_each_team(device, count, Team::max_size, [=] HD(Team team) {
+    double sum = 0;
+    for (size_t i = team.rank; i < size; i += team.size) {
+      double value = double(x[team.index * size + i]);
+      sum += value * value;
+    }
+    sum = team.sum(sum);
+    if (team.rank == 0) squares[team.index] = sum;
+  });
+}
+
+// norms (batch) = ||P A P||_2 of row-stochastic A (batch, n, n): power iteration on M = (P A)^T (P
+// A), squared twice beforehand, so that a step counts for four. Scratch: C, M as A; x (batch, 2,
+// n).
+//
+// After k steps of M the estimate is short by at most about ln(n) / 4k of itself, however close the
+// singular values are; after these 400, by less than 2e-5 for random matrices of 72 and 264 tokens.
+// (M^4 in fp32 vanishes below a norm of 2e-5, which reads 0.)
+constexpr int power_steps = 100;
+
+template <class A>
+void centered_norms(Device& device, double* norms, const A* matrices, A* C, A* M, A* x,
+                    size_t batch, size_t n) {
+  auto square = [&](A* to, A* from, bool of_columns) {
+    Matrix<A> m = Matrix<A>(from, n).batch(n * n, 0);
+    gemm(device, Matrix<A>(to, n).batch(n * n, 0), of_columns ? m.transpose() : m, m,
+         {n, n, n, batch});
+  };
+  center_columns(device, C, matrices, batch, n, n);
+  square(M, C, true);                        // (P A)^T (P A)
+  square(C, M, false), square(M, C, false);  // its 2nd and 4th power
+  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
+    const A* m = M + team.index * n * n;
+    A *v = x + team.index * 2 * n, *next = v + n;
+    for (size_t i = team.rank; i < n; i += team.size)
+      v[i] = A(2 * uniform(0, streams::check, i) - 1);  // fixed, and orthogonal to nothing special
+    A scale = 0;
+    // The first product has no unit vector yet: one more.
+    for (int step = 0; step <= power_steps; ++step) {
+      team.sync();
+      A squares = 0;
+      for (size_t j = team.rank; j < n; j += team.size) {
+        A sum = 0;
+        for (size_t i = 0; i < n; ++i) sum += m[i * n + j] * v[i];  // M is symmetric
+        next[j] = sum;
+        squares += sum * sum;
+      }
+      scale = std::sqrt(team.sum(squares));
+      A inverse = scale > 0 ? A(1) / scale : A(0);
+      for (size_t j = team.rank; j < n; j += team.size) v[j] = inverse * next[j];
+    }
+    if (team.rank == 0) norms[team.index] = pow(double(scale), 0.125);  // |M^4 x|^(1/8)
+  });
+}
+
+// What is measured in L blocks on S sequences, as the kernels leave it. The host makes ratios and
+// means of it.
+struct Measurements {
+  WriterModes* modes;        // (L, 2, S): of W_O, of W2
+  double* states;            // (L, 2, 3, S, 2): energies of a merge's X, F, and of X's unit tokens
+  double* attention;         // (L, S, H, 2): energies of A
+  double* moved;             // (L, S, H, 2): energies of A c(X), X the block's input
+  double* norms;             // (L, S, H): ||P A P||_2
+  double* gradient_squares;  // (L, 2): |dW_Q|^2, |dW_K|^2
+
+  void lay(Carver& c, size_t L, size_t S, size_t H) {
+    modes = c.take<WriterModes>(L * 2 * S);
+    states = c.take<double>(L * 2 * 3 * S * 2);
+    attention = c.take<double>(L * S * H * 2), moved = c.take<double>(L * S * H * 2);
+    norms = c.take<double>(L * S * H), gradient_squares = c.take<double>(L * 2);
+  }
+};
+
+// One column of diagnostics.csv.
+struct Reading {
+  std::string name, about;
+  double value;
+};
+
+template <class T>
+class Diagnostics {
+ public:
+  using A = Acc<T>;
+
+  const Config config;
+  const std::vector<size_t> layers;  // the chosen blocks, in order
+  const size_t samples;              // S
+  Measurements measured;
+
+  Diagnostics(const Config& c, std::vector<size_t> chosen, size_t first_samples)
+      : config(c), layers(std::move(chosen)), samples(first_samples) {}
+
+  void lay(Carver& c) {
+    size_t n = config.tokens(), H = config.heads, D = config.width;
+    results_ = c.used = round_up(c.used, 256);
+    measured.lay(c, layers.size(), samples, H);
+    results_bytes_ = c.used - results_;
+    base_ = c.base;
+    // The scratch of the two halves of observe() is the same bytes.
+    Carver writers = c, states = c;
+    writer_[0].lay(writers, tokens(), D, D);
+    writers.used = c.used;
+    writer_[1].lay(writers, tokens(), config.ffn, D);
+    inverse_norms_ = states.take<A>(samples * n);
+    centered_ = states.take<A>(samples * n * D), moved_ = states.take<A>(samples * H * n * D);
+    for (A** squares : {&attention_, &columns_, &products_})
+      *squares = states.take<A>(samples * H * n * n);
+    vectors_ = states.take<A>(samples * H * 2 * n);
+    c.used = std::max(writers.used, states.used);
+  }
+
+  // Measure during a backward: the writers' modes, and with `all` the states and the attention.
+  void observe(Device& device, size_t block, int writer, const BlockSaved<T>& s, const T* delta,
+               bool all) {
+    auto at = std::find(layers.begin(), layers.end(), block);
+    if (at == layers.end()) return;
+    size_t slot = size_t(at - layers.begin()), piece = slot * 2 + size_t(writer), D = config.width;
+    writer_modes(device, measured.modes + piece * samples, writer_[writer], writer ? s.hidden : s.Y,
+                 delta, tokens(), writer ? config.ffn : D, D);
+    if (!all) return;
+    double* states = measured.states + piece * 3 * samples * 2;
+    state_energies(device, states, writer ? s.X1 : s.X, writer ? s.F2 : s.F1, inverse_norms_,
+                   tokens(), D);
+    if (writer == 0) attention(device, slot, s);
+  }
+
+  // After a backward, from the whole batch's gradients.
+  void gradients(Device& device, const Parameters<A>& d) {
+    size_t squares = config.width * config.width;
+    for (size_t slot = 0; slot < layers.size(); ++slot)
+      sum_squares(device, measured.gradient_squares + 2 * slot, d.block(layers[slot]).qkv, 2,
+                  squares);
+  }
+
+  // The chosen layers' readings; waits for the device.
+  std::vector<std::vector<Reading>> read(const Device& device) const {
+    std::vector<std::byte> host(results_bytes_);
+    device.download(host.data(), base_ + results_, results_bytes_);
+    Measurements m;
+    Carver carver{host.data()};
+    m.lay(carver, layers.size(), samples, config.heads);
+    std::vector<std::vector<Reading>> all;
+    for (size_t slot = 0; slot < layers.size(); ++slot) all.push_back(readings(m, slot));
+    return all;
+  }
+
+ private:
+  std::byte* base_ = nullptr;
+  size_t results_ = 0, results_bytes_ = 0;
+  WriterScratch<A> writer_[2];
+  A *inverse_norms_, *centered_, *moved_;           // (S, T), (S, T, D), (S, H, T, D)
+  A *attention_, *columns_, *products_, *vectors_;  // three (S, H, T, T), (S, H, 2, T)
+
+  Tokens tokens() const { return {samples, config.image_tokens(), config.text_tokens}; }
+
+  void attention(Device& device, size_t slot, const BlockSaved<T>& s) {
+    size_t n = config.tokens(), D = config.width, first = slot * samples * config.heads;
+    Heads h{samples, n, config.heads, config.head_dim()};
+    attention_matrices(device, attention_, s.qkv, h);
+    centered_norms(device, measured.norms + first, attention_, columns_, products_, vectors_,
+                   samples * h.heads, n);
+    matrix_energies(device, measured.attention + 2 * first, attention_, samples * h.heads, n, n);
+    center_columns(device, centered_, s.X, samples, n, D);
+    gemm(device, Matrix<A>(moved_, D).batch(h.heads * n * D, n * D), head_square(attention_, h),
+         Matrix<A>(centered_, D).batch(n * D, 0), {n, D, n, samples, h.heads});
+    matrix_energies(device, measured.moved + 2 * first, moved_, samples * h.heads, n, D);
+  }
+
+  std::vector<Reading> readings(const Measurements& m, size_t slot) const;
+};
+
+// The columns of diagnostics.csv for one of the chosen layers: ratios and means of what was
+// measured.
+template <class T>
+std::vector<Reading> Diagnostics<T>::readings(const Measurements& m, size_t slot) const {
+  std::vector<Reading> row;
+  size_t S = samples, H = config.heads, D = config.width;
+  double tokens = double(config.tokens());
+  auto mean = [](size_t n, auto of) {
+    double sum = 0;
+    for (size_t i = 0; i < n; ++i) sum += of(i) / double(n);
+    return sum;
+  };
+  auto add = [&](const std::string& name, const std::string& about, double value) {
+    row.push_back({name, about, value});
+  };
+  for (size_t w = 0; w < 2; ++w) {
+    std::string branch = w ? "ffn_" : "attention_", writer = w ? "W2" : "W_O";
+    std::string shape = "(" + std::to_string(D) + ", " + std::to_string(w ? config.ffn : D) + ")";
+    const WriterModes* modes = m.modes + (slot * 2 + w) * S;
+    auto mode = [&](double WriterModes::*field) {
+      return mean(S, [&](size_t i) { return modes[i].*field; });
+    };
+    add(branch + "g_mean", "|dW_mu|_F of " + writer + " " + shape + ", global mean (5)",
+        mode(&WriterModes::mean));
+    add(branch + "g_ctr", "|dW_c|_F of " + writer + ", global mean (5)",
+        mode(&WriterModes::centered));
+    add(branch + "g_mean_seg", "the same with a mean for image and one for text tokens",
+        mode(&WriterModes::segment_mean));
+    add(branch + "g_ctr_seg", "the same", mode(&WriterModes::segment_centered));
+    add(branch + "amplification", "A = |dW|_F^2 / sum_t |delta_t|^2 |y_t|^2 (26)",
+        mode(&WriterModes::amplification));
+    add(branch + "khat", "weighted mean |cos(y_t, y_s) cos(delta_t, delta_s)|, s != t (32)",
+        mode(&WriterModes::coherence));
+    // Energies of X, F and X's unit tokens; e(kind, i, 0) of the mean, e(kind, i, 1) of the rest.
+    const double* states = m.states + (slot * 2 + w) * 3 * S * 2;
+    auto e = [&](size_t kind, size_t i, size_t part) { return states[(kind * S + i) * 2 + part]; };
+    auto total = [&](size_t kind, size_t i) { return e(kind, i, 0) + e(kind, i, 1); };
+    add(branch + "rho", "|mu(X)|_F / |c(X)|_F of the merge's trunk X",
+        mean(S, [&](size_t i) { return std::sqrt(e(0, i, 0) / e(0, i, 1)); }));
+    add(branch + "tr", "|F|_F / |X|_F",
+        mean(S, [&](size_t i) { return std::sqrt(total(1, i) / total(0, i)); }));
+    add(branch + "vargain", "|c(F)|_F / |c(X)|_F",
+        mean(S, [&](size_t i) { return std::sqrt(e(1, i, 1) / e(0, i, 1)); }));
+    add(branch + "tcs", "mean cosine of two tokens of X",
+        mean(S, [&](size_t i) { return (e(2, i, 0) - 1) / (tokens - 1); }));
+  }
+  const double *norms = m.norms + slot * S * H, *squares = m.gradient_squares + slot * 2;
+  const double *a = m.attention + slot * S * H * 2, *moved = m.moved + slot * S * H * 2;
+  const double* trunk = m.states + slot * 2 * 3 * S * 2;
+  add("mu_eff", "|P A P|_2, mean over samples and heads (4)",
+      mean(S * H, [&](size_t i) { return norms[i]; }));
+  add("mu_eff_max", "the largest of them", *std::max_element(norms, norms + S * H));
+  add("row_diversity", "|A - J A|_F / |A|_F, mean over samples and heads",
+      mean(S * H, [&](size_t i) { return std::sqrt(a[2 * i + 1] / (a[2 * i] + a[2 * i + 1])); }));
+  add("retention", "|c(A c(X))|_F / |c(X)|_F, X the block's input, mean over samples and heads",
+      mean(S * H, [&](size_t i) { return std::sqrt(moved[2 * i + 1] / trunk[i / H * 2 + 1]); }));
+  add("leakage", "|mu(A c(X))|_F / |c(X)|_F, likewise",
+      mean(S * H, [&](size_t i) { return std::sqrt(moved[2 * i] / trunk[i / H * 2 + 1]); }));
+  std::string square = "(" + std::to_string(D) + ", " + std::to_string(D) + ")";
+  add("q_grad_rms", "root mean square of the whole batch's dL/dW_Q " + square,
+      std::sqrt(squares[0]) / double(D));
+  add("k_grad_rms", "of dL/dW_K", std::sqrt(squares[1]) / double(D));
+  return row;
 }

@@ -16,7 +16,7 @@
 // How to read it: section 1 defines J and P and proves the three facts that everything uses;
 // section 2 is RMSNorm; section 3 is one formula with all merges in it; section 4 derives its
 // backward down to the lines of code; section 5 says what the split does to the gradient of a
-// residual writer. (n) is the equation's number in the paper.
+// residual writer, and 6 measures both parts. (n) is the equation's number in the paper.
 #pragma once
 
 #include "math.h"
@@ -456,3 +456,181 @@ void merge_backward(const Device& device, T* dX, T* dF, Gates<P> dgates, const T
 // delta = J J_seg delta = 0, and G_mean = 0 by both counts, up to the rounding of delta. (Were the
 // merge to use the global mean instead, the segment means of delta would only have to cancel, and
 // each segment's own mean-coherent gradient would be free.)
+
+// ---------------------------------------------------------------------------------------------
+// 6. Measuring the two parts
+//
+// Of a state. By (3) and orthogonality |X|^2 = |mu(X)|^2 + |c(X)|^2 (Frobenius norms), and most
+// numbers that describe a state of tokens are ratios of these two energies.
+//
+// Of a writer's gradient, for one sequence, without forming dW (D, n). Let K_ts = <y_t, y_s> and
+// C_ts = <delta_t, delta_s>, two (T, T) matrices. Then
+//
+//     |dW|^2 = tr( sum_ts y_t delta_t^T delta_s y_s^T ) = sum_ts K_ts C_ts,
+//
+// and from centered tokens the same sum is |dW_c|^2. The mean part is a norm of two vectors,
+// |dW_mu| = T |dbar| |ybar|; with a mean a segment, dW_mu = sum_s n_s dbar_s ybar_s^T has rank two,
+//
+//     |dW_mu|^2 = sum_ss' n_s n_s' <dbar_s, dbar_s'> <ybar_s, ybar_s'>.
+//
+// Centered tokens are made first and K, C from them. To center K itself is the same on paper, but
+// takes the small difference of large numbers once the mean dominates, which is what is looked for.
+//
+// Alignment. In section 5's letters w_t w_s M_ts = K_ts C_ts, hence
+//
+//     A    = sum_ts K_ts C_ts / sum_t K_tt C_tt,                                               (6)
+//     khat = sum_(s != t) |K_ts C_ts| / sum_(s != t) w_t w_s,      w_t^2 = K_tt C_tt.    (31)-(32)
+
+// energies (batch, 2): |mu(X)|^2 and |c(X)|^2 of matrices X (T, D) over all T rows, given by their
+// elements x(matrix, t, d).
+template <class A, class Element>
+void split_energies(const Device& device, double* energies, size_t batch, size_t T, size_t D,
+                    const Element& x) {
+  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
+    double mean_energy = 0, centered = 0;
+    for (size_t d = team.rank; d < D; d += team.size) {
+      A sum = 0, squares = 0;
+      for (size_t t = 0; t < T; ++t) sum += x(team.index, t, d);
+      A mean = sum / A(T);
+      for (size_t t = 0; t < T; ++t) {
+        A rest = x(team.index, t, d) - mean;
+        squares += rest * rest;
+      }
+      mean_energy += double(T) * double(mean) * double(mean);
+      centered += double(squares);
+    }
+    mean_energy = team.sum(mean_energy), centered = team.sum(centered);
+    if (team.rank == 0) {
+      energies[2 * team.index] = mean_energy;
+      energies[2 * team.index + 1] = centered;
+    }
+  });
+}
+
+// Energies (batch, 2) of stored matrices x (batch, n, D).
+template <class T>
+void matrix_energies(const Device& device, double* energies, const T* x, size_t batch, size_t n,
+                     size_t D) {
+  using A = Acc<T>;
+  split_energies<A>(device, energies, batch, n, D,
+                    [=] HD(size_t b, size_t t, size_t d) { return A(x[(b * n + t) * D + d]); });
+}
+
+// Of one sequence. |dW_mu| and |dW_c| with the global mean, as in the paper, and with a mean a
+// segment, as in the merges; A; khat. A and khat are NaN where delta or y is zero.
+struct WriterModes {
+  double mean, centered, segment_mean, segment_centered, amplification, coherence;
+};
+
+// Scratch for a batch of B sequences: segment means; tokens as they are, globally centered and
+// centered by segment; their Gram matrices.
+template <class A>
+struct WriterScratch {
+  A *ybar, *dbar;  // (B, 2, n), (B, 2, D)
+  A *y, *delta;    // (3, B, T, n), (3, B, T, D)
+  A *K, *C;        // (3, B, T, T)
+
+  void lay(Carver& c, Tokens tokens, size_t n, size_t D) {
+    size_t squares = 3 * tokens.rows() * tokens.length();
+    ybar = c.take<A>(2 * tokens.batch * n), dbar = c.take<A>(2 * tokens.batch * D);
+    y = c.take<A>(3 * tokens.rows() * n), delta = c.take<A>(3 * tokens.rows() * D);
+    K = c.take<A>(squares), C = c.take<A>(squares);
+  }
+};
+
+// means (B, 2, n) of x (B, T, n) over each segment's tokens.
+template <class T>
+void token_means(const Device& device, Acc<T>* means, const T* x, Tokens tokens, size_t n) {
+  using A = Acc<T>;
+  sum_over_tokens(
+      device, tokens, n, quad(A(0)),
+      [=] HD(size_t row, size_t d) { return load<A>(x + row * n + d); },
+      [=] HD(size_t segment, size_t d, Quad<A> sum) {
+        store(means + segment * n + d, A(1) / A(max_<size_t>(tokens.count(segment % 2), 1)) * sum);
+      });
+}
+
+// out (3, B, T, n): x (B, T, n) as it is, less the global mean, less its segment's mean.
+template <class T>
+void center_tokens(const Device& device, Acc<T>* out, const T* x, const Acc<T>* means,
+                   Tokens tokens, size_t n) {
+  using A = Acc<T>;
+  size_t rows = tokens.rows();
+  A image = A(tokens.image) / A(tokens.length()), text = A(tokens.text) / A(tokens.length());
+  for_each(device, rows * n / 4, [=] HD(size_t i) {
+    size_t row = i / (n / 4), d = i % (n / 4) * 4;
+    const A* mean = means + row / tokens.length() * 2 * n + d;
+    Quad<A> value = load<A>(x + row * n + d);
+    Quad<A> global = image * load<A>(mean) + text * load<A>(mean + n);
+    store(out + row * n + d, value);
+    store(out + (rows + row) * n + d, value - global);
+    store(out + (2 * rows + row) * n + d, value - load<A>(means + tokens.segment_of(row) * n + d));
+  });
+}
+
+// <a_0, a_0>, <a_0, a_1>, <a_1, a_1> of two vectors a (2, n), times the counts of tokens they stand
+// for.
+template <class A>
+HD Quad<double> mean_products(Team team, const A* a, size_t n, Tokens tokens) {
+  double p[3] = {0, 0, 0};
+  for (size_t d = team.rank; d < n; d += team.size) {
+    double first = double(a[d]), second = double(a[n + d]);
+    p[0] += first * first, p[1] += first * second, p[2] += second * second;
+  }
+  double N = double(tokens.image), L = double(tokens.text);
+  return {{N * N * team.sum(p[0]), N * L * team.sum(p[1]), L * L * team.sum(p[2]), 0}};
+}
+
+// modes (B) of a writer with input y (B, T, n) and adjoint delta (B, T, D) of its output.
+template <class T>
+void writer_modes(Device& device, WriterModes* modes, WriterScratch<Acc<T>> scratch, const T* y,
+                  const T* delta, Tokens tokens, size_t n, size_t D) {
+  using A = Acc<T>;
+  size_t length = tokens.length(), squares = length * length;
+  auto gram = [&](A* product, A* x, size_t channels) {
+    Matrix<A> rows = Matrix<A>(x, channels).batch(length * channels, 0);
+    gemm(device, Matrix<A>(product, length).batch(squares, 0), rows, rows.transpose(),
+         {length, length, channels, 3 * tokens.batch});
+  };
+  token_means(device, scratch.ybar, y, tokens, n);
+  token_means(device, scratch.dbar, delta, tokens, D);
+  center_tokens(device, scratch.y, y, scratch.ybar, tokens, n);
+  center_tokens(device, scratch.delta, delta, scratch.dbar, tokens, D);
+  gram(scratch.K, scratch.y, n);
+  gram(scratch.C, scratch.delta, D);
+  for_each_team(device, tokens.batch, Team::max_size, [=] HD(Team team) {
+    size_t b = team.index;
+    auto product = [&](size_t part, size_t i) {
+      size_t at = (part * tokens.batch + b) * squares + i;
+      return double(scratch.K[at]) * double(scratch.C[at]);
+    };
+    double energy[3] = {0, 0, 0}, magnitudes = 0, w1 = 0, w2 = 0;
+    for (size_t i = team.rank; i < squares; i += team.size) {
+      for (size_t part = 0; part < 3; ++part) energy[part] += product(part, i);
+      magnitudes += fabs(product(0, i));
+    }
+    for (size_t t = team.rank; t < length; t += team.size) {
+      w1 += sqrt(product(0, t * length + t));
+      w2 += product(0, t * length + t);
+    }
+    for (double& e : energy) e = team.sum(e);
+    magnitudes = team.sum(magnitudes), w1 = team.sum(w1), w2 = team.sum(w2);
+    Quad<double> yy = mean_products(team, scratch.ybar + b * 2 * n, n, tokens);
+    Quad<double> dd = mean_products(team, scratch.dbar + b * 2 * D, D, tokens);
+    if (team.rank != 0) return;
+    // T |dbar| |ybar|, from T ybar = N ybar_image + L ybar_text.
+    double y_sum = yy[0] + 2 * yy[1] + yy[2], d_sum = dd[0] + 2 * dd[1] + dd[2];
+    // Of the segments' 2 x 2 products each has one factor n_s n_s' too many.
+    double N = max_(double(tokens.image), 1.0), L = max_(double(tokens.text), 1.0);
+    double by_segment =
+        yy[0] * dd[0] / (N * N) + 2 * yy[1] * dd[1] / (N * L) + yy[2] * dd[2] / (L * L);
+    WriterModes m;
+    m.mean = sqrt(max_(y_sum, 0.0) * max_(d_sum, 0.0)) / double(length);
+    m.centered = sqrt(max_(energy[1], 0.0));
+    m.segment_mean = sqrt(max_(by_segment, 0.0));
+    m.segment_centered = sqrt(max_(energy[2], 0.0));
+    m.amplification = energy[0] / w2;
+    m.coherence = (magnitudes - w2) / (w1 * w1 - w2);
+    modes[b] = m;
+  });
+}

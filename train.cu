@@ -4,19 +4,20 @@
 // that a run can be resumed from, Euler sampling with guidance, and one function a subcommand. What
 // it is not: a framework. There is one data set in memory, one device, one optimiser.
 //
-// How to read it: section 1 is the objective, 2 the optimiser, 3 sampling, 4 the trainer, whose
-// train_step() is the whole of a training step, 5 saving and resuming, 6 the run with its log, 7
-// the other subcommands, 8 the command line.
+// How to read it: section 1 is the objective, 2 the optimiser and the watch over its gradients, 3
+// sampling, 4 the trainer, whose train_step() is the whole of a training step, 5 saving and
+// resuming, 6 the run with its log, 7 the other subcommands, 8 the command line.
 
 #include "dit.cu"
 
 #include "data/checkpoint.h"
 #include "data/dataset.h"
+#include "data/log.h"
 
 #include <chrono>
 #include <csignal>
-#include <fstream>
-#include <sstream>
+#include <optional>
+#include <set>
 
 #include <CLI/CLI.hpp>
 
@@ -192,6 +193,110 @@ void end_step(const Device& device, Clock* clock, Record* history, const A* loss
   });
 }
 
+// 2.1 The watch for spikes
+//
+// A step stands out if its gradient's norm is not at most `factor` times the median of the steps
+// before it, up to 100 and at least 50 of them (so NaN stands out too). By the time the host reads
+// the norms that step's gradients are gone; so the device decides within the step, and copies what
+// a report needs. No step waits for the host, and none is changed.
+
+constexpr size_t spike_window = 100, spike_least = 50;
+
+struct SpikeWatch {
+  uint64_t first;        // steps before this one are not in `history`
+  uint64_t quiet_until;  // no spike is looked for before this step
+  uint32_t fired;        // at the step under way
+  uint32_t pending;      // at `step`, and the host has not read it yet: none is looked for
+  uint64_t step, window;
+  double norm, median;
+};
+
+// What is copied at a spike, and the writers' modes of every step.
+struct SpikeArrays {
+  SpikeWatch* watch;
+  double* modes;                          // (records, L, 2, 2): G_mean and G_ctr of W_O and W2
+  double* squares;                        // (chunks), of the gradients
+  uint32_t *bad_gradients, *bad_weights;  // (chunks): how many are not finite
+  double* losses;                         // (accumulate * B)
+  double* velocity;                       // (B, 3): sums of dL/dvelocity and its squares, largest
+
+  void lay(Carver& c, size_t layers, size_t chunks, size_t samples) {
+    watch = c.take<SpikeWatch>(1), modes = c.take<double>(records * layers * 4);
+    squares = c.take<double>(chunks);
+    bad_gradients = c.take<uint32_t>(chunks), bad_weights = c.take<uint32_t>(chunks);
+    losses = c.take<double>(samples), velocity = c.take<double>(3 * samples);
+  }
+};
+
+// Keep this step's writer modes, means over S samples, and decide whether its norm stands out.
+inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
+                       const Record* history, const WriterModes* modes, size_t layers,
+                       size_t samples, double factor) {
+  for_each(device, layers * 2, [=] HD(size_t i) {
+    double* out = a.modes + (clock->step % records * layers * 2 + i) * 2;
+    out[0] = out[1] = 0;
+    for (size_t s = 0; s < samples; ++s) {
+      out[0] += modes[i * samples + s].mean / double(samples);
+      out[1] += modes[i * samples + s].centered / double(samples);
+    }
+  });
+  for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
+    uint64_t now = clock->step;
+    size_t n = min_<size_t>(size_t(now - a.watch->first), spike_window);
+    auto norm = [&](size_t i) { return history[(now - 1 - i) % records].norm; };
+    double median = 0;  // the one that n / 2 others are below; equal ones count by age
+    for (size_t i = team.rank; i < n; i += team.size) {
+      size_t below = 0;
+      for (size_t j = 0; j < n; ++j) below += norm(j) < norm(i) || (norm(j) == norm(i) && j < i);
+      if (below == n / 2) median = norm(i);
+    }
+    median = team.sum(median);
+    if (team.rank != 0) return;
+    SpikeWatch& w = *a.watch;
+    w.fired =
+        n >= spike_least && !w.pending && now >= w.quiet_until && !(clock->norm <= factor * median);
+    if (!w.fired) return;
+    w.pending = 1, w.step = now + 1, w.window = n, w.norm = clock->norm, w.median = median;
+  });
+}
+
+// At a spike, copy what the report needs. After the step, so that its weights are those looked at.
+template <class T>
+void copy_spike(const Device& device, SpikeArrays a, const double* partial, const Acc<T>* gradients,
+                const T* weights, const Chunk* chunks, size_t count, const Acc<T>* losses,
+                size_t samples, const Acc<T>* dvelocity, size_t b, size_t n) {
+  size_t teams = std::min<size_t>(count, 1024);
+  for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
+    if (!a.watch->fired) return;
+    for (size_t k = team.index; k < count; k += teams) {
+      Chunk c = chunks[k];
+      double bad_gradients = 0, bad_weights = 0;
+      for (size_t i = c.begin + team.rank; i < c.begin + c.count; i += team.size) {
+        bad_gradients += !(fabs(double(gradients[i])) <= 1.7e308);
+        bad_weights += !(fabs(double(weights[i])) <= 1.7e308);
+      }
+      bad_gradients = team.sum(bad_gradients), bad_weights = team.sum(bad_weights);
+      if (team.rank != 0) continue;
+      a.squares[k] = partial[k];
+      a.bad_gradients[k] = uint32_t(bad_gradients), a.bad_weights[k] = uint32_t(bad_weights);
+    }
+  });
+  for_each_team(device, samples, Team::max_size, [=] HD(Team team) {
+    if (!a.watch->fired) return;
+    if (team.rank == 0) a.losses[team.index] = double(losses[team.index]);
+    if (team.index >= b) return;
+    double sum = 0, squares = 0, largest = 0;
+    for (size_t i = team.index * n + team.rank; i < (team.index + 1) * n; i += team.size) {
+      double g = double(dvelocity[i]);
+      sum += g, squares += g * g, largest = max_(largest, fabs(g));
+    }
+    sum = team.sum(sum), squares = team.sum(squares), largest = team.max(largest);
+    if (team.rank != 0) return;
+    double* out = a.velocity + 3 * team.index;
+    out[0] = sum, out[1] = squares, out[2] = largest;
+  });
+}
+
 // ---------------------------------------------------------------------------------------------
 // 3. Sampling
 //
@@ -278,10 +383,39 @@ struct TrainOptions {
   size_t batch = 32, accumulate = 1, steps = 1000, recompute = 0, seed = 1;
   size_t val_images = 256, log_every = 10, val_every = 0, save_every = 0, sample_every = 0;
   size_t columns = 8;  // of a sample grid
+  size_t diagnose_every = 0, diagnose_samples = 4;
+  std::vector<std::string> diagnose_layers;
+  double spike_factor = 5;  // 0: no watch for spikes
   double dropout = 0.1, time_shift = 1, ema = 0;
   std::string data = "fashion-mnist", out = "run";
   bool resume = false;
+
+  bool observes() const { return diagnose_every || spike_factor > 0; }
 };
+
+// The blocks that --diagnose-layers names; by default five, spread from the first to the last.
+inline std::vector<size_t> chosen_layers(const TrainOptions& o) {
+  std::set<size_t> layers;
+  size_t last = o.model.depth - 1;
+  if (o.diagnose_layers.empty())
+    for (size_t i = 0; i < 5; ++i) layers.insert((i * last + 2) / 4);
+  for (const std::string& word : o.diagnose_layers) {
+    if (word == "all")
+      for (size_t i = 0; i <= last; ++i) layers.insert(i);
+    else if (word.empty() || word.size() > 6 ||
+             word.find_first_not_of("0123456789") < word.size() || std::stoul(word) > last)
+      fail("--diagnose-layers: '%s' is not a layer: give numbers from 0 to %zu with commas, or all",
+           word.c_str(), last);
+    else
+      layers.insert(std::stoul(word));
+  }
+  return {layers.begin(), layers.end()};
+}
+
+template <class T>
+Diagnostics<T> chosen_diagnostics(const TrainOptions& o) {
+  return {o.model, chosen_layers(o), std::min(o.diagnose_samples, o.batch)};
+}
 
 // The arrays of a run besides the network's.
 template <class T>
@@ -352,6 +486,13 @@ Plan training_plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
   add("optimizer",
       [&](Carver& c) { a.lay_optimizer(c, table.size, chunks_of(table).size(), o.ema > 0); });
   add("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
+  if (o.observes())
+    add("diagnostics", [&](Carver& c) {
+      Diagnostics<T> diagnostics = chosen_diagnostics<T>(o);
+      diagnostics.lay(c);
+      SpikeArrays().lay(c, diagnostics.layers.size(), chunks_of(table).size(),
+                        o.batch * o.accumulate);
+    });
   add("data", [&](Carver& c) { lay_data(c, o.model, data.images, data.captions); });
   add("held-out data", [&](Carver& c) { lay_data(c, o.model, data.held_out, data.captions); });
   add("sampling", [&](Carver& c) { sampler.lay(c, o.model, o.batch); });
@@ -430,6 +571,8 @@ class Trainer {
   TrainArrays<T> a;
   DeviceData train, held_out;
   Sampler<T> sampler;
+  Diagnostics<T> diagnostics;
+  SpikeArrays spikes;
   size_t chunk_count;
   uint64_t step = 0;  // steps done
   uint64_t data_hash;
@@ -438,6 +581,7 @@ class Trainer {
       : o(options),
         device(on),
         net(on, o.model, o.batch, o.recompute, true),
+        diagnostics(chosen_diagnostics<T>(o)),
         data_hash(hash_data(data)) {
     std::vector<Chunk> chunks = chunks_of(net.table);
     chunk_count = chunks.size();
@@ -452,6 +596,11 @@ class Trainer {
     take("optimizer",
          [&](Carver& c) { a.lay_optimizer(c, net.table.size, chunk_count, o.ema > 0); });
     take("batch", [&](Carver& c) { a.lay_batch(c, o, V); });
+    if (o.observes())
+      take("diagnostics", [&](Carver& c) {
+        diagnostics.lay(c);
+        spikes.lay(c, diagnostics.layers.size(), chunk_count, o.batch * o.accumulate);
+      });
     take("data", [&](Carver& c) { train = lay_data(c, o.model, data.images, data.captions); });
     take("held-out data", [&](Carver& c) { held_out = lay_data(c, o.model, V, data.captions); });
     take("sampling", [&](Carver& c) { sampler.lay(c, o.model, o.batch); });
@@ -470,11 +619,22 @@ class Trainer {
     if constexpr (mixed) convert(device, net.weights(), a.master, net.table.size);
     Clock clock{done, 0, 0, 0, 0, 0};
     device.upload(a.clock, &clock, sizeof clock);
+    SpikeWatch watch{done, 0, 0, 0, 0, 0, 0, 0};
+    if (o.spike_factor > 0) device.upload(spikes.watch, &watch, sizeof watch);
   }
 
-  // One training step. The host only enqueues it.
-  void train_step() {
-    graph_.run(device, [&] {
+  // Forget the spike that was found and look for the next from step `quiet_until` on.
+  void watch_spikes_from(uint64_t quiet_until) {
+    SpikeWatch watch{};
+    device.download(&watch, spikes.watch, sizeof watch);
+    watch.pending = 0, watch.quiet_until = quiet_until;
+    device.upload(spikes.watch, &watch, sizeof watch);
+  }
+
+  // One training step. The host only enqueues it. With `diagnose`, `diagnostics` can be read after
+  // it.
+  void train_step(bool diagnose = false) {
+    graphs_[diagnose].run(device, [&] {
       begin_step(device, a.clock, o.optimizer);
       for (size_t micro = 0; micro < o.accumulate; ++micro) {
         draw_training_batch(net, a, train, o, micro);
@@ -482,12 +642,21 @@ class Trainer {
         flow_loss(device, a.losses + micro * o.batch, net.arrays.dvelocity, net.arrays.velocity,
                   a.target, o.batch, o.model.pixels(),
                   1 / double(o.model.pixels() * o.batch * o.accumulate));
-        net.backward(o.batch, micro > 0);
+        bool last = micro + 1 == o.accumulate;
+        net.backward(o.batch, micro > 0, false, last ? observer(diagnose) : Observer<T>());
       }
       gradient_norm(device, a.clock, a.partial, net.gradients(), a.chunks, chunk_count,
                     o.optimizer.clip);
+      if (diagnose) diagnostics.gradients(device, locate<A>(o.model, net.table, net.gradients()));
+      if (o.spike_factor > 0)
+        watch_step(device, spikes, a.clock, a.history, diagnostics.measured.modes,
+                   diagnostics.layers.size(), diagnostics.samples, o.spike_factor);
       adamw(device, net.weights(), a.master, a.m, a.v, a.average, o.ema, net.gradients(), a.clock,
             a.chunks, chunk_count, o.optimizer);
+      if (o.spike_factor > 0)
+        copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks, chunk_count,
+                   a.losses, o.batch * o.accumulate, net.arrays.dvelocity, o.batch,
+                   o.model.pixels());
       end_step(device, a.clock, a.history, a.losses, o.batch * o.accumulate);
     });
     ++step;
@@ -499,6 +668,29 @@ class Trainer {
     device.download(ring.data(), a.history, records * sizeof(Record));
     for (uint64_t s = first; s < step; ++s) out.push_back(ring[s % records]);
     return out;
+  }
+
+  // The spike that the device has found since the last call, if any.
+  std::optional<Spike> spike() {
+    SpikeWatch watch{};
+    if (o.spike_factor > 0) device.download(&watch, spikes.watch, sizeof watch);
+    if (!watch.pending) return {};
+    Spike s{};
+    s.step = watch.step, s.window = watch.window, s.norm = watch.norm, s.median = watch.median;
+    s.factor = o.spike_factor;
+    read_gradients(s);
+    read_modes(s);
+    s.losses.resize(o.batch * o.accumulate);
+    device.download(s.losses.data(), spikes.losses, s.losses.size() * sizeof(double));
+    std::vector<double> velocity(3 * o.batch);
+    device.download(velocity.data(), spikes.velocity, velocity.size() * sizeof(double));
+    double numbers = double(o.batch * o.model.pixels());
+    for (size_t i = 0; i < o.batch; ++i) {
+      s.mean += velocity[3 * i] / numbers, s.rms += velocity[3 * i + 1] / numbers;
+      s.largest = std::max(s.largest, velocity[3 * i + 2]);
+    }
+    s.rms = std::sqrt(s.rms);
+    return s;
   }
 
   // Mean loss over the held-out images, with the averaged weights if there are any.
@@ -535,7 +727,50 @@ class Trainer {
 
  private:
   std::vector<std::unique_ptr<Slab>> slabs_;
-  Graph graph_;
+  Graph graphs_[2];  // of a step without and with diagnostics
+
+  Observer<T> observer(bool diagnose) {
+    if (!diagnose && o.spike_factor == 0) return {};
+    return [=](size_t block, int writer, const BlockSaved<T>& saved, const T* delta) {
+      diagnostics.observe(device, block, writer, saved, delta, diagnose);
+    };
+  }
+
+  // The norm of each parameter's gradient, from its chunks' squares, and what is not finite.
+  void read_gradients(Spike& s) {
+    std::vector<double> squares(chunk_count);
+    std::vector<uint32_t> gradients(chunk_count), weights(chunk_count);
+    device.download(squares.data(), spikes.squares, chunk_count * sizeof(double));
+    device.download(gradients.data(), spikes.bad_gradients, chunk_count * sizeof(uint32_t));
+    device.download(weights.data(), spikes.bad_weights, chunk_count * sizeof(uint32_t));
+    std::vector<Chunk> chunks = chunks_of(net.table);
+    size_t k = 0;
+    for (const Parameter& p : net.table.parameters) {
+      double sum = 0;
+      size_t bad_gradients = 0, bad_weights = 0;
+      for (; k < chunk_count && chunks[k].begin < p.offset + p.count(); ++k)
+        sum += squares[k], bad_gradients += gradients[k], bad_weights += weights[k];
+      s.gradients.push_back({p.name, std::sqrt(sum)});
+      if (bad_gradients) s.bad_gradients.push_back(p.name);
+      if (bad_weights) s.bad_weights.push_back(p.name);
+    }
+  }
+
+  // The writers' modes at the spike, and their medians over its window.
+  void read_modes(Spike& s) {
+    size_t per_step = diagnostics.layers.size() * 4;
+    std::vector<double> ring(records * per_step), past(s.window);
+    device.download(ring.data(), spikes.modes, ring.size() * sizeof(double));
+    auto at = [&](uint64_t when, size_t i) { return ring[when % records * per_step + i]; };
+    auto usual = [&](size_t i) {
+      for (size_t k = 0; k < s.window; ++k) past[k] = at(s.step - 2 - k, i);
+      std::nth_element(past.begin(), past.begin() + ptrdiff_t(s.window / 2), past.end());
+      return past[s.window / 2];
+    };
+    for (size_t i = 0; i < per_step; i += 2)
+      s.modes.push_back({diagnostics.layers[i / 4], int(i / 2 % 2), at(s.step - 1, i),
+                         at(s.step - 1, i + 1), usual(i), usual(i + 1)});
+  }
 
   template <class Function>
   auto with_average(const Function& function) {
@@ -672,48 +907,6 @@ inline void print_plan(const Plan& plan, const TrainOptions& o, const char* prec
   std::printf("  %-18s %12.3f MB\n", "total", 1e-6 * double(plan.total()));
 }
 
-inline std::string read_text(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-// A csv of a run that goes on: rows of steps that will be done again are dropped.
-class CsvLog {
- public:
-  CsvLog(const std::string& path, const std::string& header, uint64_t steps_done) : path_(path) {
-    std::istringstream old(steps_done ? read_text(path) : "");
-    std::string line, kept = header + "\n";
-    std::getline(old, line);
-    auto fields = [](const std::string& s) { return std::count(s.begin(), s.end(), ','); };
-    while (std::getline(old, line)) {
-      uint64_t step = std::strtoull(line.c_str(), nullptr, 10);
-      if (step > steps_done || step <= last_ || fields(line) != fields(header)) continue;
-      kept += line + "\n";
-      last_ = step;
-    }
-    SafeFile file(path);
-    file.write(kept);
-    file.commit();
-    file_.reset(std::fopen(path.c_str(), "a"));
-    if (!file_) fail("cannot write %s: %s", path.c_str(), std::strerror(errno));
-  }
-  // A row for `step`, unless there is one.
-  void row(uint64_t step, const std::string& text) {
-    if (step <= last_) return;
-    last_ = step;
-    if (std::fprintf(file_.get(), "%s\n", text.c_str()) < 0 || std::fflush(file_.get()) != 0)
-      fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
-  }
-
- private:
-  struct Close {
-    void operator()(FILE* f) const { std::fclose(f); }
-  };
-  std::string path_;
-  uint64_t last_ = 0;
-  std::unique_ptr<FILE, Close> file_;
-};
-
 // A run and its console: what is logged, validated, sampled and saved, and when.
 template <class T>
 class Run {
@@ -734,13 +927,24 @@ class Run {
     logged_ = first_ = trainer_.step;
     log_ = std::make_unique<CsvLog>(o_.out + "/log.csv", "step,loss,gradient_norm,lr", logged_);
     validation_ = std::make_unique<CsvLog>(o_.out + "/validation.csv", "step,loss", logged_);
+    if (o_.diagnose_every) {
+      const Diagnostics<T>& d = trainer_.diagnostics;  // nothing is measured yet: for the names
+      std::string header = diagnostics_header(d.read(device)[0], o_.model, d.samples);
+      diagnostics_ = std::make_unique<CsvLog>(o_.out + "/diagnostics.csv", header, logged_, 2);
+    }
   }
 
   int go() {
     for (int signal : {SIGINT, SIGTERM}) std::signal(signal, [](int) { interrupted = 1; });
     start_ = last_ = Time::now();
     while (trainer_.step < o_.steps && !interrupted) {
-      trainer_.train_step();
+      bool diagnose = o_.diagnose_every && (trainer_.step + 1) % o_.diagnose_every == 0;
+      trainer_.train_step(diagnose);
+      if (diagnose) {
+        const Diagnostics<T>& d = trainer_.diagnostics;
+        diagnostics_->row(trainer_.step,
+                          diagnostics_rows(trainer_.step, d.layers, d.read(trainer_.device)));
+      }
       if (trainer_.step == first_ + 1) print_memory();
       bool save = due(o_.save_every), check = due(o_.val_every), draw = due(o_.sample_every);
       if ((due(o_.log_every) || save || check || draw) && !log()) return 1;
@@ -767,8 +971,9 @@ class Run {
   Trainer<T> trainer_;
   const TrainOptions& o_;
   Dataset data_;
-  std::unique_ptr<CsvLog> log_, validation_;
+  std::unique_ptr<CsvLog> log_, validation_, diagnostics_;
   uint64_t first_, logged_, saved_ = ~uint64_t(0);
+  size_t reports_ = 0;
   Time::time_point start_, last_;
 
   bool due(size_t every) const { return every && trainer_.step % every == 0; }
@@ -815,6 +1020,7 @@ class Run {
       std::printf("%.3g GFLOP/s  ", 1e-9 * flops);
     std::printf("left %s\n", duration(left).c_str());
     std::fflush(stdout);
+    report_spike();
     last_ = Time::now();
     if (std::isfinite(loss) && std::isfinite(now.norm)) return true;
     std::fprintf(
@@ -823,6 +1029,19 @@ class Run {
         "nothing was saved since then. Lower --lr or use --residual mvsplit.\n",
         size_t(trainer_.step));
     return false;
+  }
+
+  // Write a report if there was a spike: five of a run, at least a hundred steps apart.
+  void report_spike() {
+    std::optional<Spike> spike = trainer_.spike();
+    if (!spike) return;
+    std::string path = o_.out + "/spike_" + padded(spike->step) + ".txt";
+    SafeFile file(path);
+    file.write(spike_report(*spike));
+    file.commit();
+    std::printf("step %6zu  norm %.3g, %.3g times its median: %s\n", size_t(spike->step),
+                spike->norm, spike->norm / spike->median, path.c_str());
+    trainer_.watch_spikes_from(++reports_ < 5 ? spike->step + spike_window : ~uint64_t(0));
   }
 
   double validate() {
@@ -864,24 +1083,33 @@ inline void fit_to_data(Config& model, const Dataset& data) {
 
 inline void check_options(const TrainOptions& o) {
   o.model.check();
-  auto require = [](bool good, const char* what) {
-    if (!good) fail("%s", what);
-  };
-  require(o.batch >= 1 && o.accumulate >= 1 && o.batch < 1 << 20 && o.accumulate < 1 << 20,
-          "--batch and --accumulate must be at least 1");
-  require(o.log_every >= 1 && o.log_every <= records, "--log-every must be from 1 to 1024");
-  require(o.dropout >= 0 && o.dropout <= 1, "--dropout must be a probability, from 0 to 1");
-  require(o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1");
-  require(o.time_shift > 0 && std::isfinite(o.time_shift), "--time-shift must be positive");
-  require(o.optimizer.lr > 0 && std::isfinite(o.optimizer.lr), "--lr must be positive");
   const Optimizer& a = o.optimizer;
-  require(std::isfinite(a.decay) && a.decay >= 0, "--weight-decay must be at least 0");
-  require(std::isfinite(a.clip) && a.clip >= 0, "--clip must be at least 0");
-  for (double gate :
-       {o.model.alpha, o.model.beta, o.model.lambda, o.model.writer_std, o.model.final_std})
-    require(std::isfinite(gate),
-            "--alpha, --beta, --lambda, --writer-std and --final-std must be finite");
-  require(o.val_images >= 1, "--val-images must be at least 1");
+  const Config& m = o.model;
+  double gates = m.alpha + m.beta + m.lambda + m.writer_std + m.final_std;  // finite if all are
+  struct {
+    bool good;
+    const char* what;
+  } rules[] = {
+      {o.batch >= 1 && o.accumulate >= 1 && o.batch < 1 << 20 && o.accumulate < 1 << 20,
+       "--batch and --accumulate must be at least 1"},
+      {o.log_every >= 1 && o.log_every <= records - spike_window,
+       "--log-every must be from 1 to 924"},
+      {o.dropout >= 0 && o.dropout <= 1, "--dropout must be a probability, from 0 to 1"},
+      {o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1"},
+      {o.time_shift > 0 && std::isfinite(o.time_shift), "--time-shift must be positive"},
+      {a.lr > 0 && std::isfinite(a.lr), "--lr must be positive"},
+      {a.decay >= 0 && std::isfinite(a.decay), "--weight-decay must be at least 0"},
+      {a.clip >= 0 && std::isfinite(a.clip), "--clip must be at least 0"},
+      {std::isfinite(gates),
+       "--alpha, --beta, --lambda, --writer-std and --final-std must be finite"},
+      {o.val_images >= 1, "--val-images must be at least 1"},
+      {o.diagnose_samples >= 1, "--diagnose-samples must be at least 1"},
+      {o.spike_factor == 0 || (o.spike_factor > 1 && std::isfinite(o.spike_factor)),
+       "--spike-factor must be 0 (off) or above 1"},
+  };
+  for (const auto& rule : rules)
+    if (!rule.good) fail("%s", rule.what);
+  chosen_layers(o);
 }
 
 template <class T>
@@ -1239,76 +1467,76 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
 // 8. The command line
 
 inline void add_model_options(CLI::App* app, Config& m) {
-  app->add_option("--depth", m.depth, "blocks")->capture_default_str();
-  app->add_option("--width", m.width, "channels D of a token")->capture_default_str();
-  app->add_option("--heads", m.heads, "attention heads")->capture_default_str();
-  app->add_option("--ffn", m.ffn, "width of the FFN")->capture_default_str();
-  app->add_option("--patch", m.patch, "pixels along a patch")->capture_default_str();
+  app->add_option("--depth", m.depth, "blocks");
+  app->add_option("--width", m.width, "channels D of a token");
+  app->add_option("--heads", m.heads, "attention heads");
+  app->add_option("--ffn", m.ffn, "width of the FFN");
+  app->add_option("--patch", m.patch, "pixels along a patch");
   app->add_option("--residual", m.residual,
                   "postnorm, layerscale, rezero, mvsplit, mvsplit-attention, mvsplit-ffn, "
-                  "mvsplit-noleak")
-      ->capture_default_str();
-  app->add_option("--alpha", m.alpha, "MV-Split's mean gate at the start")->capture_default_str();
-  app->add_option("--beta", m.beta, "MV-Split's centered gate at the start")->capture_default_str();
-  app->add_option("--lambda", m.lambda, "LayerScale's gate at the start")->capture_default_str();
-  app->add_option("--writer-std", m.writer_std, "W_O and W2 start as N(0, std^2)");
-  app->add_option("--final-std", m.final_std, "so does the final projection")
-      ->capture_default_str();
+                  "mvsplit-noleak");
+  app->add_option("--alpha", m.alpha, "MV-Split's mean gate at the start");
+  app->add_option("--beta", m.beta, "MV-Split's centered gate at the start");
+  app->add_option("--lambda", m.lambda, "LayerScale's gate at the start");
+  app->add_option("--writer-std", m.writer_std,
+                  "W_O and W2 start as N(0, std^2); -1: the mode's own");
+  app->add_option("--final-std", m.final_std, "so does the final projection");
   app->add_flag("!--no-patch-bias", m.patch_bias, "no bias in the patch embedding");
-  app->add_option("--norm-eps", m.norm_eps, "epsilon of the RMSNorms")->capture_default_str();
+  app->add_option("--norm-eps", m.norm_eps, "epsilon of the RMSNorms");
 }
 
 // Sizes that train reads off the data; for the subcommands that have none.
 inline void add_data_sizes(CLI::App* app, Config& m) {
-  app->add_option("--channels", m.channels, "channels of the image")->capture_default_str();
-  app->add_option("--height", m.height, "pixels")->capture_default_str();
-  app->add_option("--image-width", m.image_width, "pixels")->capture_default_str();
-  app->add_option("--text-tokens", m.text_tokens, "tokens of a caption")->capture_default_str();
-  app->add_option("--text-dim", m.text_dim, "numbers of a text token")->capture_default_str();
+  app->add_option("--channels", m.channels, "channels of the image");
+  app->add_option("--height", m.height, "pixels");
+  app->add_option("--image-width", m.image_width, "pixels");
+  app->add_option("--text-tokens", m.text_tokens, "tokens of a caption");
+  app->add_option("--text-dim", m.text_dim, "numbers of a text token");
 }
 
 inline void add_train_options(CLI::App* app, TrainOptions& o) {
   add_model_options(app, o.model);
-  app->add_option("--batch", o.batch, "images of a forward pass")->capture_default_str();
-  app->add_option("--accumulate", o.accumulate, "passes of a step")->capture_default_str();
-  app->add_option("--steps", o.steps, "steps, from the start of the run")->capture_default_str();
-  app->add_option("--lr", o.optimizer.lr, "learning rate after warm-up")->capture_default_str();
-  app->add_option("--warmup", o.optimizer.warmup, "steps of warm-up")->capture_default_str();
-  app->add_option("--weight-decay", o.optimizer.decay, "of matrices")->capture_default_str();
-  app->add_option("--clip", o.optimizer.clip, "largest gradient norm; 0: none")
-      ->capture_default_str();
+  app->add_option("--batch", o.batch, "images of a forward pass");
+  app->add_option("--accumulate", o.accumulate, "passes of a step");
+  app->add_option("--steps", o.steps, "steps, from the start of the run");
+  app->add_option("--lr", o.optimizer.lr, "learning rate after warm-up");
+  app->add_option("--warmup", o.optimizer.warmup, "steps of warm-up");
+  app->add_option("--weight-decay", o.optimizer.decay, "of matrices");
+  app->add_option("--clip", o.optimizer.clip, "largest gradient norm; 0: none");
   app->add_option("--recompute", o.recompute,
-                  "0: keep all activations; k: a checkpoint every k blocks")
-      ->capture_default_str();
-  app->add_option("--dropout", o.dropout, "share of captions left out")->capture_default_str();
-  app->add_option("--time-shift", o.time_shift, "a in t' = a t / (1 + (a-1) t)")
-      ->capture_default_str();
-  app->add_option("--ema", o.ema, "decay of the weights' average; 0: none")->capture_default_str();
-  app->add_option("--seed", o.seed, "of everything random")->capture_default_str();
-  app->add_option("--data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs")
-      ->capture_default_str();
+                  "0: keep all activations; k: a checkpoint every k blocks");
+  app->add_option("--dropout", o.dropout, "share of captions left out");
+  app->add_option("--time-shift", o.time_shift, "a in t' = a t / (1 + (a-1) t)");
+  app->add_option("--ema", o.ema, "decay of the weights' average; 0: none");
+  app->add_option("--seed", o.seed, "of everything random");
+  app->add_option("--data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
+  app->add_option("--diagnose-every", o.diagnose_every, "steps a row of diagnostics.csv; 0: none");
+  app->add_option("--diagnose-layers", o.diagnose_layers,
+                  "0,99,199 or all; default: five, from the first to the last")
+      ->delimiter(',');
+  app->add_option("--diagnose-samples", o.diagnose_samples, "of a batch, to measure");
+  app->add_option("--spike-factor", o.spike_factor,
+                  "report a gradient norm this many times its running median; 0: never");
 }
 
 inline void add_machine_options(CLI::App* app, Machine& machine) {
   app->add_option("--device", machine.device, "where")
-      ->check(CLI::IsMember({"auto", "cpu", "gpu"}))
-      ->capture_default_str();
+      ->check(CLI::IsMember({"auto", "cpu", "gpu"}));
   app->add_option("--precision", machine.precision,
                   "of storage; auto: bf16 on a GPU, fp32 on a CPU")
-      ->check(CLI::IsMember({"auto", "fp64", "fp32", "bf16"}))
-      ->capture_default_str();
+      ->check(CLI::IsMember({"auto", "fp64", "fp32", "bf16"}));
 }
 
 inline CLI::App* add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
   CLI::App* sub = app.add_subcommand("train", "train a model");
   add_train_options(sub, o);
-  sub->add_option("--out", o.out, "folder of the run")->capture_default_str();
+  sub->add_option("--out", o.out, "folder of the run");
   sub->add_flag("--resume", o.resume, "go on from --out, if there is a run in it");
-  sub->add_option("--val-images", o.val_images, "held-out images")->capture_default_str();
-  sub->add_option("--log-every", o.log_every, "steps a line")->capture_default_str();
-  sub->add_option("--val-every", o.val_every, "steps; 0: at the end")->capture_default_str();
-  sub->add_option("--save-every", o.save_every, "steps; 0: at the end")->capture_default_str();
-  sub->add_option("--sample-every", o.sample_every, "steps; 0: at the end")->capture_default_str();
+  sub->add_option("--val-images", o.val_images, "held-out images");
+  sub->add_option("--log-every", o.log_every, "steps a line");
+  sub->add_option("--val-every", o.val_every, "steps; 0: at the end");
+  sub->add_option("--save-every", o.save_every, "steps; 0: at the end");
+  sub->add_option("--sample-every", o.sample_every, "steps; 0: at the end");
   sub->add_option("--columns", o.columns, "images of a row")->check(CLI::Range(1, 1000));
   add_machine_options(sub, machine);
   return sub;
@@ -1320,14 +1548,12 @@ inline CLI::App* add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
   sub->add_option("--prompt", o.prompts, "what to draw; with --data, a caption's number")
       ->required();
   sub->add_option("--data", o.data, "take captions from this data set");
-  sub->add_option("--out", o.out, ".png, or .safetensors for raw numbers")->capture_default_str();
+  sub->add_option("--out", o.out, ".png, or .safetensors for raw numbers");
   sub->add_option("--columns", o.columns, "images of a row")->check(CLI::Range(1, 1000));
-  sub->add_option("--steps", o.steps, "Euler steps")
-      ->check(CLI::Range(1, 100000))
-      ->capture_default_str();
-  sub->add_option("--cfg", o.guidance, "guidance; 1: none")->capture_default_str();
+  sub->add_option("--steps", o.steps, "Euler steps")->check(CLI::Range(1, 100000));
+  sub->add_option("--cfg", o.guidance, "guidance; 1: none");
   sub->add_option("--time-shift", o.time_shift, "default: as trained");
-  sub->add_option("--seed", o.seed, "of the noise")->capture_default_str();
+  sub->add_option("--seed", o.seed, "of the noise");
   sub->add_option("--batch", o.batch, "images at once")->check(CLI::Range(1, 100000));
   sub->add_option("--heads", o.heads, "if the file does not say");
   sub->add_option("--size", o.size, "pixels a side, if the file does not say");
@@ -1356,12 +1582,11 @@ inline CLI::App* add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& mach
   CLI::App* sub = app.add_subcommand("gradcheck", "gradients of the whole network by differences");
   add_model_options(sub, o.model);
   add_data_sizes(sub, o.model);
-  sub->add_option("--batch", o.batch)->check(CLI::Range(1, 1024))->capture_default_str();
-  sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks")->capture_default_str();
-  sub->add_option("--step", o.step, "of the differences, relative to the values")
-      ->capture_default_str();
-  sub->add_option("--tolerance", o.tolerance, "largest relative error")->capture_default_str();
-  sub->add_option("--seed", o.seed)->capture_default_str();
+  sub->add_option("--batch", o.batch)->check(CLI::Range(1, 1024));
+  sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks");
+  sub->add_option("--step", o.step, "of the differences, relative to the values");
+  sub->add_option("--tolerance", o.tolerance, "largest relative error");
+  sub->add_option("--seed", o.seed);
   sub->add_option("--device", machine.device, "where")
       ->check(CLI::IsMember({"auto", "cpu", "gpu"}));
   return sub;
@@ -1371,9 +1596,9 @@ inline CLI::App* add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Mach
   CLI::App* sub = app.add_subcommand("plan", "bytes and FLOP of a step, without taking them");
   add_train_options(sub, o);
   add_data_sizes(sub, o.model);
-  sub->add_option("--images", sizes.images, "training images")->capture_default_str();
-  sub->add_option("--captions", sizes.captions, "different captions")->capture_default_str();
-  sub->add_option("--val-images", o.val_images, "held-out images")->capture_default_str();
+  sub->add_option("--images", sizes.images, "training images");
+  sub->add_option("--captions", sizes.captions, "different captions");
+  sub->add_option("--val-images", o.val_images, "held-out images");
   add_machine_options(sub, machine);
   return sub;
 }
@@ -1391,6 +1616,7 @@ inline void refuse_negatives(CLI::App& app) {
 // Parse and run. Returns the exit status: 0, 1 if a check or the training failed, 2 for bad input.
 inline int command(int argc, const char* const* argv) {
   CLI::App app{"MV-Split: 1000-layer diffusion transformers with mean-variance split residuals"};
+  app.option_defaults()->always_capture_default();
   app.set_config("--config", "", "options from a file: [train] depth = 400 ...");
   app.allow_config_extras(CLI::config_extras_mode::error);
   app.require_subcommand(1);

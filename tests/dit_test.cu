@@ -1144,3 +1144,277 @@ TEST(Statement, Eq39_WriterGradientsOutliveTheValues) {
     for (const auto& w : split.run()) EXPECT_LE(norm(w.dW), 1e-13);
   }
 }
+
+// ---------------------------------------------------------------------------------------------
+// Diagnostics
+
+// Row-stochastic matrices (batch, n, n); with `sink`, all tokens look mostly at number 0.
+std::vector<double> stochastic(size_t batch, size_t n, double spread, bool sink) {
+  std::vector<double> a = random_values(batch * n * n, 40, spread);
+  for (size_t row = 0; row < batch * n; ++row) {
+    double sum = 0;
+    for (size_t j = 0; j < n; ++j) {
+      double& x = a[row * n + j];
+      sum += x = std::exp(x + (sink && j == 0 ? 5 + 0.2 * x : 0));
+    }
+    for (size_t j = 0; j < n; ++j) a[row * n + j] /= sum;
+  }
+  return a;
+}
+// L A R with L, R either P or the identity.
+std::vector<double> projected(const double* a, size_t n, bool left, bool right) {
+  std::vector<double> m(a, a + n * n);
+  for (size_t i = 0; i < n && left; ++i) {
+    double sum = 0;
+    for (size_t k = 0; k < n; ++k) sum += m[k * n + i];
+    for (size_t k = 0; k < n; ++k) m[k * n + i] -= sum / double(n);
+  }
+  for (size_t i = 0; i < n && right; ++i) {
+    double sum = 0;
+    for (size_t k = 0; k < n; ++k) sum += m[i * n + k];
+    for (size_t k = 0; k < n; ++k) m[i * n + k] -= sum / double(n);
+  }
+  return m;
+}
+
+template <class A>
+std::vector<double> centered_norms_of(Device& device, const std::vector<double>& matrices,
+                                      size_t batch, size_t n) {
+  Tensor a = Tensor::of<A>(device, matrices.size()), c = Tensor::of<A>(device, matrices.size());
+  Tensor m = Tensor::of<A>(device, matrices.size()), x = Tensor::of<A>(device, batch * 2 * n);
+  Tensor norms = Tensor::of<double>(device, batch);
+  a.set(matrices);
+  centered_norms(device, norms.data<double>(), a.data<A>(), c.data<A>(), m.data<A>(), x.data<A>(),
+                 batch, n);
+  return norms.get();
+}
+
+// Against singular values of the whole P A P. Power iteration is a lower bound, and slow where the
+// two largest singular values are close.
+TEST(Diagnostics, PowerIterationFindsTheNormOfPAP) {
+  for (Device* device : devices())
+    for (size_t n : {5, 40, 72})
+      for (double spread : {0.1, 1.0, 3.0})
+        for (bool sink : {false, true}) {
+          std::vector<double> a = stochastic(3, n, spread, sink);
+          std::vector<double> norms = centered_norms_of<double>(*device, a, 3, n);
+          std::vector<double> rough = centered_norms_of<float>(*device, a, 3, n);
+          for (size_t b = 0; b < 3; ++b) {
+            const double* matrix = &a[b * n * n];
+            double exact = spectral_norm(projected(matrix, n, true, true), n);
+            double error = norms[b] / exact - 1;
+            EXPECT_LE(error, 1e-12) << "a lower bound";
+            EXPECT_GE(error, -1e-4) << n << " tokens, spread " << spread << " sink " << sink;
+            EXPECT_NEAR(rough[b] / norms[b], 1, 1e-4);
+            EXPECT_NEAR(spectral_norm(projected(matrix, n, true, false), n) / exact, 1, 1e-12)
+                << "P A = P A P";
+            if (!sink) continue;
+            EXPECT_GT(spectral_norm(projected(matrix, n, false, true), n) / exact, 1.01)
+                << "without the left P";
+          }
+        }
+}
+
+// Arrays of one block as the observer saw them, in plain doubles.
+struct Seen {
+  std::vector<double> X, F, qkv, y, delta;
+};
+
+struct Energies {
+  double mean, centered;
+  double total() const { return mean + centered; }
+};
+Energies energies(const double* x, size_t n, size_t D) {
+  Energies e{0, 0};
+  for (size_t d = 0; d < D; ++d) {
+    double mean = 0;
+    for (size_t t = 0; t < n; ++t) mean += x[t * D + d] / double(n);
+    e.mean += double(n) * mean * mean;
+    for (size_t t = 0; t < n; ++t) e.centered += (x[t * D + d] - mean) * (x[t * D + d] - mean);
+  }
+  return e;
+}
+
+// rho, tr, vargain and tcs of one sample, by their definitions.
+std::vector<double> plain_states(const double* X, const double* F, size_t n, size_t D) {
+  Energies x = energies(X, n, D), f = energies(F, n, D);
+  double cosines = 0;
+  for (size_t t = 0; t < n; ++t)
+    for (size_t s = 0; s < n; ++s) {
+      double ts = 0, tt = 0, ss = 0;
+      for (size_t d = 0; d < D; ++d) {
+        ts += X[t * D + d] * X[s * D + d];
+        tt += X[t * D + d] * X[t * D + d], ss += X[s * D + d] * X[s * D + d];
+      }
+      if (s != t) cosines += ts / std::sqrt(tt * ss) / double(n * (n - 1));
+    }
+  return {std::sqrt(x.mean / x.centered), std::sqrt(f.total() / x.total()),
+          std::sqrt(f.centered / x.centered), cosines};
+}
+
+// mu_eff, row diversity, retention and leakage of one head of one sample.
+std::vector<double> plain_attention(const double* X, const double* qkv, Heads h, size_t head,
+                                    size_t D) {
+  size_t n = h.length;
+  std::vector<double> a(n * n), centered = {X, X + n * D}, moved(n * D);
+  for (size_t i = 0; i < n; ++i) {
+    double sum = 0;
+    for (size_t j = 0; j < n; ++j) {
+      for (size_t k = 0; k < h.dim; ++k)
+        a[i * n + j] += qkv[(i * 3 * h.heads + head) * h.dim + k] *
+                        qkv[((j * 3 + 1) * h.heads + head) * h.dim + k];
+      sum += a[i * n + j] = std::exp(a[i * n + j] / std::sqrt(double(h.dim)));
+    }
+    for (size_t j = 0; j < n; ++j) a[i * n + j] /= sum;
+  }
+  for (size_t d = 0; d < D; ++d) {
+    double mean = 0;
+    for (size_t t = 0; t < n; ++t) mean += X[t * D + d] / double(n);
+    for (size_t t = 0; t < n; ++t) centered[t * D + d] -= mean;
+  }
+  for (size_t i = 0; i < n; ++i)
+    for (size_t j = 0; j < n; ++j)
+      for (size_t d = 0; d < D; ++d) moved[i * D + d] += a[i * n + j] * centered[j * D + d];
+  Energies A = energies(a.data(), n, n), z = energies(moved.data(), n, D);
+  double before = energies(X, n, D).centered;
+  return {spectral_norm(projected(a.data(), n, true, true), n), std::sqrt(A.centered / A.total()),
+          std::sqrt(z.centered / before), std::sqrt(z.mean / before)};
+}
+
+// A network of four layers and three samples, of which two are measured in layers 1 and 3.
+template <class T>
+struct Diagnosed {
+  Filled<T> filled;
+  Diagnostics<T> diagnostics;
+  std::unique_ptr<Slab> slab;
+  std::map<std::pair<size_t, int>, Seen> seen;
+  std::vector<Acc<T>> gradients;
+
+  Diagnosed(Device& device, const Config& config, size_t recompute, bool all = true)
+      : filled(device, config, 3, recompute), diagnostics(config, {1, 3}, 2) {
+    Carver count;
+    diagnostics.lay(count);
+    slab = std::make_unique<Slab>(device, count.used);
+    Carver carver{slab->data};
+    diagnostics.lay(carver);
+    Network<T>& net = *filled.net;
+    net.forward(3);
+    net.backward(3, false, true,
+                 [&](size_t block, int writer, const BlockSaved<T>& s, const T* delta) {
+                   diagnostics.observe(device, block, writer, s, delta, all);
+                   see(device, seen[{block, writer}], writer, s, delta);
+                 });
+    diagnostics.gradients(device, locate<Acc<T>>(config, net.table, net.gradients()));
+    gradients.resize(net.table.size);
+    device.download(gradients.data(), net.gradients(), gradients.size() * sizeof(Acc<T>));
+  }
+
+  void see(Device& device, Seen& to, int writer, const BlockSaved<T>& s, const T* delta) {
+    const Config& c = filled.net->config;
+    size_t rows = 3 * c.tokens();
+    auto keep = [&](std::vector<double>& out, const T* from, size_t width) {
+      std::vector<T> host(rows * width);
+      device.download(host.data(), from, host.size() * sizeof(T));
+      out.assign(host.begin(), host.end());
+    };
+    keep(to.X, writer ? s.X1 : s.X, c.width), keep(to.F, writer ? s.F2 : s.F1, c.width);
+    keep(to.qkv, s.qkv, 3 * c.width), keep(to.delta, delta, c.width);
+    keep(to.y, writer ? s.hidden : s.Y, writer ? c.ffn : c.width);
+  }
+
+  std::map<std::string, double> readings(Device& device, size_t slot) const {
+    std::map<std::string, double> values;
+    auto rows = diagnostics.read(device);
+    for (const Reading& r : rows[slot]) values[r.name] = r.value;
+    return values;
+  }
+};
+
+template <class T>
+void check_diagnostics(Device& device, double tolerance) {
+  Config config = small(4);
+  Diagnosed<T> d(device, config, 3);
+  size_t n = config.tokens(), D = config.width, squares = D * D;
+  for (size_t slot = 0; slot < 2; ++slot) {
+    size_t layer = d.diagnostics.layers[slot];
+    std::map<std::string, double> got = d.readings(device, slot), want;
+    for (int writer : {0, 1}) {
+      const Seen& s = d.seen.at({layer, writer});
+      std::string branch = writer ? "ffn_" : "attention_";
+      const char* names[] = {"rho", "tr", "vargain", "tcs"};
+      for (size_t b = 0; b < 2; ++b) {
+        std::vector<double> values = plain_states(&s.X[b * n * D], &s.F[b * n * D], n, D);
+        for (size_t i = 0; i < 4; ++i) want[branch + names[i]] += values[i] / 2;
+        // The writers' modes have their own test: here, that y and delta belong to the layer.
+        size_t width = writer ? config.ffn : D;
+        double energy =
+            energies(&s.y[b * n * width], n, width).mean * energies(&s.delta[b * n * D], n, D).mean;
+        want[branch + "g_mean"] += std::sqrt(energy) / 2;
+      }
+    }
+    const Seen& s = d.seen.at({layer, 0});
+    const char* names[] = {"mu_eff", "row_diversity", "retention", "leakage"};
+    Heads h{2, n, config.heads, config.head_dim()};
+    for (size_t b = 0; b < 2; ++b)
+      for (size_t head = 0; head < h.heads; ++head) {
+        std::vector<double> values =
+            plain_attention(&s.X[b * n * D], &s.qkv[b * n * 3 * D], h, head, D);
+        for (size_t i = 0; i < 4; ++i) want[names[i]] += values[i] / double(2 * h.heads);
+        want["mu_eff_max"] = std::max(want["mu_eff_max"], values[0]);
+      }
+    const Table& table = d.filled.net->table;
+    for (const char* part : {"q", "k"}) {
+      std::string name = "blocks." + std::to_string(layer) + ".operator." + part + "_proj.weight";
+      const Acc<T>* gradient = &d.gradients[table.at(name).offset];
+      double sum = 0;
+      for (size_t i = 0; i < squares; ++i) sum += double(gradient[i]) * double(gradient[i]);
+      want[part + std::string("_grad_rms")] = std::sqrt(sum / double(squares));
+    }
+    EXPECT_EQ(got.size(), 27u);
+    for (const auto& [name, value] : want) {
+      bool power = name.rfind("mu_eff", 0) == 0;
+      EXPECT_NEAR(got.at(name) / value, 1, power ? 1e-4 : tolerance) << name << " layer " << layer;
+    }
+    for (const auto& [name, value] : got) EXPECT_TRUE(std::isfinite(value)) << name;
+    EXPECT_GT(std::abs(got.at("mu_eff") / got.at("mu_eff_max") - 1), 1e-3);
+    // What the check would not miss: 1 counted among the cosines, nothing centered, two exchanges.
+    double tokens = double(n);
+    const std::pair<const char*, double> wrong[] = {
+        {"attention_tcs", want["attention_tcs"] * (tokens - 1) / tokens + 1 / tokens},
+        {"retention", std::hypot(want["retention"], want["leakage"])},
+        {"row_diversity", 1},
+        {"attention_rho", want["ffn_rho"]},
+        {"q_grad_rms", want["k_grad_rms"]},
+    };
+    for (const auto& [name, value] : wrong)
+      EXPECT_GT(std::abs(got.at(name) / value - 1), 10 * tolerance) << name;
+  }
+  EXPECT_NE(d.readings(device, 0), d.readings(device, 1));
+}
+TEST(Diagnostics, ReadingsFollowTheirDefinitions) {
+  for (Device* device : devices()) {
+    SCOPED_TRACE(device->name);
+    check_diagnostics<double>(*device, 1e-11);
+    check_diagnostics<float>(*device, 1e-4);
+    check_diagnostics<bf16>(*device, 1e-4);
+  }
+}
+
+// The observer sees the same numbers with and without recomputation, and changes none.
+template <class T>
+void check_bits(Device& device) {
+  Config config = small(4);
+  std::vector<Acc<T>> plain = Filled<T>(device, config, 3, 0).run();
+  plain.resize(parameter_table(config).size);
+  Diagnosed<T> kept(device, config, 0), replayed(device, config, 1), some(device, config, 0, false);
+  for (const Diagnosed<T>* d : {&kept, &replayed, &some})
+    EXPECT_TRUE(same_bits(plain, d->gradients));
+  EXPECT_EQ(kept.readings(device, 0), replayed.readings(device, 0));
+  EXPECT_EQ(kept.readings(device, 1).at("ffn_g_ctr"), some.readings(device, 1).at("ffn_g_ctr"));
+}
+TEST(Diagnostics, ChangeNoBitOfTheGradients) {
+  for (Device* device : devices()) {
+    SCOPED_TRACE(device->name);
+    check_bits<double>(*device), check_bits<float>(*device), check_bits<bf16>(*device);
+  }
+}

@@ -285,7 +285,253 @@ TEST(Tokens, KnowTheirSegments) {
     EXPECT_EQ(t.segment_of(row), row / 7 * 2 + (row % 7 >= 5)) << row;
 }
 
-// The reference for mu_eff. M = U diag(s) V with reflections U, V has the singular values s.
+// ---------------------------------------------------------------------------------------------
+// Measuring
+
+// A (T, D) array in plain doubles, with the operations of section 1 spelled out.
+struct Plain {
+  size_t T, D;
+  std::vector<double> x;
+
+  double at(size_t t, size_t d) const { return x[t * D + d]; }
+  // J X over tokens [begin, end), X elsewhere.
+  Plain averaged(size_t begin, size_t end) const {
+    Plain out = *this;
+    for (size_t d = 0; d < D; ++d) {
+      double sum = 0;
+      for (size_t t = begin; t < end; ++t) sum += at(t, d);
+      for (size_t t = begin; t < end; ++t) out.x[t * D + d] = sum / double(end - begin);
+    }
+    return out;
+  }
+  Plain operator-(const Plain& other) const {
+    Plain out = *this;
+    for (size_t i = 0; i < x.size(); ++i) out.x[i] -= other.x[i];
+    return out;
+  }
+  double squares() const {
+    double sum = 0;
+    for (double v : x) sum += v * v;
+    return sum;
+  }
+};
+
+// |sum_t delta_t y_t^T|_F, through the (D, n) matrix.
+double writer_norm(const Plain& delta, const Plain& y) {
+  double squares = 0;
+  for (size_t d = 0; d < delta.D; ++d)
+    for (size_t i = 0; i < y.D; ++i) {
+      double sum = 0;
+      for (size_t t = 0; t < y.T; ++t) sum += delta.at(t, d) * y.at(t, i);
+      squares += sum * sum;
+    }
+  return std::sqrt(squares);
+}
+
+// WriterModes by the definitions: dW = delta^T y with J and P put in, cosines token by token.
+WriterModes plain_modes(const Plain& y, const Plain& delta, size_t image) {
+  size_t T = y.T;
+  auto global = [&](const Plain& x) { return x.averaged(0, T); };
+  auto segments = [&](const Plain& x) { return x.averaged(0, image).averaged(image, T); };
+  std::vector<double> w(T);
+  auto row_norm = [](const Plain& x, size_t t) {
+    double sum = 0;
+    for (size_t d = 0; d < x.D; ++d) sum += x.at(t, d) * x.at(t, d);
+    return std::sqrt(sum);
+  };
+  auto cosine = [&](const Plain& x, size_t t, size_t s) {
+    double sum = 0;
+    for (size_t d = 0; d < x.D; ++d) sum += x.at(t, d) * x.at(s, d);
+    return sum / (row_norm(x, t) * row_norm(x, s));
+  };
+  double w2 = 0, above = 0, below = 0;
+  for (size_t t = 0; t < T; ++t) w[t] = row_norm(y, t) * row_norm(delta, t), w2 += w[t] * w[t];
+  for (size_t t = 0; t < T; ++t)
+    for (size_t s = 0; s < T; ++s)
+      if (s != t) {
+        above += w[t] * w[s] * std::abs(cosine(y, t, s) * cosine(delta, t, s));
+        below += w[t] * w[s];
+      }
+  WriterModes m;
+  m.mean = writer_norm(global(delta), global(y));
+  m.centered = writer_norm(delta - global(delta), y - global(y));
+  m.segment_mean = writer_norm(segments(delta), segments(y));
+  m.segment_centered = writer_norm(delta - segments(delta), y - segments(y));
+  m.amplification = std::pow(writer_norm(delta, y), 2) / w2;
+  m.coherence = above / below;
+  return m;
+}
+
+double worst_difference(const WriterModes& a, const WriterModes& b) {
+  double worst = 0;
+  for (auto field :
+       {&WriterModes::mean, &WriterModes::centered, &WriterModes::segment_mean,
+        &WriterModes::segment_centered, &WriterModes::amplification, &WriterModes::coherence}) {
+    double difference = std::abs(a.*field - b.*field) / std::abs(b.*field);
+    worst = std::isfinite(difference) ? std::max(worst, difference) : HUGE_VAL;
+  }
+  return worst;
+}
+
+// A writer with tokens that share a direction (`offset` times as long as the rest) and differ in
+// magnitude.
+template <class T>
+struct Writer {
+  Tokens tokens;
+  size_t n, D;
+  Tensor y, delta;
+
+  Writer(Device& device, Tokens t, size_t in, size_t out, double offset)
+      : tokens(t),
+        n(in),
+        D(out),
+        y(Tensor::of<T>(device, t.rows() * in)),
+        delta(Tensor::of<T>(device, t.rows() * out)) {
+    auto fill = [&](Tensor& x, size_t channels, uint64_t seed) {
+      std::vector<double> values = random_values(x.count(), seed);
+      for (size_t i = 0; i < values.size(); ++i) {
+        size_t row = i / channels;
+        values[i] += offset * gaussian(seed + 1, streams::check, i % channels);
+        values[i] *= 1 + double(row % 5) + (row % t.length() < t.image ? 0 : 2);
+      }
+      x.set(values);
+    };
+    fill(y, n, 20), fill(delta, D, 30);
+  }
+  Plain plain(const Tensor& x, size_t channels, size_t b) const {
+    std::vector<double> all = x.get();
+    auto from = all.begin() + ptrdiff_t(b * tokens.length() * channels);
+    return {tokens.length(), channels, {from, from + ptrdiff_t(tokens.length() * channels)}};
+  }
+  std::vector<WriterModes> modes(Device& device) const {
+    WriterScratch<Acc<T>> scratch;
+    Carver count;
+    scratch.lay(count, tokens, n, D);
+    Slab slab(device, count.used), out(device, tokens.batch * sizeof(WriterModes));
+    Carver carver{slab.data};
+    scratch.lay(carver, tokens, n, D);
+    auto* modes = reinterpret_cast<WriterModes*>(out.data);
+    writer_modes(device, modes, scratch, y.data<T>(), delta.data<T>(), tokens, n, D);
+    std::vector<WriterModes> host(tokens.batch);
+    device.download(host.data(), modes, host.size() * sizeof(WriterModes));
+    return host;
+  }
+};
+
+const Tokens some_tokens[] = {{2, 5, 3}, {3, 37, 11}, {1, 6, 0}};
+
+// In bf16 too: the reference starts from the rounded numbers.
+template <class T>
+void check_modes(Device& device, double offset, double tolerance) {
+  for (Tokens tokens : some_tokens) {
+    Writer<T> writer(device, tokens, 24, 12, offset);
+    std::vector<WriterModes> got = writer.modes(device);
+    for (size_t b = 0; b < tokens.batch; ++b) {
+      Plain y = writer.plain(writer.y, 24, b), delta = writer.plain(writer.delta, 12, b);
+      EXPECT_LE(worst_difference(got[b], plain_modes(y, delta, tokens.image)), tolerance)
+          << device.name << ", " << tokens.image << " image tokens, offset " << offset;
+    }
+  }
+}
+TEST(WriterModes, AgreeWithTheMatrices) {
+  for (Device* device : devices()) {
+    check_modes<double>(*device, 0.5, 1e-12);
+    check_modes<float>(*device, 0.5, 1e-5);
+    check_modes<bf16>(*device, 0.5, 1e-5);
+    // Tokens that are alike to one part in 300: centering the Gram matrices would lose G_ctr.
+    check_modes<double>(*device, 300, 1e-9);
+    check_modes<float>(*device, 300, 1e-3);
+  }
+}
+
+TEST(WriterModes, WrongDefinitionsAreRejected) {
+  Device& device = *devices()[0];
+  Tokens tokens{1, 37, 11};
+  Writer<double> writer(device, tokens, 24, 12, 0.5);
+  WriterModes got = writer.modes(device)[0];
+  Plain y = writer.plain(writer.y, 24, 0), delta = writer.plain(writer.delta, 12, 0);
+  WriterModes right = plain_modes(y, delta, tokens.image);
+  ASSERT_LE(worst_difference(got, right), 1e-12);
+  auto rejects = [&](double WriterModes::*field, double wrong, const char* what) {
+    WriterModes changed = right;
+    changed.*field = wrong;
+    EXPECT_GT(worst_difference(got, changed), 1e-3) << what;
+  };
+  size_t T = y.T;
+  Plain ym = y.averaged(0, T), dm = delta.averaged(0, T);
+  rejects(&WriterModes::mean, right.segment_mean, "a mean a segment for the global one");
+  rejects(&WriterModes::segment_mean, right.mean, "the global mean for one a segment");
+  rejects(&WriterModes::centered, right.segment_centered, "centered by segment");
+  rejects(&WriterModes::mean, right.mean / double(T), "T forgotten");
+  rejects(&WriterModes::centered, writer_norm(delta, y), "nothing centered");
+  auto feature_mean = [](Plain x) {
+    Plain turned{x.D, x.T, std::vector<double>(x.x.size())};
+    for (size_t i = 0; i < x.x.size(); ++i) turned.x[i % x.D * x.T + i / x.D] = x.x[i];
+    turned = turned.averaged(0, x.D);
+    for (size_t i = 0; i < x.x.size(); ++i) x.x[i] = turned.x[i % x.D * x.T + i / x.D];
+    return x;
+  };
+  rejects(&WriterModes::mean, writer_norm(feature_mean(delta), feature_mean(y)),
+          "a mean over channels");
+  rejects(&WriterModes::amplification,
+          std::pow(writer_norm(delta, y), 2) / (delta.squares() * y.squares()),
+          "A against all pairs of tokens");
+  Plain unit_y = y, unit_delta = delta;  // all magnitudes alike: khat without weights
+  for (Plain* x : {&unit_y, &unit_delta})
+    for (size_t t = 0; t < T; ++t) {
+      double squares = 0;
+      for (size_t d = 0; d < x->D; ++d) squares += x->at(t, d) * x->at(t, d);
+      for (size_t d = 0; d < x->D; ++d) x->x[t * x->D + d] /= std::sqrt(squares);
+    }
+  rejects(&WriterModes::coherence, plain_modes(unit_y, unit_delta, tokens.image).coherence,
+          "khat without weights");
+}
+
+// (31)-(32): |A - 1| <= (T - 1) khat, whatever the magnitudes. Without the weights it is false: of
+// twelve tokens two are large and alike, the others orthogonal to all.
+TEST(WriterModes, AlignmentStaysUnderItsEnvelope) {
+  size_t T = 12, n = 24, D = 12;
+  for (double magnitude : {1.0, 10.0, 1000.0}) {
+    Writer<double> writer(*devices()[0], {1, 9, 3}, n, D, 0);
+    std::vector<double> y(T * n), delta(T * D);
+    for (size_t t = 0; t < T; ++t)
+      y[t * n + max_<size_t>(t, 1)] = delta[t * D + max_<size_t>(t, 1)] = 1;
+    for (size_t t : {0, 1}) y[t * n + 1] = delta[t * D + 1] = magnitude;
+    writer.y.set(y), writer.delta.set(delta);
+    WriterModes m = writer.modes(*devices()[0])[0];
+    double w = magnitude * magnitude;  // the two; the others' is 1
+    EXPECT_NEAR(m.amplification - 1, 2 * w * w / (2 * w * w + 10), 1e-12);
+    EXPECT_LE(m.amplification - 1, double(T - 1) * m.coherence * (1 + 1e-12));
+    double plain = 2 / double(T * (T - 1));  // one pair of 66 has |M_ts| = 1, the others 0
+    EXPECT_EQ(m.amplification - 1 <= double(T - 1) * plain + 1e-12, magnitude == 1);
+  }
+}
+
+template <class T>
+void check_energies(Device& device, double tolerance) {
+  size_t n = 19, D = 37, batch = 3;
+  Tensor x = Tensor::random<T>(device, batch * n * D, 5),
+         out = Tensor::of<double>(device, 2 * batch);
+  std::vector<double> values = x.get();
+  const T* data = x.data<T>();
+  matrix_energies(device, out.data<double>(), data, batch, n, D);
+  for (size_t b = 0; b < batch; ++b) {
+    Plain X{
+        n, D, {values.begin() + ptrdiff_t(b * n * D), values.begin() + ptrdiff_t((b + 1) * n * D)}};
+    Plain mean = X.averaged(0, n);
+    EXPECT_NEAR(out.get()[2 * b], mean.squares(), tolerance * X.squares());
+    EXPECT_NEAR(out.get()[2 * b + 1], (X - mean).squares(), tolerance * X.squares());
+  }
+}
+TEST(SplitEnergies, AreThoseOfTheProjections) {
+  for (Device* device : devices()) {
+    check_energies<double>(*device, 1e-14);
+    check_energies<float>(*device, 1e-6);
+    check_energies<bf16>(*device, 1e-6);
+  }
+}
+
+// The reference for mu_eff. M = U diag(s) V with U, V reflections I - 2 u u^T has singular values s.
 TEST(Check, SingularValuesOfAKnownMatrix) {
   for (size_t n : {1, 6, 90}) {
     std::vector<double> s(n), m(n * n);

@@ -593,6 +593,7 @@ TEST_F(TrainTest, TakesWhatThePlanSaysAndNothingLater) {
       for (double ema : {0.0, 0.9}) {
         TrainOptions o = options();
         o.recompute = recompute, o.ema = ema, o.accumulate = 2;
+        o.spike_factor = ema > 0 ? 5 : 0, o.diagnose_every = recompute;
         Trainer<T> t(device, o, data_, held_out_);
         DataSizes sizes{data_.images, held_out_.images, data_.captions};
         EXPECT_EQ(device.allocated, training_plan<T>(o, sizes, device.gpu).total());
@@ -601,11 +602,206 @@ TEST_F(TrainTest, TakesWhatThePlanSaysAndNothingLater) {
         steps(t, 2);
         t.validate();
         t.samples(data_.text, data_.empty_text, 4, 2, 2);
-        t.train_step();
+        t.train_step(o.diagnose_every > 0);
         EXPECT_EQ(device.allocations, taken);
       }
     EXPECT_EQ(device.allocated, before);
   });
+}
+
+// Two passes a step, so that the observer looks on at the second only.
+TEST_F(TrainTest, DiagnosticsChangeNoBitOfTheWeights) {
+  everywhere([&](Device& device, auto type) {
+    using T = decltype(type);
+    for (size_t recompute : {0, 7}) {
+      TrainOptions plain = options(10), watched = plain;
+      plain.recompute = recompute, plain.accumulate = 2, plain.spike_factor = 0;
+      watched = plain, watched.spike_factor = 5;
+      TrainOptions diagnosed = watched;
+      diagnosed.diagnose_every = 2, diagnosed.diagnose_samples = 3;
+      Trainer<T> a(device, plain, data_, held_out_), b(device, watched, data_, held_out_),
+          c(device, diagnosed, data_, held_out_);
+      steps(a, 6), steps(b, 6);
+      for (int i = 0; i < 6; ++i) c.train_step(i % 2);
+      EXPECT_TRUE(bits(a) == bits(b)) << "spike watch, recompute " << recompute;
+      EXPECT_TRUE(bits(a) == bits(c)) << "diagnostics, recompute " << recompute;
+      a.train_step();
+      EXPECT_FALSE(bits(a) == bits(b)) << "the comparison is blind";
+      for (const auto& row : c.diagnostics.read(device))
+        for (const Reading& r : row) EXPECT_TRUE(std::isfinite(r.value)) << r.name;
+    }
+  });
+}
+
+// The watch alone, on norms that are written down here.
+TEST(Spike, FiresAboveAMultipleOfTheRunningMedian) {
+  for (int gpu = 0; gpu <= (Device::gpus() > 0); ++gpu) {
+    Device device(gpu);
+    Slab slab(device, 1 << 20, 0);
+    Carver carver{slab.data};
+    SpikeArrays a;
+    a.lay(carver, 1, 1, 1);
+    Record* history = carver.take<Record>(records);
+    Clock* clock = carver.take<Clock>(1);
+    WriterModes* modes = carver.take<WriterModes>(2);
+    // A step `now` of norm `norm` after norms 1, 2, 3, ..., 1, 2, ... of period 7.
+    auto fires = [&](uint64_t now, double norm, SpikeWatch watch = {}) {
+      std::vector<Record> past(records);
+      for (uint64_t s = 0; s < now; ++s) past[s % records].norm = double(1 + s * 3 % 7);
+      Clock c{now, 0, 0, 0, norm, 0};
+      device.upload(history, past.data(), records * sizeof(Record));
+      device.upload(clock, &c, sizeof c), device.upload(a.watch, &watch, sizeof watch);
+      watch_step(device, a, clock, history, modes, 1, 1, 5);
+      SpikeWatch after = from(device, a.watch, 1)[0];
+      if (after.fired) {
+        size_t n = std::min<size_t>(now - watch.first, spike_window);
+        std::vector<double> window;
+        for (size_t k = 1; k <= n; ++k) window.push_back(double(1 + (now - k) * 3 % 7));
+        std::sort(window.begin(), window.end());
+        EXPECT_EQ(after.window, n);
+        EXPECT_EQ(after.median, window[n / 2]);
+        EXPECT_EQ(after.step, now + 1);
+        EXPECT_EQ(after.norm == norm || std::isnan(norm), true);
+        EXPECT_EQ(after.pending, 1u);
+      }
+      return after.fired != 0;
+    };
+    EXPECT_FALSE(fires(200, 19.9));  // the median is 4
+    EXPECT_TRUE(fires(200, 20.1));
+    EXPECT_TRUE(fires(5000, 20.1)) << "around the ring";
+    EXPECT_TRUE(fires(200, NAN));
+    EXPECT_TRUE(fires(200, INFINITY));
+    EXPECT_FALSE(fires(49, 1000)) << "too few steps for a median";
+    EXPECT_TRUE(fires(50, 1000));
+    SpikeWatch resumed{}, quiet{}, unread{};
+    resumed.first = 151, quiet.quiet_until = 201, unread.pending = 1;
+    EXPECT_FALSE(fires(200, 1000, resumed)) << "steps of another process are not known";
+    EXPECT_TRUE(fires(201, 1000, resumed));
+    EXPECT_FALSE(fires(200, 1000, quiet));
+    EXPECT_TRUE(fires(201, 1000, quiet));
+    EXPECT_FALSE(fires(200, 1000, unread));
+  }
+}
+
+// Sixty calm steps; then a final projection that is fifty times too large. The report is read five
+// steps later, and must hold the numbers of the spike itself.
+template <class T>
+void check_spike(Device& device, const TrainOptions& o, const Dataset& data,
+                 const Dataset& held_out) {
+  using A = Acc<T>;
+  Trainer<T> t(device, o, data, held_out);
+  using Row = std::map<std::string, double>;
+  auto rows = [&] {
+    std::vector<Row> all;
+    for (const auto& layer : t.diagnostics.read(device)) {
+      all.emplace_back();
+      for (const Reading& r : layer) all.back()[r.name] = r.value;
+    }
+    return all;
+  };
+  std::vector<std::vector<Row>> before;
+  for (int i = 0; i < 60; ++i) {
+    t.train_step();
+    before.push_back(rows());
+  }
+  auto median = [&](size_t slot, const std::string& name) {
+    std::vector<double> values;
+    for (const auto& step : before) values.push_back(step[slot].at(name));
+    std::sort(values.begin(), values.end());
+    return values[30];
+  };
+  EXPECT_FALSE(t.spike()) << "a calm run";
+  const Parameter& p = t.net.table.at("final_proj.weight");
+  std::vector<A> weights = from(device, t.a.master + p.offset, p.count());
+  for (A& w : weights) w *= 50;
+  device.upload(t.a.master + p.offset, weights.data(), weights.size() * sizeof(A));
+  if constexpr (Trainer<T>::mixed)
+    convert(device, t.net.weights() + p.offset, t.a.master + p.offset, p.count());
+  t.train_step(true);
+  std::vector<A> gradients = from(device, t.net.gradients(), t.net.table.size);
+  std::vector<A> losses = from(device, t.a.losses, o.batch * o.accumulate);
+  std::vector<A> dv = from(device, t.net.arrays.dvelocity, o.batch * o.model.pixels());
+  std::vector<Row> readings = rows();
+  Record record = t.history(60)[0];
+  steps(t, 5);
+  std::optional<Spike> spike = t.spike();
+  ASSERT_TRUE(spike);
+  EXPECT_EQ(spike->step, 61u);
+  EXPECT_EQ(spike->norm, record.norm);
+  EXPECT_EQ(spike->window, 60u);
+  EXPECT_GT(spike->norm, 5 * spike->median);
+  ASSERT_EQ(spike->gradients.size(), t.net.table.parameters.size());
+  double total = 0;
+  for (size_t i = 0; i < spike->gradients.size(); ++i) {
+    const Parameter& q = t.net.table.parameters[i];
+    double sum = 0;
+    for (size_t k = q.offset; k < q.offset + q.count(); ++k)
+      sum += double(gradients[k]) * double(gradients[k]);
+    EXPECT_EQ(spike->gradients[i].first, q.name);
+    EXPECT_NEAR(spike->gradients[i].second, std::sqrt(sum), 1e-4 * std::sqrt(sum));
+    total += sum;
+  }
+  EXPECT_NEAR(spike->norm, std::sqrt(total), 1e-4 * spike->norm);
+  EXPECT_TRUE(spike->bad_gradients.empty() && spike->bad_weights.empty());
+  EXPECT_EQ(spike->losses, std::vector<double>(losses.begin(), losses.end()));
+  double sum = 0, squares = 0, largest = 0;
+  for (A g : dv) {
+    sum += double(g), squares += double(g) * double(g);
+    largest = std::max(largest, std::abs(double(g)));
+  }
+  EXPECT_NEAR(spike->mean, sum / double(dv.size()), 1e-12);
+  EXPECT_NEAR(spike->rms, std::sqrt(squares / double(dv.size())), 1e-12);
+  EXPECT_EQ(spike->largest, largest);
+  ASSERT_EQ(spike->modes.size(), 2 * t.diagnostics.layers.size());
+  for (const Spike::Mode& m : spike->modes) {
+    size_t slot =
+        size_t(std::find(t.diagnostics.layers.begin(), t.diagnostics.layers.end(), m.layer) -
+               t.diagnostics.layers.begin());
+    std::string branch = m.writer ? "ffn_" : "attention_";
+    EXPECT_EQ(m.mean, readings[slot].at(branch + "g_mean"));
+    EXPECT_EQ(m.centered, readings[slot].at(branch + "g_ctr"));
+    EXPECT_EQ(m.usual_mean, median(slot, branch + "g_mean"));
+    EXPECT_EQ(m.usual_centered, median(slot, branch + "g_ctr"));
+    EXPECT_GT(m.centered, 5 * m.usual_centered) << "the writers see the larger projection";
+  }
+  t.watch_spikes_from(1000);
+  EXPECT_FALSE(t.spike());
+}
+TEST_F(TrainTest, ASpikeIsKeptUntilTheHostAsks) {
+  everywhere([&](Device& device, auto type) {
+    TrainOptions o = options();
+    o.accumulate = 2, o.optimizer.lr = 1e-4;
+    check_spike<decltype(type)>(device, o, data_, held_out_);
+  });
+}
+
+Spike some_spike() {
+  Spike s{};
+  s.step = 61, s.window = 60, s.norm = 30, s.median = 2, s.factor = 5;
+  for (int i = 0; i < 20; ++i)
+    s.gradients.push_back({"blocks." + std::to_string(i) + ".w", 20 - i});
+  s.losses = {1, 7, 2};
+  s.modes = {{0, 0, 3, 2, 2, 1}, {399, 1, 155, 1.3, 1, 1}};
+  return s;
+}
+
+TEST(Spike, ReportSaysWhatKindItIs) {
+  Spike s = some_spike();
+  auto says = [&](const char* words) {
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, words, spike_report(s));
+  };
+  says("Spike at step 61: gradient norm 30 is 15 times 2, the median of the 60 steps before");
+  says("Verdict: mean mode: G_mean of W2 at layer 399 is 155 times its running median, G_ctr 1.3");
+  says("blocks.14.w");
+  EXPECT_EQ(spike_report(s).find("blocks.15.w"), std::string::npos) << "fifteen";
+  says("Losses, largest first: sample, loss\n       1          7\n       2          2\n");
+  s.modes[1].centered = 100;
+  says("Verdict: both modes");
+  s.modes[1].mean = 4;
+  says("Verdict: not the writers' mean mode");
+  s.bad_gradients = {"blocks.3.w"};
+  says("Verdict: not finite: the gradient of blocks.3.w");
+  says("Gradients with NaN or infinity: 1\n  blocks.3.w");
 }
 
 TEST_F(TrainTest, TheLossFalls) {
@@ -899,6 +1095,13 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--log-every 0", "--log-every must be"},
       {"train", "--val-images 0", "--val-images must be"},
       {"train", "--norm-eps 0", "norm-eps 0 is not in"},
+      {"train", "--diagnose-layers 0,4", "'4' is not a layer: give numbers from 0 to 3"},
+      {"train", "--diagnose-layers first", "'first' is not a layer"},
+      {"train", "--diagnose-layers -1", "'-1' is not a layer"},
+      {"train", "--diagnose-every -1", "--diagnose-every: -1 is not a positive integer"},
+      {"train", "--diagnose-samples 0", "--diagnose-samples must be at least 1"},
+      {"train", "--spike-factor 0.5", "--spike-factor must be 0 (off) or above 1"},
+      {"train", "--spike-factor nan", "--spike-factor must be 0 (off) or above 1"},
       {"train", "--device tpu", "--device"},
       {"train", "--precision fp8", "--precision"},
       {"train", "--config " + at("none.ini"), "none.ini"},
@@ -963,20 +1166,73 @@ TEST_F(CommandTest, ARunThatDivergesIsNotSaved) {
 TEST_F(CommandTest, StoppedAndResumedWritesTheSameFiles) {
   for (const char* precision : {"fp32", "bf16"}) {
     auto train = [&](const char* out, const std::string& changes) {
-      std::string common = std::string(" --ema 0.9 --log-every 3 --precision ") + precision;
+      std::string common = std::string(
+                               " --ema 0.9 --log-every 3 --diagnose-every 1 "
+                               "--diagnose-layers 3,0 --precision ") +
+                           precision;
       ASSERT_EQ(run("train", train_, changes + common + " --out " + at(out)).status, 0);
     };
     train("through", "--steps 5"), train("stopped", "--steps 3");
     // Killed between two saves, a run has logged a step that it will do again.
     std::ofstream(at("stopped/log.csv"), std::ios::app) << "4,9,9,9\n5,9";
+    std::string rows = read_text(at("stopped/diagnostics.csv")), again = rows;
+    again.replace(0, again.rfind("\n3,3,") + 1, "");
+    std::ofstream(at("stopped/diagnostics.csv"), std::ios::app) << again << "4" << again.substr(1);
     train("stopped", "--steps 5 --resume");
     for (const char* name : {"weights.safetensors", "ema.safetensors", "state.safetensors",
-                             "log.csv", "samples.png"}) {
+                             "log.csv", "diagnostics.csv", "samples.png"}) {
       EXPECT_FALSE(read_text(at("through/") + name).empty()) << name;
       EXPECT_TRUE(read_text(at("through/") + name) == read_text(at("stopped/") + name)) << name;
     }
     fs::remove_all(at("through")), fs::remove_all(at("stopped"));
   }
+}
+
+// One row a chosen layer, in order, under a header that names and explains every column.
+TEST_F(CommandTest, DiagnosticsAreARowAStepAndLayer) {
+  ASSERT_EQ(run("train", train_,
+                "--steps 5 --diagnose-every 2 --diagnose-layers 3,1 --out " + at("diagnosed"))
+                .status,
+            0);
+  std::istringstream csv(read_text(at("diagnosed/diagnostics.csv")));
+  std::string line, about, names, steps;
+  size_t columns = 0;
+  while (std::getline(csv, line)) {
+    if (line[0] == '#') {
+      about += line + "\n";
+    } else if (names.empty()) {
+      names = line;
+      std::istringstream words(line);
+      for (std::string name; std::getline(words, name, ','); ++columns)
+        EXPECT_PRED_FORMAT2(testing::IsSubstring, "# " + name + ": ", about);
+    } else {
+      steps += line.substr(0, 4);
+      EXPECT_EQ(size_t(std::count(line.begin(), line.end(), ',')), columns - 1);
+    }
+  }
+  EXPECT_EQ(columns, 29u);
+  EXPECT_EQ(steps, "2,1,2,3,4,1,4,3,");
+}
+
+TEST_F(CommandTest, ASpikeLeavesAReportAndACalmRunNone) {
+  auto reports = [&](const std::string& changes) {
+    std::string out = " --steps 75 --out " + at("spikes");
+    EXPECT_EQ(run("train", train_, changes + out).status, 0);
+    std::vector<std::string> found;
+    for (const auto& entry : fs::directory_iterator(at("spikes")))
+      if (entry.path().filename().string().rfind("spike_", 0) == 0)
+        found.push_back(read_text(entry.path()));
+    fs::remove_all(at("spikes"));
+    return found;
+  };
+  EXPECT_TRUE(reports("").empty());
+  EXPECT_TRUE(reports("--spike-factor 0").empty());
+  auto found = reports("--spike-factor 1.01");  // a step above the median is enough
+  ASSERT_EQ(found.size(), 1u) << "one in a hundred steps";
+  for (const char* words : {"Verdict: ", "blocks.", "Writers, largest G_mean first",
+                            "layer     3 W2", "Gradients with NaN or infinity: 0",
+                            "dL/dvelocity, last pass: mean", "Losses, largest first"})
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, words, found[0]);
 }
 
 TEST_F(CommandTest, AConfigurationFileGivesWhatNoFlagDoes) {

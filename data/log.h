@@ -1,0 +1,174 @@
+// log.h - what a run writes about itself: csv files that survive a resume, the report of a spike.
+#pragma once
+
+#include "../dit.cu"
+#include "safetensors.h"
+
+#include <fstream>
+#include <sstream>
+
+inline std::string read_text(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// A csv of a run that goes on: rows of steps that will be done again are dropped. A row begins with
+// its step; of a step with several rows, `keys` = 2, each has a number of its own behind that, in
+// rising order. The header is the names of the columns, after lines of comment, if any.
+class CsvLog {
+ public:
+  CsvLog(const std::string& path, const std::string& header, uint64_t steps_done, int keys = 1)
+      : path_(path) {
+    std::istringstream old(steps_done ? read_text(path) : "");
+    std::string line, kept = header + "\n", names = header.substr(header.rfind('\n') + 1);
+    auto fields = [](const std::string& s) { return std::count(s.begin(), s.end(), ','); };
+    std::pair<uint64_t, uint64_t> last{0, ~uint64_t(0)};
+    while (std::getline(old, line)) {
+      char* end = nullptr;
+      uint64_t step = std::strtoull(line.c_str(), &end, 10);
+      uint64_t key = keys > 1 && *end ? std::strtoull(end + 1, nullptr, 10) : ~uint64_t(0);
+      std::pair<uint64_t, uint64_t> now{step, key};
+      bool row = end != line.c_str() && fields(line) == fields(names);
+      if (!row || step > steps_done || !(last < now)) continue;
+      kept += line + "\n";
+      last = now;
+    }
+    last_ = last.first;
+    SafeFile file(path);
+    file.write(kept);
+    file.commit();
+    file_.reset(std::fopen(path.c_str(), "a"));
+    if (!file_) fail("cannot write %s: %s", path.c_str(), std::strerror(errno));
+  }
+  // The row or rows of `step`, unless they are there.
+  void row(uint64_t step, const std::string& text) {
+    if (step <= last_) return;
+    last_ = step;
+    if (std::fprintf(file_.get(), "%s\n", text.c_str()) < 0 || std::fflush(file_.get()) != 0)
+      fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
+  }
+
+ private:
+  struct Close {
+    void operator()(FILE* f) const { std::fclose(f); }
+  };
+  std::string path_;
+  uint64_t last_ = 0;
+  std::unique_ptr<FILE, Close> file_;
+};
+
+__attribute__((format(printf, 1, 2))) inline std::string text_of(const char* format, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  return text;
+}
+
+// diagnostics.csv: a comment that says what each column is, the names, a step's rows, one a layer.
+inline std::string diagnostics_header(const std::vector<Reading>& columns, const Config& m,
+                                      size_t samples) {
+  std::string about = text_of(
+      "# Means over the first %zu samples of the step's last pass; J, P over all %zu tokens of a "
+      "sample.\n# Gradients are of the step's loss, each sample's part of it. nan: not defined (a "
+      "state or gradient is zero).\n# step: as in log.csv\n# layer: block, from 0 to %zu\n",
+      samples, m.tokens(), m.depth - 1);
+  std::string names = "step,layer";
+  for (const Reading& r : columns) {
+    about += "# " + r.name + ": " + r.about + "\n";
+    names += "," + r.name;
+  }
+  return about + names;
+}
+inline std::string diagnostics_rows(uint64_t step, const std::vector<size_t>& layers,
+                                    const std::vector<std::vector<Reading>>& readings) {
+  std::string rows;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    rows += text_of("%s%zu,%zu", i ? "\n" : "", size_t(step), layers[i]);
+    for (const Reading& r : readings[i])
+      rows += std::isnan(r.value) ? ",nan" : text_of(",%.6g", r.value);
+  }
+  return rows;
+}
+
+// What is known of a step whose gradient's norm stood out.
+struct Spike {
+  struct Mode {
+    size_t layer;
+    int writer;                         // 0: W_O, 1: W2
+    double mean, centered;              // G_mean and G_ctr at this step
+    double usual_mean, usual_centered;  // their medians over the steps before
+  };
+  uint64_t step;
+  size_t window;  // how many steps before it the medians are over
+  double norm, median, factor;
+  std::vector<std::pair<std::string, double>> gradients;  // each parameter's name and norm
+  std::vector<std::string> bad_gradients, bad_weights;    // those that hold NaN or infinity
+  std::vector<double> losses;                             // each sample's
+  double mean, rms, largest;                              // of dL/dvelocity, over the last pass
+  std::vector<Mode> modes;
+};
+
+// One line: what kind of spike this is.
+inline std::string verdict(const Spike& s) {
+  if (!s.bad_gradients.empty()) return "not finite: the gradient of " + s.bad_gradients[0];
+  if (!std::isfinite(s.norm)) return "not finite: the gradient's norm";
+  // The writer whose mean part rose most, in numbers: where it was nearly zero any factor is large.
+  const Spike::Mode* worst = nullptr;
+  for (const Spike::Mode& m : s.modes)
+    if (!worst || m.mean - m.usual_mean > worst->mean - worst->usual_mean) worst = &m;
+  if (!worst) return "the writers' modes are not known";
+  double mean = worst->mean / worst->usual_mean, centered = worst->centered / worst->usual_centered;
+  // A step that is larger all over raises both parts alike; the mean mode raises one.
+  const char* kind = mean > s.factor && mean > 3 * centered ? "mean mode"
+                     : mean > s.factor                      ? "both modes"
+                                                            : "not the writers' mean mode";
+  return text_of("%s: G_mean of %s at layer %zu is %.3g times its running median, G_ctr %.3g times",
+                 kind, worst->writer ? "W2" : "W_O", worst->layer, mean, centered);
+}
+
+inline std::string spike_report(const Spike& s) {
+  std::string text = text_of(
+      "Spike at step %zu: gradient norm %.4g is %.3g times %.4g, the median of the %zu steps "
+      "before (reported from %g times).\n",
+      size_t(s.step), s.norm, s.norm / s.median, s.median, s.window, s.factor);
+  text += "Verdict: " + verdict(s) + ".\n\n";
+
+  auto largest = s.gradients;
+  auto key = [](double x) { return std::isnan(x) ? HUGE_VAL : x; };
+  std::stable_sort(largest.begin(), largest.end(),
+                   [&](auto& a, auto& b) { return key(a.second) > key(b.second); });
+  largest.resize(std::min<size_t>(largest.size(), 15));
+  text += "Largest gradients, layer by layer: norm, share of the squared total\n";
+  for (const auto& [name, norm] : largest)
+    text += text_of("  %-44s %12.4g %6.1f%%\n", name.c_str(), norm,
+                    100 * (norm / s.norm) * (norm / s.norm));
+
+  auto modes = s.modes;
+  std::stable_sort(modes.begin(), modes.end(),
+                   [&](auto& a, auto& b) { return key(a.mean) > key(b.mean); });
+  modes.resize(std::min<size_t>(modes.size(), 15));
+  text += "\nWriters, largest G_mean first: G_mean (times its median), G_ctr (times its median)\n";
+  for (const Spike::Mode& m : modes)
+    text += text_of("  layer %5zu %-4s %12.4g (%8.3g) %12.4g (%8.3g)\n", m.layer,
+                    m.writer ? "W2" : "W_O", m.mean, m.mean / m.usual_mean, m.centered,
+                    m.centered / m.usual_centered);
+
+  auto list = [&](const char* what, const std::vector<std::string>& bad) {
+    text += text_of("%s with NaN or infinity: %zu\n", what, bad.size());
+    for (size_t i = 0; i < std::min<size_t>(bad.size(), 15); ++i) text += "  " + bad[i] + "\n";
+  };
+  text += "\n";
+  list("Gradients", s.bad_gradients), list("Weights after the step", s.bad_weights);
+
+  text += text_of("\ndL/dvelocity, last pass: mean %.4g, root mean square %.4g, largest %.4g\n",
+                  s.mean, s.rms, s.largest);
+  std::vector<size_t> order(s.losses.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return key(s.losses[a]) > key(s.losses[b]); });
+  text += "\nLosses, largest first: sample, loss\n";
+  for (size_t i : order) text += text_of("  %6zu %10.4g\n", i, s.losses[i]);
+  return text;
+}
