@@ -394,26 +394,57 @@ struct Rope {
   }
 };
 
-// Q and K inside qkv (B, T, 3, H, hd), in place; r (B, T, 2, H) is kept. One team a head vector:
-// the teams of a token are its H query heads, then its H key heads.
+// Two neighbouring channels: halves of a head are even, but not always multiples of four.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T v[2];
+};
+template <class T>
+HD Pair<T>* pair_at(T* x) {
+  return reinterpret_cast<Pair<T>*>(x);
+}
+
+// A token's 2 H head vectors (the H queries, then the H keys) are dealt out to the parts of a team,
+// a warp or less for one of them.
+inline int threads_for_head(Heads h) {
+  int threads = 1;
+  while (threads < 32 && 4 * size_t(threads) < h.dim) threads *= 2;
+  return threads;
+}
+inline int threads_for_heads(Heads h) {
+  int threads = threads_for_head(h), one = threads;
+  while (threads < Team::max_size && size_t(threads) < 2 * h.heads * size_t(one)) threads *= 2;
+  return threads;
+}
+
+// Q and K inside qkv (B, T, 3, H, hd), in place; r (B, T, 2, H) is kept.
 template <class T>
 void rope_qk_norm_forward(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
   using A = Acc<T>;
   size_t half = h.dim / 2;
-  for_each_team(device, h.batch * h.length * 2 * h.heads, 32, [=] HD(Team team) {
-    size_t row = team.index / (2 * h.heads), token = row % h.length;
-    T* x = qkv + row * 3 * h.width() + team.index % (2 * h.heads) * h.dim;
-    A squares = 0;
-    for (size_t j = team.rank; j < half; j += team.size)
-      squares += A(x[j]) * A(x[j]) + A(x[j + half]) * A(x[j + half]);
-    A scale = inverse_rms(team.sum(squares), h.dim, A(qk_eps));
-    for (size_t j = team.rank; j < half; j += team.size) {
-      A c = rope.cos_of(token, j, half), s = rope.sin_of(token, j, half);
-      A x1 = A(x[j]), x2 = A(x[j + half]);
-      x[j] = T(scale * (x1 * c + x2 * s));
-      x[j + half] = T(scale * (x2 * c - x1 * s));
+  int one = threads_for_head(h);
+  for_each_team(device, h.batch * h.length, threads_for_heads(h), [=] HD(Team team) {
+    size_t row = team.index, token = row % h.length;
+    Team part = team.part(one);
+    for (size_t head = part.index; head < 2 * h.heads; head += size_t(team.parts(one))) {
+      T* x = qkv + row * 3 * h.width() + head * h.dim;
+      A squares = 0;
+      for (size_t j = 2 * size_t(part.rank); j < half; j += 2 * size_t(part.size)) {
+        Pair<T> x1 = *pair_at(x + j), x2 = *pair_at(x + j + half);
+        for (int k = 0; k < 2; ++k) squares += A(x1.v[k]) * A(x1.v[k]) + A(x2.v[k]) * A(x2.v[k]);
+      }
+      A scale = inverse_rms(part.sum(squares), h.dim, A(qk_eps));
+      for (size_t j = 2 * size_t(part.rank); j < half; j += 2 * size_t(part.size)) {
+        Pair<T> x1 = *pair_at(x + j), x2 = *pair_at(x + j + half), y1, y2;
+        for (int k = 0; k < 2; ++k) {
+          A c = rope.cos_of(token, j + k, half), s = rope.sin_of(token, j + k, half);
+          y1.v[k] = T(scale * (A(x1.v[k]) * c + A(x2.v[k]) * s));
+          y2.v[k] = T(scale * (A(x2.v[k]) * c - A(x1.v[k]) * s));
+        }
+        *pair_at(x + j) = y1, *pair_at(x + j + half) = y2;
+      }
+      if (part.rank == 0) r[row * 2 * h.heads + head] = scale;
     }
-    if (team.rank == 0) r[team.index] = scale;
   });
 }
 
@@ -423,21 +454,25 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
                            Rope<Acc<T>> rope, Heads h) {
   using A = Acc<T>;
   size_t half = h.dim / 2;
-  for_each_team(device, h.batch * h.length * 2 * h.heads, 32, [=] HD(Team team) {
-    size_t row = team.index / (2 * h.heads), token = row % h.length;
-    size_t offset = row * 3 * h.width() + team.index % (2 * h.heads) * h.dim;
-    const T* y = qkv + offset;
-    T* g = dqkv + offset;
-    A gy = 0, scale = r[team.index];
-    for (size_t j = team.rank; j < half; j += team.size)
-      gy += A(g[j]) * A(y[j]) + A(g[j + half]) * A(y[j + half]);
-    gy = team.sum(gy) / A(h.dim);
-    for (size_t j = team.rank; j < half; j += team.size) {
-      A c = rope.cos_of(token, j, half), s = rope.sin_of(token, j, half);
-      A d1 = scale * (A(g[j]) - gy * A(y[j]));
-      A d2 = scale * (A(g[j + half]) - gy * A(y[j + half]));
-      g[j] = T(d1 * c - d2 * s);  // R^T turns the other way
-      g[j + half] = T(d2 * c + d1 * s);
+  int one = threads_for_head(h);
+  for_each_team(device, h.batch * h.length, threads_for_heads(h), [=] HD(Team team) {
+    size_t row = team.index, token = row % h.length;
+    Team part = team.part(one);
+    for (size_t head = part.index; head < 2 * h.heads; head += size_t(team.parts(one))) {
+      size_t offset = row * 3 * h.width() + head * h.dim;
+      const T* y = qkv + offset;
+      T* g = dqkv + offset;
+      A gy = 0, scale = r[row * 2 * h.heads + head];
+      for (size_t j = size_t(part.rank); j < half; j += size_t(part.size))
+        gy += A(g[j]) * A(y[j]) + A(g[j + half]) * A(y[j + half]);
+      gy = part.sum(gy) / A(h.dim);
+      for (size_t j = size_t(part.rank); j < half; j += size_t(part.size)) {
+        A c = rope.cos_of(token, j, half), s = rope.sin_of(token, j, half);
+        A d1 = scale * (A(g[j]) - gy * A(y[j]));
+        A d2 = scale * (A(g[j + half]) - gy * A(y[j + half]));
+        g[j] = T(d1 * c - d2 * s);  // R^T turns the other way
+        g[j + half] = T(d2 * c + d1 * s);
+      }
     }
   });
 }
@@ -548,6 +583,346 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
        to_tokens, scale);
 }
 
+// 4.3 The same on tensor cores
+//
+// The products of 4.2 pass (T, T) matrices through memory, five times over. For bf16 on a GPU there
+// is a second way that keeps them in registers. A thread block has 64 rows of S; it walks over tiles
+// of 64 columns, makes S for 16 or 32 of them at a time, and uses it up at once. Two things make it
+// shorter than it is in general:
+//
+// - QK-norm bounds |S| by sqrt(hd), at most 11.4, so exp(S) needs no running maximum. The forward is
+//       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log sum_j e^(S_ij).
+// - The backward makes P_ij = e^(S_ij - l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g, y>, the
+//   inner product of 4.2 is D_i = <G_i, Y_i>, known before any S is. Then, for queries and for keys,
+//       dQ = dS K,            dS = P * (dA - D),   S = Q K^T,   dA = G V^T
+//       dK = dS^T Q,          dS^T = P^T * (dA^T - D),   S^T = K Q^T,   dA^T = V G^T,   dV = P^T G
+//   are one and the same walk: rows own (X1, X2), columns (Y1, Y2); S = X1 Y1^T, dA = X2 Y2^T, and
+//   dS Y1 is summed. Each sum belongs to one thread block: no atomics, the same bits each time.
+//
+// The gradients leave through RoPE and QK-norm's backward (4.1), since a thread that holds channel j
+// of a row also holds channel j + hd/2.
+
+// Whether there is this way. (bf16 products on a GPU need sm_80 as it is.)
+template <class T>
+bool fused_attention(bool gpu, size_t head_dim) {
+  return gpu && std::is_same_v<T, bf16> && (head_dim == 64 || head_dim == 128);
+}
+
+// D (B, H, T) = <G_i, Y_i> for each head, from dY and Y (B, T, D).
+template <class T>
+void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y, Heads h) {
+  using A = Acc<T>;
+  int one = threads_for_row(h.dim);
+  for_each_team(device, h.batch * h.length * h.heads, one, [=] HD(Team team) {
+    size_t row = team.index / h.heads, head = team.index % h.heads;
+    A sum = 0;
+    each_quad(team, h.dim, [&](int, size_t d) {
+      sum += dot(load<A>(dY + team.index * h.dim + d), load<A>(Y + team.index * h.dim + d));
+    });
+    sum = team.sum(sum);
+    if (team.rank == 0) inner[(row / h.length * h.heads + head) * h.length + row % h.length] = sum;
+  });
+}
+
+#ifdef __CUDACC__
+constexpr int tile_rows = 64, tile_threads = 128;  // four warps of 16 rows
+
+// Piece of a bf16 matrix as the tensor core's instruction m16n8k16 takes it: 16 x 16 as a left
+// factor, or two 16 x 8 as a right one. Of a product (16 x 8) lane 4 g + t holds, in order, (g, 2t),
+// (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+struct Fragment {
+  uint32_t r[4];
+};
+
+// A tile in shared memory: 64 rows of `dim` numbers. Eight more a row put the eight rows that are
+// read at once into different banks.
+template <int dim>
+struct Tile {
+  bf16* at;
+  static constexpr int pitch = dim + 8, size = tile_rows * pitch;
+
+  // Start to copy rows first.. of a matrix of n rows; zeros after the last.
+  __device__ void load(const bf16* from, size_t stride, int first, int n) const {
+    constexpr int chunks = dim / 8;
+    for (int i = int(threadIdx.x); i < tile_rows * chunks; i += tile_threads) {
+      int row = i / chunks, column = i % chunks * 8, bytes = first + row < n ? 16 : 0;
+      const bf16* source = from + size_t(bytes ? first + row : 0) * stride + column;
+      unsigned to = unsigned(__cvta_generic_to_shared(at + row * pitch + column));
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(source),
+                   "r"(bytes));
+    }
+  }
+  // The 16 x 16 piece at (row, column): as left factor; transposed, as right factor; as right
+  // factor. Each lane names a row of one of four 8 x 8 matrices.
+  __device__ Fragment left(int row, int column) const {
+    int lane = int(threadIdx.x % 32);
+    return piece<false>(row + lane % 16, column + lane / 16 * 8);
+  }
+  __device__ Fragment right_transposed(int row, int column) const {
+    int lane = int(threadIdx.x % 32);
+    return piece<false>(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8);
+  }
+  __device__ Fragment right(int row, int column) const {
+    int lane = int(threadIdx.x % 32);
+    return piece<true>(row + lane % 16, column + lane / 16 * 8);
+  }
+
+ private:
+  template <bool transposed>
+  __device__ Fragment piece(int row, int column) const {
+    Fragment f;
+    unsigned from = unsigned(__cvta_generic_to_shared(at + row * pitch + column));
+    if (transposed)
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
+                   : "r"(from));
+    else
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
+                   : "r"(from));
+    return f;
+  }
+};
+
+__device__ inline void end_of_loads() { asm volatile("cp.async.commit_group;"); }
+// All but the latest group of loads are there, for every thread of the block.
+__device__ inline void wait_for_all_but_one() {
+  asm volatile("cp.async.wait_group 1;");
+  __syncthreads();
+}
+
+// c[0], c[1] += a b for the two 16 x 8 halves of b.
+__device__ inline void multiply(float (*c)[4], const Fragment& a, const Fragment& b) {
+  for (int half = 0; half < 2; ++half)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[half][0]), "+f"(c[half][1]), "+f"(c[half][2]), "+f"(c[half][3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[2 * half]),
+          "r"(b.r[2 * half + 1]));
+}
+// Two neighbours as bf16, the first in the lower half.
+__device__ inline uint32_t packed(float first, float second) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+// Two 16 x 8 results side by side as a left factor: the lanes hold what they must, only rounded.
+__device__ inline Fragment as_left(const float (*c)[4]) {
+  return {{packed(c[0][0], c[0][1]), packed(c[0][2], c[0][3]), packed(c[1][0], c[1][1]),
+           packed(c[1][2], c[1][3])}};
+}
+// Sum over the four lanes that share a row of a result.
+__device__ inline float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Y (B, T, D) and log sums (B, H, T) from qkv. Block (i, j): rows 64 i.. of sequence and head j.
+template <int dim>
+__global__ void __launch_bounds__(tile_threads)
+    attention_forward_kernel(bf16* Y, float* log_sums, const bf16* qkv, Heads h) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  bf16* memory = reinterpret_cast<bf16*>(shared);
+  using T = Tile<dim>;
+  T Q{memory}, K[2] = {{memory + T::size}, {memory + 2 * T::size}},
+               V[2] = {{memory + 3 * T::size}, {memory + 4 * T::size}};
+  int n = int(h.length), first = int(blockIdx.x) * tile_rows, warp = int(threadIdx.x / 32) * 16;
+  int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
+  size_t b = blockIdx.y / h.heads, head = blockIdx.y % h.heads, D = h.width(), stride = 3 * D;
+  const bf16* q = qkv + b * h.length * stride + head * dim;
+  float log2_scale = 1.4426950408889634f / sqrtf(float(dim));  // e^x = 2^(x log2 e)
+
+  Q.load(q, stride, first, n), K[0].load(q + D, stride, 0, n), V[0].load(q + 2 * D, stride, 0, n);
+  end_of_loads();
+  Fragment query[dim / 16];
+  float y[dim / 8][4] = {}, sum[2] = {};
+  for (int begin = 0; begin < n; begin += tile_rows) {
+    int now = begin / tile_rows % 2, next = begin + tile_rows;
+    if (next < n) K[!now].load(q + D, stride, next, n), V[!now].load(q + 2 * D, stride, next, n);
+    end_of_loads();
+    wait_for_all_but_one();
+    if (begin == 0) UNROLL for (int k = 0; k < dim / 16; ++k) query[k] = Q.left(warp, 16 * k);
+    // Warps without rows have nothing to do but wait.
+    for (int c = 0; c < tile_rows && begin + c < n && first + warp < n; c += 32) {
+      float P[4][4] = {};
+      UNROLL for (int k = 0; k < dim / 16; ++k) {
+        multiply(P, query[k], K[now].right_transposed(c, 16 * k));
+        multiply(P + 2, query[k], K[now].right_transposed(c + 16, 16 * k));
+      }
+      UNROLL for (int i = 0; i < 16; ++i) {
+        int column = begin + c + i / 4 * 8 + 2 * t + i % 2;
+        float& p = P[i / 4][i % 4];
+        p = column < n ? exp2f(p * log2_scale) : 0.f;
+        sum[i / 2 % 2] += p;
+      }
+      UNROLL for (int half = 0; half < 2; ++half) {
+        Fragment p = as_left(P + 2 * half);
+        UNROLL for (int k = 0; k < dim / 16; ++k)
+            multiply(y + 2 * k, p, V[now].right(c + 16 * half, 16 * k));
+      }
+    }
+    __syncthreads();  // before the tile is overwritten
+  }
+  UNROLL for (int i = 0; i < 2; ++i) {
+    float total = row_sum(sum[i]);
+    int row = first + warp + g + 8 * i;
+    if (row >= n) continue;
+    bf16* out = Y + (b * h.length + size_t(row)) * D + head * dim + 2 * t;
+    UNROLL for (int k = 0; k < dim / 8; ++k) * reinterpret_cast<uint32_t*>(out + 8 * k) =
+        packed(y[k][2 * i] / total, y[k][2 * i + 1] / total);
+    if (t == 0) log_sums[blockIdx.y * h.length + size_t(row)] = logf(total);
+  }
+}
+
+// What the backward reads besides qkv.
+struct AttentionCotangent {
+  const bf16* dY;                 // (B, T, D)
+  const float *log_sums, *inner;  // (B, H, T): l and D
+  const float* r;                 // (B, T, 2, H), of QK-norm
+  Rope<float> rope;
+};
+
+// One half of the walk: dQ for 64 queries, or dK and dV for 64 keys, into dqkv.
+template <int dim, bool keys>
+__device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qkv,
+                                        AttentionCotangent c, Heads h) {
+  using T = Tile<dim>;
+  T X1{memory}, X2{memory + T::size};
+  T Y1[2] = {{memory + 2 * T::size}, {memory + 3 * T::size}};
+  T Y2[2] = {{memory + 4 * T::size}, {memory + 5 * T::size}};
+  int n = int(h.length), first = int(blockIdx.x) * tile_rows, warp = int(threadIdx.x / 32) * 16;
+  int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
+  size_t b = blockIdx.y / h.heads, head = blockIdx.y % h.heads, D = h.width(), stride = 3 * D;
+  size_t start = b * h.length * stride + head * dim;
+  const bf16 *q = qkv + start, *k = q + D, *v = k + D;
+  const bf16* dy = c.dY + b * h.length * D + head * dim;
+  const float *log_sums = c.log_sums + blockIdx.y * h.length,
+              *inner = c.inner + blockIdx.y * h.length;
+  float scale = 1 / sqrtf(float(dim));
+  auto load_columns = [&](int stage, int begin) {
+    Y1[stage].load(keys ? q : k, stride, begin, n);
+    Y2[stage].load(keys ? dy : v, keys ? D : stride, begin, n);
+  };
+
+  X1.load(keys ? k : q, stride, first, n);
+  X2.load(keys ? v : dy, keys ? stride : D, first, n);
+  load_columns(0, 0);
+  end_of_loads();
+  float d1[dim / 8][4] = {}, d2[keys ? dim / 8 : 1][4] = {};
+  for (int begin = 0; begin < n; begin += tile_rows) {
+    int now = begin / tile_rows % 2, next = begin + tile_rows;
+    if (next < n) load_columns(!now, next);
+    end_of_loads();
+    wait_for_all_but_one();
+    for (int column = 0; column < tile_rows && begin + column < n && first + warp < n;
+         column += 16) {
+      float P[2][4] = {}, dS[2][4] = {};
+      UNROLL for (int k = 0; k < dim / 16; ++k) {
+        multiply(P, X1.left(warp, 16 * k), Y1[now].right_transposed(column, 16 * k));
+        multiply(dS, X2.left(warp, 16 * k), Y2[now].right_transposed(column, 16 * k));
+      }
+      // Rows and columns after the last are zero in every tile, so whatever P is there adds nothing.
+      UNROLL for (int i = 0; i < 8; ++i) {
+        int query =
+            keys ? begin + column + i / 4 * 8 + 2 * t + i % 2 : first + warp + g + i / 2 % 2 * 8;
+        query = min(query, n - 1);
+        float& p = P[i / 4][i % 4];
+        p = __expf(scale * p - log_sums[query]);
+        dS[i / 4][i % 4] = p * (dS[i / 4][i % 4] - inner[query]);
+      }
+      Fragment ds = as_left(dS), p = as_left(P);
+      UNROLL for (int k = 0; k < dim / 16; ++k) {
+        multiply(d1 + 2 * k, ds, Y1[now].right(column, 16 * k));
+        if (keys) multiply(d2 + 2 * k, p, Y2[now].right(column, 16 * k));
+      }
+    }
+    __syncthreads();
+  }
+  // Out through 4.1: g = scale d1 is the gradient of y, which is X1.
+  constexpr int half = dim / 2;
+  UNROLL for (int i = 0; i < 2; ++i) {
+    int token = first + warp + g + 8 * i;
+    auto y = [&](int k, int j) {
+      return float(X1.at[(warp + g + 8 * i) * T::pitch + 8 * k + 2 * t + j]);
+    };
+    float gy = 0;
+    UNROLL for (int k = 0; k < dim / 8; ++k) UNROLL for (int j = 0; j < 2; ++j) gy +=
+        scale * d1[k][2 * i + j] * y(k, j);
+    gy = row_sum(gy) / dim;
+    if (token >= n) continue;
+    size_t row = b * h.length + size_t(token);
+    float r = c.r[(row * 2 + keys) * h.heads + head];
+    bf16* out = dqkv + start + size_t(token) * stride + (keys ? D : 0) + 2 * t;
+    UNROLL for (int k = 0; k < dim / 16; ++k) {
+      float low[2], high[2];
+      UNROLL for (int j = 0; j < 2; ++j) {
+        size_t channel = size_t(8 * k + 2 * t + j);
+        float cosine = c.rope.cos_of(size_t(token), channel, half);
+        float sine = c.rope.sin_of(size_t(token), channel, half);
+        float x1 = r * (scale * d1[k][2 * i + j] - gy * y(k, j));
+        float x2 = r * (scale * d1[k + dim / 16][2 * i + j] - gy * y(k + dim / 16, j));
+        low[j] = x1 * cosine - x2 * sine, high[j] = x2 * cosine + x1 * sine;
+      }
+      *reinterpret_cast<uint32_t*>(out + 8 * k) = packed(low[0], low[1]);
+      *reinterpret_cast<uint32_t*>(out + 8 * k + half) = packed(high[0], high[1]);
+    }
+    if (keys)
+      UNROLL for (int k = 0; k < dim / 8; ++k) * reinterpret_cast<uint32_t*>(out + D + 8 * k) =
+          packed(d2[k][2 * i], d2[k][2 * i + 1]);
+  }
+}
+
+template <int dim>
+__global__ void __launch_bounds__(tile_threads)
+    attention_backward_kernel(bf16* dqkv, const bf16* qkv, AttentionCotangent c, Heads h) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  bf16* memory = reinterpret_cast<bf16*>(shared);
+  if (blockIdx.z)
+    attention_backward_rows<dim, true>(memory, dqkv, qkv, c, h);
+  else
+    attention_backward_rows<dim, false>(memory, dqkv, qkv, c, h);
+}
+#endif
+
+// attention_forward() on tensor cores: Y (B, T, D) and log sums (B, H, T) from qkv, whose Q and K
+// are normalised.
+template <class T>
+void fused_attention_forward(Device& device, T* Y, Acc<T>* log_sums, const T* qkv, Heads h) {
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, bf16>) {
+    dim3 blocks(unsigned(ceil_div(h.length, tile_rows)), unsigned(h.batch * h.heads));
+    auto run = [&](auto kernel, size_t tile) {
+      launch(device, kernel, blocks, tile_threads, 5 * tile * sizeof(T), Y, log_sums, qkv, h);
+    };
+    return h.dim == 64 ? run(attention_forward_kernel<64>, Tile<64>::size)
+                       : run(attention_forward_kernel<128>, Tile<128>::size);
+  }
+#endif
+  (void)device, (void)Y, (void)log_sums, (void)qkv, (void)h;
+}
+
+// attention_backward() and rope_qk_norm_backward() on tensor cores: dqkv (=) (B, T, 3, H, hd) from
+// dY (B, T, D) and what the forward left. Scratch: inner (B, H, T).
+template <class T>
+void fused_attention_backward(Device& device, T* dqkv, Acc<T>* inner, const T* dY, const T* Y,
+                              const Acc<T>* log_sums, const T* qkv, const Acc<T>* r,
+                              Rope<Acc<T>> rope, Heads h) {
+  head_products(device, inner, dY, Y, h);
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, bf16>) {
+    dim3 blocks(unsigned(ceil_div(h.length, tile_rows)), unsigned(h.batch * h.heads), 2);
+    AttentionCotangent c{dY, log_sums, inner, r, rope};
+    auto run = [&](auto kernel, size_t tile) {
+      launch(device, kernel, blocks, tile_threads, 6 * tile * sizeof(T), dqkv, qkv, c, h);
+    };
+    return h.dim == 64 ? run(attention_backward_kernel<64>, Tile<64>::size)
+                       : run(attention_backward_kernel<128>, Tile<128>::size);
+  }
+#endif
+  (void)dqkv, (void)log_sums, (void)qkv, (void)r, (void)rope;
+}
+
 // ---------------------------------------------------------------------------------------------
 // 5. SwiGLU
 //
@@ -601,16 +976,17 @@ void swiglu_backward(const Device& device, T* du, const T* dhidden, const T* u, 
 // What a block's forward leaves for its backward. X is the block's input.
 template <class T>
 struct BlockSaved {
-  T *X, *qkv, *P, *Y, *F1, *X1, *u, *hidden, *F2;
-  Acc<T>* r_qk;
+  T *X, *qkv, *P, *Y, *F1, *X1, *u, *hidden, *F2, *X_next;
+  Acc<T>*r_qk, *log_sums;  // log_sums: only where attention is fused, and P only where it is not
   MergeSaved<Acc<T>> merge[2];
 };
 
 // Arrays that live within one block's pass, shared by all blocks.
 template <class T>
 struct BlockScratch {
-  Acc<T>* scores;                         // (B, H, T, T)
-  T *dF, *dhidden, *du, *dY, *dqkv, *dS;  // (B T, D), (, F), (, 2F), (, D), (, 3D), (B, H, T, T)
+  Acc<T>*scores, *inner;             // (B, H, T, T), or (B, H, T) where attention is fused
+  T* dF[2];                          // (B T, D), of both branches
+  T *dhidden, *du, *dY, *dqkv, *dS;  // (B T, F), (, 2F), (, D), (, 3D), (B, H, T, T)
   MergeScratch<Acc<T>> merge;
 };
 
@@ -624,52 +1000,66 @@ struct BlockShape {
   Rope<Acc<T>> rope;
 };
 
-// X_next (B, T, D) from s.X.
+// s.X_next (B, T, D) from s.X.
 template <class T>
-void block_forward(Device& device, T* X_next, BlockSaved<T> s, BlockParameters<const T> w,
+void block_forward(Device& device, BlockSaved<T> s, BlockParameters<const T> w,
                    BlockScratch<T> scratch, const BlockShape<T>& b) {
   size_t rows = b.tokens.rows(), D = b.D, F = b.F;
   linear_forward(device, s.qkv, s.X, w.qkv, rows, 3 * D, D);
   rope_qk_norm_forward(device, s.qkv, s.r_qk, b.rope, b.heads);
-  attention_forward(device, s.Y, s.P, scratch.scores, s.qkv, b.heads);
+  if (s.log_sums)
+    fused_attention_forward(device, s.Y, s.log_sums, s.qkv, b.heads);
+  else
+    attention_forward(device, s.Y, s.P, scratch.scores, s.qkv, b.heads);
   linear_forward(device, s.F1, s.Y, w.proj, rows, D, D);
   merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.gates[0], b.tokens, D, b.eps);
 
   linear_forward(device, s.u, s.X1, w.w13, rows, 2 * F, D);
   swiglu_forward(device, s.hidden, s.u, rows, F);
   linear_forward(device, s.F2, s.hidden, w.w2, rows, D, F);
-  merge_forward(device, X_next, s.merge[1], s.X1, s.F2, w.gates[1], b.tokens, D, b.eps);
+  merge_forward(device, s.X_next, s.merge[1], s.X1, s.F2, w.gates[1], b.tokens, D, b.eps);
 }
 
 // G holds dL/dX_next on entry and dL/dX on return; parameter gradients = (or += if `accumulate`).
 // Each line of block_forward has its backward here, last first; a linear map has two, its weight's
 // and its input's. The trunk's gradient stays in G: the merges replace it, and the branch's first
-// linear map adds its part. `observe`, if any, is called when scratch.dF is the adjoint of writer
-// 1 (W2) and of writer 0 (W_O).
+// linear map adds its part. `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of
+// writer i: 1 (W2), then 0 (W_O).
 template <class T, class P>
 void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
                     BlockParameters<const T> w, BlockScratch<T> scratch, const BlockShape<T>& b,
                     bool accumulate, const std::function<void(int)>& observe = {}) {
   size_t rows = b.tokens.rows(), D = b.D, F = b.F;
-  merge_backward(device, G, scratch.dF, d.gates[1], G, s.X1, s.F2, w.gates[1], s.merge[1],
+  T *dF1 = scratch.dF[0], *dF2 = scratch.dF[1];
+  merge_backward(device, G, dF2, d.gates[1], G, s.X_next, s.F2, w.gates[1], s.merge[1],
                  scratch.merge, b.tokens, D, accumulate);
   if (observe) observe(1);
-  linear_backward_weight(device, d.w2, scratch.dF, s.hidden, rows, D, F, accumulate);
-  linear_backward_input(device, scratch.dhidden, scratch.dF, w.w2, rows, D, F);
+  device.beside(
+      [&] { linear_backward_weight(device, d.w2, dF2, s.hidden, rows, D, F, accumulate); });
+  linear_backward_input(device, scratch.dhidden, dF2, w.w2, rows, D, F);
   swiglu_backward(device, scratch.du, scratch.dhidden, s.u, rows, F);
-  linear_backward_weight(device, d.w13, scratch.du, s.X1, rows, 2 * F, D, accumulate);
+  device.beside(
+      [&] { linear_backward_weight(device, d.w13, scratch.du, s.X1, rows, 2 * F, D, accumulate); });
   linear_backward_input(device, G, scratch.du, w.w13, rows, 2 * F, D, true);
 
-  merge_backward(device, G, scratch.dF, d.gates[0], G, s.X, s.F1, w.gates[0], s.merge[0],
-                 scratch.merge, b.tokens, D, accumulate);
+  merge_backward(device, G, dF1, d.gates[0], G, s.X1, s.F1, w.gates[0], s.merge[0], scratch.merge,
+                 b.tokens, D, accumulate);
   if (observe) observe(0);
-  linear_backward_weight(device, d.proj, scratch.dF, s.Y, rows, D, D, accumulate);
-  linear_backward_input(device, scratch.dY, scratch.dF, w.proj, rows, D, D);
-  attention_backward(device, scratch.dqkv, scratch.dY, s.P, s.qkv, scratch.scores, scratch.dS,
-                     b.heads);
-  rope_qk_norm_backward(device, scratch.dqkv, s.qkv, s.r_qk, b.rope, b.heads);
-  linear_backward_weight(device, d.qkv, scratch.dqkv, s.X, rows, 3 * D, D, accumulate);
+  device.beside([&] { linear_backward_weight(device, d.proj, dF1, s.Y, rows, D, D, accumulate); });
+  linear_backward_input(device, scratch.dY, dF1, w.proj, rows, D, D);
+  if (s.log_sums) {
+    fused_attention_backward(device, scratch.dqkv, scratch.inner, scratch.dY, s.Y, s.log_sums,
+                             s.qkv, s.r_qk, b.rope, b.heads);
+  } else {
+    attention_backward(device, scratch.dqkv, scratch.dY, s.P, s.qkv, scratch.scores, scratch.dS,
+                       b.heads);
+    rope_qk_norm_backward(device, scratch.dqkv, s.qkv, s.r_qk, b.rope, b.heads);
+  }
+  device.beside([&] {
+    linear_backward_weight(device, d.qkv, scratch.dqkv, s.X, rows, 3 * D, D, accumulate);
+  });
   linear_backward_input(device, G, scratch.dqkv, w.qkv, rows, 3 * D, D, true);
+  device.join();  // before scratch, or what the block saved, is overwritten
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -713,14 +1103,16 @@ struct Arrays {
                     128);  // each checkpoint starts on a 256-byte boundary
   }
 
-  void lay_blocks(Carver& c, const Config& m, size_t B, size_t span) {
+  void lay_blocks(Carver& c, const Config& m, size_t B, size_t span, bool gpu) {
     size_t rows = B * m.tokens(), X = rows * m.width;
+    bool fused = fused_attention<T>(gpu, m.head_dim());
     blocks.resize(span);
     for (size_t i = 0; i < span; ++i) {
       BlockSaved<T>& s = blocks[i];
       s.X = i ? c.take<T>(X) : nullptr;  // the first block's input is the span's checkpoint
       s.qkv = c.take<T>(3 * X);
-      s.P = c.take<T>(rows * m.heads * m.tokens());
+      s.P = fused ? nullptr : c.take<T>(rows * m.heads * m.tokens());
+      s.log_sums = fused ? c.take<A>(rows * m.heads) : nullptr;
       s.Y = c.take<T>(X), s.F1 = c.take<T>(X), s.X1 = c.take<T>(X);
       s.u = c.take<T>(2 * rows * m.ffn), s.hidden = c.take<T>(rows * m.ffn);
       s.F2 = c.take<T>(X);
@@ -732,16 +1124,22 @@ struct Arrays {
     }
   }
 
-  void lay_scratch(Carver& c, const Config& m, size_t B, bool trains) {
+  void lay_scratch(Carver& c, const Config& m, size_t B, bool trains, bool gpu) {
     size_t rows = B * m.tokens(), squares = rows * m.heads * m.tokens();
+    bool fused = fused_attention<T>(gpu, m.head_dim());
     scratch = {};
-    scratch.scores = c.take<A>(squares);
+    if (!fused) scratch.scores = c.take<A>(squares);
     if (!trains) return;
+    if (fused)
+      scratch.inner = c.take<A>(rows * m.heads);
+    else
+      scratch.dS = c.take<T>(squares);
     G = c.take<T>(rows * m.width);
-    scratch.dF = c.take<T>(rows * m.width), scratch.dY = c.take<T>(rows * m.width);
+    for (T*& dF : scratch.dF) dF = c.take<T>(rows * m.width);
+    scratch.dY = c.take<T>(rows * m.width);
     scratch.dhidden = c.take<T>(rows * m.ffn), scratch.du = c.take<T>(2 * rows * m.ffn);
-    scratch.dqkv = c.take<T>(3 * rows * m.width), scratch.dS = c.take<T>(squares);
-    scratch.merge.q = c.take<A>(rows);
+    scratch.dqkv = c.take<T>(3 * rows * m.width);
+    scratch.merge.h = c.take<A>(rows);
     scratch.merge.dbar = c.take<A>(2 * B * m.width);
     scratch.merge.dgate = c.take<A>(2 * B * m.width);
   }
@@ -781,7 +1179,7 @@ inline size_t span_length(const Config& config, size_t recompute) {
 }
 
 template <class T>
-Plan network_plan(const Config& config, size_t batch, size_t recompute, bool trains) {
+Plan network_plan(const Config& config, size_t batch, size_t recompute, bool trains, bool gpu) {
   // Beyond any machine; below, no product of sizes overflows 64 bits.
   double D = double(config.width), rows = double(batch) * double(config.tokens());
   double parameters_about = double(config.depth) * D * (4 * D + 3 * double(config.ffn));
@@ -802,10 +1200,10 @@ Plan network_plan(const Config& config, size_t batch, size_t recompute, bool tra
   plan.slabs.emplace_back("checkpoints", bytes([&](Carver& c) {
                             arrays.lay_checkpoints(c, config, batch, span, trains);
                           }));
-  plan.slabs.emplace_back("activations",
-                          bytes([&](Carver& c) { arrays.lay_blocks(c, config, batch, span); }));
-  plan.slabs.emplace_back("scratch",
-                          bytes([&](Carver& c) { arrays.lay_scratch(c, config, batch, trains); }));
+  plan.slabs.emplace_back(
+      "activations", bytes([&](Carver& c) { arrays.lay_blocks(c, config, batch, span, gpu); }));
+  plan.slabs.emplace_back(
+      "scratch", bytes([&](Carver& c) { arrays.lay_scratch(c, config, batch, trains, gpu); }));
   plan.slabs.emplace_back("inputs, outputs",
                           bytes([&](Carver& c) { arrays.lay_ends(c, config, batch, trains); }));
   return plan;
@@ -849,7 +1247,7 @@ class Network {
         batch(largest_batch),
         trains(training),
         span_(training ? span_length(c, recompute) : 1) {
-    Plan plan = network_plan<T>(c, batch, recompute, trains);
+    Plan plan = network_plan<T>(c, batch, recompute, trains, device.gpu);
     if (plan.total() > device.available())
       fail("the network needs %.2f GB and %s has %.2f GB free: use a smaller --batch",
            1e-9 * double(plan.total()), device.name.c_str(), 1e-9 * double(device.available()));
@@ -867,8 +1265,8 @@ class Network {
       function(carver);
     };
     lay([&](Carver& x) { arrays.lay_checkpoints(x, config, batch, span_, trains); });
-    lay([&](Carver& x) { arrays.lay_blocks(x, config, batch, span_); });
-    lay([&](Carver& x) { arrays.lay_scratch(x, config, batch, trains); });
+    lay([&](Carver& x) { arrays.lay_blocks(x, config, batch, span_, device.gpu); });
+    lay([&](Carver& x) { arrays.lay_scratch(x, config, batch, trains, device.gpu); });
     lay([&](Carver& x) { arrays.lay_ends(x, config, batch, trains); });
     std::vector<A> cosine, sine;
     rope_table(cosine, sine, config.height / config.patch, config.image_width / config.patch,
@@ -888,7 +1286,7 @@ class Network {
     Parameters<const T> w = locate<const T>(config, table, weights_);
     embed(b, w);
     for (size_t i = 0; i < config.depth; ++i)
-      block_forward(device, input(i + 1), saved(i), w.block(i), arrays.scratch, shape(b));
+      block_forward(device, saved(i), w.block(i), arrays.scratch, shape(b));
     linear_forward(device, arrays.prediction, input(config.depth), w.final_weight,
                    b * config.tokens(), config.patch_dim(), config.width);
     tokens_to_image(device, arrays.velocity, arrays.prediction, w.final_bias, b, config.tokens(),
@@ -905,11 +1303,11 @@ class Network {
       size_t first = s * span_, end = std::min(config.depth, first + span_);
       if (end < config.depth)
         for (size_t i = first; i < end; ++i)
-          block_forward(device, input(i + 1), saved(i), w.block(i), arrays.scratch, shape(b));
+          block_forward(device, saved(i), w.block(i), arrays.scratch, shape(b));
       for (size_t i = end; i-- > first;)
         block_backward(device, arrays.G, d.block(i), saved(i), w.block(i), arrays.scratch, shape(b),
                        accumulate, [&](int writer) {
-                         if (observe) observe(i, writer, saved(i), arrays.scratch.dF);
+                         if (observe) observe(i, writer, saved(i), arrays.scratch.dF[writer]);
                        });
     }
     embed_backward(b, w, d, accumulate, inputs);
@@ -931,7 +1329,7 @@ class Network {
   }
   BlockSaved<T> saved(size_t i) {
     BlockSaved<T> s = arrays.blocks[i % span_];
-    s.X = input(i);
+    s.X = input(i), s.X_next = input(i + 1);
     return s;
   }
 

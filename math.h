@@ -44,6 +44,14 @@
 #define HD
 #endif
 
+#ifdef __CUDA_ARCH__  // the compiler of the host would warn
+#define UNROLL _Pragma("unroll")
+#define UNROLL_4 _Pragma("unroll 4")
+#else
+#define UNROLL
+#define UNROLL_4
+#endif
+
 // ---------------------------------------------------------------------------------------------
 // 1. Errors
 //
@@ -180,17 +188,18 @@ inline size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 // ---------------------------------------------------------------------------------------------
 // 3. The device and its memory
 
-// One CPU or one GPU. All GPU work goes into one stream, in order, so a kernel sees what the one
-// before it wrote; the host waits only in synchronize() and download().
+// One CPU or one GPU. GPU work goes into one stream, in order, so a kernel sees what the one before
+// it wrote (but see beside()); the host waits only in synchronize() and download().
 struct Device {
   bool gpu = false;
   std::string name = "CPU";
   size_t allocated = 0;    // bytes held by slabs now
   size_t allocations = 0;  // slabs ever taken: constant once training runs
 #ifdef __CUDACC__
-  cudaStream_t stream = nullptr;
-  cublasHandle_t blas = nullptr;
+  cudaStream_t stream = nullptr, side_stream = nullptr;
+  cublasHandle_t blas = nullptr, side_blas = nullptr;
   void* blas_workspace = nullptr;
+  cudaEvent_t event = nullptr;
 #endif
 
   explicit Device(bool on_gpu = false);
@@ -207,7 +216,7 @@ struct Device {
   }
   // cuBLAS gets its workspace from us: its own would be allocated out of the plan's sight, and a
   // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph.
-  static size_t workspace_bytes(bool on_gpu) { return on_gpu ? size_t(32) << 20 : 0; }
+  static size_t workspace_bytes(bool on_gpu) { return on_gpu ? size_t(64) << 20 : 0; }
 
   // Bytes that could be taken now, and bytes in use now: on a GPU by everybody, on a CPU by us.
   size_t available() const;
@@ -218,12 +227,43 @@ struct Device {
     if (gpu) CUDA_CHECK(cudaStreamSynchronize(stream));
 #endif
   }
+  // What f enqueues may run beside what is enqueued after it, until join(). It starts after all that
+  // was enqueued before. Weight gradients are for this: nothing in a backward waits for them, and
+  // they fill the multiprocessors that a narrow network's kernels leave idle.
+  template <class F>
+  void beside(const F& f) {
+#ifdef __CUDACC__
+    if (gpu) {
+      wait(side_stream, stream);
+      std::swap(stream, side_stream), std::swap(blas, side_blas);
+      f();
+      std::swap(stream, side_stream), std::swap(blas, side_blas);
+      return;
+    }
+#endif
+    f();
+  }
+  void join() {
+#ifdef __CUDACC__
+    if (gpu) wait(stream, side_stream);
+#endif
+  }
+
   void* allocate(size_t bytes);
   void release(void* data, size_t bytes);
   void fill(void* data, int byte, size_t bytes) const;
   void copy(void* to, const void* from, size_t bytes) const;      // device to device
   void upload(void* to, const void* from, size_t bytes) const;    // host to device
   void download(void* to, const void* from, size_t bytes) const;  // device to host; waits
+
+ private:
+#ifdef __CUDACC__
+  // `later` goes on when `earlier` has done what is in it now.
+  void wait(cudaStream_t later, cudaStream_t earlier) {
+    CUDA_CHECK(cudaEventRecord(event, earlier));
+    CUDA_CHECK(cudaStreamWaitEvent(later, event, 0));
+  }
+#endif
 };
 
 inline Device::Device(bool on_gpu) : gpu(on_gpu) {
@@ -233,15 +273,21 @@ inline Device::Device(bool on_gpu) : gpu(on_gpu) {
   cudaDeviceProp properties;
   CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
   name = properties.name;
-  CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  CUBLAS_CHECK(cublasCreate(&blas));
-  CUBLAS_CHECK(cublasSetStream(blas, stream));
+  CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   blas_workspace = allocate(workspace_bytes(true));
-  CUBLAS_CHECK(cublasSetWorkspace(blas, blas_workspace, workspace_bytes(true)));
-  // Partial sums of a bf16 product stay in fp32 even where cuBLAS splits the inner dimension.
-  CUBLAS_CHECK(cublasSetMathMode(
-      blas, static_cast<cublasMath_t>(CUBLAS_DEFAULT_MATH |
-                                      CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+  size_t half = workspace_bytes(true) / 2;
+  auto start = [&](cudaStream_t& own_stream, cublasHandle_t& own_blas, void* workspace) {
+    CUDA_CHECK(cudaStreamCreateWithFlags(&own_stream, cudaStreamNonBlocking));
+    CUBLAS_CHECK(cublasCreate(&own_blas));
+    CUBLAS_CHECK(cublasSetStream(own_blas, own_stream));
+    CUBLAS_CHECK(cublasSetWorkspace(own_blas, workspace, half));
+    // Partial sums of a bf16 product stay in fp32 even where cuBLAS splits the inner dimension.
+    CUBLAS_CHECK(cublasSetMathMode(
+        own_blas, static_cast<cublasMath_t>(CUBLAS_DEFAULT_MATH |
+                                            CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+  };
+  start(stream, blas, blas_workspace);
+  start(side_stream, side_blas, static_cast<std::byte*>(blas_workspace) + half);
 #else
   fail("this binary was built without CUDA: build with nvcc, or use --device cpu");
 #endif
@@ -250,9 +296,10 @@ inline Device::Device(bool on_gpu) : gpu(on_gpu) {
 inline Device::~Device() {
 #ifdef __CUDACC__
   if (!gpu) return;
-  cublasDestroy(blas);
+  for (cublasHandle_t handle : {blas, side_blas}) cublasDestroy(handle);
   release(blas_workspace, workspace_bytes(true));
-  cudaStreamDestroy(stream);
+  for (cudaStream_t s : {stream, side_stream}) cudaStreamDestroy(s);
+  cudaEventDestroy(event);
 #endif
 }
 
@@ -383,20 +430,27 @@ struct Slab {
 // 4. Teams: kernels written once
 
 // The threads that work on one piece: `size` of them, this one is `rank`, the piece is `index`.
-// Reductions add in a fixed order (no atomics), so the same sizes give the same bits.
+// Reductions add in a fixed order (no atomics), so the same sizes give the same bits. A team is a
+// power of two up to 32, several of which share a thread block, or a thread block of whole warps.
 struct Team {
   size_t index;
   int rank, size;
 
-  // The same threads seen as a grid, for sums over rows: 32 columns wide on a GPU, 1 on a CPU.
-  HD int columns() const { return size < 32 ? size : 32; }
-  HD int column() const { return rank % columns(); }
-  HD int rows() const { return size / columns(); }
-  HD int row() const { return rank / columns(); }
+  static constexpr int max_size = 256;
+
+  // A part of this team, for pieces of `threads` threads (on a CPU: of one).
+  HD Team part(int threads) const {
+    if (size < threads) threads = size;
+    return {size_t(rank / threads), rank % threads, threads};
+  }
+  HD int parts(int threads) const { return size < threads ? 1 : size / threads; }
 
   HD void sync() const {
 #ifdef __CUDA_ARCH__
-    __syncthreads();
+    if (size > 32)
+      __syncthreads();
+    else
+      __syncwarp(lanes());
 #endif
   }
 
@@ -404,9 +458,10 @@ struct Team {
   template <class A, class Op>
   HD A reduce(A x, Op op) const {
 #ifdef __CUDA_ARCH__
-    // Exchange with the lane whose number differs in one bit, five times. Both partners add the
-    // same two numbers, so all 32 lanes agree to the last bit.
-    for (int bit = 16; bit > 0; bit /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, bit));
+    // Exchange with the lane whose number differs in one bit, up to five times. Both partners add
+    // the same two numbers, so all lanes agree to the last bit.
+    for (int bit = (size < 32 ? size : 32) / 2; bit > 0; bit /= 2)
+      x = op(x, __shfl_xor_sync(lanes(), x, bit));
     if (size > 32) {
       __shared__ A partial[32];
       if (rank % 32 == 0) partial[rank / 32] = x;
@@ -429,30 +484,70 @@ struct Team {
     return reduce(x, [](A a, A b) { return max_(a, b); });
   }
 
-  // Sum x over the rows of the grid; every thread of a column gets its column's sum.
+  // The team as a grid, rank = row * columns + column, for columns a power of two up to 32: sum x
+  // over the rows. Every thread of a column gets its column's sum.
   template <class V>
-  HD V sum_rows(V x) const {
+  HD V sum_rows(V x, int columns) const {
 #ifdef __CUDA_ARCH__
+    for (int bit = (size < 32 ? size : 32) / 2; bit >= columns; bit /= 2) x = x + shuffle(x, bit);
+    if (size <= 32) return x;
     __shared__ V slot[max_size];
-    slot[rank] = x;
+    if (rank % 32 < columns) slot[rank / 32 * columns + rank % columns] = x;
     __syncthreads();
-    x = slot[column()];
-    for (int r = 1; r < rows(); ++r) x = x + slot[column() + r * columns()];
+    x = slot[rank % columns];
+    for (int warp = 1; warp < size / 32; ++warp) x = x + slot[warp * columns + rank % columns];
     __syncthreads();
+#else
+    (void)columns;
 #endif
     return x;
   }
 
-  static constexpr int max_size = 256;
+#ifdef __CUDA_ARCH__
+ private:
+  // The lanes of the warp that are in this team.
+  __device__ unsigned lanes() const {
+    return size >= 32 ? 0xffffffffu : ((1u << size) - 1) << (threadIdx.x % 32 / size * size);
+  }
+  // V of the lane whose number differs in `bit`, word by word.
+  template <class V>
+  __device__ V shuffle(V x, int bit) const {
+    uint32_t words[sizeof(V) / 4];
+    memcpy(words, &x, sizeof(V));
+    for (uint32_t& word : words) word = __shfl_xor_sync(lanes(), word, bit);
+    memcpy(&x, words, sizeof(V));
+    return x;
+  }
+#endif
 };
 
 // Threads for a team whose loop has n independent items: whole warps, at most eight.
 inline int threads_for(size_t n) { return int(std::clamp<size_t>(round_up(n, 32), 32, 256)); }
 
+// Threads for a row of D channels that is gone through twice: about eight quads each, so that the
+// second time they are still in registers (see each_quad), and no more than a warp if that will do.
+inline int threads_for_row(size_t D) {
+  size_t threads = 1;
+  while (threads < Team::max_size && threads * (threads < 32 ? 16 : 32) < D) threads *= 2;
+  return int(threads);
+}
+
+// Call f(slot, d) for the team's quads of a row of D channels. Slots 0 to 7 are constants once the
+// loop is unrolled: what f keeps in an array under them stays in registers. Slot 8 is the rest.
+constexpr int row_slots = 8;
+template <class F>
+HD void each_quad(Team team, size_t D, const F& f) {
+  size_t d = 4 * size_t(team.rank), step = 4 * size_t(team.size);
+  UNROLL for (int slot = 0; slot < row_slots; ++slot, d += step) if (d < D) f(slot, d);
+  for (; d < D; d += step) f(row_slots, d);
+}
+
 #ifdef __CUDACC__
 template <class Body>
-__global__ void __launch_bounds__(Team::max_size) team_kernel(Body body) {
-  body(Team{blockIdx.x, int(threadIdx.x), int(blockDim.x)});
+__global__ void __launch_bounds__(Team::max_size)
+    team_kernel(Body body, unsigned teams, int size, unsigned teams_a_block) {
+  unsigned index = blockIdx.x * teams_a_block + threadIdx.x / unsigned(size);
+  if (index < teams) body(Team{index, int(threadIdx.x % unsigned(size)), size});
 }
 template <class Body>
 __global__ void __launch_bounds__(256) element_kernel(size_t n, Body body) {
@@ -468,7 +563,9 @@ void for_each_team(const Device& device, size_t teams, int threads, const Body& 
 #ifdef __CUDACC__
   if (device.gpu) {
     if (teams > 0x7fffffff) fail("a kernel over %zu teams is too large for one launch", teams);
-    team_kernel<<<unsigned(teams), threads, 0, device.stream>>>(body);
+    unsigned together = threads > 32 ? 1 : unsigned(Team::max_size / threads);
+    team_kernel<<<unsigned(ceil_div(teams, together)), unsigned(threads) * together, 0,
+                  device.stream>>>(body, unsigned(teams), threads, together);
     CUDA_CHECK(cudaGetLastError());
     return;
   }
@@ -477,6 +574,19 @@ void for_each_team(const Device& device, size_t teams, int threads, const Body& 
 #pragma omp parallel for schedule(static) if (teams > 1)
   for (size_t i = 0; i < teams; ++i) body(Team{i, 0, 1});
 }
+
+#ifdef __CUDACC__
+// A kernel of the GPU's own, written where one source for both machines would be too slow: `blocks`
+// of `threads` threads that share `shared` bytes.
+template <class... Parameters, class... Arguments>
+void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, int threads,
+            size_t shared, Arguments... arguments) {
+  CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  kernel<<<blocks, threads, shared, device.stream>>>(arguments...);
+  CUDA_CHECK(cudaGetLastError());
+}
+#endif
 
 // Run body(i) for each i < n, independently.
 template <class Body>

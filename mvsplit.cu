@@ -56,26 +56,29 @@ struct Tokens {
   }
 };
 
-// Sum body(row, d), which looks at the four channels d..d+3, over the rows of each (sequence,
-// segment), and call finish(segment, d, sum) with the result; `zero` fixes the type of the sum. One
-// team has one segment and 128 neighbouring channels; its grid of threads deals the rows out and
-// adds up in a fixed order.
+// Sum body(segment, row, d), which looks at the four channels d..d+3, over the rows of each
+// (sequence, segment), and call finish(segment, d, sum) with the result; `zero` fixes the type of
+// the sum. One team has one segment and a few neighbouring channels, few enough for a thousand teams
+// where there are so many; as a grid of threads it deals the rows out and adds up in a fixed order.
 template <class Sum, class Body, class Finish>
 void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, const Body& body,
                      const Finish& finish) {
-  size_t tiles = ceil_div(D, 128);
+  int columns = 32;
+  while (columns > 4 && tokens.batch * 2 * ceil_div(D, 4 * size_t(columns)) < 1024) columns /= 2;
+  size_t width = 4 * size_t(columns), tiles = ceil_div(D, width);
   for_each_team(device, tokens.batch * 2 * tiles, Team::max_size, [=] HD(Team team) {
-    size_t segment = team.index / tiles, channel = team.index % tiles * 128;
+    Team line = team.part(columns);
+    size_t segment = team.index / tiles, channel = team.index % tiles * width;
     size_t start = segment / 2 * tokens.length() + tokens.first(segment % 2);
     size_t end = start + tokens.count(segment % 2);
-    for (size_t tile = 0; tile < 128; tile += 4 * team.columns()) {
-      size_t d = channel + tile + 4 * team.column();
+    for (size_t tile = 0; tile < width; tile += 4 * size_t(line.size)) {
+      size_t d = channel + tile + 4 * size_t(line.rank);
       Sum sum = zero;
-      if (d < D)
-        for (size_t row = start + team.row(); row < end; row += team.rows())
-          sum = sum + body(row, d);
-      sum = team.sum_rows(sum);
-      if (d < D && team.row() == 0) finish(segment, d, sum);
+      if (d < D) UNROLL_4
+      for (size_t row = start + line.index; row < end; row += size_t(team.parts(columns)))
+        sum = sum + body(segment, row, d);
+      sum = team.sum_rows(sum, columns);
+      if (d < D && line.index == 0) finish(segment, d, sum);
     }
   });
 }
@@ -97,7 +100,7 @@ void segment_means(const Device& device, Acc<T>* xbar, Acc<T>* fbar, const T* X,
   using A = Acc<T>;
   sum_over_tokens(
       device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
-      [=] HD(size_t row, size_t d) {
+      [=] HD(size_t, size_t row, size_t d) {
         return QuadPair<A>{load<A>(X + row * D + d), load<A>(F + row * D + d)};
       },
       [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
@@ -138,7 +141,7 @@ template <class T>
 void rmsnorm_forward(const Device& device, T* Y, Acc<T>* r, const T* X, size_t batch, size_t n,
                      size_t D, size_t y_stride, double eps) {
   using A = Acc<T>;
-  for_each_team(device, batch * n, threads_for(D / 4), [=] HD(Team team) {
+  for_each_team(device, batch * n, threads_for_row(D), [=] HD(Team team) {
     const T* x = X + team.index * D;
     T* y = Y + team.index / n * y_stride + team.index % n * D;
     A squares = 0;
@@ -157,7 +160,7 @@ template <class T>
 void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, const Acc<T>* r,
                       size_t batch, size_t n, size_t D, size_t y_stride) {
   using A = Acc<T>;
-  for_each_team(device, batch * n, threads_for(D / 4), [=] HD(Team team) {
+  for_each_team(device, batch * n, threads_for_row(D), [=] HD(Team team) {
     const T* x = X + team.index * D;
     const T* g = dY + team.index / n * y_stride + team.index % n * D;
     A scale = r[team.index], gx = 0;
@@ -251,16 +254,23 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
                    const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps) {
   using A = Acc<T>;
   if (splits(gates.merge)) segment_means(device, saved.xbar, saved.fbar, X, F, tokens, D);
-  for_each_team(device, tokens.rows(), threads_for(D / 4), [=] HD(Team team) {
+  for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
     size_t row = team.index, segment = tokens.segment_of(row);
     const A *xbar = saved.xbar + segment * D, *fbar = saved.fbar + segment * D;
     auto z = [&](size_t d) {
       return merge_rule(gates, load<A>(X + row * D + d), load<A>(F + row * D + d), xbar, fbar, d);
     };
+    Quad<A> kept[row_slots];
     A squares = 0;
-    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) squares += dot(z(d), z(d));
+    each_quad(team, D, [&](int slot, size_t d) {
+      Quad<A> v = z(d);
+      if (slot < row_slots) kept[slot] = v;
+      squares += dot(v, v);
+    });
     A r = inverse_rms(team.sum(squares), D, A(eps));
-    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) store(X_next + row * D + d, r * z(d));
+    each_quad(team, D, [&](int slot, size_t d) {
+      store(X_next + row * D + d, r * (slot < row_slots ? kept[slot] : z(d)));
+    });
     if (team.rank == 0) saved.r[row] = r;
   });
 }
@@ -270,7 +280,7 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 //
 // Given G = dL/dX_next. RMSNorm first: by (Delta), token i of dL/dZ is
 //
-//     Delta_i = r_i G_i - q_i Z_i,        q_i = (r_i^3 / D) <G_i, Z_i>.
+//     Delta_i = r_i G_i - (r_i^3 / D) <G_i, Z_i> Z_i.
 //
 // Then <Delta, dZ> for MV-Split, with dZ = dX + beta * P dF + alpha * J (dF - dX) from (7). J and P
 // are symmetric and act on tokens, the gains on channels, so they move to the other side one by
@@ -292,14 +302,19 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // Consequence of (dF): the segment mean of dF is alpha * Dbar. At alpha = 0, where training starts,
 // the branch's adjoint has no mean at all, however large Dbar is.
 //
-// The cost is three passes: a row pass for q, a column pass for Dbar and the gates, a pass for the
-// outputs. Delta is recomputed from G, X, F, r and q where it is needed: that reads three arrays
-// instead of one, but takes no (B, T, D) array and no bf16 rounding of Delta.
+// What it reads. Z is not stored, but its norm is: Z = Y / r with Y = X_next, the merge's output,
+// which the next layer kept as its input. In terms of Y
+//
+//     Delta_i = r_i (G_i - h_i Y_i),        h_i = <G_i, Y_i> / D,
+//
+// so X is not needed at all, and F for the gates alone. Three passes: over rows for h; over tokens
+// for Dbar and the gates; and one for the outputs. Delta is made anew in each from G and Y: that
+// reads one array more, but takes no (B, T, D) array and no rounding of Delta to bf16.
 
-// Scratch of the backward: q (B, T); dbar and dgate (B, 2, D), sums over a segment's tokens.
+// Scratch of the backward: h (B, T); dbar and dgate (B, 2, D), sums over a segment's tokens.
 template <class A>
 struct MergeScratch {
-  A *q, *dbar, *dgate;
+  A *h, *dbar, *dgate;
 };
 
 // Gate gradients from the segments' sums, (dalpha), (dbeta): dalpha, dbeta or dlambda (=, or += if
@@ -311,16 +326,18 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
   bool leak = dgates.merge == Merge::mvsplit, split = splits(dgates.merge);
   bool scalar = dgates.merge == Merge::rezero;
   P *dalpha = dgates.alpha, *dgain = split ? dgates.beta : dgates.lambda;
-  size_t width = 32;  // channels a team has; a scalar gate is one team's sum over all channels
-  for_each_team(device, scalar ? 1 : ceil_div(D, width), Team::max_size, [=] HD(Team team) {
+  constexpr int columns = 32;  // channels a team has; a scalar gate is one team's over all channels
+  size_t teams = scalar ? 1 : ceil_div(D, columns);
+  for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
     auto put = [=](P* to, A sum) { *to = P(accumulate ? A(*to) + sum : sum); };
-    size_t first = team.index * width, last = scalar ? D : min_(first + width, D);
+    Team line = team.part(columns);
+    size_t first = team.index * columns, last = scalar ? D : min_(first + columns, D);
     A total = 0;
-    for (size_t tile = first; tile < last; tile += team.columns()) {
-      size_t d = tile + team.column();
+    for (size_t tile = first; tile < last; tile += size_t(line.size)) {
+      size_t d = tile + size_t(line.rank);
       A alpha_sum = 0, gain_sum = 0;
       if (d < last)
-        for (size_t s = team.row(); s < 2 * tokens.batch; s += team.rows()) {
+        for (size_t s = line.index; s < 2 * tokens.batch; s += size_t(team.parts(columns))) {
           gain_sum += scratch.dgate[s * D + d];
           if (!split) continue;
           A to_mean = saved.fbar[s * D + d] - (leak ? saved.xbar[s * D + d] : A(0));
@@ -330,9 +347,9 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
         total += gain_sum;
         continue;
       }
-      gain_sum = team.sum_rows(gain_sum);
-      if (split) alpha_sum = team.sum_rows(alpha_sum);
-      if (d < last && team.row() == 0) {
+      gain_sum = team.sum_rows(gain_sum, columns);
+      if (split) alpha_sum = team.sum_rows(alpha_sum, columns);
+      if (d < last && line.index == 0) {
         put(dgain + d, gain_sum);
         if (split) put(dalpha + d, alpha_sum);
       }
@@ -343,37 +360,33 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
   });
 }
 
-// dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next.
-// dX may be G itself.
+// dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next,
+// Y = X_next and F (read where there are gates). dX may be G itself.
 template <class T, class P>
-void merge_backward(const Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* X,
+void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* Y,
                     const T* F, Gates<const T> gates, MergeSaved<Acc<T>> saved,
                     MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
   using A = Acc<T>;
   bool split = splits(gates.merge), leak = gates.merge == Merge::mvsplit;
-  auto z = [=] HD(size_t row, size_t d) {
-    size_t segment = tokens.segment_of(row);
-    return merge_rule(gates, load<A>(X + row * D + d), load<A>(F + row * D + d),
-                      saved.xbar + segment * D, saved.fbar + segment * D, d);
-  };
-  for_each_team(device, tokens.rows(), threads_for(D / 4), [=] HD(Team team) {
+  for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
     size_t row = team.index;
-    A gz = 0, r = saved.r[row];
-    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size)
-      gz += dot(load<A>(G + row * D + d), z(row, d));
-    gz = team.sum(gz);
-    if (team.rank == 0) scratch.q[row] = r * r * r / A(D) * gz;
+    A gy = 0;
+    each_quad(team, D, [&](int, size_t d) {
+      gy += dot(load<A>(G + row * D + d), load<A>(Y + row * D + d));
+    });
+    gy = team.sum(gy);
+    if (team.rank == 0) scratch.h[row] = gy / A(D);
   });
   auto delta = [=] HD(size_t row, size_t d) {
-    return saved.r[row] * load<A>(G + row * D + d) - scratch.q[row] * z(row, d);
+    return saved.r[row] *
+           (load<A>(G + row * D + d) - scratch.h[row] * load<A>(Y + row * D + d));  // (Delta)
   };
-  if (gates.merge != Merge::plain) {
+  if (gates.merge != Merge::plain)
     sum_over_tokens(
         device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
-        [=] HD(size_t row, size_t d) {
-          Quad<A> f = load<A>(F + row * D + d);
-          if (split) f = f - load<A>(saved.fbar + tokens.segment_of(row) * D + d);
-          Quad<A> g = delta(row, d);
+        [=] HD(size_t segment, size_t row, size_t d) {
+          Quad<A> f = load<A>(F + row * D + d), g = delta(row, d);
+          if (split) f = f - load<A>(saved.fbar + segment * D + d);
           return QuadPair<A>{g, g * f};
         },
         [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
@@ -381,22 +394,31 @@ void merge_backward(const Device& device, T* dX, T* dF, Gates<P> dgates, const T
           store(scratch.dbar + segment * D + d, scale * sum.a);
           store(scratch.dgate + segment * D + d, sum.b);
         });
-    gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate);
-  }
-  for_each(device, tokens.rows() * D / 4, [=] HD(size_t i) {
-    size_t row = i / (D / 4), d = i % (D / 4) * 4;
-    Quad<A> g = delta(row, d), dx = g, df = g;
-    if (gates.merge == Merge::layerscale) df = load<A>(gates.lambda + d) * g;
-    if (gates.merge == Merge::rezero) df = A(gates.lambda[0]) * g;
-    if (split) {
-      Quad<A> alpha = load<A>(gates.alpha + d), beta = load<A>(gates.beta + d);
-      Quad<A> dbar = load<A>(scratch.dbar + tokens.segment_of(row) * D + d);
-      if (leak) dx = g - alpha * dbar;        // (dX)
-      df = beta * g + (alpha - beta) * dbar;  // (dF)
-    }
-    store(dX + row * D + d, dx);
-    store(dF + row * D + d, df);
+  for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
+    size_t row = team.index;
+    const A* dbar = scratch.dbar + tokens.segment_of(row) * D;
+    // All of the row is read before any of it is written: dX may be G, so the compiler could not
+    // move a later load up by itself.
+    Quad<A> kept[row_slots];
+    each_quad(team, D, [&](int slot, size_t d) {
+      if (slot < row_slots) kept[slot] = delta(row, d);
+    });
+    each_quad(team, D, [&](int slot, size_t d) {
+      Quad<A> g = slot < row_slots ? kept[slot] : delta(row, d), dx = g, df = g;
+      if (gates.merge == Merge::layerscale) df = load<A>(gates.lambda + d) * g;
+      if (gates.merge == Merge::rezero) df = A(gates.lambda[0]) * g;
+      if (split) {
+        Quad<A> alpha = load<A>(gates.alpha + d), beta = load<A>(gates.beta + d);
+        Quad<A> mean = load<A>(dbar + d);
+        if (leak) dx = g - alpha * mean;        // (dX)
+        df = beta * g + (alpha - beta) * mean;  // (dF)
+      }
+      store(dX + row * D + d, dx);
+      store(dF + row * D + d, df);
+    });
   });
+  if (gates.merge != Merge::plain)
+    gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -544,7 +566,7 @@ void token_means(const Device& device, Acc<T>* means, const T* x, Tokens tokens,
   using A = Acc<T>;
   sum_over_tokens(
       device, tokens, n, quad(A(0)),
-      [=] HD(size_t row, size_t d) { return load<A>(x + row * n + d); },
+      [=] HD(size_t, size_t row, size_t d) { return load<A>(x + row * n + d); },
       [=] HD(size_t segment, size_t d, Quad<A> sum) {
         store(means + segment * n + d, A(1) / A(max_<size_t>(tokens.count(segment % 2), 1)) * sum);
       });

@@ -474,7 +474,7 @@ inline void upload_data(const Device& device, const DeviceData& to, const Datase
 // Everything a run will take, by slab, before it is taken.
 template <class T>
 Plan training_plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
-  Plan plan = network_plan<T>(o.model, o.batch, o.recompute, true);
+  Plan plan = network_plan<T>(o.model, o.batch, o.recompute, true, on_gpu);
   Table table = parameter_table(o.model);
   auto add = [&](const char* name, auto lay) {
     Carver c;

@@ -18,6 +18,10 @@ using A = float;
 FILE* tsv = nullptr;
 double copy_ceiling = 0, gemm_ceiling = 0;
 
+struct alignas(16) Wide {
+  uint64_t x[2];
+};
+
 // Median seconds of one sequence(), of `count` in a graph.
 template <class Sequence>
 double seconds(Device& device, const Sequence& sequence, int count = 1, int replays = 21) {
@@ -50,7 +54,8 @@ void report(const std::string& name, double s, double bytes, double flops) {
   }
   if (flops > 0) {
     std::printf("  %8.1f TFLOP/s", 1e-12 * flops / s);
-    if (gemm_ceiling > 0) std::printf("  %3.0f%% of the largest product", 100 * flops / s / gemm_ceiling);
+    if (gemm_ceiling > 0)
+      std::printf("  %3.0f%% of the largest product", 100 * flops / s / gemm_ceiling);
   }
   std::printf("\n");
   std::fflush(stdout);
@@ -69,7 +74,8 @@ void ceilings(Device& device) {
   size_t bytes = size_t(1) << 30;
   Slab from(device, bytes), to(device, bytes);
   random_array<T>(from, bytes / 2, 1);
-  double s = seconds(device, [&](int) { device.copy(to.data, from.data, bytes); });
+  Wide *x16 = reinterpret_cast<Wide*>(from.data), *y16 = reinterpret_cast<Wide*>(to.data);
+  double s = seconds(device, [&](int) { convert(device, y16, x16, bytes / 16); });
   copy_ceiling = 2 * double(bytes) / s;
   report("device copy", s, 2 * double(bytes), 0);
   size_t n = 8192;
@@ -122,7 +128,8 @@ void kernels(Device& device) {
   Parameters<A> d = locate<A>(net.config, net.table, net.gradients());
   BlockScratch<T>& scratch = net.arrays.scratch;
   auto saved = [&](int k) { return net.saved(size_t(k)); };
-  double X = double(b.tokens.rows() * b.D) * sizeof(T), U = double(b.tokens.rows() * b.F) * sizeof(T);
+  double X = double(b.tokens.rows() * b.D) * sizeof(T),
+         U = double(b.tokens.rows() * b.F) * sizeof(T);
   // Gradients of their own for each turn: 8 arrays would not fit a cache either.
   std::vector<std::unique_ptr<Slab>> G, dF;
   for (int k = 0; k < sets; ++k) {
@@ -142,7 +149,7 @@ void kernels(Device& device) {
   });
   time("merge backward", 5 * X, 0, [&](int k) {
     BlockSaved<T> s = saved(k);
-    merge_backward(device, df((k + 1) % sets), df(k), d.block(size_t(k)).gates[0], g(k), s.X, s.F1,
+    merge_backward(device, df((k + 1) % sets), df(k), d.block(size_t(k)).gates[0], g(k), s.X1, s.F1,
                    w.block(size_t(k)).gates[0], s.merge[0], scratch.merge, b.tokens, b.D, false);
   });
   double attention = 4 * double(B * b.heads.length * b.heads.length) * double(b.D);
@@ -152,18 +159,15 @@ void kernels(Device& device) {
   });
   time("attention forward", 4 * X, attention, [&](int k) {
     BlockSaved<T> s = saved(k);
-    attention_forward(device, s.Y, s.P, scratch.scores, s.qkv, b.heads);
+    fused_attention_forward(device, s.Y, s.log_sums, s.qkv, b.heads);
   });
   time("attention backward", 8 * X, 2.5 * attention, [&](int k) {
     BlockSaved<T> s = saved(k);
-    attention_backward(device, scratch.dqkv, g(k), s.P, s.qkv, scratch.scores, scratch.dS, b.heads);
+    fused_attention_backward(device, scratch.dqkv, scratch.inner, g(k), s.Y, s.log_sums, s.qkv,
+                             s.r_qk, b.rope, b.heads);
   });
-  time("rope + QK-norm backward", 6 * X, 0, [&](int k) {
-    rope_qk_norm_backward(device, scratch.dqkv, saved(k).qkv, saved(k).r_qk, b.rope, b.heads);
-  });
-  time("SwiGLU forward", 3 * U, 0, [&](int k) {
-    swiglu_forward(device, saved(k).hidden, saved(k).u, b.tokens.rows(), b.F);
-  });
+  time("SwiGLU forward", 3 * U, 0,
+       [&](int k) { swiglu_forward(device, saved(k).hidden, saved(k).u, b.tokens.rows(), b.F); });
   time("SwiGLU backward", 5 * U, 0, [&](int k) {
     swiglu_backward(device, scratch.du, saved(k).hidden, saved(k).u, b.tokens.rows(), b.F);
   });
@@ -173,7 +177,8 @@ void kernels(Device& device) {
 void gemms(Device& device, size_t rows, size_t D, size_t F) {
   std::printf("products of %zu tokens, width %zu\n", rows, D);
   size_t largest = std::max(rows * 2 * F, 2 * F * D);
-  Slab a(device, largest * sizeof(T)), b(device, largest * sizeof(T)), c(device, largest * sizeof(A));
+  Slab a(device, largest * sizeof(T)), b(device, largest * sizeof(T)),
+      c(device, largest * sizeof(A));
   T *x = random_array<T>(a, largest, 1), *w = random_array<T>(b, largest, 2, 0.02);
   struct Shape {
     const char* name;
@@ -184,9 +189,19 @@ void gemms(Device& device, size_t rows, size_t D, size_t F) {
     std::string name = s.name;
     T* y = reinterpret_cast<T*>(c.data);
     A* dw = reinterpret_cast<A*>(c.data);
-    report(name + " forward", seconds(device, [&](int) { linear_forward(device, y, x, w, rows, s.out, s.in); }, 8), 0, flops);
-    report(name + " input gradient", seconds(device, [&](int) { linear_backward_input(device, y, x, w, rows, s.out, s.in); }, 8), 0, flops);
-    report(name + " weight gradient", seconds(device, [&](int) { linear_backward_weight(device, dw, x, w, rows, s.out, s.in, false); }, 8), 0, flops);
+    report(name + " forward",
+           seconds(
+               device, [&](int) { linear_forward(device, y, x, w, rows, s.out, s.in); }, 8),
+           0, flops);
+    report(name + " input gradient",
+           seconds(
+               device, [&](int) { linear_backward_input(device, y, x, w, rows, s.out, s.in); }, 8),
+           0, flops);
+    report(name + " weight gradient",
+           seconds(
+               device,
+               [&](int) { linear_backward_weight(device, dw, x, w, rows, s.out, s.in, false); }, 8),
+           0, flops);
   }
 }
 
@@ -194,10 +209,13 @@ void gemms(Device& device, size_t rows, size_t D, size_t F) {
 void block(Device& device, size_t batch) {
   auto run = [&](size_t depth) {
     Subject subject(device, model(depth, 1024, 8, 3072, 64), batch, 1);
-    return seconds(device, [&](int) {
-      subject.net.forward(batch);
-      subject.net.backward(batch, false);
-    }, 1, 11);
+    return seconds(
+        device,
+        [&](int) {
+          subject.net.forward(batch);
+          subject.net.backward(batch, false);
+        },
+        1, 11);
   };
   double s = (run(10) - run(2)) / 8;
   Config c = model(1, 1024, 8, 3072, 64);
@@ -225,7 +243,8 @@ void step(Device& device, size_t depth, const std::string& residual) {
     auto start = std::chrono::steady_clock::now();
     for (int k = 0; k < 3; ++k) trainer.train_step();
     device.synchronize();
-    times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 3);
+    times.push_back(
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 3);
   }
   std::nth_element(times.begin(), times.begin() + 4, times.end());
   report("step " + std::to_string(depth) + " " + residual, times[4], 0, step_flops(o));

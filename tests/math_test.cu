@@ -278,6 +278,17 @@ TEST(Teams, ThreadsAreWholeWarpsAtMostEight) {
   for (auto [n, threads] : table) EXPECT_EQ(threads_for(n), threads) << n;
 }
 
+TEST(Teams, RowsFitIntoRegistersUpToTheLargestTeam) {
+  const std::pair<size_t, int> table[] = {{4, 1},     {16, 1},     {64, 4},
+                                          {128, 8},   {384, 32},   {1024, 32},
+                                          {1028, 64}, {3072, 128}, {8192, 256}};
+  for (auto [D, threads] : table) {
+    EXPECT_EQ(threads_for_row(D), threads) << D;
+    EXPECT_LE(D, size_t(4 * row_slots * threads)) << D;
+  }
+  EXPECT_EQ(threads_for_row(1 << 20), Team::max_size);
+}
+
 // Each thread writes what it was told: sums (teams, 2, 256), the largest and its rank. Reductions
 // follow each other without a pause, so a missing barrier between them shows.
 template <class A>
@@ -322,7 +333,7 @@ void check_reductions(Device& device, int threads, size_t n) {
 
 TEST(Teams, SumAndMaxReachEveryThread) {
   on_every_device([](Device& device) {
-    for (int threads : {32, 64, 128, 256})
+    for (int threads : {1, 2, 8, 16, 32, 64, 128, 256})
       for (size_t n : {1, 31, 256, 1000}) {
         SCOPED_TRACE(testing::Message() << threads << " threads, " << n << " numbers");
         check_reductions<double>(device, threads, n), check_reductions<float>(device, threads, n);
@@ -331,55 +342,59 @@ TEST(Teams, SumAndMaxReachEveryThread) {
 }
 
 // Column sums of (rows, width) matrices, as the merges use sum_rows; V is a number or a Quad.
-// Every row of threads writes its answer: out (teams, 8, width).
+// Every row of threads writes its answer: out (teams, most_rows, width).
+constexpr size_t most_rows = 64;
 template <class V, class A>
 void column_kernel(const Device& device, A* out, const A* x, size_t teams, size_t rows,
-                   size_t width, int threads) {
+                   size_t width, int threads, int columns) {
   constexpr size_t lanes = sizeof(V) / sizeof(A);
   for_each_team(device, teams, threads, [=] HD(Team team) {
-    for (size_t tile = 0; tile < width; tile += lanes * team.columns()) {
-      size_t c = tile + lanes * team.column();
+    Team line = team.part(columns);
+    for (size_t tile = 0; tile < width; tile += lanes * size_t(line.size)) {
+      size_t c = tile + lanes * size_t(line.rank);
       V sum;
       A* parts = reinterpret_cast<A*>(&sum);
       for (size_t k = 0; k < lanes; ++k) parts[k] = 0;
       if (c < width)
-        for (size_t r = team.row(); r < rows; r += team.rows())
+        for (size_t r = line.index; r < rows; r += size_t(team.parts(columns)))
           for (size_t k = 0; k < lanes; ++k) parts[k] += x[(team.index * rows + r) * width + c + k];
-      sum = team.sum_rows(sum);
+      sum = team.sum_rows(sum, columns);
       if (c < width)
         for (size_t k = 0; k < lanes; ++k)
-          out[(team.index * 8 + team.row()) * width + c + k] = parts[k];
+          out[(team.index * most_rows + line.index) * width + c + k] = parts[k];
     }
   });
 }
 
 template <class V, class A>
-void check_columns(Device& device, int threads, size_t rows, size_t width) {
+void check_columns(Device& device, int threads, int columns, size_t rows, size_t width) {
   constexpr size_t teams = 9;
   std::vector<A> in;  // small whole numbers: every order of adding gives the same
   for (size_t i = 0; i < teams * rows * width; ++i)
     in.push_back(A(int(uniform(1, 0, i) * 100) - 50));
-  DeviceArray<A> x(device, in), out(device, teams * 8 * width);
-  column_kernel<V>(device, out.data(), x.data(), teams, rows, width, threads);
+  DeviceArray<A> x(device, in), out(device, teams * most_rows * width);
+  column_kernel<V>(device, out.data(), x.data(), teams, rows, width, threads, columns);
   auto host = out.host();
   for (size_t t = 0; t < teams; ++t)
     for (size_t c = 0; c < width; ++c) {
       A sum = 0;
       for (size_t r = 0; r < rows; ++r) sum += in[(t * rows + r) * width + c];
-      for (size_t row = 0; row < (device.gpu ? size_t(threads) / 32 : 1); ++row)
-        ASSERT_EQ(host[(t * 8 + row) * width + c], sum) << t << " " << c << " row " << row;
+      for (int row = 0; row < (device.gpu ? std::max(threads / columns, 1) : 1); ++row)
+        ASSERT_EQ(host[(t * most_rows + size_t(row)) * width + c], sum)
+            << t << " " << c << " row " << row;
     }
 }
 
 TEST(Teams, SumRowsReachesEveryRow) {
   on_every_device([](Device& device) {
-    for (int threads : {32, 64, 128, 256})
-      for (size_t rows : {1, 7, 37})
-        for (size_t width : {4, 32, 200}) {
-          check_columns<double, double>(device, threads, rows, width);
-          check_columns<float, float>(device, threads, rows, width);
-          check_columns<Quad<float>, float>(device, threads, rows, width);
-        }
+    for (int threads : {8, 32, 64, 256})
+      for (int columns : {4, 8, 32})
+        for (size_t rows : {1, 7, 37})
+          for (size_t width : {4, 32, 200}) {
+            check_columns<double, double>(device, threads, columns, rows, width);
+            check_columns<float, float>(device, threads, columns, rows, width);
+            check_columns<Quad<float>, float>(device, threads, columns, rows, width);
+          }
   });
 }
 

@@ -44,20 +44,20 @@ MergeOp merge_op(Device& device, Merge merge, Shape shape) {
     gates.lambda = lambda.value.data<T>(), dgates.lambda = lambda.gradient.data<A>();
   }
   op.output = Tensor::of<T>(device, n), op.cotangent = Tensor::random<T>(device, n, 6);
-  Tensor r = Tensor::of<A>(device, tokens.rows()), q = Tensor::of<A>(device, tokens.rows());
+  Tensor r = Tensor::of<A>(device, tokens.rows()), h = Tensor::of<A>(device, tokens.rows());
   op.xbar = Tensor::of<A>(device, means), op.fbar = Tensor::of<A>(device, means);
   op.dbar = Tensor::of<A>(device, means);
   Tensor dgate = Tensor::of<A>(device, means), Y = op.output, G = op.cotangent;
   MergeSaved<A> saved{r.data<A>(), op.xbar.data<A>(), op.fbar.data<A>()};
-  MergeScratch<A> scratch{q.data<A>(), op.dbar.data<A>(), dgate.data<A>()};
-  op.kept = {r, q, op.xbar, op.fbar, op.dbar, dgate};
+  MergeScratch<A> scratch{h.data<A>(), op.dbar.data<A>(), dgate.data<A>()};
+  op.kept = {r, h, op.xbar, op.fbar, op.dbar, dgate};
   Device* d = &device;
   Tensor dX = op.inputs[0].gradient, dF = op.inputs[1].gradient;
   op.forward = [=] {
     merge_forward(*d, Y.data<T>(), saved, X.data<T>(), F.data<T>(), gates, tokens, D, 1e-6);
   };
   op.backward = [=] {
-    merge_backward(*d, dX.data<T>(), dF.data<T>(), dgates, G.data<T>(), X.data<T>(), F.data<T>(),
+    merge_backward(*d, dX.data<T>(), dF.data<T>(), dgates, G.data<T>(), Y.data<T>(), F.data<T>(),
                    gates, saved, scratch, tokens, D, false);
   };
   return op;
@@ -217,9 +217,9 @@ TEST(Merge, AccumulatesGateGradients) {
     op.forward(), op.backward();
     std::vector<double> once = op.input("beta").gradient.get();
     Tokens tokens = shapes[0].tokens;
-    Tensor q = Tensor::of<float>(*device, tokens.rows()),
+    Tensor h = Tensor::of<float>(*device, tokens.rows()),
            dgate = Tensor::random<float>(*device, 2 * tokens.batch * shapes[0].D, 8);
-    MergeScratch<float> scratch{q.data<float>(), op.dbar.data<float>(), dgate.data<float>()};
+    MergeScratch<float> scratch{h.data<float>(), op.dbar.data<float>(), dgate.data<float>()};
     MergeSaved<float> saved{nullptr, op.xbar.data<float>(), op.fbar.data<float>()};
     auto run = [&](bool accumulate) {
       Gates<float> d{Merge::mvsplit, op.input("alpha").gradient.data<float>(),
@@ -582,20 +582,20 @@ Merged merged(Device& device, Tokens tokens, const Gains& gains, const Dense& X,
   Tensor x = tensor(X.v), f = tensor(F.v), g = tensor(G.v), y = tensor(array), dx = tensor(array),
          df = tensor(array), alpha = tensor(gains.alpha), beta = tensor(gains.beta),
          lambda = tensor(gains.lambda), da = tensor(mean), db = tensor(mean), dl = tensor(mean),
-         r = tensor(row), q = tensor(row), xbar = tensor(mean), fbar = tensor(mean),
+         r = tensor(row), h = tensor(row), xbar = tensor(mean), fbar = tensor(mean),
          dbar = tensor(mean), dgate = tensor(mean);
   auto at = [](const Tensor& t) { return t.data<double>(); };
   Gates<const double> gates{gains.merge, at(alpha), at(beta), at(lambda)};
   Gates<double> dgates{gains.merge, at(da), at(db), at(dl)};
   MergeSaved<double> saved{at(r), at(xbar), at(fbar)};
   merge_forward(device, at(y), saved, at(x), at(f), gates, tokens, D, 1e-6);
-  merge_backward(device, at(dx), at(df), dgates, at(g), at(x), at(f), gates, saved,
-                 MergeScratch<double>{at(q), at(dbar), at(dgate)}, tokens, D, false);
+  merge_backward(device, at(dx), at(df), dgates, at(g), at(y), at(f), gates, saved,
+                 MergeScratch<double>{at(h), at(dbar), at(dgate)}, tokens, D, false);
   Merged m{{T, D, y.get()}, {T, D}, {T, D}, {T, D, dx.get()}, {T, D, df.get()}};
-  std::vector<double> rs = r.get(), qs = q.get();
+  std::vector<double> rs = r.get(), hs = h.get();
   for (size_t i = 0; i < T * D; ++i) {
     m.Z.v[i] = m.X_next.v[i] / rs[i / D];
-    m.Delta.v[i] = rs[i / D] * G.v[i] - qs[i / D] * m.Z.v[i];
+    m.Delta.v[i] = rs[i / D] * (G.v[i] - hs[i / D] * m.X_next.v[i]);
   }
   return m;
 }
