@@ -394,58 +394,58 @@ struct Rope {
   }
 };
 
-// Two neighbouring channels: halves of a head are even, but not always multiples of four.
-template <class T>
-struct alignas(2 * sizeof(T)) Pair {
-  T v[2];
-};
-template <class T>
-HD Pair<T>* pair_at(T* x) {
-  return reinterpret_cast<Pair<T>*>(x);
-}
-
 // A token's 2 H head vectors (the H queries, then the H keys) are dealt out to the parts of a team,
-// a warp or less for one of them.
-inline int threads_for_head(Heads h) {
+// a warp or less for one of them: a thread there has `wide` channels of each half.
+inline int threads_for_head(Heads h, int wide) {
   int threads = 1;
-  while (threads < 32 && 4 * size_t(threads) < h.dim) threads *= 2;
+  while (threads < 32 && 2 * size_t(wide * threads) < h.dim) threads *= 2;
   return threads;
 }
-inline int threads_for_heads(Heads h) {
-  int threads = threads_for_head(h), one = threads;
+inline int threads_for_heads(Heads h, int one) {
+  int threads = one;
   while (threads < Team::max_size && size_t(threads) < 2 * h.heads * size_t(one)) threads *= 2;
   return threads;
 }
 
-// Q and K inside qkv (B, T, 3, H, hd), in place; r (B, T, 2, H) is kept.
-template <class T>
-void rope_qk_norm_forward(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
+template <int wide, class T>
+void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
   using A = Acc<T>;
   size_t half = h.dim / 2;
-  int one = threads_for_head(h);
-  for_each_team(device, h.batch * h.length, threads_for_heads(h), [=] HD(Team team) {
-    size_t row = team.index, token = row % h.length;
+  int one = threads_for_head(h, wide);
+  for_each_team(device, h.batch * h.length, threads_for_heads(h, one), [=] HD(Team team) {
+    size_t row = team.index, token = uint32_t(row) % uint32_t(h.length);
     Team part = team.part(one);
     for (size_t head = part.index; head < 2 * h.heads; head += size_t(team.parts(one))) {
       T* x = qkv + row * 3 * h.width() + head * h.dim;
+      auto at = [&](size_t j) { return reinterpret_cast<Several<T, wide>*>(x + j); };
       A squares = 0;
-      for (size_t j = 2 * size_t(part.rank); j < half; j += 2 * size_t(part.size)) {
-        Pair<T> x1 = *pair_at(x + j), x2 = *pair_at(x + j + half);
-        for (int k = 0; k < 2; ++k) squares += A(x1.v[k]) * A(x1.v[k]) + A(x2.v[k]) * A(x2.v[k]);
+      for (size_t j = size_t(wide * part.rank); j < half; j += size_t(wide * part.size)) {
+        Several<T, wide> x1 = *at(j), x2 = *at(j + half);
+        for (int k = 0; k < wide; ++k) squares += A(x1.v[k]) * A(x1.v[k]) + A(x2.v[k]) * A(x2.v[k]);
       }
       A scale = inverse_rms(part.sum(squares), h.dim, A(qk_eps));
-      for (size_t j = 2 * size_t(part.rank); j < half; j += 2 * size_t(part.size)) {
-        Pair<T> x1 = *pair_at(x + j), x2 = *pair_at(x + j + half), y1, y2;
-        for (int k = 0; k < 2; ++k) {
-          A c = rope.cos_of(token, j + k, half), s = rope.sin_of(token, j + k, half);
+      for (size_t j = size_t(wide * part.rank); j < half; j += size_t(wide * part.size)) {
+        Several<T, wide> x1 = *at(j), x2 = *at(j + half), y1, y2;
+        for (int k = 0; k < wide; ++k) {
+          A c = rope.cos_of(token, j + size_t(k), half),
+            s = rope.sin_of(token, j + size_t(k), half);
           y1.v[k] = T(scale * (A(x1.v[k]) * c + A(x2.v[k]) * s));
           y2.v[k] = T(scale * (A(x2.v[k]) * c - A(x1.v[k]) * s));
         }
-        *pair_at(x + j) = y1, *pair_at(x + j + half) = y2;
+        *at(j) = y1, *at(j + half) = y2;
       }
       if (part.rank == 0) r[row * 2 * h.heads + head] = scale;
     }
   });
+}
+
+// Q and K inside qkv (B, T, 3, H, hd), in place; r (B, T, 2, H) is kept. hd/2 is even.
+template <class T>
+void rope_qk_norm_forward(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
+  if (h.dim % 8 == 0)
+    rope_qk_norm_rows<4>(device, qkv, r, rope, h);
+  else
+    rope_qk_norm_rows<2>(device, qkv, r, rope, h);
 }
 
 // dqkv's Q and K parts, in place: from the gradient of y to the gradient of x. y is in qkv.
@@ -454,9 +454,9 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
                            Rope<Acc<T>> rope, Heads h) {
   using A = Acc<T>;
   size_t half = h.dim / 2;
-  int one = threads_for_head(h);
-  for_each_team(device, h.batch * h.length, threads_for_heads(h), [=] HD(Team team) {
-    size_t row = team.index, token = row % h.length;
+  int one = threads_for_head(h, 1);
+  for_each_team(device, h.batch * h.length, threads_for_heads(h, one), [=] HD(Team team) {
+    size_t row = team.index, token = uint32_t(row) % uint32_t(h.length);
     Team part = team.part(one);
     for (size_t head = part.index; head < 2 * h.heads; head += size_t(team.parts(one))) {
       size_t offset = row * 3 * h.width() + head * h.dim;
@@ -586,21 +586,23 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 // 4.3 The same on tensor cores
 //
 // The products of 4.2 pass (T, T) matrices through memory, five times over. For bf16 on a GPU there
-// is a second way that keeps them in registers. A thread block has 64 rows of S; it walks over tiles
-// of 64 columns, makes S for 16 or 32 of them at a time, and uses it up at once. Two things make it
-// shorter than it is in general:
+// is a second way that keeps them in registers. A thread block has 64 rows of S, a warp 16 of them;
+// it walks over tiles of 32 columns, makes that much of S, and uses it up at once. Two things make
+// this shorter than it is in general:
 //
 // - QK-norm bounds |S| by sqrt(hd), at most 11.4, so exp(S) needs no running maximum. The forward is
 //       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log sum_j e^(S_ij).
 // - The backward makes P_ij = e^(S_ij - l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g, y>, the
-//   inner product of 4.2 is D_i = <G_i, Y_i>, known before any S is. Then, for queries and for keys,
-//       dQ = dS K,            dS = P * (dA - D),   S = Q K^T,   dA = G V^T
-//       dK = dS^T Q,          dS^T = P^T * (dA^T - D),   S^T = K Q^T,   dA^T = V G^T,   dV = P^T G
-//   are one and the same walk: rows own (X1, X2), columns (Y1, Y2); S = X1 Y1^T, dA = X2 Y2^T, and
-//   dS Y1 is summed. Each sum belongs to one thread block: no atomics, the same bits each time.
+//   inner product of 4.2 is D_i = <G_i, Y_i>, known before any S is. Then
+//       dQ = dS K,          dS = P * (dA - D),           S = Q K^T,      dA = G V^T,
+//       dK = dS^T Q,        dS^T = P^T * (dA^T - D),     S^T = K Q^T,    dA^T = V G^T,
+//       dV = P^T G
+//   are the same walk three times: rows have X1, X2, columns Y1, Y2; with S = X1 Y1^T and dA = X2
+//   Y2^T, it sums dS Y1, or for dV P Y2. That makes S three times, but each sum belongs to one thread
+//   block (no atomics, the same bits each time) and fits into its registers.
 //
-// The gradients leave through RoPE and QK-norm's backward (4.1), since a thread that holds channel j
-// of a row also holds channel j + hd/2.
+// dQ and dK leave through RoPE and QK-norm's backward (4.1), since a thread that holds channel j of
+// a row also holds channel j + hd/2.
 
 // Whether there is this way. (bf16 products on a GPU need sm_80 as it is.)
 template <class T>
@@ -614,18 +616,22 @@ void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y,
   using A = Acc<T>;
   int one = threads_for_row(h.dim);
   for_each_team(device, h.batch * h.length * h.heads, one, [=] HD(Team team) {
-    size_t row = team.index / h.heads, head = team.index % h.heads;
+    uint32_t row = uint32_t(team.index) / uint32_t(h.heads),
+             head = uint32_t(team.index) % uint32_t(h.heads);
     A sum = 0;
-    each_quad(team, h.dim, [&](int, size_t d) {
-      sum += dot(load<A>(dY + team.index * h.dim + d), load<A>(Y + team.index * h.dim + d));
+    each_quad(team, h.dim, [&](int, size_t d, bool inside) {
+      A product = dot(load<A>(dY + team.index * h.dim + d), load<A>(Y + team.index * h.dim + d));
+      sum += inside ? product : A(0);
     });
     sum = team.sum(sum);
-    if (team.rank == 0) inner[(row / h.length * h.heads + head) * h.length + row % h.length] = sum;
+    if (team.rank == 0)
+      inner[(row / uint32_t(h.length) * h.heads + head) * h.length + row % uint32_t(h.length)] =
+          sum;
   });
 }
 
 #ifdef __CUDACC__
-constexpr int tile_rows = 64, tile_threads = 128;  // four warps of 16 rows
+constexpr int block_rows = 64, tile_columns = 32, block_threads = 128;
 
 // Piece of a bf16 matrix as the tensor core's instruction m16n8k16 takes it: 16 x 16 as a left
 // factor, or two 16 x 8 as a right one. Of a product (16 x 8) lane 4 g + t holds, in order, (g, 2t),
@@ -634,17 +640,17 @@ struct Fragment {
   uint32_t r[4];
 };
 
-// A tile in shared memory: 64 rows of `dim` numbers. Eight more a row put the eight rows that are
-// read at once into different banks.
-template <int dim>
+// A tile in shared memory, rows of `dim` numbers. Eight more a row put the eight rows that are read
+// at once into different banks.
+template <int dim, int rows>
 struct Tile {
   bf16* at;
-  static constexpr int pitch = dim + 8, size = tile_rows * pitch;
+  static constexpr int pitch = dim + 8, size = rows * pitch;
 
   // Start to copy rows first.. of a matrix of n rows; zeros after the last.
   __device__ void load(const bf16* from, size_t stride, int first, int n) const {
     constexpr int chunks = dim / 8;
-    for (int i = int(threadIdx.x); i < tile_rows * chunks; i += tile_threads) {
+    for (int i = int(threadIdx.x); i < rows * chunks; i += block_threads) {
       int row = i / chunks, column = i % chunks * 8, bytes = first + row < n ? 16 : 0;
       const bf16* source = from + size_t(bytes ? first + row : 0) * stride + column;
       unsigned to = unsigned(__cvta_generic_to_shared(at + row * pitch + column));
@@ -718,40 +724,45 @@ __device__ inline float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Y (B, T, D) and log sums (B, H, T) from qkv. Block (i, j): rows 64 i.. of sequence and head j.
+// Y (B, T, D) and log sums (B, H, T) from qkv. Blocks count 64 rows of a head first,
+// then heads, then sequences.
 template <int dim>
-__global__ void __launch_bounds__(tile_threads)
+__global__ void __launch_bounds__(block_threads, 3)
     attention_forward_kernel(bf16* Y, float* log_sums, const bf16* qkv, Heads h) {
   extern __shared__ __align__(16) unsigned char shared[];
-  bf16* memory = reinterpret_cast<bf16*>(shared);
-  using T = Tile<dim>;
-  T Q{memory}, K[2] = {{memory + T::size}, {memory + 2 * T::size}},
-               V[2] = {{memory + 3 * T::size}, {memory + 4 * T::size}};
-  int n = int(h.length), first = int(blockIdx.x) * tile_rows, warp = int(threadIdx.x / 32) * 16;
+  Tile<dim, block_rows> Q{reinterpret_cast<bf16*>(shared)};
+  using Columns = Tile<dim, tile_columns>;
+  auto columns = [&](int i) { return Columns{Q.at + Q.size + i * Columns::size}; };
+  int n = int(h.length), blocks = (n + block_rows - 1) / block_rows;
+  int first = int(blockIdx.x) % blocks * block_rows, warp = int(threadIdx.x / 32) * 16;
   int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
-  size_t b = blockIdx.y / h.heads, head = blockIdx.y % h.heads, D = h.width(), stride = 3 * D;
+  size_t pair = blockIdx.x / unsigned(blocks), b = pair / h.heads, head = pair % h.heads;
+  size_t D = h.width(), stride = 3 * D;
   const bf16* q = qkv + b * h.length * stride + head * dim;
   float log2_scale = 1.4426950408889634f / sqrtf(float(dim));  // e^x = 2^(x log2 e)
+  auto load_columns = [&](int tile) {
+    columns(tile % 2).load(q + D, stride, tile * tile_columns, n);
+    columns(2 + tile % 2).load(q + 2 * D, stride, tile * tile_columns, n);
+  };
 
-  Q.load(q, stride, first, n), K[0].load(q + D, stride, 0, n), V[0].load(q + 2 * D, stride, 0, n);
+  Q.load(q, stride, first, n), load_columns(0);
   end_of_loads();
   Fragment query[dim / 16];
   float y[dim / 8][4] = {}, sum[2] = {};
-  for (int begin = 0; begin < n; begin += tile_rows) {
-    int now = begin / tile_rows % 2, next = begin + tile_rows;
-    if (next < n) K[!now].load(q + D, stride, next, n), V[!now].load(q + 2 * D, stride, next, n);
+  for (int tile = 0; tile * tile_columns < n; ++tile) {
+    if ((tile + 1) * tile_columns < n) load_columns(tile + 1);
     end_of_loads();
     wait_for_all_but_one();
-    if (begin == 0) UNROLL for (int k = 0; k < dim / 16; ++k) query[k] = Q.left(warp, 16 * k);
-    // Warps without rows have nothing to do but wait.
-    for (int c = 0; c < tile_rows && begin + c < n && first + warp < n; c += 32) {
+    Columns K = columns(tile % 2), V = columns(2 + tile % 2);
+    if (tile == 0) UNROLL for (int k = 0; k < dim / 16; ++k) query[k] = Q.left(warp, 16 * k);
+    if (first + warp < n) {  // a warp without rows has nothing to do but wait
       float P[4][4] = {};
       UNROLL for (int k = 0; k < dim / 16; ++k) {
-        multiply(P, query[k], K[now].right_transposed(c, 16 * k));
-        multiply(P + 2, query[k], K[now].right_transposed(c + 16, 16 * k));
+        multiply(P, query[k], K.right_transposed(0, 16 * k));
+        multiply(P + 2, query[k], K.right_transposed(16, 16 * k));
       }
       UNROLL for (int i = 0; i < 16; ++i) {
-        int column = begin + c + i / 4 * 8 + 2 * t + i % 2;
+        int column = tile * tile_columns + i / 4 * 8 + 2 * t + i % 2;
         float& p = P[i / 4][i % 4];
         p = column < n ? exp2f(p * log2_scale) : 0.f;
         sum[i / 2 % 2] += p;
@@ -759,7 +770,7 @@ __global__ void __launch_bounds__(tile_threads)
       UNROLL for (int half = 0; half < 2; ++half) {
         Fragment p = as_left(P + 2 * half);
         UNROLL for (int k = 0; k < dim / 16; ++k)
-            multiply(y + 2 * k, p, V[now].right(c + 16 * half, 16 * k));
+            multiply(y + 2 * k, p, V.right(16 * half, 16 * k));
       }
     }
     __syncthreads();  // before the tile is overwritten
@@ -771,7 +782,7 @@ __global__ void __launch_bounds__(tile_threads)
     bf16* out = Y + (b * h.length + size_t(row)) * D + head * dim + 2 * t;
     UNROLL for (int k = 0; k < dim / 8; ++k) * reinterpret_cast<uint32_t*>(out + 8 * k) =
         packed(y[k][2 * i] / total, y[k][2 * i + 1] / total);
-    if (t == 0) log_sums[blockIdx.y * h.length + size_t(row)] = logf(total);
+    if (t == 0) log_sums[pair * h.length + size_t(row)] = logf(total);
   }
 }
 
@@ -783,105 +794,128 @@ struct AttentionCotangent {
   Rope<float> rope;
 };
 
-// One half of the walk: dQ for 64 queries, or dK and dV for 64 keys, into dqkv.
-template <int dim, bool keys>
-__device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qkv,
-                                        AttentionCotangent c, Heads h) {
-  using T = Tile<dim>;
-  T X1{memory}, X2{memory + T::size};
-  T Y1[2] = {{memory + 2 * T::size}, {memory + 3 * T::size}};
-  T Y2[2] = {{memory + 4 * T::size}, {memory + 5 * T::size}};
-  int n = int(h.length), first = int(blockIdx.x) * tile_rows, warp = int(threadIdx.x / 32) * 16;
-  int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
-  size_t b = blockIdx.y / h.heads, head = blockIdx.y % h.heads, D = h.width(), stride = 3 * D;
-  size_t start = b * h.length * stride + head * dim;
-  const bf16 *q = qkv + start, *k = q + D, *v = k + D;
-  const bf16* dy = c.dY + b * h.length * D + head * dim;
-  const float *log_sums = c.log_sums + blockIdx.y * h.length,
-              *inner = c.inner + blockIdx.y * h.length;
-  float scale = 1 / sqrtf(float(dim));
-  auto load_columns = [&](int stage, int begin) {
-    Y1[stage].load(keys ? q : k, stride, begin, n);
-    Y2[stage].load(keys ? dy : v, keys ? D : stride, begin, n);
-  };
-
-  X1.load(keys ? k : q, stride, first, n);
-  X2.load(keys ? v : dy, keys ? stride : D, first, n);
-  load_columns(0, 0);
-  end_of_loads();
-  float d1[dim / 8][4] = {}, d2[keys ? dim / 8 : 1][4] = {};
-  for (int begin = 0; begin < n; begin += tile_rows) {
-    int now = begin / tile_rows % 2, next = begin + tile_rows;
-    if (next < n) load_columns(!now, next);
-    end_of_loads();
-    wait_for_all_but_one();
-    for (int column = 0; column < tile_rows && begin + column < n && first + warp < n;
-         column += 16) {
-      float P[2][4] = {}, dS[2][4] = {};
-      UNROLL for (int k = 0; k < dim / 16; ++k) {
-        multiply(P, X1.left(warp, 16 * k), Y1[now].right_transposed(column, 16 * k));
-        multiply(dS, X2.left(warp, 16 * k), Y2[now].right_transposed(column, 16 * k));
-      }
-      // Rows and columns after the last are zero in every tile, so whatever P is there adds nothing.
-      UNROLL for (int i = 0; i < 8; ++i) {
-        int query =
-            keys ? begin + column + i / 4 * 8 + 2 * t + i % 2 : first + warp + g + i / 2 % 2 * 8;
-        query = min(query, n - 1);
-        float& p = P[i / 4][i % 4];
-        p = __expf(scale * p - log_sums[query]);
-        dS[i / 4][i % 4] = p * (dS[i / 4][i % 4] - inner[query]);
-      }
-      Fragment ds = as_left(dS), p = as_left(P);
-      UNROLL for (int k = 0; k < dim / 16; ++k) {
-        multiply(d1 + 2 * k, ds, Y1[now].right(column, 16 * k));
-        if (keys) multiply(d2 + 2 * k, p, Y2[now].right(column, 16 * k));
-      }
-    }
-    __syncthreads();
-  }
-  // Out through 4.1: g = scale d1 is the gradient of y, which is X1.
+// dx = R^T r (g - (<g, y> / hd) y), g = scale d, for the 16 rows of a warp from row `first` of its
+// tile y; row i of these goes to out + i * stride. (4.1)
+template <int dim>
+__device__ void leave_through_rope(bf16* out, size_t stride, const float (*d)[4], float scale,
+                                   const Tile<dim, block_rows>& y, const float* r, size_t r_stride,
+                                   Rope<float> rope, int token, int first, int n) {
   constexpr int half = dim / 2;
+  int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
   UNROLL for (int i = 0; i < 2; ++i) {
-    int token = first + warp + g + 8 * i;
-    auto y = [&](int k, int j) {
-      return float(X1.at[(warp + g + 8 * i) * T::pitch + 8 * k + 2 * t + j]);
+    int row = g + 8 * i;
+    auto y_at = [&](int k, int j) {
+      return float(y.at[(first + row) * y.pitch + 8 * k + 2 * t + j]);
     };
     float gy = 0;
     UNROLL for (int k = 0; k < dim / 8; ++k) UNROLL for (int j = 0; j < 2; ++j) gy +=
-        scale * d1[k][2 * i + j] * y(k, j);
+        scale * d[k][2 * i + j] * y_at(k, j);
     gy = row_sum(gy) / dim;
-    if (token >= n) continue;
-    size_t row = b * h.length + size_t(token);
-    float r = c.r[(row * 2 + keys) * h.heads + head];
-    bf16* out = dqkv + start + size_t(token) * stride + (keys ? D : 0) + 2 * t;
+    if (token + row >= n) continue;
+    float inverse = r[size_t(row) * r_stride];
     UNROLL for (int k = 0; k < dim / 16; ++k) {
       float low[2], high[2];
       UNROLL for (int j = 0; j < 2; ++j) {
         size_t channel = size_t(8 * k + 2 * t + j);
-        float cosine = c.rope.cos_of(size_t(token), channel, half);
-        float sine = c.rope.sin_of(size_t(token), channel, half);
-        float x1 = r * (scale * d1[k][2 * i + j] - gy * y(k, j));
-        float x2 = r * (scale * d1[k + dim / 16][2 * i + j] - gy * y(k + dim / 16, j));
+        float cosine = rope.cos_of(size_t(token + row), channel, half);
+        float sine = rope.sin_of(size_t(token + row), channel, half);
+        float x1 = inverse * (scale * d[k][2 * i + j] - gy * y_at(k, j));
+        float x2 = inverse * (scale * d[k + dim / 16][2 * i + j] - gy * y_at(k + dim / 16, j));
         low[j] = x1 * cosine - x2 * sine, high[j] = x2 * cosine + x1 * sine;
       }
-      *reinterpret_cast<uint32_t*>(out + 8 * k) = packed(low[0], low[1]);
-      *reinterpret_cast<uint32_t*>(out + 8 * k + half) = packed(high[0], high[1]);
+      bf16* to = out + size_t(row) * stride + 8 * k + 2 * t;
+      *reinterpret_cast<uint32_t*>(to) = packed(low[0], low[1]);
+      *reinterpret_cast<uint32_t*>(to + half) = packed(high[0], high[1]);
     }
-    if (keys)
-      UNROLL for (int k = 0; k < dim / 8; ++k) * reinterpret_cast<uint32_t*>(out + D + 8 * k) =
-          packed(d2[k][2 * i], d2[k][2 * i + 1]);
+  }
+}
+
+// One of the three walks, for 64 rows: `part` of dqkv, 0 for dQ, 1 for dK, 2 for dV.
+template <int dim, int part>
+__device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qkv,
+                                        AttentionCotangent c, Heads h) {
+  constexpr bool keys = part > 0;
+  using Rows = Tile<dim, block_rows>;
+  using Columns = Tile<dim, tile_columns>;
+  Rows X1{memory}, X2{memory + Rows::size};
+  auto columns = [&](int i) { return Columns{memory + 2 * Rows::size + i * Columns::size}; };
+  int n = int(h.length), blocks = (n + block_rows - 1) / block_rows;
+  int first = int(blockIdx.x) % blocks * block_rows, warp = int(threadIdx.x / 32) * 16;
+  int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
+  size_t pair = blockIdx.x / unsigned(blocks), b = pair / h.heads, head = pair % h.heads;
+  size_t D = h.width(), stride = 3 * D;
+  size_t start = b * h.length * stride + head * dim;
+  const bf16 *q = qkv + start, *k = q + D, *v = k + D;
+  const bf16* dy = c.dY + b * h.length * D + head * dim;
+  const float* log_sums = c.log_sums + pair * h.length;
+  const float* inner = c.inner + pair * h.length;
+  float scale = 1 / sqrtf(float(dim));
+  auto load_columns = [&](int tile) {
+    columns(tile % 2).load(keys ? q : k, stride, tile * tile_columns, n);
+    columns(2 + tile % 2).load(keys ? dy : v, keys ? D : stride, tile * tile_columns, n);
+  };
+
+  X1.load(keys ? k : q, stride, first, n);
+  X2.load(keys ? v : dy, keys ? stride : D, first, n);
+  load_columns(0);
+  end_of_loads();
+  Fragment x1[dim / 16], x2[dim / 16];
+  float d[dim / 8][4] = {};
+  for (int tile = 0; tile * tile_columns < n; ++tile) {
+    if ((tile + 1) * tile_columns < n) load_columns(tile + 1);
+    end_of_loads();
+    wait_for_all_but_one();
+    Columns Y1 = columns(tile % 2), Y2 = columns(2 + tile % 2);
+    if (tile == 0) UNROLL for (int k = 0; k < dim / 16; ++k) {
+        x1[k] = X1.left(warp, 16 * k);
+        if (part < 2) x2[k] = X2.left(warp, 16 * k);
+      }
+    for (int at = 0; at < tile_columns && first + warp < n; at += 16) {
+      int column = tile * tile_columns + at;
+      if (column >= n) break;
+      float P[2][4] = {}, dA[2][4] = {};
+      UNROLL for (int k = 0; k < dim / 16; ++k) {
+        multiply(P, x1[k], Y1.right_transposed(at, 16 * k));
+        if (part < 2) multiply(dA, x2[k], Y2.right_transposed(at, 16 * k));
+      }
+      // Rows and columns after the last are zero in every tile: whatever P is there adds nothing.
+      UNROLL for (int i = 0; i < 8; ++i) {
+        int query = keys ? column + i / 4 * 8 + 2 * t + i % 2 : first + warp + g + i / 2 % 2 * 8;
+        query = min(query, n - 1);
+        float& p = P[i / 4][i % 4];
+        p = __expf(scale * p - log_sums[query]);
+        if (part < 2) p *= dA[i / 4][i % 4] - inner[query];
+      }
+      Fragment p = as_left(P);
+      UNROLL for (int k = 0; k < dim / 16; ++k)
+          multiply(d + 2 * k, p, (part < 2 ? Y1 : Y2).right(at, 16 * k));
+    }
+    __syncthreads();
+  }
+  bf16* out = dqkv + start + part * D + size_t(first + warp) * stride;
+  if (part < 2) {
+    const float* r = c.r + ((b * h.length + size_t(first + warp)) * 2 + part) * h.heads + head;
+    leave_through_rope<dim>(out, stride, d, scale, X1, r, 2 * h.heads, c.rope, first + warp, warp,
+                            n);
+  } else {
+    UNROLL for (int i = 0; i < 2; ++i) {
+      int row = g + 8 * i;
+      if (first + warp + row >= n) continue;
+      UNROLL for (int k = 0; k < dim / 8; ++k) *
+          reinterpret_cast<uint32_t*>(out + size_t(row) * stride + 8 * k + 2 * t) =
+          packed(d[k][2 * i], d[k][2 * i + 1]);
+    }
   }
 }
 
 template <int dim>
-__global__ void __launch_bounds__(tile_threads)
+__global__ void __launch_bounds__(block_threads, 3)
     attention_backward_kernel(bf16* dqkv, const bf16* qkv, AttentionCotangent c, Heads h) {
   extern __shared__ __align__(16) unsigned char shared[];
   bf16* memory = reinterpret_cast<bf16*>(shared);
-  if (blockIdx.z)
-    attention_backward_rows<dim, true>(memory, dqkv, qkv, c, h);
-  else
-    attention_backward_rows<dim, false>(memory, dqkv, qkv, c, h);
+  if (blockIdx.z == 0) attention_backward_rows<dim, 0>(memory, dqkv, qkv, c, h);
+  if (blockIdx.z == 1) attention_backward_rows<dim, 1>(memory, dqkv, qkv, c, h);
+  if (blockIdx.z == 2) attention_backward_rows<dim, 2>(memory, dqkv, qkv, c, h);
 }
 #endif
 
@@ -891,12 +925,13 @@ template <class T>
 void fused_attention_forward(Device& device, T* Y, Acc<T>* log_sums, const T* qkv, Heads h) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>) {
-    dim3 blocks(unsigned(ceil_div(h.length, tile_rows)), unsigned(h.batch * h.heads));
-    auto run = [&](auto kernel, size_t tile) {
-      launch(device, kernel, blocks, tile_threads, 5 * tile * sizeof(T), Y, log_sums, qkv, h);
+    dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads));
+    size_t rows = block_rows + 4 * tile_columns;
+    auto run = [&](auto kernel) {
+      launch(device, kernel, blocks, block_threads, rows * (h.dim + 8) * sizeof(T), Y, log_sums,
+             qkv, h);
     };
-    return h.dim == 64 ? run(attention_forward_kernel<64>, Tile<64>::size)
-                       : run(attention_forward_kernel<128>, Tile<128>::size);
+    return h.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
   }
 #endif
   (void)device, (void)Y, (void)log_sums, (void)qkv, (void)h;
@@ -911,13 +946,14 @@ void fused_attention_backward(Device& device, T* dqkv, Acc<T>* inner, const T* d
   head_products(device, inner, dY, Y, h);
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>) {
-    dim3 blocks(unsigned(ceil_div(h.length, tile_rows)), unsigned(h.batch * h.heads), 2);
+    dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads), 1, 3);
+    size_t rows = 2 * block_rows + 4 * tile_columns;
     AttentionCotangent c{dY, log_sums, inner, r, rope};
-    auto run = [&](auto kernel, size_t tile) {
-      launch(device, kernel, blocks, tile_threads, 6 * tile * sizeof(T), dqkv, qkv, c, h);
+    auto run = [&](auto kernel) {
+      launch(device, kernel, blocks, block_threads, rows * (h.dim + 8) * sizeof(T), dqkv, qkv, c,
+             h);
     };
-    return h.dim == 64 ? run(attention_backward_kernel<64>, Tile<64>::size)
-                       : run(attention_backward_kernel<128>, Tile<128>::size);
+    return h.dim == 64 ? run(attention_backward_kernel<64>) : run(attention_backward_kernel<128>);
   }
 #endif
   (void)dqkv, (void)log_sums, (void)qkv, (void)r, (void)rope;
@@ -987,7 +1023,7 @@ struct BlockScratch {
   Acc<T>*scores, *inner;             // (B, H, T, T), or (B, H, T) where attention is fused
   T* dF[2];                          // (B T, D), of both branches
   T *dhidden, *du, *dY, *dqkv, *dS;  // (B T, F), (, 2F), (, D), (, 3D), (B, H, T, T)
-  MergeScratch<Acc<T>> merge;
+  MergeScratch<Acc<T>> merge[2];
 };
 
 // The sizes and tables that all blocks share.
@@ -1032,7 +1068,7 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
   size_t rows = b.tokens.rows(), D = b.D, F = b.F;
   T *dF1 = scratch.dF[0], *dF2 = scratch.dF[1];
   merge_backward(device, G, dF2, d.gates[1], G, s.X_next, s.F2, w.gates[1], s.merge[1],
-                 scratch.merge, b.tokens, D, accumulate);
+                 scratch.merge[1], b.tokens, D, accumulate);
   if (observe) observe(1);
   device.beside(
       [&] { linear_backward_weight(device, d.w2, dF2, s.hidden, rows, D, F, accumulate); });
@@ -1042,8 +1078,8 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
       [&] { linear_backward_weight(device, d.w13, scratch.du, s.X1, rows, 2 * F, D, accumulate); });
   linear_backward_input(device, G, scratch.du, w.w13, rows, 2 * F, D, true);
 
-  merge_backward(device, G, dF1, d.gates[0], G, s.X1, s.F1, w.gates[0], s.merge[0], scratch.merge,
-                 b.tokens, D, accumulate);
+  merge_backward(device, G, dF1, d.gates[0], G, s.X1, s.F1, w.gates[0], s.merge[0],
+                 scratch.merge[0], b.tokens, D, accumulate);
   if (observe) observe(0);
   device.beside([&] { linear_backward_weight(device, d.proj, dF1, s.Y, rows, D, D, accumulate); });
   linear_backward_input(device, scratch.dY, dF1, w.proj, rows, D, D);
@@ -1139,9 +1175,10 @@ struct Arrays {
     scratch.dY = c.take<T>(rows * m.width);
     scratch.dhidden = c.take<T>(rows * m.ffn), scratch.du = c.take<T>(2 * rows * m.ffn);
     scratch.dqkv = c.take<T>(3 * rows * m.width);
-    scratch.merge.h = c.take<A>(rows);
-    scratch.merge.dbar = c.take<A>(2 * B * m.width);
-    scratch.merge.dgate = c.take<A>(2 * B * m.width);
+    for (MergeScratch<A>& merge : scratch.merge) {
+      merge.h = c.take<A>(rows);
+      merge.dbar = c.take<A>(2 * B * m.width), merge.dgate = c.take<A>(2 * B * m.width);
+    }
   }
 
   void lay_ends(Carver& c, const Config& m, size_t B, bool trains) {

@@ -46,10 +46,8 @@
 
 #ifdef __CUDA_ARCH__  // the compiler of the host would warn
 #define UNROLL _Pragma("unroll")
-#define UNROLL_4 _Pragma("unroll 4")
 #else
 #define UNROLL
-#define UNROLL_4
 #endif
 
 // ---------------------------------------------------------------------------------------------
@@ -121,6 +119,12 @@ struct bf16 {
 
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Neighbours in memory that are moved as one.
+template <class T, int n>
+struct alignas(n * sizeof(T)) Several {
+  T v[n];
+};
 
 // Four neighbouring channels: what one thread loads and stores at once (8 bytes of bf16, 16 of
 // float). Widths are multiples of four, so rows are read by quads and never have a tail.
@@ -224,7 +228,8 @@ struct Device {
 
   void synchronize() const {
 #ifdef __CUDACC__
-    if (gpu) CUDA_CHECK(cudaStreamSynchronize(stream));
+    if (gpu)
+      for (cudaStream_t s : {stream, side_stream}) CUDA_CHECK(cudaStreamSynchronize(s));
 #endif
   }
   // What f enqueues may run beside what is enqueued after it, until join(). It starts after all that
@@ -524,22 +529,29 @@ struct Team {
 // Threads for a team whose loop has n independent items: whole warps, at most eight.
 inline int threads_for(size_t n) { return int(std::clamp<size_t>(round_up(n, 32), 32, 256)); }
 
-// Threads for a row of D channels that is gone through twice: about eight quads each, so that the
-// second time they are still in registers (see each_quad), and no more than a warp if that will do.
+// Threads for a row of D channels that is gone through twice: eight quads each, so that the second
+// time they are still in registers (see each_quad).
 inline int threads_for_row(size_t D) {
-  size_t threads = 1;
-  while (threads < Team::max_size && threads * (threads < 32 ? 16 : 32) < D) threads *= 2;
-  return int(threads);
+  int threads = 1;
+  while (threads < Team::max_size && 32 * size_t(threads) < D) threads *= 2;
+  return threads;
 }
 
-// Call f(slot, d) for the team's quads of a row of D channels. Slots 0 to 7 are constants once the
-// loop is unrolled: what f keeps in an array under them stays in registers. Slot 8 is the rest.
+// Call f(slot, d, inside) for the team's quads of a row of D channels. Slots 0 to 7 are constants
+// once the loop is unrolled: what f keeps in an array under them stays in registers. Slot 8 is the
+// rest. There is no branch, so that a thread has all its loads on the way at once: past the end of
+// the row d is the last quad once more, and `inside` false.
 constexpr int row_slots = 8;
 template <class F>
 HD void each_quad(Team team, size_t D, const F& f) {
   size_t d = 4 * size_t(team.rank), step = 4 * size_t(team.size);
-  UNROLL for (int slot = 0; slot < row_slots; ++slot, d += step) if (d < D) f(slot, d);
-  for (; d < D; d += step) f(row_slots, d);
+  UNROLL for (int slot = 0; slot < row_slots; ++slot, d += step) {
+#ifndef __CUDA_ARCH__
+    if (d >= D) break;
+#endif
+    f(slot, d < D ? d : D - 4, d < D);
+  }
+  for (; d < D; d += step) f(row_slots, d, true);
 }
 
 #ifdef __CUDACC__

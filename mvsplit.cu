@@ -74,9 +74,16 @@ void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, co
     for (size_t tile = 0; tile < width; tile += 4 * size_t(line.size)) {
       size_t d = channel + tile + 4 * size_t(line.rank);
       Sum sum = zero;
-      if (d < D) UNROLL_4
-      for (size_t row = start + line.index; row < end; row += size_t(team.parts(columns)))
-        sum = sum + body(segment, row, d);
+      // Eight rows at a time, all their loads before the first sum. Past the end the last row is
+      // read again, and not added.
+      size_t lines = size_t(team.parts(columns));
+      if (d < D)
+        for (size_t row = start + line.index; row < end; row += 8 * lines) {
+          Sum terms[8];
+          UNROLL for (size_t k = 0; k < 8; ++k) terms[k] =
+              body(segment, min_(row + k * lines, end - 1), d);
+          UNROLL for (size_t k = 0; k < 8; ++k) if (row + k * lines < end) sum = sum + terms[k];
+        }
       sum = team.sum_rows(sum, columns);
       if (d < D && line.index == 0) finish(segment, d, sum);
     }
@@ -210,7 +217,7 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 
 enum class Merge { plain, layerscale, rezero, mvsplit, mvsplit_noleak };
 
-inline bool splits(Merge merge) {
+HD constexpr bool splits(Merge merge) {
   return merge == Merge::mvsplit || merge == Merge::mvsplit_noleak;
 }
 
@@ -230,48 +237,69 @@ struct MergeSaved {
 
 // Z at four channels of one token: the only place where the merges differ on the way forward.
 // xbar and fbar point to the token's segment.
-template <class T, class A>
+template <Merge merge, class T, class A>
 HD Quad<A> merge_rule(Gates<const T> gates, Quad<A> x, Quad<A> f, const A* xbar, const A* fbar,
                       size_t d) {
-  switch (gates.merge) {
+  if (merge == Merge::plain) return x + f;
+  if (merge == Merge::layerscale) return x + load<A>(gates.lambda + d) * f;
+  if (merge == Merge::rezero) return x + A(gates.lambda[0]) * f;
+  Quad<A> f_mean = load<A>(fbar + d), to_mean = f_mean;
+  if (merge == Merge::mvsplit) to_mean = f_mean - load<A>(xbar + d);
+  return x + load<A>(gates.beta + d) * (f - f_mean) + load<A>(gates.alpha + d) * to_mean;
+}
+
+// Call f with the kind of merge as a compile-time constant: a kernel for each kind, without
+// branches between its loads.
+template <class F>
+void with_kind(Merge merge, const F& f) {
+  switch (merge) {
     case Merge::plain:
-      return x + f;
+      return f(std::integral_constant<Merge, Merge::plain>());
     case Merge::layerscale:
-      return x + load<A>(gates.lambda + d) * f;
+      return f(std::integral_constant<Merge, Merge::layerscale>());
     case Merge::rezero:
-      return x + A(gates.lambda[0]) * f;
-    default: {
-      Quad<A> f_mean = load<A>(fbar + d), to_mean = f_mean;
-      if (gates.merge == Merge::mvsplit) to_mean = f_mean - load<A>(xbar + d);
-      return x + load<A>(gates.beta + d) * (f - f_mean) + load<A>(gates.alpha + d) * to_mean;
-    }
+      return f(std::integral_constant<Merge, Merge::rezero>());
+    case Merge::mvsplit:
+      return f(std::integral_constant<Merge, Merge::mvsplit>());
+    case Merge::mvsplit_noleak:
+      return f(std::integral_constant<Merge, Merge::mvsplit_noleak>());
   }
+}
+
+// X_next and r from X and F, and the segment means if there are any: a team a row.
+template <Merge merge, class T>
+void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X, const T* F,
+                Gates<const T> gates, Tokens tokens, size_t D, double eps) {
+  using A = Acc<T>;
+  for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
+    size_t row = team.index, segment = tokens.segment_of(row);
+    const A *xbar = saved.xbar + segment * D, *fbar = saved.fbar + segment * D;
+    auto z = [&](size_t d) {
+      return merge_rule<merge>(gates, load<A>(X + row * D + d), load<A>(F + row * D + d), xbar,
+                               fbar, d);
+    };
+    Quad<A> kept[row_slots];
+    A squares = 0;
+    each_quad(team, D, [&](int slot, size_t d, bool inside) {
+      Quad<A> v = z(d);
+      if (slot < row_slots) kept[slot] = v;
+      squares += inside ? dot(v, v) : A(0);
+    });
+    A r = inverse_rms(team.sum(squares), D, A(eps));
+    each_quad(team, D, [&](int slot, size_t d, bool inside) {
+      if (inside) store(X_next + row * D + d, r * (slot < row_slots ? kept[slot] : z(d)));
+    });
+    if (team.rank == 0) saved.r[row] = r;
+  });
 }
 
 // X_next = RMSNorm(Z(X, F)), eqs. (7)-(8). X, F, X_next (B, T, D).
 template <class T>
 void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
                    const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps) {
-  using A = Acc<T>;
   if (splits(gates.merge)) segment_means(device, saved.xbar, saved.fbar, X, F, tokens, D);
-  for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
-    size_t row = team.index, segment = tokens.segment_of(row);
-    const A *xbar = saved.xbar + segment * D, *fbar = saved.fbar + segment * D;
-    auto z = [&](size_t d) {
-      return merge_rule(gates, load<A>(X + row * D + d), load<A>(F + row * D + d), xbar, fbar, d);
-    };
-    Quad<A> kept[row_slots];
-    A squares = 0;
-    each_quad(team, D, [&](int slot, size_t d) {
-      Quad<A> v = z(d);
-      if (slot < row_slots) kept[slot] = v;
-      squares += dot(v, v);
-    });
-    A r = inverse_rms(team.sum(squares), D, A(eps));
-    each_quad(team, D, [&](int slot, size_t d) {
-      store(X_next + row * D + d, r * (slot < row_slots ? kept[slot] : z(d)));
-    });
-    if (team.rank == 0) saved.r[row] = r;
+  with_kind(gates.merge, [&](auto kind) {
+    merge_rows<decltype(kind)::value>(device, X_next, saved, X, F, gates, tokens, D, eps);
   });
 }
 
@@ -326,7 +354,7 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
   bool leak = dgates.merge == Merge::mvsplit, split = splits(dgates.merge);
   bool scalar = dgates.merge == Merge::rezero;
   P *dalpha = dgates.alpha, *dgain = split ? dgates.beta : dgates.lambda;
-  constexpr int columns = 32;  // channels a team has; a scalar gate is one team's over all channels
+  constexpr int columns = 8;  // channels a team has; a scalar gate is one team's over all channels
   size_t teams = scalar ? 1 : ceil_div(D, columns);
   for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
     auto put = [=](P* to, A sum) { *to = P(accumulate ? A(*to) + sum : sum); };
@@ -360,19 +388,69 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
   });
 }
 
+// The two passes that differ from merge to merge. delta(row, d) is (Delta).
+template <Merge merge, class T, class Delta>
+void merge_gate_sums(const Device& device, MergeScratch<Acc<T>> scratch, const T* F,
+                     MergeSaved<Acc<T>> saved, Tokens tokens, size_t D, const Delta& delta) {
+  using A = Acc<T>;
+  sum_over_tokens(
+      device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
+      [=] HD(size_t segment, size_t row, size_t d) {
+        Quad<A> f = load<A>(F + row * D + d), g = delta(row, d);
+        if (splits(merge)) f = f - load<A>(saved.fbar + segment * D + d);
+        return QuadPair<A>{g, g * f};
+      },
+      [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
+        A scale = A(1) / A(max_<size_t>(tokens.count(segment % 2), 1));
+        store(scratch.dbar + segment * D + d, scale * sum.a);
+        store(scratch.dgate + segment * D + d, sum.b);
+      });
+}
+
+template <Merge merge, class T, class Delta>
+void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
+                         Gates<const T> gates, Tokens tokens, size_t D, const Delta& delta) {
+  using A = Acc<T>;
+  for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
+    size_t row = team.index;
+    const A* dbar = scratch.dbar + tokens.segment_of(row) * D;
+    // All of the row is read before any of it is written: dX may be G, so the compiler could not
+    // move a later load up by itself.
+    Quad<A> kept[row_slots];
+    each_quad(team, D, [&](int slot, size_t d, bool) {
+      if (slot < row_slots) kept[slot] = delta(row, d);
+    });
+    each_quad(team, D, [&](int slot, size_t d, bool inside) {
+      if (!inside) return;
+      Quad<A> g = slot < row_slots ? kept[slot] : delta(row, d), dx = g, df = g;
+      if (merge == Merge::layerscale) df = load<A>(gates.lambda + d) * g;
+      if (merge == Merge::rezero) df = A(gates.lambda[0]) * g;
+      if (splits(merge)) {
+        Quad<A> alpha = load<A>(gates.alpha + d), beta = load<A>(gates.beta + d);
+        Quad<A> mean = load<A>(dbar + d);
+        if (merge == Merge::mvsplit) dx = g - alpha * mean;  // (dX)
+        df = beta * g + (alpha - beta) * mean;               // (dF)
+      }
+      store(dX + row * D + d, dx);
+      store(dF + row * D + d, df);
+    });
+  });
+}
+
 // dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next,
-// Y = X_next and F (read where there are gates). dX may be G itself.
+// Y = X_next and F (read where there are gates). dX may be G itself. The gates' gradients are made
+// beside what follows: they, and `scratch`, are free after device.join().
 template <class T, class P>
 void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* Y,
                     const T* F, Gates<const T> gates, MergeSaved<Acc<T>> saved,
                     MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
   using A = Acc<T>;
-  bool split = splits(gates.merge), leak = gates.merge == Merge::mvsplit;
   for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
     size_t row = team.index;
     A gy = 0;
-    each_quad(team, D, [&](int, size_t d) {
-      gy += dot(load<A>(G + row * D + d), load<A>(Y + row * D + d));
+    each_quad(team, D, [&](int, size_t d, bool inside) {
+      A product = dot(load<A>(G + row * D + d), load<A>(Y + row * D + d));
+      gy += inside ? product : A(0);
     });
     gy = team.sum(gy);
     if (team.rank == 0) scratch.h[row] = gy / A(D);
@@ -381,44 +459,16 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, c
     return saved.r[row] *
            (load<A>(G + row * D + d) - scratch.h[row] * load<A>(Y + row * D + d));  // (Delta)
   };
-  if (gates.merge != Merge::plain)
-    sum_over_tokens(
-        device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
-        [=] HD(size_t segment, size_t row, size_t d) {
-          Quad<A> f = load<A>(F + row * D + d), g = delta(row, d);
-          if (split) f = f - load<A>(saved.fbar + segment * D + d);
-          return QuadPair<A>{g, g * f};
-        },
-        [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
-          A scale = A(1) / A(max_<size_t>(tokens.count(segment % 2), 1));
-          store(scratch.dbar + segment * D + d, scale * sum.a);
-          store(scratch.dgate + segment * D + d, sum.b);
-        });
-  for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
-    size_t row = team.index;
-    const A* dbar = scratch.dbar + tokens.segment_of(row) * D;
-    // All of the row is read before any of it is written: dX may be G, so the compiler could not
-    // move a later load up by itself.
-    Quad<A> kept[row_slots];
-    each_quad(team, D, [&](int slot, size_t d) {
-      if (slot < row_slots) kept[slot] = delta(row, d);
+  if (gates.merge != Merge::plain) {
+    with_kind(gates.merge, [&](auto kind) {
+      merge_gate_sums<decltype(kind)::value>(device, scratch, F, saved, tokens, D, delta);
     });
-    each_quad(team, D, [&](int slot, size_t d) {
-      Quad<A> g = slot < row_slots ? kept[slot] : delta(row, d), dx = g, df = g;
-      if (gates.merge == Merge::layerscale) df = load<A>(gates.lambda + d) * g;
-      if (gates.merge == Merge::rezero) df = A(gates.lambda[0]) * g;
-      if (split) {
-        Quad<A> alpha = load<A>(gates.alpha + d), beta = load<A>(gates.beta + d);
-        Quad<A> mean = load<A>(dbar + d);
-        if (leak) dx = g - alpha * mean;        // (dX)
-        df = beta * g + (alpha - beta) * mean;  // (dF)
-      }
-      store(dX + row * D + d, dx);
-      store(dF + row * D + d, df);
-    });
+    device.beside(
+        [&] { gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate); });
+  }
+  with_kind(gates.merge, [&](auto kind) {
+    merge_backward_rows<decltype(kind)::value>(device, dX, dF, scratch, gates, tokens, D, delta);
   });
-  if (gates.merge != Merge::plain)
-    gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate);
 }
 
 // ---------------------------------------------------------------------------------------------

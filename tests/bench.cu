@@ -150,7 +150,8 @@ void kernels(Device& device) {
   time("merge backward", 5 * X, 0, [&](int k) {
     BlockSaved<T> s = saved(k);
     merge_backward(device, df((k + 1) % sets), df(k), d.block(size_t(k)).gates[0], g(k), s.X1, s.F1,
-                   w.block(size_t(k)).gates[0], s.merge[0], scratch.merge, b.tokens, b.D, false);
+                   w.block(size_t(k)).gates[0], s.merge[0], scratch.merge[0], b.tokens, b.D, false);
+    device.join();
   });
   double attention = 4 * double(B * b.heads.length * b.heads.length) * double(b.D);
   time("rope + QK-norm forward", 4 * X, 0, [&](int k) {
@@ -266,6 +267,12 @@ int main(int argc, char** argv) {
   };
   Device device(true);
   std::printf("%s\n", device.name.c_str());
+  if (parts == std::vector<std::string>{"profile"}) {  // for a profiler: one pass of three blocks
+    Subject narrow(device, model(3, 128, 2, 384, 8), 32, 0);
+    Subject wide(device, model(3, 1024, 8, 3072, 64), 32, 0);
+    device.synchronize();
+    return 0;
+  }
   if (wanted("ceilings")) ceilings(device);
   if (wanted("kernels")) kernels(device);
   if (wanted("gemms")) gemms(device, 32 * 320, 1024, 3072), gemms(device, 32 * 264, 128, 384);

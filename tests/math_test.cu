@@ -279,8 +279,8 @@ TEST(Teams, ThreadsAreWholeWarpsAtMostEight) {
 }
 
 TEST(Teams, RowsFitIntoRegistersUpToTheLargestTeam) {
-  const std::pair<size_t, int> table[] = {{4, 1},     {16, 1},     {64, 4},
-                                          {128, 8},   {384, 32},   {1024, 32},
+  const std::pair<size_t, int> table[] = {{4, 1},     {32, 1},     {64, 2},
+                                          {128, 4},   {384, 16},   {1024, 32},
                                           {1028, 64}, {3072, 128}, {8192, 256}};
   for (auto [D, threads] : table) {
     EXPECT_EQ(threads_for_row(D), threads) << D;
