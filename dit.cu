@@ -591,8 +591,8 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 // this shorter than it is in general:
 //
 // - QK-norm bounds |S| by sqrt(hd), at most 11.4, so exp(S) needs no running maximum. The forward is
-//       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log sum_j e^(S_ij).
-// - The backward makes P_ij = e^(S_ij - l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g, y>, the
+//       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log_2 sum_j e^(S_ij).
+// - The backward makes P_ij = e^(S_ij) / 2^(l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g, y>, the
 //   inner product of 4.2 is D_i = <G_i, Y_i>, known before any S is. Then
 //       dQ = dS K,          dS = P * (dA - D),           S = Q K^T,      dA = G V^T,
 //       dK = dS^T Q,        dS^T = P^T * (dA^T - D),     S^T = K Q^T,    dA^T = V G^T,
@@ -640,44 +640,45 @@ struct Fragment {
   uint32_t r[4];
 };
 
-// A tile in shared memory, rows of `dim` numbers. Eight more a row put the eight rows that are read
-// at once into different banks.
+// A tile in shared memory, at an address in bytes: rows of `dim` numbers. Eight more a row put the
+// eight rows that are read at once into different banks.
 template <int dim, int rows>
 struct Tile {
-  bf16* at;
-  static constexpr int pitch = dim + 8, size = rows * pitch;
+  unsigned at;
+  static constexpr unsigned pitch = 2 * (dim + 8), size = rows * pitch;
 
   // Start to copy rows first.. of a matrix of n rows; zeros after the last.
   __device__ void load(const bf16* from, size_t stride, int first, int n) const {
-    constexpr int chunks = dim / 8;
-    for (int i = int(threadIdx.x); i < rows * chunks; i += block_threads) {
-      int row = i / chunks, column = i % chunks * 8, bytes = first + row < n ? 16 : 0;
-      const bf16* source = from + size_t(bytes ? first + row : 0) * stride + column;
-      unsigned to = unsigned(__cvta_generic_to_shared(at + row * pitch + column));
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(source),
-                   "r"(bytes));
+    constexpr int chunks = dim / 8, step = block_threads / chunks;
+    int row = int(threadIdx.x) / chunks, column = int(threadIdx.x) % chunks * 8;
+    const bf16* source = from + size_t(first + row) * stride + column;
+    unsigned to = at + unsigned(row) * pitch + 2 * unsigned(column);
+    UNROLL for (int i = 0; i < rows; i += step) {
+      bool inside = first + row + i < n;
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + unsigned(i) * pitch),
+                   "l"(inside ? source + size_t(i) * stride : from), "r"(inside ? 16 : 0));
     }
   }
   // The 16 x 16 piece at (row, column): as left factor; transposed, as right factor; as right
   // factor. Each lane names a row of one of four 8 x 8 matrices.
   __device__ Fragment left(int row, int column) const {
-    int lane = int(threadIdx.x % 32);
-    return piece<false>(row + lane % 16, column + lane / 16 * 8);
+    unsigned lane = threadIdx.x % 32;
+    return piece<false>(lane % 16 * pitch + lane / 16 * 16, row, column);
   }
   __device__ Fragment right_transposed(int row, int column) const {
-    int lane = int(threadIdx.x % 32);
-    return piece<false>(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8);
+    unsigned lane = threadIdx.x % 32;
+    return piece<false>((lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16, row, column);
   }
   __device__ Fragment right(int row, int column) const {
-    int lane = int(threadIdx.x % 32);
-    return piece<true>(row + lane % 16, column + lane / 16 * 8);
+    unsigned lane = threadIdx.x % 32;
+    return piece<true>(lane % 16 * pitch + lane / 16 * 16, row, column);
   }
 
  private:
   template <bool transposed>
-  __device__ Fragment piece(int row, int column) const {
+  __device__ Fragment piece(unsigned lane_offset, int row, int column) const {
     Fragment f;
-    unsigned from = unsigned(__cvta_generic_to_shared(at + row * pitch + column));
+    unsigned from = at + lane_offset + unsigned(row) * pitch + 2 * unsigned(column);
     if (transposed)
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                    : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
@@ -690,6 +691,11 @@ struct Tile {
   }
 };
 
+// Start to copy one float to shared memory, or a zero.
+__device__ inline void load_float(unsigned to, const float* from, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(inside ? 4 : 0));
+}
 __device__ inline void end_of_loads() { asm volatile("cp.async.commit_group;"); }
 // All but the latest group of loads are there, for every thread of the block.
 __device__ inline void wait_for_all_but_one() {
@@ -718,6 +724,13 @@ __device__ inline Fragment as_left(const float (*c)[4]) {
   return {{packed(c[0][0], c[0][1]), packed(c[0][2], c[0][3]), packed(c[1][0], c[1][1]),
            packed(c[1][2], c[1][3])}};
 }
+// 2^x, to 2 units in the last place of a float.
+__device__ inline float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+constexpr float log2_e = 1.4426950408889634f;
 // Sum over the four lanes that share a row of a result.
 __device__ inline float row_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
@@ -730,16 +743,16 @@ template <int dim>
 __global__ void __launch_bounds__(block_threads, 3)
     attention_forward_kernel(bf16* Y, float* log_sums, const bf16* qkv, Heads h) {
   extern __shared__ __align__(16) unsigned char shared[];
-  Tile<dim, block_rows> Q{reinterpret_cast<bf16*>(shared)};
+  Tile<dim, block_rows> Q{unsigned(__cvta_generic_to_shared(shared))};
   using Columns = Tile<dim, tile_columns>;
-  auto columns = [&](int i) { return Columns{Q.at + Q.size + i * Columns::size}; };
+  auto columns = [&](int i) { return Columns{Q.at + Q.size + unsigned(i) * Columns::size}; };
   int n = int(h.length), blocks = (n + block_rows - 1) / block_rows;
   int first = int(blockIdx.x) % blocks * block_rows, warp = int(threadIdx.x / 32) * 16;
   int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
   size_t pair = blockIdx.x / unsigned(blocks), b = pair / h.heads, head = pair % h.heads;
   size_t D = h.width(), stride = 3 * D;
   const bf16* q = qkv + b * h.length * stride + head * dim;
-  float log2_scale = 1.4426950408889634f / sqrtf(float(dim));  // e^x = 2^(x log2 e)
+  float log2_scale = log2_e / sqrtf(float(dim));  // e^x = 2^(x log2 e)
   auto load_columns = [&](int tile) {
     columns(tile % 2).load(q + D, stride, tile * tile_columns, n);
     columns(2 + tile % 2).load(q + 2 * D, stride, tile * tile_columns, n);
@@ -764,7 +777,7 @@ __global__ void __launch_bounds__(block_threads, 3)
       UNROLL for (int i = 0; i < 16; ++i) {
         int column = tile * tile_columns + i / 4 * 8 + 2 * t + i % 2;
         float& p = P[i / 4][i % 4];
-        p = column < n ? exp2f(p * log2_scale) : 0.f;
+        p = column < n ? power_of_2(p * log2_scale) : 0.f;
         sum[i / 2 % 2] += p;
       }
       UNROLL for (int half = 0; half < 2; ++half) {
@@ -776,13 +789,13 @@ __global__ void __launch_bounds__(block_threads, 3)
     __syncthreads();  // before the tile is overwritten
   }
   UNROLL for (int i = 0; i < 2; ++i) {
-    float total = row_sum(sum[i]);
+    float total = row_sum(sum[i]), inverse = 1 / total;
     int row = first + warp + g + 8 * i;
     if (row >= n) continue;
     bf16* out = Y + (b * h.length + size_t(row)) * D + head * dim + 2 * t;
     UNROLL for (int k = 0; k < dim / 8; ++k) * reinterpret_cast<uint32_t*>(out + 8 * k) =
-        packed(y[k][2 * i] / total, y[k][2 * i + 1] / total);
-    if (t == 0) log_sums[pair * h.length + size_t(row)] = logf(total);
+        packed(inverse * y[k][2 * i], inverse * y[k][2 * i + 1]);
+    if (t == 0) log_sums[pair * h.length + size_t(row)] = log2f(total);
   }
 }
 
@@ -798,14 +811,14 @@ struct AttentionCotangent {
 // tile y; row i of these goes to out + i * stride. (4.1)
 template <int dim>
 __device__ void leave_through_rope(bf16* out, size_t stride, const float (*d)[4], float scale,
-                                   const Tile<dim, block_rows>& y, const float* r, size_t r_stride,
-                                   Rope<float> rope, int token, int first, int n) {
+                                   const bf16* y, const float* r, size_t r_stride, Rope<float> rope,
+                                   int token, int first, int n) {
   constexpr int half = dim / 2;
   int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
   UNROLL for (int i = 0; i < 2; ++i) {
     int row = g + 8 * i;
     auto y_at = [&](int k, int j) {
-      return float(y.at[(first + row) * y.pitch + 8 * k + 2 * t + j]);
+      return float(y[(first + row) * (dim + 8) + 8 * k + 2 * t + j]);
     };
     float gy = 0;
     UNROLL for (int k = 0; k < dim / 8; ++k) UNROLL for (int j = 0; j < 2; ++j) gy +=
@@ -837,8 +850,8 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
   constexpr bool keys = part > 0;
   using Rows = Tile<dim, block_rows>;
   using Columns = Tile<dim, tile_columns>;
-  Rows X1{memory}, X2{memory + Rows::size};
-  auto columns = [&](int i) { return Columns{memory + 2 * Rows::size + i * Columns::size}; };
+  Rows X1{unsigned(__cvta_generic_to_shared(memory))}, X2{X1.at + Rows::size};
+  auto columns = [&](int i) { return Columns{X2.at + Rows::size + unsigned(i) * Columns::size}; };
   int n = int(h.length), blocks = (n + block_rows - 1) / block_rows;
   int first = int(blockIdx.x) % blocks * block_rows, warp = int(threadIdx.x / 32) * 16;
   int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
@@ -849,10 +862,16 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
   const bf16* dy = c.dY + b * h.length * D + head * dim;
   const float* log_sums = c.log_sums + pair * h.length;
   const float* inner = c.inner + pair * h.length;
-  float scale = 1 / sqrtf(float(dim));
+  float scale = 1 / sqrtf(float(dim)), log2_scale = log2_e * scale;
+  // l and D of a tile's queries, where these are the columns: two rows of 32 floats a stage.
+  float* of_columns = reinterpret_cast<float*>(memory) + (2 * Rows::size + 4 * Columns::size) / 4;
   auto load_columns = [&](int tile) {
     columns(tile % 2).load(keys ? q : k, stride, tile * tile_columns, n);
     columns(2 + tile % 2).load(keys ? dy : v, keys ? D : stride, tile * tile_columns, n);
+    int i = int(threadIdx.x), query = tile * tile_columns + i % tile_columns;
+    if (keys && i < 2 * tile_columns)
+      load_float(unsigned(__cvta_generic_to_shared(of_columns + tile % 2 * 2 * tile_columns + i)),
+                 (i < tile_columns ? log_sums : inner) + min(query, n - 1), query < n);
   };
 
   X1.load(keys ? k : q, stride, first, n);
@@ -860,7 +879,11 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
   load_columns(0);
   end_of_loads();
   Fragment x1[dim / 16], x2[dim / 16];
-  float d[dim / 8][4] = {};
+  float d[dim / 8][4] = {}, row_l[2], row_D[2];
+  if (!keys) UNROLL for (int i = 0; i < 2; ++i) {
+      int query = min(first + warp + g + 8 * i, n - 1);
+      row_l[i] = log_sums[query], row_D[i] = inner[query];
+    }
   for (int tile = 0; tile * tile_columns < n; ++tile) {
     if ((tile + 1) * tile_columns < n) load_columns(tile + 1);
     end_of_loads();
@@ -870,9 +893,9 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
         x1[k] = X1.left(warp, 16 * k);
         if (part < 2) x2[k] = X2.left(warp, 16 * k);
       }
-    for (int at = 0; at < tile_columns && first + warp < n; at += 16) {
-      int column = tile * tile_columns + at;
-      if (column >= n) break;
+    const float* l = of_columns + tile % 2 * 2 * tile_columns;
+    UNROLL for (int at = 0; at < tile_columns; at += 16) {
+      if (tile * tile_columns + at >= n || first + warp >= n) break;
       float P[2][4] = {}, dA[2][4] = {};
       UNROLL for (int k = 0; k < dim / 16; ++k) {
         multiply(P, x1[k], Y1.right_transposed(at, 16 * k));
@@ -880,11 +903,10 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
       }
       // Rows and columns after the last are zero in every tile: whatever P is there adds nothing.
       UNROLL for (int i = 0; i < 8; ++i) {
-        int query = keys ? column + i / 4 * 8 + 2 * t + i % 2 : first + warp + g + i / 2 % 2 * 8;
-        query = min(query, n - 1);
+        int column = at + i / 4 * 8 + 2 * t + i % 2;
         float& p = P[i / 4][i % 4];
-        p = __expf(scale * p - log_sums[query]);
-        if (part < 2) p *= dA[i / 4][i % 4] - inner[query];
+        p = power_of_2(log2_scale * p - (keys ? l[column] : row_l[i / 2 % 2]));
+        if (part < 2) p *= dA[i / 4][i % 4] - (keys ? l[tile_columns + column] : row_D[i / 2 % 2]);
       }
       Fragment p = as_left(P);
       UNROLL for (int k = 0; k < dim / 16; ++k)
@@ -895,8 +917,8 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
   bf16* out = dqkv + start + part * D + size_t(first + warp) * stride;
   if (part < 2) {
     const float* r = c.r + ((b * h.length + size_t(first + warp)) * 2 + part) * h.heads + head;
-    leave_through_rope<dim>(out, stride, d, scale, X1, r, 2 * h.heads, c.rope, first + warp, warp,
-                            n);
+    leave_through_rope<dim>(out, stride, d, scale, memory, r, 2 * h.heads, c.rope, first + warp,
+                            warp, n);
   } else {
     UNROLL for (int i = 0; i < 2; ++i) {
       int row = g + 8 * i;
@@ -947,11 +969,11 @@ void fused_attention_backward(Device& device, T* dqkv, Acc<T>* inner, const T* d
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>) {
     dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads), 1, 3);
-    size_t rows = 2 * block_rows + 4 * tile_columns;
+    size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
     AttentionCotangent c{dY, log_sums, inner, r, rope};
     auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, block_threads, rows * (h.dim + 8) * sizeof(T), dqkv, qkv, c,
-             h);
+      launch(device, kernel, blocks, block_threads,
+             rows * (h.dim + 8) * sizeof(T) + floats * sizeof(float), dqkv, qkv, c, h);
     };
     return h.dim == 64 ? run(attention_backward_kernel<64>) : run(attention_backward_kernel<128>);
   }

@@ -101,6 +101,9 @@ struct bf16 {
 
   bf16() = default;
   HD bf16(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));  // the same in one instruction
+#else
     uint32_t u;
     memcpy(&u, &x, 4);
     // Round to nearest, ties to even: add just under half of the last kept bit, and the rest of
@@ -108,6 +111,7 @@ struct bf16 {
     // exponent. NaN must not be rounded into infinity: it keeps a quiet bit instead.
     bool nan = (u & 0x7fffffffu) > 0x7f800000u;
     bits = nan ? uint16_t(u >> 16 | 0x40) : uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+#endif
   }
   HD operator float() const {
     uint32_t u = uint32_t(bits) << 16;
@@ -529,19 +533,20 @@ struct Team {
 // Threads for a team whose loop has n independent items: whole warps, at most eight.
 inline int threads_for(size_t n) { return int(std::clamp<size_t>(round_up(n, 32), 32, 256)); }
 
-// Threads for a row of D channels that is gone through twice: eight quads each, so that the second
+constexpr int row_slots = 4;
+
+// Threads for a row of D channels that is gone through twice: four quads each, so that the second
 // time they are still in registers (see each_quad).
 inline int threads_for_row(size_t D) {
   int threads = 1;
-  while (threads < Team::max_size && 32 * size_t(threads) < D) threads *= 2;
+  while (threads < Team::max_size && 4 * row_slots * size_t(threads) < D) threads *= 2;
   return threads;
 }
 
-// Call f(slot, d, inside) for the team's quads of a row of D channels. Slots 0 to 7 are constants
-// once the loop is unrolled: what f keeps in an array under them stays in registers. Slot 8 is the
+// Call f(slot, d, inside) for the team's quads of a row of D channels. Slots 0 to 3 are constants
+// once the loop is unrolled: what f keeps in an array under them stays in registers. Slot 4 is the
 // rest. There is no branch, so that a thread has all its loads on the way at once: past the end of
 // the row d is the last quad once more, and `inside` false.
-constexpr int row_slots = 8;
 template <class F>
 HD void each_quad(Team team, size_t D, const F& f) {
   size_t d = 4 * size_t(team.rank), step = 4 * size_t(team.size);

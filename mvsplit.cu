@@ -58,13 +58,13 @@ struct Tokens {
 
 // Sum body(segment, row, d), which looks at the four channels d..d+3, over the rows of each
 // (sequence, segment), and call finish(segment, d, sum) with the result; `zero` fixes the type of
-// the sum. One team has one segment and a few neighbouring channels, few enough for a thousand teams
+// the sum. One team has one segment and a few neighbouring channels, few enough for two thousand teams
 // where there are so many; as a grid of threads it deals the rows out and adds up in a fixed order.
 template <class Sum, class Body, class Finish>
 void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, const Body& body,
                      const Finish& finish) {
   int columns = 32;
-  while (columns > 4 && tokens.batch * 2 * ceil_div(D, 4 * size_t(columns)) < 1024) columns /= 2;
+  while (columns > 4 && tokens.batch * 2 * ceil_div(D, 4 * size_t(columns)) < 2048) columns /= 2;
   size_t width = 4 * size_t(columns), tiles = ceil_div(D, width);
   for_each_team(device, tokens.batch * 2 * tiles, Team::max_size, [=] HD(Team team) {
     Team line = team.part(columns);

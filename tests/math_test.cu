@@ -279,9 +279,9 @@ TEST(Teams, ThreadsAreWholeWarpsAtMostEight) {
 }
 
 TEST(Teams, RowsFitIntoRegistersUpToTheLargestTeam) {
-  const std::pair<size_t, int> table[] = {{4, 1},     {32, 1},     {64, 2},
-                                          {128, 4},   {384, 16},   {1024, 32},
-                                          {1028, 64}, {3072, 128}, {8192, 256}};
+  const std::pair<size_t, int> table[] = {{4, 1},      {16, 1},     {64, 4},
+                                          {128, 8},    {384, 32},   {1024, 64},
+                                          {1028, 128}, {3072, 256}, {4096, 256}};
   for (auto [D, threads] : table) {
     EXPECT_EQ(threads_for_row(D), threads) << D;
     EXPECT_LE(D, size_t(4 * row_slots * threads)) << D;
