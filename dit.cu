@@ -426,11 +426,15 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
       A scale = inverse_rms(part.sum(squares), h.dim, A(qk_eps));
       for (size_t j = size_t(wide * part.rank); j < half; j += size_t(wide * part.size)) {
         Several<T, wide> x1 = *at(j), x2 = *at(j + half), y1, y2;
+        Several<A, wide> c, s;
+        for (int k = 0; k < wide; ++k) c.v[k] = 1, s.v[k] = 0;
+        if (token < rope.image_tokens) {
+          c = *reinterpret_cast<const Several<A, wide>*>(rope.cosine + token * half + j);
+          s = *reinterpret_cast<const Several<A, wide>*>(rope.sine + token * half + j);
+        }
         for (int k = 0; k < wide; ++k) {
-          A c = rope.cos_of(token, j + size_t(k), half),
-            s = rope.sin_of(token, j + size_t(k), half);
-          y1.v[k] = T(scale * (A(x1.v[k]) * c + A(x2.v[k]) * s));
-          y2.v[k] = T(scale * (A(x2.v[k]) * c - A(x1.v[k]) * s));
+          y1.v[k] = T(scale * (A(x1.v[k]) * c.v[k] + A(x2.v[k]) * s.v[k]));
+          y2.v[k] = T(scale * (A(x2.v[k]) * c.v[k] - A(x1.v[k]) * s.v[k]));
         }
         *at(j) = y1, *at(j + half) = y2;
       }
@@ -706,8 +710,7 @@ __device__ inline void wait_for_all_but_one() {
 // c[0], c[1] += a b for the two 16 x 8 halves of b.
 __device__ inline void multiply(float (*c)[4], const Fragment& a, const Fragment& b) {
   for (int half = 0; half < 2; ++half)
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[half][0]), "+f"(c[half][1]), "+f"(c[half][2]), "+f"(c[half][3])
         : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[2 * half]),
@@ -894,24 +897,25 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
         if (part < 2) x2[k] = X2.left(warp, 16 * k);
       }
     const float* l = of_columns + tile % 2 * 2 * tile_columns;
-    UNROLL for (int at = 0; at < tile_columns; at += 16) {
-      if (tile * tile_columns + at >= n || first + warp >= n) break;
-      float P[2][4] = {}, dA[2][4] = {};
-      UNROLL for (int k = 0; k < dim / 16; ++k) {
-        multiply(P, x1[k], Y1.right_transposed(at, 16 * k));
-        if (part < 2) multiply(dA, x2[k], Y2.right_transposed(at, 16 * k));
+    // A warp without rows has nothing to do but wait.
+    if (first + warp < n) UNROLL for (int at = 0; at < tile_columns; at += 16) {
+        float P[2][4] = {}, dA[2][4] = {};
+        UNROLL for (int k = 0; k < dim / 16; ++k) {
+          multiply(P, x1[k], Y1.right_transposed(at, 16 * k));
+          if (part < 2) multiply(dA, x2[k], Y2.right_transposed(at, 16 * k));
+        }
+        // Rows and columns after the last are zero in every tile: whatever P is there adds nothing.
+        UNROLL for (int i = 0; i < 8; ++i) {
+          int column = at + i / 4 * 8 + 2 * t + i % 2;
+          float& p = P[i / 4][i % 4];
+          p = power_of_2(log2_scale * p - (keys ? l[column] : row_l[i / 2 % 2]));
+          if (part < 2)
+            p *= dA[i / 4][i % 4] - (keys ? l[tile_columns + column] : row_D[i / 2 % 2]);
+        }
+        Fragment p = as_left(P);
+        UNROLL for (int k = 0; k < dim / 16; ++k)
+            multiply(d + 2 * k, p, (part < 2 ? Y1 : Y2).right(at, 16 * k));
       }
-      // Rows and columns after the last are zero in every tile: whatever P is there adds nothing.
-      UNROLL for (int i = 0; i < 8; ++i) {
-        int column = at + i / 4 * 8 + 2 * t + i % 2;
-        float& p = P[i / 4][i % 4];
-        p = power_of_2(log2_scale * p - (keys ? l[column] : row_l[i / 2 % 2]));
-        if (part < 2) p *= dA[i / 4][i % 4] - (keys ? l[tile_columns + column] : row_D[i / 2 % 2]);
-      }
-      Fragment p = as_left(P);
-      UNROLL for (int k = 0; k < dim / 16; ++k)
-          multiply(d + 2 * k, p, (part < 2 ? Y1 : Y2).right(at, 16 * k));
-    }
     __syncthreads();
   }
   bf16* out = dqkv + start + part * D + size_t(first + warp) * stride;
@@ -931,7 +935,7 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
 }
 
 template <int dim>
-__global__ void __launch_bounds__(block_threads, 3)
+__global__ void __launch_bounds__(block_threads, dim == 64 ? 4 : 2)
     attention_backward_kernel(bf16* dqkv, const bf16* qkv, AttentionCotangent c, Heads h) {
   extern __shared__ __align__(16) unsigned char shared[];
   bf16* memory = reinterpret_cast<bf16*>(shared);

@@ -438,6 +438,15 @@ struct Slab {
 // ---------------------------------------------------------------------------------------------
 // 4. Teams: kernels written once
 
+// Of a power of two. Divisions by a number that the compiler does not know cost twenty instructions.
+HD inline int log2_of(int power) {
+#ifdef __CUDA_ARCH__
+  return 31 - __clz(power);
+#else
+  return __builtin_ctz(unsigned(power));
+#endif
+}
+
 // The threads that work on one piece: `size` of them, this one is `rank`, the piece is `index`.
 // Reductions add in a fixed order (no atomics), so the same sizes give the same bits. A team is a
 // power of two up to 32, several of which share a thread block, or a thread block of whole warps.
@@ -447,12 +456,12 @@ struct Team {
 
   static constexpr int max_size = 256;
 
-  // A part of this team, for pieces of `threads` threads (on a CPU: of one).
+  // A part of this team, for pieces of `threads` threads, a power of two (on a CPU: of one).
   HD Team part(int threads) const {
     if (size < threads) threads = size;
-    return {size_t(rank / threads), rank % threads, threads};
+    return {size_t(rank >> log2_of(threads)), rank & (threads - 1), threads};
   }
-  HD int parts(int threads) const { return size < threads ? 1 : size / threads; }
+  HD int parts(int threads) const { return size < threads ? 1 : size >> log2_of(threads); }
 
   HD void sync() const {
 #ifdef __CUDA_ARCH__
@@ -561,10 +570,11 @@ HD void each_quad(Team team, size_t D, const F& f) {
 
 #ifdef __CUDACC__
 template <class Body>
-__global__ void __launch_bounds__(Team::max_size)
-    team_kernel(Body body, unsigned teams, int size, unsigned teams_a_block) {
-  unsigned index = blockIdx.x * teams_a_block + threadIdx.x / unsigned(size);
-  if (index < teams) body(Team{index, int(threadIdx.x % unsigned(size)), size});
+__global__ void __launch_bounds__(Team::max_size) team_kernel(Body body, unsigned teams, int size) {
+  int shift = size > 32 ? 31 : log2_of(size);  // 31: the block is one team
+  unsigned together = size > 32 ? 1 : blockDim.x >> shift;
+  unsigned index = blockIdx.x * together + (threadIdx.x >> shift);
+  if (index < teams) body(Team{index, int(threadIdx.x & ((1u << shift) - 1)), size});
 }
 template <class Body>
 __global__ void __launch_bounds__(256) element_kernel(size_t n, Body body) {
@@ -581,8 +591,9 @@ void for_each_team(const Device& device, size_t teams, int threads, const Body& 
   if (device.gpu) {
     if (teams > 0x7fffffff) fail("a kernel over %zu teams is too large for one launch", teams);
     unsigned together = threads > 32 ? 1 : unsigned(Team::max_size / threads);
-    team_kernel<<<unsigned(ceil_div(teams, together)), unsigned(threads) * together, 0,
-                  device.stream>>>(body, unsigned(teams), threads, together);
+    unsigned blocks = unsigned(ceil_div(teams, together));
+    team_kernel<<<blocks, unsigned(threads) * together, 0, device.stream>>>(body, unsigned(teams),
+                                                                            threads);
     CUDA_CHECK(cudaGetLastError());
     return;
   }

@@ -58,13 +58,13 @@ struct Tokens {
 
 // Sum body(segment, row, d), which looks at the four channels d..d+3, over the rows of each
 // (sequence, segment), and call finish(segment, d, sum) with the result; `zero` fixes the type of
-// the sum. One team has one segment and a few neighbouring channels, few enough for two thousand teams
+// the sum. One team has one segment and a few neighbouring channels, few enough for a thousand teams
 // where there are so many; as a grid of threads it deals the rows out and adds up in a fixed order.
 template <class Sum, class Body, class Finish>
 void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, const Body& body,
                      const Finish& finish) {
   int columns = 32;
-  while (columns > 4 && tokens.batch * 2 * ceil_div(D, 4 * size_t(columns)) < 2048) columns /= 2;
+  while (columns > 4 && tokens.batch * 2 * ceil_div(D, 4 * size_t(columns)) < 1024) columns /= 2;
   size_t width = 4 * size_t(columns), tiles = ceil_div(D, width);
   for_each_team(device, tokens.batch * 2 * tiles, Team::max_size, [=] HD(Team team) {
     Team line = team.part(columns);
@@ -74,15 +74,15 @@ void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, co
     for (size_t tile = 0; tile < width; tile += 4 * size_t(line.size)) {
       size_t d = channel + tile + 4 * size_t(line.rank);
       Sum sum = zero;
-      // Eight rows at a time, all their loads before the first sum. Past the end the last row is
+      // Four rows at a time, all their loads before the first sum. Past the end the last row is
       // read again, and not added.
       size_t lines = size_t(team.parts(columns));
       if (d < D)
-        for (size_t row = start + line.index; row < end; row += 8 * lines) {
-          Sum terms[8];
-          UNROLL for (size_t k = 0; k < 8; ++k) terms[k] =
+        for (size_t row = start + line.index; row < end; row += 4 * lines) {
+          Sum terms[4];
+          UNROLL for (size_t k = 0; k < 4; ++k) terms[k] =
               body(segment, min_(row + k * lines, end - 1), d);
-          UNROLL for (size_t k = 0; k < 8; ++k) if (row + k * lines < end) sum = sum + terms[k];
+          UNROLL for (size_t k = 0; k < 4; ++k) if (row + k * lines < end) sum = sum + terms[k];
         }
       sum = team.sum_rows(sum, columns);
       if (d < D && line.index == 0) finish(segment, d, sum);
