@@ -1,7 +1,7 @@
 # make run    train an ultra-deep model on this machine and draw pictures from it
 # make test   build and run every test (SAN=1: under AddressSanitizer and UBSan)
-# make bench  time every kernel, product, block and step on a GPU; bench-peer: beside PyTorch, whose
-#             outputs and gradients are compared too
+# make bench       time every kernel, product, block and step on a GPU
+# make bench-peer  and beside PyTorch, whose outputs and gradients are compared too
 # make        build the program, build/mvsplit
 # make figures RUN=dir   draw a run's diagnostics (train --diagnose-every N) into dir/figures
 #
@@ -77,11 +77,12 @@ run: build/mvsplit data
 figures: | setup
 	@bash data/figures.sh $(RUN)
 
-test: data $(TESTS:%=$(BIN)/%_test) $(BIN)/mvsplit $(if $(NVCC),$(TESTS:%=$(gpu)/%_test) $(gpu)/mvsplit)
+test: data $(TESTS:%=$(BIN)/%_test) $(BIN)/mvsplit $(if $(NVCC),$(TESTS:%=$(gpu)/%_test) $(gpu)/mvsplit $(gpu)/bench)
 	@$(if $(NVCC),echo "the GPU build was compiled for $(ARCH)",echo "no nvcc: the GPU build was not compiled")
 	@bash tests/run.sh $(BIN)
 
-# How fast the pieces are on this GPU. Then the same work by PyTorch, in the same run: results compared, then times. Needs a GPU and PyTorch.
+# How fast the pieces are on this GPU; then the same work by PyTorch in the same run, results compared,
+# then times.
 PYTHON ?= python3
 bench: build/bench
 	@build/bench
