@@ -396,12 +396,12 @@ struct Rope {
 
 // A token's 2 H head vectors (the H queries, then the H keys) are dealt out to the parts of a team,
 // a warp or less for one of them: a thread there has `wide` channels of each half.
-inline int threads_for_head(Heads h, int wide) {
+inline int threads_a_head(Heads h, int wide) {
   int threads = 1;
   while (threads < 32 && 2 * size_t(wide * threads) < h.dim) threads *= 2;
   return threads;
 }
-inline int threads_for_heads(Heads h, int one) {
+inline int threads_a_token(Heads h, int one) {
   int threads = one;
   while (threads < Team::max_size && size_t(threads) < 2 * h.heads * size_t(one)) threads *= 2;
   return threads;
@@ -411,8 +411,8 @@ template <int wide, class T>
 void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
   using A = Acc<T>;
   size_t half = h.dim / 2;
-  int one = threads_for_head(h, wide);
-  for_each_team(device, h.batch * h.length, threads_for_heads(h, one), [=] HD(Team team) {
+  int one = threads_a_head(h, wide);
+  for_each_team(device, h.batch * h.length, threads_a_token(h, one), [=] HD(Team team) {
     size_t row = team.index, token = uint32_t(row) % uint32_t(h.length);
     Team part = team.part(one);
     for (size_t head = part.index; head < 2 * h.heads; head += size_t(team.parts(one))) {
@@ -458,8 +458,8 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
                            Rope<Acc<T>> rope, Heads h) {
   using A = Acc<T>;
   size_t half = h.dim / 2;
-  int one = threads_for_head(h, 1);
-  for_each_team(device, h.batch * h.length, threads_for_heads(h, one), [=] HD(Team team) {
+  int one = threads_a_head(h, 1);
+  for_each_team(device, h.batch * h.length, threads_a_token(h, one), [=] HD(Team team) {
     size_t row = team.index, token = uint32_t(row) % uint32_t(h.length);
     Team part = team.part(one);
     for (size_t head = part.index; head < 2 * h.heads; head += size_t(team.parts(one))) {
@@ -589,21 +589,27 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 
 // 4.3 The same on tensor cores
 //
-// The products of 4.2 pass (T, T) matrices through memory, five times over. For bf16 on a GPU there
-// is a second way that keeps them in registers. A thread block has 64 rows of S, a warp 16 of them;
+// Each of the six products of 4.2 writes or reads a (T, T) matrix in memory. For bf16 on a GPU
+// there is a second way that keeps them in registers. A thread block has 64 rows of S, a warp 16 of them;
 // it walks over tiles of 32 columns, makes that much of S, and uses it up at once. Two things make
 // this shorter than it is in general:
 //
-// - QK-norm bounds |S| by sqrt(hd), at most 11.4, so exp(S) needs no running maximum. The forward is
+// - QK-norm bounds |S| by sqrt(hd), 11.3 for hd = 128, so exp(S) needs no running maximum. The
+//   forward is
 //       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log_2 sum_j e^(S_ij).
-// - The backward makes P_ij = e^(S_ij) / 2^(l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g, y>, the
-//   inner product of 4.2 is D_i = <G_i, Y_i>, known before any S is. Then
-//       dQ = dS K,          dS = P * (dA - D),           S = Q K^T,      dA = G V^T,
-//       dK = dS^T Q,        dS^T = P^T * (dA^T - D),     S^T = K Q^T,    dA^T = V G^T,
-//       dV = P^T G
-//   are the same walk three times: rows have X1, X2, columns Y1, Y2; with S = X1 Y1^T and dA = X2
-//   Y2^T, it sums dS Y1, or for dV P Y2. That makes S three times, but each sum belongs to one thread
-//   block (no atomics, the same bits each time) and fits into its registers.
+// - The backward makes P_ij = e^(S_ij) / 2^(l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g,
+//   y>, the inner product of 4.2 is e_i = <G_i, Y_i>, known before any S is. Then
+//       dQ = dS K / sqrt(hd),      dK = dS^T Q / sqrt(hd),      dV = P^T G,      dS = P * (dA - e)
+//   are the same walk three times, over L1, L2 by rows and C1, C2 by columns:
+//
+//             L1   L2   C1   C2     sums
+//       dQ    Q    G    K    V      dS C1         S   = L1 C1^T / sqrt(hd),   dA   = L2 C2^T
+//       dK    K    V    Q    G      dS^T C1       S^T = L1 C1^T / sqrt(hd),   dA^T = L2 C2^T
+//       dV    K         Q    G      P^T C2        S^T as before
+//
+//   That makes S three times, but each sum belongs to one thread block (no atomics, the same bits
+//   each time) and fits into its registers. The products are not scaled in the code: 1/sqrt(hd)
+//   goes into the exponent, and to dQ and dK on the way out.
 //
 // dQ and dK leave through RoPE and QK-norm's backward (4.1), since a thread that holds channel j of
 // a row also holds channel j + hd/2.
@@ -614,7 +620,7 @@ bool fused_attention(bool gpu, size_t head_dim) {
   return gpu && std::is_same_v<T, bf16> && (head_dim == 64 || head_dim == 128);
 }
 
-// D (B, H, T) = <G_i, Y_i> for each head, from dY and Y (B, T, D).
+// inner (B, H, T), e_i = <G_i, Y_i> for each head, from dY and Y (B, T, D).
 template <class T>
 void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y, Heads h) {
   using A = Acc<T>;
@@ -638,7 +644,8 @@ void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y,
 constexpr int block_rows = 64, tile_columns = 32, block_threads = 128;
 
 // Piece of a bf16 matrix as the tensor core's instruction m16n8k16 takes it: 16 x 16 as a left
-// factor, or two 16 x 8 as a right one. Of a product (16 x 8) lane 4 g + t holds, in order, (g, 2t),
+// factor (lane 4 g + t holds, two a register, (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t +
+// 8..)), or two 16 x 8 as a right one. Of a product (16 x 8) lane 4 g + t holds, in order, (g, 2t),
 // (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 struct Fragment {
   uint32_t r[4];
@@ -664,7 +671,8 @@ struct Tile {
     }
   }
   // The 16 x 16 piece at (row, column): as left factor; transposed, as right factor; as right
-  // factor. Each lane names a row of one of four 8 x 8 matrices.
+  // factor. The instruction takes its right factor by columns, which the rows of K are for K^T:
+  // only V itself must be turned by the load. Each lane names a row of one of four 8 x 8 matrices.
   __device__ Fragment left(int row, int column) const {
     unsigned lane = threadIdx.x % 32;
     return piece<false>(lane % 16 * pitch + lane / 16 * 16, row, column);
@@ -700,6 +708,7 @@ __device__ inline void load_float(unsigned to, const float* from, bool inside) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
                "r"(inside ? 4 : 0));
 }
+// The loads since the last call are a group. (After the last tile an empty one keeps the count.)
 __device__ inline void end_of_loads() { asm volatile("cp.async.commit_group;"); }
 // All but the latest group of loads are there, for every thread of the block.
 __device__ inline void wait_for_all_but_one() {
@@ -803,15 +812,16 @@ __global__ void __launch_bounds__(block_threads, 3)
 }
 
 // What the backward reads besides qkv.
-struct AttentionCotangent {
+struct AttentionBackwardInputs {
   const bf16* dY;                 // (B, T, D)
-  const float *log_sums, *inner;  // (B, H, T): l and D
+  const float *log_sums, *inner;  // (B, H, T): l and e
   const float* r;                 // (B, T, 2, H), of QK-norm
   Rope<float> rope;
 };
 
-// dx = R^T r (g - (<g, y> / hd) y), g = scale d, for the 16 rows of a warp from row `first` of its
-// tile y; row i of these goes to out + i * stride. (4.1)
+// dx = R^T r (g - (<g, y> / hd) y), g = scale d, for a warp's 16 rows; row i goes to out + i *
+// stride. y: the block's tile of normalised Q or K, in which they begin at tile_row; r: the first one's
+// QK-norm factor, r_stride apart; token: its place in the sequence of n. (4.1)
 template <int dim>
 __device__ void leave_through_rope(bf16* out, size_t stride, const float (*d)[4], float scale,
                                    const bf16* y, const float* r, size_t r_stride, Rope<float> rope,
@@ -821,7 +831,7 @@ __device__ void leave_through_rope(bf16* out, size_t stride, const float (*d)[4]
   UNROLL for (int i = 0; i < 2; ++i) {
     int row = g + 8 * i;
     auto y_at = [&](int k, int j) {
-      return float(y[(first + row) * (dim + 8) + 8 * k + 2 * t + j]);
+      return float(y[(tile_row + row) * (dim + 8) + 8 * k + 2 * t + j]);
     };
     float gy = 0;
     UNROLL for (int k = 0; k < dim / 8; ++k) UNROLL for (int j = 0; j < 2; ++j) gy +=
@@ -849,12 +859,12 @@ __device__ void leave_through_rope(bf16* out, size_t stride, const float (*d)[4]
 // One of the three walks, for 64 rows: `part` of dqkv, 0 for dQ, 1 for dK, 2 for dV.
 template <int dim, int part>
 __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qkv,
-                                        AttentionCotangent c, Heads h) {
-  constexpr bool keys = part > 0;
+                                        AttentionBackwardInputs c, Heads h) {
+  constexpr bool rows_are_keys = part > 0;
   using Rows = Tile<dim, block_rows>;
   using Columns = Tile<dim, tile_columns>;
-  Rows X1{unsigned(__cvta_generic_to_shared(memory))}, X2{X1.at + Rows::size};
-  auto columns = [&](int i) { return Columns{X2.at + Rows::size + unsigned(i) * Columns::size}; };
+  Rows L1{unsigned(__cvta_generic_to_shared(memory))}, L2{L1.at + Rows::size};
+  auto columns = [&](int i) { return Columns{L2.at + Rows::size + unsigned(i) * Columns::size}; };
   int n = int(h.length), blocks = (n + block_rows - 1) / block_rows;
   int first = int(blockIdx.x) % blocks * block_rows, warp = int(threadIdx.x / 32) * 16;
   int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
@@ -866,55 +876,57 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
   const float* log_sums = c.log_sums + pair * h.length;
   const float* inner = c.inner + pair * h.length;
   float scale = 1 / sqrtf(float(dim)), log2_scale = log2_e * scale;
-  // l and D of a tile's queries, where these are the columns: two rows of 32 floats a stage.
+  // l and e of a tile's queries, where these are the columns: two rows of 32 floats a stage.
   float* of_columns = reinterpret_cast<float*>(memory) + (2 * Rows::size + 4 * Columns::size) / 4;
   auto load_columns = [&](int tile) {
-    columns(tile % 2).load(keys ? q : k, stride, tile * tile_columns, n);
-    columns(2 + tile % 2).load(keys ? dy : v, keys ? D : stride, tile * tile_columns, n);
+    columns(tile % 2).load(rows_are_keys ? q : k, stride, tile * tile_columns, n);
+    columns(2 + tile % 2)
+        .load(rows_are_keys ? dy : v, rows_are_keys ? D : stride, tile * tile_columns, n);
     int i = int(threadIdx.x), query = tile * tile_columns + i % tile_columns;
-    if (keys && i < 2 * tile_columns)
+    if (rows_are_keys && i < (part < 2 ? 2 : 1) * tile_columns)
       load_float(unsigned(__cvta_generic_to_shared(of_columns + tile % 2 * 2 * tile_columns + i)),
                  (i < tile_columns ? log_sums : inner) + min(query, n - 1), query < n);
   };
 
-  X1.load(keys ? k : q, stride, first, n);
-  X2.load(keys ? v : dy, keys ? stride : D, first, n);
+  L1.load(rows_are_keys ? k : q, stride, first, n);
+  if (part < 2) L2.load(rows_are_keys ? v : dy, rows_are_keys ? stride : D, first, n);
   load_columns(0);
   end_of_loads();
-  Fragment x1[dim / 16], x2[dim / 16];
-  float d[dim / 8][4] = {}, row_l[2], row_D[2];
-  if (!keys) UNROLL for (int i = 0; i < 2; ++i) {
+  Fragment l1[dim / 16], l2[dim / 16];
+  float d[dim / 8][4] = {}, row_log[2], row_inner[2];
+  if (!rows_are_keys) UNROLL for (int i = 0; i < 2; ++i) {
       int query = min(first + warp + g + 8 * i, n - 1);
-      row_l[i] = log_sums[query], row_D[i] = inner[query];
+      row_log[i] = log_sums[query], row_inner[i] = inner[query];
     }
   for (int tile = 0; tile * tile_columns < n; ++tile) {
     if ((tile + 1) * tile_columns < n) load_columns(tile + 1);
     end_of_loads();
     wait_for_all_but_one();
-    Columns Y1 = columns(tile % 2), Y2 = columns(2 + tile % 2);
+    Columns C1 = columns(tile % 2), C2 = columns(2 + tile % 2);
     if (tile == 0) UNROLL for (int k = 0; k < dim / 16; ++k) {
-        x1[k] = X1.left(warp, 16 * k);
-        if (part < 2) x2[k] = X2.left(warp, 16 * k);
+        l1[k] = L1.left(warp, 16 * k);
+        if (part < 2) l2[k] = L2.left(warp, 16 * k);
       }
-    const float* l = of_columns + tile % 2 * 2 * tile_columns;
+    const float* of_tile = of_columns + tile % 2 * 2 * tile_columns;
     // A warp without rows has nothing to do but wait.
     if (first + warp < n) UNROLL for (int at = 0; at < tile_columns; at += 16) {
         float P[2][4] = {}, dA[2][4] = {};
         UNROLL for (int k = 0; k < dim / 16; ++k) {
-          multiply(P, x1[k], Y1.right_transposed(at, 16 * k));
-          if (part < 2) multiply(dA, x2[k], Y2.right_transposed(at, 16 * k));
+          multiply(P, l1[k], C1.right_transposed(at, 16 * k));
+          if (part < 2) multiply(dA, l2[k], C2.right_transposed(at, 16 * k));
         }
-        // Rows and columns after the last are zero in every tile: whatever P is there adds nothing.
+        // Rows and columns after the last are zero in every tile: P, finite, adds nothing.
         UNROLL for (int i = 0; i < 8; ++i) {
           int column = at + i / 4 * 8 + 2 * t + i % 2;
           float& p = P[i / 4][i % 4];
-          p = power_of_2(log2_scale * p - (keys ? l[column] : row_l[i / 2 % 2]));
+          p = power_of_2(log2_scale * p - (rows_are_keys ? of_tile[column] : row_log[i / 2 % 2]));
           if (part < 2)
-            p *= dA[i / 4][i % 4] - (keys ? l[tile_columns + column] : row_D[i / 2 % 2]);
+            p *= dA[i / 4][i % 4] -
+                 (rows_are_keys ? of_tile[tile_columns + column] : row_inner[i / 2 % 2]);
         }
         Fragment p = as_left(P);
         UNROLL for (int k = 0; k < dim / 16; ++k)
-            multiply(d + 2 * k, p, (part < 2 ? Y1 : Y2).right(at, 16 * k));
+            multiply(d + 2 * k, p, (part < 2 ? C1 : C2).right(at, 16 * k));
       }
     __syncthreads();
   }
@@ -936,7 +948,7 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
 
 template <int dim>
 __global__ void __launch_bounds__(block_threads, dim == 64 ? 4 : 2)
-    attention_backward_kernel(bf16* dqkv, const bf16* qkv, AttentionCotangent c, Heads h) {
+    attention_backward_kernel(bf16* dqkv, const bf16* qkv, AttentionBackwardInputs c, Heads h) {
   extern __shared__ __align__(16) unsigned char shared[];
   bf16* memory = reinterpret_cast<bf16*>(shared);
   if (blockIdx.z == 0) attention_backward_rows<dim, 0>(memory, dqkv, qkv, c, h);
@@ -974,7 +986,7 @@ void fused_attention_backward(Device& device, T* dqkv, Acc<T>* inner, const T* d
   if constexpr (std::is_same_v<T, bf16>) {
     dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads), 1, 3);
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
-    AttentionCotangent c{dY, log_sums, inner, r, rope};
+    AttentionBackwardInputs c{dY, log_sums, inner, r, rope};
     auto run = [&](auto kernel) {
       launch(device, kernel, blocks, block_threads,
              rows * (h.dim + 8) * sizeof(T) + floats * sizeof(float), dqkv, qkv, c, h);
@@ -1043,10 +1055,11 @@ struct BlockSaved {
   MergeSaved<Acc<T>> merge[2];
 };
 
-// Arrays that live within one block's pass, shared by all blocks.
+// Arrays that live within one block's pass, shared by all blocks. Where attention is fused there is
+// `inner` in place of scores (then dA) and dS.
 template <class T>
 struct BlockScratch {
-  Acc<T>*scores, *inner;             // (B, H, T, T), or (B, H, T) where attention is fused
+  Acc<T>*scores, *inner;             // (B, H, T, T), (B, H, T)
   T* dF[2];                          // (B T, D), of both branches
   T *dhidden, *du, *dY, *dqkv, *dS;  // (B T, F), (, 2F), (, D), (, 3D), (B, H, T, T)
   MergeScratch<Acc<T>> merge[2];
@@ -1157,12 +1170,11 @@ struct Arrays {
   // Without training, blocks pass two arrays back and forth.
   void lay_checkpoints(Carver& c, const Config& m, size_t B, size_t span, bool trains) {
     size_t X = B * m.tokens() * m.width;
-    inputs = c.take<T>((trains ? ceil_div(m.depth, span) : 2) * round_up(X, 128));
+    inputs = c.take<T>((trains ? ceil_div(m.depth, span) : 2) * input_stride(m, B));
     output = trains ? c.take<T>(X) : nullptr;
   }
   static size_t input_stride(const Config& m, size_t B) {
-    return round_up(B * m.tokens() * m.width,
-                    128);  // each checkpoint starts on a 256-byte boundary
+    return round_up(B * m.tokens() * m.width, 128);  // on a 256-byte boundary
   }
 
   void lay_blocks(Carver& c, const Config& m, size_t B, size_t span, bool gpu) {
@@ -1273,7 +1285,8 @@ Plan network_plan(const Config& config, size_t batch, size_t recompute, bool tra
 }
 
 // Floating-point operations of one forward pass: 2 for each weight and token it acts on, and 4 T D
-// a token for the two products of attention. A backward has twice as many; a replay, once.
+// a token for the two products of attention. A backward has twice as many; a replay, once. (As in
+// 4.2: what 4.3 makes again is not counted.)
 inline double forward_flops(const Config& m, size_t batch) {
   double D = double(m.width), T = double(m.tokens()), N = double(m.image_tokens());
   double block = 2 * T * (4 * D * D + 3 * D * double(m.ffn)) + 4 * T * T * D;

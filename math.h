@@ -6,7 +6,8 @@
 // What it is not: a tensor library. There are pointers with a shape in a comment, and loops.
 //
 // How to read it: section 4 (teams) is the one idea that the other files need. A kernel is a lambda
-// over a Team. On a GPU a team is a thread block; on a CPU it is a single thread, rank 0 of size 1:
+// over a Team. On a GPU a team is a thread block, or a power of two of up to 32 threads of one; on
+// a CPU it is a single thread, rank 0 of size 1:
 //
 //   for_each_team(device, rows, threads_for(D), [=] HD(Team team) {
 //     const float* x = X + team.index * D;                                // this team's row
@@ -108,9 +109,9 @@ struct bf16 {
     memcpy(&u, &x, 4);
     // Round to nearest, ties to even: add just under half of the last kept bit, and the rest of
     // that half if the last kept bit is odd. A carry out of the mantissa is the right next
-    // exponent. NaN must not be rounded into infinity: it keeps a quiet bit instead.
+    // exponent. A NaN must not be rounded into infinity: it becomes the NaN of the instruction.
     bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-    bits = nan ? uint16_t(u >> 16 | 0x40) : uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+    bits = nan ? uint16_t(0x7fff) : uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16);
 #endif
   }
   HD operator float() const {
@@ -197,7 +198,7 @@ inline size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 // 3. The device and its memory
 
 // One CPU or one GPU. GPU work goes into one stream, in order, so a kernel sees what the one before
-// it wrote (but see beside()); the host waits only in synchronize() and download().
+// it wrote (but see beside()); the host waits only in synchronize(), upload() and download().
 struct Device {
   bool gpu = false;
   std::string name = "CPU";
@@ -262,7 +263,7 @@ struct Device {
   void release(void* data, size_t bytes);
   void fill(void* data, int byte, size_t bytes) const;
   void copy(void* to, const void* from, size_t bytes) const;      // device to device
-  void upload(void* to, const void* from, size_t bytes) const;    // host to device
+  void upload(void* to, const void* from, size_t bytes) const;    // host to device; waits
   void download(void* to, const void* from, size_t bytes) const;  // device to host; waits
 
  private:
@@ -438,7 +439,8 @@ struct Slab {
 // ---------------------------------------------------------------------------------------------
 // 4. Teams: kernels written once
 
-// Of a power of two. Divisions by a number that the compiler does not know cost twenty instructions.
+// log2 of a power of two, to shift by: dividing by a number that the compiler does not know costs
+// twenty instructions.
 HD inline int log2_of(int power) {
 #ifdef __CUDA_ARCH__
   return 31 - __clz(power);
@@ -456,7 +458,7 @@ struct Team {
 
   static constexpr int max_size = 256;
 
-  // A part of this team, for pieces of `threads` threads, a power of two (on a CPU: of one).
+  // A part of this team, for pieces of `threads` threads, a power of two up to 32 (on a CPU: of one).
   HD Team part(int threads) const {
     if (size < threads) threads = size;
     return {size_t(rank >> log2_of(threads)), rank & (threads - 1), threads};
@@ -481,7 +483,7 @@ struct Team {
     for (int bit = (size < 32 ? size : 32) / 2; bit > 0; bit /= 2)
       x = op(x, __shfl_xor_sync(lanes(), x, bit));
     if (size > 32) {
-      __shared__ A partial[32];
+      __shared__ A partial[max_size / 32];
       if (rank % 32 == 0) partial[rank / 32] = x;
       __syncthreads();
       x = partial[0];
@@ -542,6 +544,7 @@ struct Team {
 // Threads for a team whose loop has n independent items: whole warps, at most eight.
 inline int threads_for(size_t n) { return int(std::clamp<size_t>(round_up(n, 32), 32, 256)); }
 
+// How many quads of a row a thread keeps in registers.
 constexpr int row_slots = 4;
 
 // Threads for a row of D channels that is gone through twice: four quads each, so that the second
@@ -641,7 +644,8 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
 
 // A sequence of kernels that is always the same: on a GPU it is recorded once as a CUDA graph and
 // replayed by one launch, on a CPU it simply runs. What changes from step to step (the step number,
-// the learning rate) therefore lives in device memory, never in a kernel's arguments.
+// the learning rate) therefore lives in device memory, never in a kernel's arguments. What goes
+// beside() in it is join()ed in it.
 class Graph {
  public:
   Graph() = default;

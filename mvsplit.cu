@@ -58,8 +58,10 @@ struct Tokens {
 
 // Sum body(segment, row, d), which looks at the four channels d..d+3, over the rows of each
 // (sequence, segment), and call finish(segment, d, sum) with the result; `zero` fixes the type of
-// the sum. One team has one segment and a few neighbouring channels, few enough for a thousand teams
-// where there are so many; as a grid of threads it deals the rows out and adds up in a fixed order.
+// the sum. A team takes one segment and 16 to 128 channels, fewer while there are less than a
+// thousand teams. Its threads are a grid, a quad of channels a column, and each of its `lines` takes
+// every lines-th token. (On a CPU the grid is 1 x 1, and the loop over tiles goes through the
+// channels.)
 template <class Sum, class Body, class Finish>
 void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, const Body& body,
                      const Finish& finish) {
@@ -266,7 +268,7 @@ void with_kind(Merge merge, const F& f) {
   }
 }
 
-// X_next and r from X and F, and the segment means if there are any: a team a row.
+// X_next and r from X, F and, where it splits, the segment means: a team a row.
 template <Merge merge, class T>
 void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X, const T* F,
                 Gates<const T> gates, Tokens tokens, size_t D, double eps) {
@@ -333,13 +335,15 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // What it reads. Z is not stored, but its norm is: Z = Y / r with Y = X_next, the merge's output,
 // which the next layer kept as its input. In terms of Y
 //
-//     Delta_i = r_i (G_i - h_i Y_i),        h_i = <G_i, Y_i> / D,
+//     Delta_i = r_i (G_i - h_i Y_i),        h_i = <G_i, Y_i> / D,                     (Delta')
 //
-// so X is not needed at all, and F for the gates alone. Three passes: over rows for h; over tokens
-// for Dbar and the gates; and one for the outputs. Delta is made anew in each from G and Y: that
-// reads one array more, but takes no (B, T, D) array and no rounding of Delta to bf16.
+// so X is not needed at all, and F for the gates alone. Three passes (two without gates): over rows
+// for h; over tokens for Dbar and the gates; and one for the outputs. Delta is made in each of the
+// last two from G and Y: that reads one array more, but takes no (B, T, D) array and rounds no Delta
+// to bf16.
 
-// Scratch of the backward: h (B, T); dbar and dgate (B, 2, D), sums over a segment's tokens.
+// Scratch of the backward: h (B, T); and (B, 2, D): dbar, Delta's segment means, and dgate, a
+// segment's sums of Delta * (F - Fbar_s), or of Delta * F where nothing is split.
 template <class A>
 struct MergeScratch {
   A *h, *dbar, *dgate;
@@ -369,7 +373,7 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
           gain_sum += scratch.dgate[s * D + d];
           if (!split) continue;
           A to_mean = saved.fbar[s * D + d] - (leak ? saved.xbar[s * D + d] : A(0));
-          alpha_sum += A(tokens.count(s % 2)) * scratch.dbar[s * D + d] * to_mean;
+          alpha_sum += A(tokens.count(s % 2)) * scratch.dbar[s * D + d] * to_mean;  // (dalpha)
         }
       if (scalar) {
         total += gain_sum;
@@ -388,17 +392,17 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
   });
 }
 
-// The two passes that differ from merge to merge. delta(row, d) is (Delta).
+// The second pass: dbar and dgate. delta(row, d) is (Delta').
 template <Merge merge, class T, class Delta>
-void merge_gate_sums(const Device& device, MergeScratch<Acc<T>> scratch, const T* F,
-                     MergeSaved<Acc<T>> saved, Tokens tokens, size_t D, const Delta& delta) {
+void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, const T* F,
+                      MergeSaved<Acc<T>> saved, Tokens tokens, size_t D, const Delta& delta) {
   using A = Acc<T>;
   sum_over_tokens(
       device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
       [=] HD(size_t segment, size_t row, size_t d) {
-        Quad<A> f = load<A>(F + row * D + d), g = delta(row, d);
+        Quad<A> f = load<A>(F + row * D + d), delta_i = delta(row, d);
         if (splits(merge)) f = f - load<A>(saved.fbar + segment * D + d);
-        return QuadPair<A>{g, g * f};
+        return QuadPair<A>{delta_i, delta_i * f};  // (dbeta)
       },
       [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
         A scale = A(1) / A(max_<size_t>(tokens.count(segment % 2), 1));
@@ -407,6 +411,7 @@ void merge_gate_sums(const Device& device, MergeScratch<Acc<T>> scratch, const T
       });
 }
 
+// The third pass: dX and dF.
 template <Merge merge, class T, class Delta>
 void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
                          Gates<const T> gates, Tokens tokens, size_t D, const Delta& delta) {
@@ -414,22 +419,22 @@ void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>
   for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
     size_t row = team.index;
     const A* dbar = scratch.dbar + tokens.segment_of(row) * D;
-    // All of the row is read before any of it is written: dX may be G, so the compiler could not
-    // move a later load up by itself.
+    // What fits into the slots is read before any of it is written: dX may be G, so the compiler
+    // could not move a later load up by itself. The rest is read quad by quad.
     Quad<A> kept[row_slots];
     each_quad(team, D, [&](int slot, size_t d, bool) {
       if (slot < row_slots) kept[slot] = delta(row, d);
     });
     each_quad(team, D, [&](int slot, size_t d, bool inside) {
       if (!inside) return;
-      Quad<A> g = slot < row_slots ? kept[slot] : delta(row, d), dx = g, df = g;
-      if (merge == Merge::layerscale) df = load<A>(gates.lambda + d) * g;
-      if (merge == Merge::rezero) df = A(gates.lambda[0]) * g;
+      Quad<A> delta_i = slot < row_slots ? kept[slot] : delta(row, d), dx = delta_i, df = delta_i;
+      if (merge == Merge::layerscale) df = load<A>(gates.lambda + d) * delta_i;
+      if (merge == Merge::rezero) df = A(gates.lambda[0]) * delta_i;
       if (splits(merge)) {
         Quad<A> alpha = load<A>(gates.alpha + d), beta = load<A>(gates.beta + d);
         Quad<A> mean = load<A>(dbar + d);
-        if (merge == Merge::mvsplit) dx = g - alpha * mean;  // (dX)
-        df = beta * g + (alpha - beta) * mean;               // (dF)
+        if (merge == Merge::mvsplit) dx = delta_i - alpha * mean;  // (dX)
+        df = beta * delta_i + (alpha - beta) * mean;               // (dF)
       }
       store(dX + row * D + d, dx);
       store(dF + row * D + d, df);
@@ -457,11 +462,11 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, c
   });
   auto delta = [=] HD(size_t row, size_t d) {
     return saved.r[row] *
-           (load<A>(G + row * D + d) - scratch.h[row] * load<A>(Y + row * D + d));  // (Delta)
+           (load<A>(G + row * D + d) - scratch.h[row] * load<A>(Y + row * D + d));  // (Delta')
   };
   if (gates.merge != Merge::plain) {
     with_kind(gates.merge, [&](auto kind) {
-      merge_gate_sums<decltype(kind)::value>(device, scratch, F, saved, tokens, D, delta);
+      merge_token_sums<decltype(kind)::value>(device, scratch, F, saved, tokens, D, delta);
     });
     device.beside(
         [&] { gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate); });
