@@ -86,7 +86,8 @@ test: data $(TESTS:%=$(BIN)/%_test) $(BIN)/mvsplit $(if $(NVCC),$(TESTS:%=$(gpu)
 PYTHON ?= python3
 bench: build/bench
 	@build/bench
-build/bench: $(gpu)/bench
+build/bench: $(if $(NVCC),$(gpu)/bench)
+	@$(if $(NVCC),true,echo "the benchmark is of a GPU: it needs nvcc"; exit 1)
 	@cp $< $@
 bench-peer: build/mvsplit build/bench
 	@command -v $(PYTHON) >/dev/null || { echo "bench-peer needs Python 3 with PyTorch"; exit 1; }

@@ -590,15 +590,17 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 // 4.3 The same on tensor cores
 //
 // Each of the six products of 4.2 writes or reads a (T, T) matrix in memory. For bf16 on a GPU
-// there is a second way that keeps them in registers. A thread block has 64 rows of S, a warp 16 of them;
-// it walks over tiles of 32 columns, makes that much of S, and uses it up at once. Two things make
+// there is a second way that keeps them in registers. A thread block has 64 rows of S, a warp 16 of
+// them; it walks over tiles of 32 columns, makes that much of S, and uses it up at once. Two things make
 // this shorter than it is in general:
 //
 // - QK-norm bounds |S| by sqrt(hd), 11.3 for hd = 128, so exp(S) needs no running maximum. The
 //   forward is
 //       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log_2 sum_j e^(S_ij).
 // - The backward makes P_ij = e^(S_ij) / 2^(l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g,
-//   y>, the inner product of 4.2 is e_i = <G_i, Y_i>, known before any S is. Then
+//   y>, the inner product of 4.2 is e_i = <G_i, Y_i>, known before any S is. (Not of the rounded Y: when
+//   tokens are alike, dA - e is small, and an e off by 2^-9 of <G, Y> would be most of it, the same
+//   sign all along the row. So the forward keeps what rounding took from Y as well.) Then
 //       dQ = dS K / sqrt(hd),      dK = dS^T Q / sqrt(hd),      dV = P^T G,      dS = P * (dA - e)
 //   are the same walk three times, over L1, L2 by rows and C1, C2 by columns:
 //
@@ -620,9 +622,11 @@ bool fused_attention(bool gpu, size_t head_dim) {
   return gpu && std::is_same_v<T, bf16> && (head_dim == 64 || head_dim == 128);
 }
 
-// inner (B, H, T), e_i = <G_i, Y_i> for each head, from dY and Y (B, T, D).
+// inner (B, H, T), e_i = <G_i, Y_i> for each head, from dY and Y (B, T, D), given as Y and what
+// rounding took from it.
 template <class T>
-void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y, Heads h) {
+void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y, const T* Y_rest,
+                   Heads h) {
   using A = Acc<T>;
   int one = threads_for_row(h.dim);
   for_each_team(device, h.batch * h.length * h.heads, one, [=] HD(Team team) {
@@ -630,7 +634,8 @@ void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y,
              head = uint32_t(team.index) % uint32_t(h.heads);
     A sum = 0;
     each_quad(team, h.dim, [&](int, size_t d, bool inside) {
-      A product = dot(load<A>(dY + team.index * h.dim + d), load<A>(Y + team.index * h.dim + d));
+      size_t at = team.index * h.dim + d;
+      A product = dot(load<A>(dY + at), load<A>(Y + at) + load<A>(Y_rest + at));
       sum += inside ? product : A(0);
     });
     sum = team.sum(sum);
@@ -749,11 +754,12 @@ __device__ inline float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Y (B, T, D) and log sums (B, H, T) from qkv. Blocks count 64 rows of a head first,
+// Y, Y_rest (B, T, D) and log sums (B, H, T) from qkv. Blocks count 64 rows of a head first,
 // then heads, then sequences.
 template <int dim>
 __global__ void __launch_bounds__(block_threads, 3)
-    attention_forward_kernel(bf16* Y, float* log_sums, const bf16* qkv, Heads h) {
+    attention_forward_kernel(bf16* Y, bf16* Y_rest, float* log_sums, const bf16* qkv, Heads h) {
+#if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) unsigned char shared[];
   Tile<dim, block_rows> Q{unsigned(__cvta_generic_to_shared(shared))};
   using Columns = Tile<dim, tile_columns>;
@@ -804,11 +810,18 @@ __global__ void __launch_bounds__(block_threads, 3)
     float total = row_sum(sum[i]), inverse = 1 / total;
     int row = first + warp + g + 8 * i;
     if (row >= n) continue;
-    bf16* out = Y + (b * h.length + size_t(row)) * D + head * dim + 2 * t;
-    UNROLL for (int k = 0; k < dim / 8; ++k) * reinterpret_cast<uint32_t*>(out + 8 * k) =
-        packed(inverse * y[k][2 * i], inverse * y[k][2 * i + 1]);
+    size_t out = (b * h.length + size_t(row)) * D + head * dim + 2 * size_t(t);
+    UNROLL for (int k = 0; k < dim / 8; ++k) {
+      float even = inverse * y[k][2 * i], odd = inverse * y[k][2 * i + 1];
+      uint32_t both = packed(even, odd);
+      *reinterpret_cast<uint32_t*>(Y + out + 8 * k) = both;
+      if (Y_rest)
+        *reinterpret_cast<uint32_t*>(Y_rest + out + 8 * k) =
+            packed(even - __uint_as_float(both << 16), odd - __uint_as_float(both & 0xffff0000u));
+    }
     if (t == 0) log_sums[pair * h.length + size_t(row)] = log2f(total);
   }
+#endif
 }
 
 // What the backward reads besides qkv.
@@ -820,12 +833,12 @@ struct AttentionBackwardInputs {
 };
 
 // dx = R^T r (g - (<g, y> / hd) y), g = scale d, for a warp's 16 rows; row i goes to out + i *
-// stride. y: the block's tile of normalised Q or K, in which they begin at tile_row; r: the first one's
-// QK-norm factor, r_stride apart; token: its place in the sequence of n. (4.1)
+// stride. y: the block's tile of normalised Q or K, in which they begin at tile_row; r: the first
+// one's QK-norm factor, r_stride apart; token: its place in the sequence of n. (4.1)
 template <int dim>
 __device__ void leave_through_rope(bf16* out, size_t stride, const float (*d)[4], float scale,
                                    const bf16* y, const float* r, size_t r_stride, Rope<float> rope,
-                                   int token, int first, int n) {
+                                   int token, int tile_row, int n) {
   constexpr int half = dim / 2;
   int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
   UNROLL for (int i = 0; i < 2; ++i) {
@@ -949,39 +962,42 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
 template <int dim>
 __global__ void __launch_bounds__(block_threads, dim == 64 ? 4 : 2)
     attention_backward_kernel(bf16* dqkv, const bf16* qkv, AttentionBackwardInputs c, Heads h) {
+#if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) unsigned char shared[];
   bf16* memory = reinterpret_cast<bf16*>(shared);
   if (blockIdx.z == 0) attention_backward_rows<dim, 0>(memory, dqkv, qkv, c, h);
   if (blockIdx.z == 1) attention_backward_rows<dim, 1>(memory, dqkv, qkv, c, h);
   if (blockIdx.z == 2) attention_backward_rows<dim, 2>(memory, dqkv, qkv, c, h);
+#endif
 }
 #endif
 
-// attention_forward() on tensor cores: Y (B, T, D) and log sums (B, H, T) from qkv, whose Q and K
-// are normalised.
+// attention_forward() on tensor cores: Y (B, T, D), what rounding took from it (unless null) and log
+// sums (B, H, T) from qkv, whose Q and K are normalised.
 template <class T>
-void fused_attention_forward(Device& device, T* Y, Acc<T>* log_sums, const T* qkv, Heads h) {
+void fused_attention_forward(Device& device, T* Y, T* Y_rest, Acc<T>* log_sums, const T* qkv,
+                             Heads h) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>) {
     dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads));
     size_t rows = block_rows + 4 * tile_columns;
     auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, block_threads, rows * (h.dim + 8) * sizeof(T), Y, log_sums,
-             qkv, h);
+      launch(device, kernel, blocks, block_threads, rows * (h.dim + 8) * sizeof(T), Y, Y_rest,
+             log_sums, qkv, h);
     };
     return h.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
   }
 #endif
-  (void)device, (void)Y, (void)log_sums, (void)qkv, (void)h;
+  (void)device, (void)Y, (void)Y_rest, (void)log_sums, (void)qkv, (void)h;
 }
 
 // attention_backward() and rope_qk_norm_backward() on tensor cores: dqkv (=) (B, T, 3, H, hd) from
 // dY (B, T, D) and what the forward left. Scratch: inner (B, H, T).
 template <class T>
 void fused_attention_backward(Device& device, T* dqkv, Acc<T>* inner, const T* dY, const T* Y,
-                              const Acc<T>* log_sums, const T* qkv, const Acc<T>* r,
-                              Rope<Acc<T>> rope, Heads h) {
-  head_products(device, inner, dY, Y, h);
+                              const T* Y_rest, const Acc<T>* log_sums, const T* qkv,
+                              const Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
+  head_products(device, inner, dY, Y, Y_rest, h);
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>) {
     dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads), 1, 3);
@@ -1050,8 +1066,8 @@ void swiglu_backward(const Device& device, T* du, const T* dhidden, const T* u, 
 // What a block's forward leaves for its backward. X is the block's input.
 template <class T>
 struct BlockSaved {
-  T *X, *qkv, *P, *Y, *F1, *X1, *u, *hidden, *F2, *X_next;
-  Acc<T>*r_qk, *log_sums;  // log_sums: only where attention is fused, and P only where it is not
+  T *X, *qkv, *P, *Y, *Y_rest, *F1, *X1, *u, *hidden, *F2, *X_next;
+  Acc<T>*r_qk, *log_sums;  // log_sums, Y_rest: only where attention is fused; P: only where not
   MergeSaved<Acc<T>> merge[2];
 };
 
@@ -1083,7 +1099,7 @@ void block_forward(Device& device, BlockSaved<T> s, BlockParameters<const T> w,
   linear_forward(device, s.qkv, s.X, w.qkv, rows, 3 * D, D);
   rope_qk_norm_forward(device, s.qkv, s.r_qk, b.rope, b.heads);
   if (s.log_sums)
-    fused_attention_forward(device, s.Y, s.log_sums, s.qkv, b.heads);
+    fused_attention_forward(device, s.Y, s.Y_rest, s.log_sums, s.qkv, b.heads);
   else
     attention_forward(device, s.Y, s.P, scratch.scores, s.qkv, b.heads);
   linear_forward(device, s.F1, s.Y, w.proj, rows, D, D);
@@ -1123,8 +1139,8 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
   device.beside([&] { linear_backward_weight(device, d.proj, dF1, s.Y, rows, D, D, accumulate); });
   linear_backward_input(device, scratch.dY, dF1, w.proj, rows, D, D);
   if (s.log_sums) {
-    fused_attention_backward(device, scratch.dqkv, scratch.inner, scratch.dY, s.Y, s.log_sums,
-                             s.qkv, s.r_qk, b.rope, b.heads);
+    fused_attention_backward(device, scratch.dqkv, scratch.inner, scratch.dY, s.Y, s.Y_rest,
+                             s.log_sums, s.qkv, s.r_qk, b.rope, b.heads);
   } else {
     attention_backward(device, scratch.dqkv, scratch.dY, s.P, s.qkv, scratch.scores, scratch.dS,
                        b.heads);
@@ -1177,7 +1193,7 @@ struct Arrays {
     return round_up(B * m.tokens() * m.width, 128);  // on a 256-byte boundary
   }
 
-  void lay_blocks(Carver& c, const Config& m, size_t B, size_t span, bool gpu) {
+  void lay_blocks(Carver& c, const Config& m, size_t B, size_t span, bool trains, bool gpu) {
     size_t rows = B * m.tokens(), X = rows * m.width;
     bool fused = fused_attention<T>(gpu, m.head_dim());
     blocks.resize(span);
@@ -1187,6 +1203,7 @@ struct Arrays {
       s.qkv = c.take<T>(3 * X);
       s.P = fused ? nullptr : c.take<T>(rows * m.heads * m.tokens());
       s.log_sums = fused ? c.take<A>(rows * m.heads) : nullptr;
+      s.Y_rest = fused && trains ? c.take<T>(X) : nullptr;
       s.Y = c.take<T>(X), s.F1 = c.take<T>(X), s.X1 = c.take<T>(X);
       s.u = c.take<T>(2 * rows * m.ffn), s.hidden = c.take<T>(rows * m.ffn);
       s.F2 = c.take<T>(X);
@@ -1275,8 +1292,9 @@ Plan network_plan(const Config& config, size_t batch, size_t recompute, bool tra
   plan.slabs.emplace_back("checkpoints", bytes([&](Carver& c) {
                             arrays.lay_checkpoints(c, config, batch, span, trains);
                           }));
-  plan.slabs.emplace_back(
-      "activations", bytes([&](Carver& c) { arrays.lay_blocks(c, config, batch, span, gpu); }));
+  plan.slabs.emplace_back("activations", bytes([&](Carver& c) {
+                            arrays.lay_blocks(c, config, batch, span, trains, gpu);
+                          }));
   plan.slabs.emplace_back(
       "scratch", bytes([&](Carver& c) { arrays.lay_scratch(c, config, batch, trains, gpu); }));
   plan.slabs.emplace_back("inputs, outputs",
@@ -1341,7 +1359,7 @@ class Network {
       function(carver);
     };
     lay([&](Carver& x) { arrays.lay_checkpoints(x, config, batch, span_, trains); });
-    lay([&](Carver& x) { arrays.lay_blocks(x, config, batch, span_, device.gpu); });
+    lay([&](Carver& x) { arrays.lay_blocks(x, config, batch, span_, trains, device.gpu); });
     lay([&](Carver& x) { arrays.lay_scratch(x, config, batch, trains, device.gpu); });
     lay([&](Carver& x) { arrays.lay_ends(x, config, batch, trains); });
     std::vector<A> cosine, sine;

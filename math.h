@@ -209,6 +209,7 @@ struct Device {
   cublasHandle_t blas = nullptr, side_blas = nullptr;
   void* blas_workspace = nullptr;
   cudaEvent_t event = nullptr;
+  bool forked = false;  // something may still run beside
 #endif
 
   explicit Device(bool on_gpu = false);
@@ -245,9 +246,14 @@ struct Device {
 #ifdef __CUDACC__
     if (gpu) {
       wait(side_stream, stream);
-      std::swap(stream, side_stream), std::swap(blas, side_blas);
+      forked = true;
+      struct Exchange {  // and back again, should f throw
+        Device& d;
+        explicit Exchange(Device& device) : d(device) { turn(); }
+        ~Exchange() { turn(); }
+        void turn() { std::swap(d.stream, d.side_stream), std::swap(d.blas, d.side_blas); }
+      } exchange(*this);
       f();
-      std::swap(stream, side_stream), std::swap(blas, side_blas);
       return;
     }
 #endif
@@ -255,7 +261,8 @@ struct Device {
   }
   void join() {
 #ifdef __CUDACC__
-    if (gpu) wait(stream, side_stream);
+    if (gpu && forked) wait(stream, side_stream);
+    forked = false;
 #endif
   }
 
@@ -458,7 +465,7 @@ struct Team {
 
   static constexpr int max_size = 256;
 
-  // A part of this team, for pieces of `threads` threads, a power of two up to 32 (on a CPU: of one).
+  // A part of this team, for pieces of `threads` threads, a power of two up to 32. (CPU: of one.)
   HD Team part(int threads) const {
     if (size < threads) threads = size;
     return {size_t(rank >> log2_of(threads)), rank & (threads - 1), threads};

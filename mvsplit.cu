@@ -444,7 +444,7 @@ void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>
 
 // dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next,
 // Y = X_next and F (read where there are gates). dX may be G itself. The gates' gradients are made
-// beside what follows: they, and `scratch`, are free after device.join().
+// beside what follows: they are there, and `scratch` may be used again, after device.join().
 template <class T, class P>
 void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* Y,
                     const T* F, Gates<const T> gates, MergeSaved<Acc<T>> saved,

@@ -160,12 +160,12 @@ void kernels(Device& device) {
   });
   time("attention forward", 4 * X, attention, [&](int k) {
     BlockSaved<T> s = saved(k);
-    fused_attention_forward(device, s.Y, s.log_sums, s.qkv, b.heads);
+    fused_attention_forward(device, s.Y, s.Y_rest, s.log_sums, s.qkv, b.heads);
   });
   time("attention backward", 8 * X, 2.5 * attention, [&](int k) {
     BlockSaved<T> s = saved(k);
-    fused_attention_backward(device, scratch.dqkv, scratch.inner, g(k), s.Y, s.log_sums, s.qkv,
-                             s.r_qk, b.rope, b.heads);
+    fused_attention_backward(device, scratch.dqkv, scratch.inner, g(k), s.Y, s.Y_rest, s.log_sums,
+                             s.qkv, s.r_qk, b.rope, b.heads);
   });
   time("SwiGLU forward", 3 * U, 0,
        [&](int k) { swiglu_forward(device, saved(k).hidden, saved(k).u, b.tokens.rows(), b.F); });
@@ -252,26 +252,21 @@ void step(Device& device, size_t depth, const std::string& residual) {
   std::printf("%-30s %.3g tokens/s\n", "", double(o.batch * o.model.tokens()) / times[4]);
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  std::vector<std::string> parts;
-  for (int i = 1; i < argc; ++i) {
-    if (std::string(argv[i]) == "--tsv" && i + 1 < argc)
-      tsv = std::fopen(argv[++i], "w");
-    else
-      parts.push_back(argv[i]);
-  }
+void bench(const std::vector<std::string>& parts) {
+  const std::vector<std::string> known = {"ceilings", "kernels",  "gemms", "block",  "step400",
+                                          "postnorm", "step1000", "depth", "profile"};
+  for (const std::string& part : parts)
+    if (std::find(known.begin(), known.end(), part) == known.end())
+      fail("bench has no part '%s'", part.c_str());
   auto wanted = [&](const char* name) {
     return parts.empty() || std::find(parts.begin(), parts.end(), name) != parts.end();
   };
   Device device(true);
   std::printf("%s\n", device.name.c_str());
-  if (parts == std::vector<std::string>{"profile"}) {  // for a profiler: one pass of three blocks
+  if (!parts.empty() && wanted("profile")) {  // for a profiler: one pass of three blocks, twice
     Subject narrow(device, model(3, 128, 2, 384, 8), 32, 0);
     Subject wide(device, model(3, 1024, 8, 3072, 64), 32, 0);
     device.synchronize();
-    return 0;
   }
   if (wanted("ceilings")) ceilings(device);
   if (wanted("kernels")) kernels(device);
@@ -283,7 +278,24 @@ int main(int argc, char** argv) {
   if (wanted("step1000")) step(device, 1000, "mvsplit");
   if (wanted("depth"))
     for (size_t depth : {100, 200, 700}) step(device, depth, "mvsplit");
-  if (tsv) std::fclose(tsv);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    std::vector<std::string> parts;
+    for (int i = 1; i < argc; ++i)
+      if (std::string(argv[i]) != "--tsv")
+        parts.push_back(argv[i]);
+      else if (++i == argc || !(tsv = std::fopen(argv[i], "w")))
+        fail("--tsv needs a file that can be written");
+    bench(parts);
+    if (tsv) std::fclose(tsv);
+  } catch (const Error& error) {
+    std::fprintf(stderr, "bench: %s\n", error.what());
+    return 2;
+  }
   return 0;
 }
 

@@ -178,7 +178,7 @@ def check(program, o):
             print(f"{f'{c.residual}, {c.depth} layers, {o.precision}, error':48}{'ours':>10}{'PyTorch':>10}")
             for name, x in exact.items():
                 error, other = (float((result[name] - x).norm() / x.norm()) for result in (ours, peer))
-                bad = not error <= max(limit, 1.5 * other)
+                bad = not error <= min(max(limit, 1.5 * other), 0.5)
                 failures += bad
                 print(f"    {name:44}{error:10.1e}{other:10.1e}{'  too far' * bad}", flush=True)
     return min(failures, 1)
