@@ -570,9 +570,6 @@ template <class F>
 HD void each_quad(Team team, size_t D, const F& f) {
   size_t d = 4 * size_t(team.rank), step = 4 * size_t(team.size);
   UNROLL for (int slot = 0; slot < row_slots; ++slot, d += step) {
-#ifndef __CUDA_ARCH__
-    if (d >= D) break;
-#endif
     f(slot, d < D ? d : D - 4, d < D);
   }
   for (; d < D; d += step) f(row_slots, d, true);
