@@ -591,16 +591,16 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 //
 // Each of the six products of 4.2 writes or reads a (T, T) matrix in memory. For bf16 on a GPU
 // there is a second way that keeps them in registers. A thread block has 64 rows of S, a warp 16 of
-// them; it walks over tiles of 32 columns, makes that much of S, and uses it up at once. Two things make
-// this shorter than it is in general:
+// them; it walks over tiles of 32 columns, makes that much of S, and uses it up at once. Two things
+// make this shorter than it is in general:
 //
 // - QK-norm bounds |S| by sqrt(hd), 11.3 for hd = 128, so exp(S) needs no running maximum. The
 //   forward is
 //       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log_2 sum_j e^(S_ij).
 // - The backward makes P_ij = e^(S_ij) / 2^(l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g,
-//   y>, the inner product of 4.2 is e_i = <G_i, Y_i>, known before any S is. (Not of the rounded Y: when
-//   tokens are alike, dA - e is small, and an e off by 2^-9 of <G, Y> would be most of it, the same
-//   sign all along the row. So the forward keeps what rounding took from Y as well.) Then
+//   y>, the inner product of 4.2 is e_i = <G_i, Y_i>, known before any S is. (Not of the rounded Y:
+//   when tokens are alike, dA - e is small, and an e off by 2^-9 of <G, Y> would be most of it, the
+//   same sign all along the row. So the forward keeps what rounding took from Y as well.) Then
 //       dQ = dS K / sqrt(hd),      dK = dS^T Q / sqrt(hd),      dV = P^T G,      dS = P * (dA - e)
 //   are the same walk three times, over L1, L2 by rows and C1, C2 by columns:
 //
@@ -933,7 +933,7 @@ __device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qk
           int column = at + i / 4 * 8 + 2 * t + i % 2;
           float& p = P[i / 4][i % 4];
           p = power_of_2(log2_scale * p - (rows_are_keys ? of_tile[column] : row_log[i / 2 % 2]));
-          if (part < 2)
+          if (part < 2)  // dS, 4.2
             p *= dA[i / 4][i % 4] -
                  (rows_are_keys ? of_tile[tile_columns + column] : row_inner[i / 2 % 2]);
         }
@@ -972,8 +972,8 @@ __global__ void __launch_bounds__(block_threads, dim == 64 ? 4 : 2)
 }
 #endif
 
-// attention_forward() on tensor cores: Y (B, T, D), what rounding took from it (unless null) and log
-// sums (B, H, T) from qkv, whose Q and K are normalised.
+// attention_forward() on tensor cores: Y (B, T, D), what rounding took from it (unless null) and
+// log sums (B, H, T) from qkv, whose Q and K are normalised.
 template <class T>
 void fused_attention_forward(Device& device, T* Y, T* Y_rest, Acc<T>* log_sums, const T* qkv,
                              Heads h) {
@@ -1523,10 +1523,10 @@ void initialise(const Device& device, const Table& table, A* slab, uint64_t seed
 //     P A P = P A (I - J) = P A:
 //
 // centering A's columns is all there is to do. (The left P matters: 1^T A is not 1^T. If all tokens
-// look at one, a "sink", A = 1 e^T, then ||A P||_2 is about sqrt(T) and P A P = 0.) And mu_eff = ||P
-// A P||_2 is the root of the largest eigenvalue of M = (P A)^T (P A), which power iteration on M
-// finds from below: |M x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two parts,
-// c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A P X, the leakage (Prop. 1).
+// look at one, a "sink", A = 1 e^T, then ||A P||_2 is about sqrt(T) and P A P = 0.) And mu_eff =
+// ||P A P||_2 is the root of the largest eigenvalue of M = (P A)^T (P A), which power iteration on
+// M finds from below: |M x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two parts,
+// c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A Z, the leakage (Prop. 1).
 
 // A (B, H, T, T), the attention matrices, in Acc<T>, from qkv (B, T, 3, H, hd).
 template <class T>

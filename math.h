@@ -238,9 +238,9 @@ struct Device {
       for (cudaStream_t s : {stream, side_stream}) CUDA_CHECK(cudaStreamSynchronize(s));
 #endif
   }
-  // What f enqueues may run beside what is enqueued after it, until join(). It starts after all that
-  // was enqueued before. Weight gradients are for this: nothing in a backward waits for them, and
-  // they fill the multiprocessors that a narrow network's kernels leave idle.
+  // What f enqueues may run beside what is enqueued after it, until join(). It starts after all
+  // that was enqueued before. Weight gradients are for this: nothing in a backward waits for them,
+  // and they fill the multiprocessors that a narrow network's kernels leave idle.
   template <class F>
   void beside(const F& f) {
 #ifdef __CUDACC__

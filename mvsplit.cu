@@ -59,8 +59,8 @@ struct Tokens {
 // Sum body(segment, row, d), which looks at the four channels d..d+3, over the rows of each
 // (sequence, segment), and call finish(segment, d, sum) with the result; `zero` fixes the type of
 // the sum. A team takes one segment and 16 to 128 channels, fewer while there are less than a
-// thousand teams. Its threads are a grid, a quad of channels a column, and each of its `lines` takes
-// every lines-th token. (On a CPU the grid is 1 x 1, and the loop over tiles goes through the
+// thousand teams. Its threads are a grid, a quad of channels a column, and each of its `lines`
+// takes every lines-th token. (On a CPU the grid is 1 x 1, and the loop over tiles goes through the
 // channels.)
 template <class Sum, class Body, class Finish>
 void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, const Body& body,
@@ -339,8 +339,8 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 //
 // so X is not needed at all, and F for the gates alone. Three passes (two without gates): over rows
 // for h; over tokens for Dbar and the gates; and one for the outputs. Delta is made in each of the
-// last two from G and Y: that reads one array more, but takes no (B, T, D) array and rounds no Delta
-// to bf16.
+// last two from G and Y: that reads one array more, but takes no (B, T, D) array and rounds no
+// Delta to bf16.
 
 // Scratch of the backward: h (B, T); and (B, 2, D): dbar, Delta's segment means, and dgate, a
 // segment's sums of Delta * (F - Fbar_s), or of Delta * F where nothing is split.

@@ -87,8 +87,8 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
 //     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
 //     w = w - lr ( (m / (1 - b1^s)) / (sqrt(v / (1 - b2^s)) + eps) + decay w ),   s = 1, 2, ...
 //
-// with g the gradient times min(1, clip / (|g| + 1e-6)), |g| over all parameters, and decay on matrices
-// only. Weights are kept in Acc<T> ("master") and rounded to T for the network.
+// with g the gradient times min(1, clip / (|g| + 1e-6)), |g| over all parameters, and decay on
+// matrices only. Weights are kept in Acc<T> ("master") and rounded to T for the network.
 
 struct Optimizer {
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, decay = 0.1, clip = 1;
@@ -986,8 +986,8 @@ class Run {
     return std::chrono::duration<double>(Time::now() - from).count();
   }
 
-  // What has really been taken, to be held against the plan: on a GPU what its driver says, on a CPU the
-  // growth of the resident set.
+  // What has really been taken, to be held against the plan: on a GPU what its driver says, on a
+  // CPU the growth of the resident set.
   void print_memory() {
     trainer_.device.synchronize();
     size_t taken = trainer_.device.in_use() - in_use_before_;
@@ -1435,7 +1435,8 @@ class Gradcheck {
     };
     double numeric = (at(-2 * h) - 8 * at(-h) + 8 * at(h) - at(2 * h)) / (12 * h);
     double larger = std::max(std::abs(numeric), std::abs(analytic));
-    // A gradient that is zero (beta's, where a segment is a single token) shows as the loss's rounding.
+    // A gradient that is zero (beta's, where a segment is a single token) shows as the loss's
+    // rounding.
     bool vanishes = larger < 1e-14 * magnitude_ / h;
     double error = vanishes ? 0 : std::abs(numeric - analytic) / larger;
     bool good = error <= o_.tolerance;  // false for NaN
@@ -1686,8 +1687,9 @@ inline int command(int argc, const char* const* argv) {
 
 #ifndef MVSPLIT_NO_MAIN  // the tests bring their own
 int main(int argc, char** argv) {
-  // OpenMP threads that spin while they wait take the processor from each other on a busy machine (up to
-  // nine times slower was seen). libgomp reads its policy when it is loaded: set it, and start again.
+  // OpenMP threads that spin while they wait take the processor from each other on a busy machine
+  // (up to nine times slower was seen). libgomp reads its policy when it is loaded: set it, and
+  // start again.
   if (setenv("OMP_WAIT_POLICY", "passive", 0) == 0 && !std::getenv("MVSPLIT_STARTED")) {
     setenv("MVSPLIT_STARTED", "1", 1);
     execv("/proc/self/exe", argv);

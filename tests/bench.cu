@@ -4,7 +4,7 @@
 // taken. Kernels rotate among several sets of arrays so that they read from memory, not from a
 // cache that the run before filled. "Floor" bytes are each input once and each output once.
 //
-//   build/bench [--tsv FILE] [PART...]      parts: ceilings kernels gemms block step400 step1000 postnorm depth
+//   build/bench [--tsv FILE] [PART...]
 #define MVSPLIT_NO_MAIN
 #include "../train.cu"
 

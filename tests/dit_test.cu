@@ -306,7 +306,7 @@ TEST(Patches, OrdersAreEachOthersBackward) {
 // The way over tensor cores, and 4.2 in bf16, against 4.2 in fp64 on the CPU from the same bf16 Q,
 // K, V and cotangent: Y, and through RoPE and QK-norm dQ, dK, dV. Values are vbar + spread times
 // noise, keys have a common part of size `mean`. `forget` drops the last token's cotangent from the
-// reference, and without `rest` the backward does not get what rounding took from Y: both must show.
+// reference, and without `rest` the backward does not get what rounding took from Y: both show.
 struct AttentionErrors {
   std::vector<double> fused, plain;  // of Y, dQ, dK, dV
 };

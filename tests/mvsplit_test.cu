@@ -531,7 +531,7 @@ TEST(SplitEnergies, AreThoseOfTheProjections) {
   }
 }
 
-// The reference for mu_eff. M = U diag(s) V with U, V reflections I - 2 u u^T has singular values s.
+// The reference for mu_eff. M = U diag(s) V with U, V reflections I - 2 u u^T has the values s.
 TEST(Check, SingularValuesOfAKnownMatrix) {
   for (size_t n : {1, 6, 90}) {
     std::vector<double> s(n), m(n * n);

@@ -1299,7 +1299,7 @@ TEST_F(CommandTest, SamplesAreTheSameForTheSameSeed) {
   EXPECT_GE(W, 16u);
 }
 
-// Through a thousand layers and their recomputation: every residual mode, every family, both inputs.
+// Through a thousand layers and their recomputation: every residual mode, family and input.
 TEST(Gradcheck, PassesAtAThousandLayers) {
   for (const std::string& device : device_flags())
     for (const Residual& residual : residuals) {
