@@ -1265,13 +1265,22 @@ struct Plan {
   }
 };
 
+// The same network with one block: its table has room for what one block, and all that is outside
+// the blocks, add to a gradient.
+inline Config one_block(Config config) {
+  config.depth = 1;
+  return config;
+}
+
 // How many blocks a span has for `--recompute k`: 0 means all of them.
 inline size_t span_length(const Config& config, size_t recompute) {
   return recompute == 0 ? config.depth : std::min(recompute, config.depth);
 }
 
-template <class T>
-Plan network_plan(const Config& config, size_t batch, size_t recompute, bool trains, bool gpu) {
+// G: what gradients are kept as, Acc<T> or T (see Network).
+template <class T, class G = Acc<T>>
+Plan network_plan(const Config& config, const Table& table, size_t batch, size_t recompute,
+                  bool trains, bool gpu) {
   // Beyond any machine; below, no product of sizes overflows 64 bits.
   double D = double(config.width), rows = double(batch) * double(config.tokens());
   double parameters_about = double(config.depth) * D * (4 * D + 3 * double(config.ffn));
@@ -1279,7 +1288,6 @@ Plan network_plan(const Config& config, size_t batch, size_t recompute, bool tra
       rows * (double(config.heads * config.tokens()) + 20 * D + 6 * double(config.ffn)) > 1e14)
     fail("this model and batch are larger than any machine: check --depth, --width and --batch");
   Arrays<T> arrays;
-  size_t parameters = parameter_table(config).size;
   size_t span = trains ? span_length(config, recompute) : 1;
   auto bytes = [](auto lay) {
     Carver carver;
@@ -1287,8 +1295,11 @@ Plan network_plan(const Config& config, size_t batch, size_t recompute, bool tra
     return carver.used;
   };
   Plan plan;
-  plan.slabs.emplace_back("weights", parameters * sizeof(T));
-  if (trains) plan.slabs.emplace_back("gradients", parameters * sizeof(Acc<T>));
+  plan.slabs.emplace_back("weights", table.size * sizeof(T));
+  if (trains) plan.slabs.emplace_back("gradients", table.size * sizeof(G));
+  if (trains && !std::is_same_v<G, Acc<T>>)
+    plan.slabs.emplace_back("a block's gradients",
+                            parameter_table(one_block(config)).size * sizeof(Acc<T>));
   plan.slabs.emplace_back("checkpoints", bytes([&](Carver& c) {
                             arrays.lay_checkpoints(c, config, batch, span, trains);
                           }));
@@ -1322,10 +1333,30 @@ template <class T>
 using Observer =
     std::function<void(size_t block, int writer, const BlockSaved<T>& saved, const T* delta)>;
 
-template <class T>
+// to (n) = from, or += if `accumulate`, rounded at random by the bits of blocks first, first + 1, ...
+template <class G, class A>
+void add_rounded(const Device& device, G* to, const A* from, size_t n, bool accumulate,
+                 Dither dither, size_t first) {
+  for_each(device, n / 8, [=] HD(size_t i) {
+    Random4 bits = dither(first + i);
+    UNROLL for (int half = 0; half < 2; ++half) {
+      size_t at = 8 * i + 4 * size_t(half);
+      Quad<A> sum = load<A>(from + at);
+      if (accumulate) sum = load<A>(to + at) + sum;
+      store_randomly(to + at, sum, bits, half);
+    }
+  });
+}
+
+// G is what gradients are kept as. With G = Acc<T> the kernels write or add to them in place. bf16
+// gradients (G = T, half the bytes) cannot be added to in place without loss. Then each block's are
+// made in Acc<T>, in an array for one block, and added to the kept ones with rounding at random (6.1
+// of math.h): the same kernels, and one pass more over a block's gradients.
+template <class T, class G = Acc<T>>
 class Network {
  public:
   using A = Acc<T>;
+  static constexpr bool rounds_gradients = !std::is_same_v<G, A>;
 
   Device& device;
   const Config config;
@@ -1341,7 +1372,7 @@ class Network {
         batch(largest_batch),
         trains(training),
         span_(training ? span_length(c, recompute) : 1) {
-    Plan plan = network_plan<T>(c, batch, recompute, trains, device.gpu);
+    Plan plan = network_plan<T, G>(c, table, batch, recompute, trains, device.gpu);
     if (plan.total() > device.available())
       fail("the network needs %.2f GB and %s has %.2f GB free: use a smaller --batch",
            1e-9 * double(plan.total()), device.name.c_str(), 1e-9 * double(device.available()));
@@ -1352,7 +1383,11 @@ class Network {
     if (trains) {
       // Padding between tensors is never written: it must not be NaN when the slab is summed.
       device.fill((*slab)->data, 0, (*slab)->bytes);
-      gradients_ = reinterpret_cast<A*>((*slab++)->data);
+      gradients_ = reinterpret_cast<G*>((*slab++)->data);
+    }
+    if (trains && rounds_gradients) {
+      device.fill((*slab)->data, 0, (*slab)->bytes);
+      unrounded_ = reinterpret_cast<A*>((*slab++)->data);
     }
     auto lay = [&](auto function) {
       Carver carver{(*slab++)->data};
@@ -1370,7 +1405,7 @@ class Network {
   }
 
   T* weights() { return weights_; }
-  A* gradients() { return gradients_; }
+  G* gradients() { return gradients_; }
   // Compute with another copy of the weights (an average of them) until told otherwise; returns the
   // one used so far.
   T* use_weights(T* slab) { return std::exchange(weights_, slab); }
@@ -1388,23 +1423,32 @@ class Network {
   }
 
   // Gradients of all parameters (=, or += if `accumulate`) from dvelocity, after forward(b) with
-  // the same inputs; with `inputs` also dz and dtext.
-  void backward(size_t b, bool accumulate, bool inputs = false, const Observer<T>& observe = {}) {
+  // the same inputs; with `inputs` also dz and dtext. `dither`: where gradients are rounded.
+  void backward(size_t b, bool accumulate, bool inputs = false, const Observer<T>& observe = {},
+                Dither dither = {}) {
     Parameters<const T> w = locate<const T>(config, table, weights_);
-    Parameters<A> d = locate<A>(config, table, gradients_);
-    project_backward(b, w, d, accumulate);
+    Parameters<A> d = gradient_targets();
+    bool add = accumulate && !rounds_gradients;
+    project_backward(b, w, d, add);
     for (size_t s = ceil_div(config.depth, span_); s-- > 0;) {
       size_t first = s * span_, end = std::min(config.depth, first + span_);
       if (end < config.depth)
         for (size_t i = first; i < end; ++i)
           block_forward(device, saved(i), w.block(i), arrays.scratch, shape(b));
-      for (size_t i = end; i-- > first;)
+      for (size_t i = end; i-- > first;) {
         block_backward(device, arrays.G, d.block(i), saved(i), w.block(i), arrays.scratch, shape(b),
-                       accumulate, [&](int writer) {
+                       add, [&](int writer) {
                          if (observe) observe(i, writer, saved(i), arrays.scratch.dF[writer]);
                        });
+        round_gradients(blocks_at() + i * table.block_stride, blocks_at(), table.block_stride,
+                        accumulate, dither);
+      }
     }
-    embed_backward(b, w, d, accumulate, inputs);
+    embed_backward(b, w, d, add, inputs);
+    size_t end = blocks_at() + config.depth * table.block_stride;
+    round_gradients(0, 0, blocks_at(), accumulate, dither);
+    round_gradients(end, blocks_at() + table.block_stride, table.size - end, accumulate, dither);
+    device.join();
   }
 
   BlockShape<T> shape(size_t b) const {
@@ -1431,7 +1475,27 @@ class Network {
   size_t span_;
   std::vector<std::unique_ptr<Slab>> slabs_;
   T* weights_ = nullptr;
-  A* gradients_ = nullptr;
+  G* gradients_ = nullptr;
+  A* unrounded_ = nullptr;  // laid out as the table of one block
+
+  size_t blocks_at() const { return table.at("blocks.0.operator.q_proj.weight").offset; }
+
+  // Where the backward's kernels write.
+  Parameters<A> gradient_targets() {
+    if constexpr (!rounds_gradients) return locate<A>(config, table, gradients_);
+    Parameters<A> d = locate<A>(one_block(config), parameter_table(one_block(config)), unrounded_);
+    d.block_stride = 0;  // every block's are the one block's
+    return d;
+  }
+
+  // gradients (=, or += if `accumulate`) [at, at + n) from unrounded [from, from + n); multiples of
+  // 8. It runs where the weight gradients do, so the next block's wait for it.
+  void round_gradients(size_t at, size_t from, size_t n, bool accumulate, Dither dither) {
+    if constexpr (rounds_gradients)
+      device.beside([&] {
+        add_rounded(device, gradients_ + at, unrounded_ + from, n, accumulate, dither, at / 8);
+      });
+  }
 
   Patches patches() const {
     return {config.channels, config.height, config.image_width, config.patch};
@@ -1492,22 +1556,32 @@ class Network {
   }
 };
 
-// Draw all parameters as the table says into a slab of A.
-template <class A>
-void initialise(const Device& device, const Table& table, A* slab, uint64_t seed) {
-  device.fill(slab, 0, table.size * sizeof(A));
+// Draw all parameters as the table says: put(i, quad) gets the slab's numbers i to i + 3. Those
+// after a tensor's last, up to the next quad, are zero.
+template <class Put>
+void draw_parameters(const Device& device, const Table& table, uint64_t seed, const Put& put) {
   for (size_t number = 0; number < table.parameters.size(); ++number) {
     const Parameter& p = table.parameters[number];
-    A* out = slab + p.offset;
+    size_t offset = p.offset, count = p.count();
     Init init = p.init;
     double scale = p.scale;
     uint64_t stream = streams::parameters + number;
-    for_each(device, p.count(), [=] HD(size_t i) {
-      out[i] = A(init == Init::constant  ? scale
-                 : init == Init::uniform ? scale * (2 * uniform(seed, stream, i) - 1)
-                                         : scale * gaussian(seed, stream, i));
+    for_each(device, ceil_div(count, 4), [=] HD(size_t quad_index) {
+      Quad<double> q{};
+      for (size_t i = 4 * quad_index; i < min_<size_t>(4 * quad_index + 4, count); ++i)
+        q[int(i % 4)] = init == Init::constant  ? scale
+                        : init == Init::uniform ? scale * (2 * uniform(seed, stream, i) - 1)
+                                                : scale * gaussian(seed, stream, i);
+      put(offset + 4 * quad_index, q);
     });
   }
+}
+
+// Into a slab of A, with zeros between the tensors.
+template <class A>
+void initialise(const Device& device, const Table& table, A* slab, uint64_t seed) {
+  device.fill(slab, 0, table.size * sizeof(A));
+  draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) { store(slab + i, q); });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1714,7 +1788,8 @@ class Diagnostics {
   }
 
   // After a backward, from the whole batch's gradients.
-  void gradients(Device& device, const Parameters<A>& d) {
+  template <class G>
+  void gradients(Device& device, const Parameters<G>& d) {
     size_t squares = config.width * config.width;
     for (size_t slot = 0; slot < layers.size(); ++slot)
       sum_squares(device, measured.gradient_squares + 2 * slot, d.block(layers[slot]).qkv, 2,

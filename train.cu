@@ -88,16 +88,100 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
 //     w = w - lr ( (m / (1 - b1^s)) / (sqrt(v / (1 - b2^s)) + eps) + decay w ),   s = 1, 2, ...
 //
 // with g the gradient times min(1, clip / (|g| + 1e-6)), |g| over all parameters, and decay on
-// matrices only. Weights are kept in Acc<T> ("master") and rounded to T for the network.
+// matrices only. A weight is kept in Acc<T> ("master") and rounded to T for the network.
+//
+// Bytes a parameter, with bf16 weights:
+//
+//                  weights   master   gradient   m   v
+//     fp32 state      2        4         4       4   4    18
+//     lean state      2       +2         2       2   2    10     G = T in the code
+//
+// Lean, the gradient and the moments are bf16, rounded at random (6.1 of math.h), and the master is
+// the bf16 weight and the 16 bits of the float that it lacks. Moments are rounded only to be kept:
+// a step uses m and v as just computed.
 
 struct Optimizer {
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, decay = 0.1, clip = 1;
   size_t warmup = 100;
 };
 
-// All that changes from step to step, in device memory, so that a captured step can be replayed.
+// A float in two halves: the nearest bf16, and the rest. Of the float's bits the rest is the lower 16,
+// read as a signed number: from half a gap on it is negative, and the upper half one more (which may
+// carry into the exponent, as it should). So joining the halves is one addition on the bits, exact
+// for every float. A tie becomes the larger magnitude; NaN keeps its being NaN, not its bits.
+struct Halves {
+  bf16 nearest;
+  int16_t rest;
+};
+HD inline Halves split(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  Halves h;
+  bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+  h.nearest.bits = nan ? uint16_t(0x7fff) : uint16_t((u + 0x8000u) >> 16);
+  h.rest = nan ? int16_t(0) : int16_t(uint16_t(u));
+  return h;
+}
+HD inline float join(Halves h) {
+  uint32_t u = (uint32_t(h.nearest.bits) << 16) + uint32_t(int32_t(h.rest));
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+
+// The weights that AdamW moves, and the network's rounded copy of them.
+template <class T, class G>
+struct Master {
+  using A = Acc<T>;
+  static constexpr bool lean = !std::is_same_v<G, A>;
+  T* weights;
+  std::conditional_t<lean, int16_t, A>* own;  // lean: the rests; where T is Acc<T>: the weights
+
+  HD Quad<A> get(size_t i) const {
+    if constexpr (!lean) {
+      return load<A>(own + i);
+    } else {
+      Quad<T> nearest = *reinterpret_cast<const Quad<T>*>(weights + i);
+      Quad<int16_t> rest = *reinterpret_cast<const Quad<int16_t>*>(own + i);
+      Quad<A> w;
+      for (int k = 0; k < 4; ++k) w[k] = join({nearest[k], rest[k]});
+      return w;
+    }
+  }
+  HD void set(size_t i, Quad<A> w) const {
+    if constexpr (!lean) {
+      store(own + i, w);
+      store(weights + i, w);
+    } else {
+      Quad<T> nearest;
+      Quad<int16_t> rest;
+      for (int k = 0; k < 4; ++k) {
+        Halves h = split(w[k]);
+        nearest[k] = h.nearest, rest[k] = h.rest;
+      }
+      *reinterpret_cast<Quad<T>*>(weights + i) = nearest;
+      *reinterpret_cast<Quad<int16_t>*>(own + i) = rest;
+    }
+  }
+};
+
+// Draw all parameters as the table says into the master, and into `average` if it is not null.
+template <class T, class G>
+void initialise(const Device& device, const Table& table, Master<T, G> master, Acc<T>* average,
+                uint64_t seed) {
+  using A = Acc<T>;
+  device.fill(master.weights, 0, table.size * sizeof(T));
+  draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) {
+    Quad<A> w{{A(q[0]), A(q[1]), A(q[2]), A(q[3])}};
+    master.set(i, w);
+    if (average) store(average + i, w);
+  });
+}
+
+// All that changes from step to step, in device memory, so that a captured step can be replayed. A
+// step is `accumulate` passes; both count from the start of the run.
 struct Clock {
-  uint64_t step;
+  uint64_t step, pass;
   double lr, correction1, correction2, norm, clip_scale;
 };
 struct Record {
@@ -106,18 +190,25 @@ struct Record {
 constexpr size_t records = 1024;  // how many steps' records are kept on the device
 
 // The slab is walked in chunks, none of which spans two tensors: a team's piece of work, in which
-// every parameter is treated alike.
+// every parameter is treated alike. (A team reads whole quads: what follows a tensor in the slab, up
+// to the next quad, is zero everywhere and stays so.)
 struct Chunk {
   size_t begin;
   uint32_t count;
   bool decays;
 };
+constexpr size_t largest_chunk = 16384;
+inline size_t count_chunks(const Table& table) {
+  size_t count = 0;
+  for (const Parameter& p : table.parameters) count += ceil_div(p.count(), largest_chunk);
+  return count;
+}
 inline std::vector<Chunk> chunks_of(const Table& table) {
-  constexpr size_t largest = 16384;
   std::vector<Chunk> chunks;
   for (const Parameter& p : table.parameters)
-    for (size_t i = 0; i < p.count(); i += largest)
-      chunks.push_back({p.offset + i, uint32_t(std::min(largest, p.count() - i)), p.decays()});
+    for (size_t i = 0; i < p.count(); i += largest_chunk)
+      chunks.push_back(
+          {p.offset + i, uint32_t(std::min(largest_chunk, p.count() - i)), p.decays()});
   return chunks;
 }
 
@@ -138,8 +229,10 @@ void gradient_norm(const Device& device, Clock* clock, double* partial, const G*
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     Chunk c = chunks[team.index];
     Acc<G> sum = 0;
-    for (size_t i = c.begin + team.rank; i < c.begin + c.count; i += team.size)
-      sum += Acc<G>(gradients[i]) * Acc<G>(gradients[i]);
+    for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
+      Quad<Acc<G>> g = load<Acc<G>>(gradients + i);
+      sum += dot(g, g);
+    }
     sum = team.sum(sum);
     if (team.rank == 0) partial[team.index] = double(sum);
   });
@@ -153,12 +246,12 @@ void gradient_norm(const Device& device, Clock* clock, double* partial, const G*
   });
 }
 
-// One step of AdamW: updates master, m, v (Acc<T>) and writes weights (T). `average`, if not null,
-// follows master exponentially at rate 1 - ema.
-template <class T>
-void adamw(const Device& device, T* weights, Acc<T>* master, Acc<T>* m, Acc<T>* v, Acc<T>* average,
-           double ema, const Acc<T>* gradients, const Clock* clock, const Chunk* chunks,
-           size_t count, Optimizer o) {
+// One step of AdamW: updates the weights, m and v (G). `average`, if not null, follows the weights
+// exponentially at rate 1 - ema. `dither`: for moments that are rounded.
+template <class T, class G>
+void adamw(const Device& device, Master<T, G> master, G* m, G* v, Acc<T>* average, double ema,
+           const G* gradients, const Clock* clock, const Chunk* chunks, size_t count, Optimizer o,
+           Dither dither) {
   using A = Acc<T>;
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     Chunk c = chunks[team.index];
@@ -167,16 +260,31 @@ void adamw(const Device& device, T* weights, Acc<T>* master, Acc<T>* m, Acc<T>* 
     A rest1 = A(1 - o.beta1), rest2 = A(1 - o.beta2), keep = A(ema), follow = A(1 - ema);
     A c1 = A(1 / clock->correction1), c2 = A(1 / clock->correction2);
     A decay = c.decays ? A(o.decay) : A(0), eps = A(o.eps);
-    for (size_t i = c.begin + team.rank; i < c.begin + c.count; i += team.size) {
-      A g = clip * gradients[i];
-      A m1 = m[i] = b1 * m[i] + rest1 * g;
-      A v1 = v[i] = b2 * v[i] + rest2 * g * g;
-      A w = master[i];
-      w -= lr * (m1 * c1 / (std::sqrt(v1 * c2) + eps) + decay * w);
-      master[i] = w;
-      weights[i] = T(w);
-      if (average) average[i] = keep * average[i] + follow * w;
+    for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
+      Quad<A> w = master.get(i), g = clip * load<A>(gradients + i);
+      Quad<A> m1 = b1 * load<A>(m + i) + rest1 * g, v1 = b2 * load<A>(v + i) + rest2 * g * g,
+              change;
+      for (int k = 0; k < 4; ++k)
+        change[k] = m1[k] * c1 / (std::sqrt(v1[k] * c2) + eps) + decay * w[k];
+      w = w - lr * change;
+      master.set(i, w);
+      if (average) store(average + i, keep * load<A>(average + i) + follow * w);
+      Random4 bits = Master<T, G>::lean ? dither(i / 4) : Random4{};
+      store_randomly(m + i, m1, bits, 0);
+      store_randomly(v + i, v1, bits, 1);
     }
+  });
+}
+
+// End of a pass: put its samples' losses (b) into the step's (accumulate * b), and move on.
+template <class A>
+void end_pass(const Device& device, Clock* clock, A* step_losses, const A* losses, size_t b,
+              size_t accumulate) {
+  for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
+    A* out = step_losses + clock->pass % accumulate * b;
+    for (size_t i = team.rank; i < b; i += team.size) out[i] = losses[i];
+    team.sync();  // all have read the clock
+    if (team.rank == 0) ++clock->pass;
   });
 }
 
@@ -261,8 +369,8 @@ inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
 }
 
 // At a spike, copy what the report needs. After the step, so that its weights are those looked at.
-template <class T>
-void copy_spike(const Device& device, SpikeArrays a, const double* partial, const Acc<T>* gradients,
+template <class T, class G>
+void copy_spike(const Device& device, SpikeArrays a, const double* partial, const G* gradients,
                 const T* weights, const Chunk* chunks, size_t count, const Acc<T>* losses,
                 size_t samples, const Acc<T>* dvelocity, size_t b, size_t n) {
   size_t teams = std::min<size_t>(count, 1024);
@@ -333,8 +441,8 @@ void euler_step(const Device& device, Acc<T>* z, const Acc<T>* conditional,
 
 // Images (n, C, H, W) for captions (n, L, d_text), all on the host. Image i depends on seed and i
 // only.
-template <class T>
-std::vector<float> sample_images(Network<T>& net, Sampler<T> sampler,
+template <class T, class G>
+std::vector<float> sample_images(Network<T, G>& net, Sampler<T> sampler,
                                  const std::vector<float>& text,
                                  const std::vector<float>& empty_text, size_t n, size_t steps,
                                  double guidance, double shift, uint64_t seed) {
@@ -377,17 +485,22 @@ std::vector<float> sample_images(Network<T>& net, Sampler<T> sampler,
 // ---------------------------------------------------------------------------------------------
 // 4. The trainer
 
+constexpr size_t automatic = SIZE_MAX;  // --recompute: the memory decides
+
 struct TrainOptions {
   Config model;
   Optimizer optimizer;
-  size_t batch = 32, accumulate = 1, steps = 1000, recompute = 0, seed = 1;
+  size_t batch = 32, accumulate = 1, steps = 1000, seed = 1;
+  size_t recompute = automatic;
+  std::string state = "auto";  // of the optimiser: fp32, lean
+  double memory = 0;           // GB that may be taken; 0: what is free
   size_t val_images = 256, log_every = 10, val_every = 0, save_every = 0, sample_every = 0;
   size_t columns = 8;  // of a sample grid
   size_t diagnose_every = 0, diagnose_samples = 4;
   std::vector<std::string> diagnose_layers;
   double spike_factor = 5;  // 0: no watch for spikes
   double dropout = 0.1, time_shift = 1, ema = 0;
-  std::string data = "fashion-mnist", out = "run";
+  std::string data = "fashion-mnist", out = "run", save = "all";
   bool resume = false;
 
   bool observes() const { return diagnose_every || spike_factor > 0; }
@@ -418,21 +531,23 @@ Diagnostics<T> chosen_diagnostics(const TrainOptions& o) {
 }
 
 // The arrays of a run besides the network's.
-template <class T>
+template <class T, class G>
 struct TrainArrays {
   using A = Acc<T>;
-  A *master, *m, *v,
-      *average;        // as the weights; master is the weights themselves where T is Acc<T>
+  Master<T, G> master;  // as the weights, like m, v and average
+  G *m, *v;
+  A* average;
   T* average_rounded;  // what the network evaluates with; the same where T is Acc<T>
   Chunk* chunks;
   double* partial;
-  A *target, *losses;  // (B, C, H, W), (accumulate * B)
+  A *target, *losses, *step_losses;  // (B, C, H, W), (B), (accumulate * B)
   Clock* clock;
   Record* history;
 
   void lay_optimizer(Carver& c, size_t parameters, size_t chunk_count, bool averages) {
-    master = std::is_same_v<T, A> ? nullptr : c.take<A>(parameters);
-    m = c.take<A>(parameters), v = c.take<A>(parameters);
+    if (!std::is_same_v<T, A>)
+      master.own = c.take<std::remove_pointer_t<decltype(master.own)>>(parameters);
+    m = c.take<G>(parameters), v = c.take<G>(parameters);
     average = averages ? c.take<A>(parameters) : nullptr;
     average_rounded = averages && !std::is_same_v<T, A> ? c.take<T>(parameters) : nullptr;
     chunks = c.take<Chunk>(chunk_count), partial = c.take<double>(chunk_count);
@@ -440,7 +555,8 @@ struct TrainArrays {
   }
   void lay_batch(Carver& c, const TrainOptions& o, size_t held_out) {
     target = c.take<A>(o.batch * o.model.pixels());
-    losses = c.take<A>(std::max(o.batch * o.accumulate, held_out));
+    losses = c.take<A>(std::max(o.batch, held_out));
+    step_losses = c.take<A>(o.batch * o.accumulate);
   }
 };
 
@@ -472,26 +588,24 @@ inline void upload_data(const Device& device, const DeviceData& to, const Datase
 }
 
 // Everything a run will take, by slab, before it is taken.
-template <class T>
-Plan training_plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
-  Plan plan = network_plan<T>(o.model, o.batch, o.recompute, true, on_gpu);
-  Table table = parameter_table(o.model);
+template <class T, class G = Acc<T>>
+Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bool on_gpu) {
+  Plan plan = network_plan<T, G>(o.model, table, o.batch, o.recompute, true, on_gpu);
   auto add = [&](const char* name, auto lay) {
     Carver c;
     lay(c);
     plan.slabs.emplace_back(name, c.used);
   };
-  TrainArrays<T> a;
+  TrainArrays<T, G> a;
   Sampler<T> sampler;
   add("optimizer",
-      [&](Carver& c) { a.lay_optimizer(c, table.size, chunks_of(table).size(), o.ema > 0); });
+      [&](Carver& c) { a.lay_optimizer(c, table.size, count_chunks(table), o.ema > 0); });
   add("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
   if (o.observes())
     add("diagnostics", [&](Carver& c) {
       Diagnostics<T> diagnostics = chosen_diagnostics<T>(o);
       diagnostics.lay(c);
-      SpikeArrays().lay(c, diagnostics.layers.size(), chunks_of(table).size(),
-                        o.batch * o.accumulate);
+      SpikeArrays().lay(c, diagnostics.layers.size(), count_chunks(table), o.batch * o.accumulate);
     });
   add("data", [&](Carver& c) { lay_data(c, o.model, data.images, data.captions); });
   add("held-out data", [&](Carver& c) { lay_data(c, o.model, data.held_out, data.captions); });
@@ -500,13 +614,106 @@ Plan training_plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
   return plan;
 }
 
+// 4.1 What fits
+//
+// Memory decides between the optimiser's states and between lengths of spans. Replaying costs up to
+// a third more work and no accuracy, a lean state costs accuracy and hardly any time: so fp32 first,
+// with as few blocks replayed as it takes.
+
+struct Choice {
+  bool lean;
+  size_t recompute, bytes;
+  double flops;
+
+  std::string text() const {
+    char line[160];
+    std::snprintf(line, sizeof line, "%s state, recompute %zu: %.2f GB, %.4g TFLOP a step",
+                  lean ? "lean" : "fp32", recompute, 1e-9 * double(bytes), 1e-12 * flops);
+    return line;
+  }
+};
+
+// A replay runs each span but the last again.
+inline double step_flops(const TrainOptions& o) {
+  size_t span = span_length(o.model, o.recompute);
+  size_t replayed = (ceil_div(o.model.depth, span) - 1) * span;
+  return double(o.accumulate) * forward_flops(o.model, o.batch) *
+         (3 + double(replayed) / double(o.model.depth));
+}
+
+// The ways to run that the options leave open, best first.
 template <class T>
-void draw_training_batch(Network<T>& net, TrainArrays<T> a, DeviceData data, const TrainOptions& o,
-                         size_t micro) {
-  uint64_t seed = o.seed, per_step = o.batch * o.accumulate, first = micro * o.batch;
+std::vector<Choice> choices(TrainOptions o, const Table& table, DataSizes data, bool on_gpu) {
+  constexpr bool can_be_lean = std::is_same_v<T, bf16>;
+  if (o.state == "lean" && !can_be_lean)
+    fail("--state lean is for --precision bf16, not %s", dtype_name<T>());
+  std::vector<size_t> lengths = {o.recompute};
+  if (o.recompute == automatic) {
+    lengths = {0};  // then the longest of two spans, of three, ...
+    for (size_t spans = 2; spans <= o.model.depth; ++spans) {
+      size_t length = ceil_div(o.model.depth, spans);
+      if (length < (lengths.back() ? lengths.back() : o.model.depth)) lengths.push_back(length);
+    }
+  }
+  std::vector<Choice> all;
+  for (bool lean : {false, true}) {
+    if (lean ? !can_be_lean || o.state == "fp32" : o.state == "lean") continue;
+    for (size_t length : lengths) {
+      o.recompute = length;
+      Plan plan = lean ? training_plan<T, T>(o, table, data, on_gpu)
+                       : training_plan<T, Acc<T>>(o, table, data, on_gpu);
+      all.push_back({lean, length, plan.total(), step_flops(o)});
+    }
+  }
+  return all;
+}
+
+// The best way that fits into `limit` bytes. If none does: fails, with the largest batch that would
+// fit, or says so and returns the smallest way.
+template <class T>
+Choice choose(const TrainOptions& o, const Table& table, DataSizes data, bool on_gpu, double limit,
+              bool must_fit) {
+  auto smallest = [&](size_t batch) {
+    TrainOptions other = o;
+    other.batch = batch;
+    std::vector<Choice> all = choices<T>(other, table, data, on_gpu);
+    return *std::min_element(all.begin(), all.end(),
+                             [](auto& a, auto& b) { return a.bytes < b.bytes; });
+  };
+  auto fits = [&](const Choice& c) { return double(c.bytes) <= limit; };
+  std::vector<Choice> all = choices<T>(o, table, data, on_gpu);
+  auto best = std::find_if(all.begin(), all.end(), fits);
+  if (best != all.end()) {
+    auto next = std::find_if(best + 1, all.end(), fits);
+    if (all.size() > 1)
+      std::printf("chosen for %.2f GB: %s; %s%s\n", 1e-9 * limit, best->text().c_str(),
+                  next == all.end() ? "nothing else fits" : "next best: ",
+                  next == all.end() ? "" : next->text().c_str());
+    return *best;
+  }
+  size_t fitting = 0, too_large = o.batch;  // by bisection
+  while (too_large - fitting > 1) {
+    size_t middle = (fitting + too_large) / 2;
+    (fits(smallest(middle)) ? fitting : too_large) = middle;
+  }
+  Choice least = smallest(o.batch);
+  char text[256];
+  std::snprintf(text, sizeof text, "this run needs at least %.2f GB (%s) and may take %.2f GB: %s",
+                1e-9 * double(least.bytes), least.text().c_str(), 1e-9 * limit,
+                fitting ? ("the largest --batch that fits is " + std::to_string(fitting)).c_str()
+                        : "not even a batch of one fits");
+  if (must_fit) fail("%s", text);
+  std::printf("%s\n", text);
+  return least;
+}
+
+template <class T, class G>
+void draw_training_batch(Network<T, G>& net, TrainArrays<T, G> a, DeviceData data,
+                         const TrainOptions& o) {
+  uint64_t seed = o.seed, batch = o.batch;
   double dropout = o.dropout, shift = o.time_shift;
   auto draw = [=] HD(size_t i) {
-    uint64_t n = a.clock->step * per_step + first + i;  // this sample's number in the whole run
+    uint64_t n = a.clock->pass * batch + i;  // this sample's number in the whole run
     size_t image = size_t(uniform(seed, streams::batch_index, n) * double(data.images));
     bool drop = uniform(seed, streams::dropout, n) < dropout;
     return Draw{image, drop ? data.captions : size_t(data.caption[image]),
@@ -517,8 +724,8 @@ void draw_training_batch(Network<T>& net, TrainArrays<T> a, DeviceData data, con
 }
 
 // Held-out images with fixed noise and times.
-template <class T>
-void draw_validation_batch(Network<T>& net, TrainArrays<T> a, DeviceData data,
+template <class T, class G>
+void draw_validation_batch(Network<T, G>& net, TrainArrays<T, G> a, DeviceData data,
                            const TrainOptions& o, size_t first, size_t b) {
   double shift = o.time_shift;
   auto draw = [=] HD(size_t i) {
@@ -559,16 +766,17 @@ inline uint64_t hash_data(const Dataset& data) {
   return hash;
 }
 
-template <class T>
+// T: what the network computes with; G: what its gradients and AdamW's moments are kept as.
+template <class T, class G = Acc<T>>
 class Trainer {
  public:
   using A = Acc<T>;
-  static constexpr bool mixed = !std::is_same_v<T, A>;
+  static constexpr bool mixed = !std::is_same_v<T, A>, lean = Master<T, G>::lean;
 
   const TrainOptions o;
   Device& device;
-  Network<T> net;
-  TrainArrays<T> a;
+  Network<T, G> net;
+  TrainArrays<T, G> a;
   DeviceData train, held_out;
   Sampler<T> sampler;
   Diagnostics<T> diagnostics;
@@ -586,7 +794,7 @@ class Trainer {
     std::vector<Chunk> chunks = chunks_of(net.table);
     chunk_count = chunks.size();
     size_t V = std::min(o.val_images, validation.images);
-    Plan plan = training_plan<T>(o, {data.images, V, data.captions}, device.gpu);
+    Plan plan = training_plan<T, G>(o, net.table, {data.images, V, data.captions}, device.gpu);
     auto take = [&](const char* name, auto lay) {
       for (const auto& [slab, bytes] : plan.slabs)
         if (slab == name) slabs_.push_back(std::make_unique<Slab>(device, bytes, 0));
@@ -604,20 +812,20 @@ class Trainer {
     take("data", [&](Carver& c) { train = lay_data(c, o.model, data.images, data.captions); });
     take("held-out data", [&](Carver& c) { held_out = lay_data(c, o.model, V, data.captions); });
     take("sampling", [&](Carver& c) { sampler.lay(c, o.model, o.batch); });
-    if constexpr (!mixed) a.master = net.weights(), a.average_rounded = a.average;
+    a.master.weights = net.weights();
+    if constexpr (!mixed) a.master.own = net.weights(), a.average_rounded = a.average;
     upload_data(device, train, data);
     upload_data(device, held_out, every_nth(validation, V));
     device.upload(a.chunks, chunks.data(), chunk_count * sizeof(Chunk));
-    initialise(device, net.table, a.master, o.seed);
-    if (a.average) device.copy(a.average, a.master, net.table.size * sizeof(A));
+    initialise(device, net.table, a.master, a.average, o.seed);
     set_step(0);
   }
 
   // Continue after `done` steps: master (and m, v) are as they were then.
   void set_step(uint64_t done) {
     step = done;
-    if constexpr (mixed) convert(device, net.weights(), a.master, net.table.size);
-    Clock clock{done, 0, 0, 0, 0, 0};
+    if constexpr (mixed && !lean) convert(device, net.weights(), a.master.own, net.table.size);
+    Clock clock{done, done * o.accumulate, 0, 0, 0, 0, 0};
     device.upload(a.clock, &clock, sizeof clock);
     SpikeWatch watch{done, 0, 0, 0, 0, 0, 0, 0};
     if (o.spike_factor > 0) device.upload(spikes.watch, &watch, sizeof watch);
@@ -631,34 +839,17 @@ class Trainer {
     device.upload(spikes.watch, &watch, sizeof watch);
   }
 
-  // One training step. The host only enqueues it. With `diagnose`, `diagnostics` can be read after
-  // it.
+  // One training step. The host only enqueues it: a graph for each pass, and in the last one's all
+  // that follows. With `diagnose`, `diagnostics` can be read after it.
   void train_step(bool diagnose = false) {
-    graphs_[diagnose].run(device, [&] {
-      begin_step(device, a.clock, o.optimizer);
-      for (size_t micro = 0; micro < o.accumulate; ++micro) {
-        draw_training_batch(net, a, train, o, micro);
-        net.forward(o.batch);
-        flow_loss(device, a.losses + micro * o.batch, net.arrays.dvelocity, net.arrays.velocity,
-                  a.target, o.batch, o.model.pixels(),
-                  1 / double(o.model.pixels() * o.batch * o.accumulate));
-        bool last = micro + 1 == o.accumulate;
-        net.backward(o.batch, micro > 0, false, last ? observer(diagnose) : Observer<T>());
-      }
-      gradient_norm(device, a.clock, a.partial, net.gradients(), a.chunks, chunk_count,
-                    o.optimizer.clip);
-      if (diagnose) diagnostics.gradients(device, locate<A>(o.model, net.table, net.gradients()));
-      if (o.spike_factor > 0)
-        watch_step(device, spikes, a.clock, a.history, diagnostics.measured.modes,
-                   diagnostics.layers.size(), diagnostics.samples, o.spike_factor);
-      adamw(device, net.weights(), a.master, a.m, a.v, a.average, o.ema, net.gradients(), a.clock,
-            a.chunks, chunk_count, o.optimizer);
-      if (o.spike_factor > 0)
-        copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks, chunk_count,
-                   a.losses, o.batch * o.accumulate, net.arrays.dvelocity, o.batch,
-                   o.model.pixels());
-      end_step(device, a.clock, a.history, a.losses, o.batch * o.accumulate);
-    });
+    for (size_t micro = 0; micro < o.accumulate; ++micro) {
+      bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
+      graphs_[4 * observe + 2 * last + first].run(device, [&] {
+        if (first) begin_step(device, a.clock, o.optimizer);
+        pass(first, last ? observer(diagnose) : Observer<T>());
+        if (last) update(diagnose);
+      });
+    }
     ++step;
   }
 
@@ -727,7 +918,36 @@ class Trainer {
 
  private:
   std::vector<std::unique_ptr<Slab>> slabs_;
-  Graph graphs_[2];  // of a step without and with diagnostics
+  Graph graphs_[8];  // see train_step()
+
+  // Gradients of a batch: = for the step's first, += for the others.
+  void pass(bool first, const Observer<T>& observe) {
+    draw_training_batch(net, a, train, o);
+    net.forward(o.batch);
+    flow_loss(device, a.losses, net.arrays.dvelocity, net.arrays.velocity, a.target, o.batch,
+              o.model.pixels(), 1 / double(o.model.pixels() * o.batch * o.accumulate));
+    net.backward(o.batch, !first, false, observe, dither(streams::gradient_rounding));
+    end_pass(device, a.clock, a.step_losses, a.losses, o.batch, o.accumulate);
+  }
+
+  // What a step does with them.
+  void update(bool diagnose) {
+    size_t samples = o.batch * o.accumulate;
+    gradient_norm(device, a.clock, a.partial, net.gradients(), a.chunks, chunk_count,
+                  o.optimizer.clip);
+    if (diagnose) diagnostics.gradients(device, locate<G>(o.model, net.table, net.gradients()));
+    if (o.spike_factor > 0)
+      watch_step(device, spikes, a.clock, a.history, diagnostics.measured.modes,
+                 diagnostics.layers.size(), diagnostics.samples, o.spike_factor);
+    adamw(device, a.master, a.m, a.v, a.average, o.ema, net.gradients(), a.clock, a.chunks,
+          chunk_count, o.optimizer, dither(streams::moment_rounding));
+    if (o.spike_factor > 0)
+      copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks, chunk_count,
+                 a.step_losses, samples, net.arrays.dvelocity, o.batch, o.model.pixels());
+    end_step(device, a.clock, a.history, a.step_losses, samples);
+  }
+
+  Dither dither(uint64_t stream) const { return {o.seed, stream, &a.clock->pass}; }
 
   Observer<T> observer(bool diagnose) {
     if (!diagnose && o.spike_factor == 0) return {};
@@ -791,12 +1011,13 @@ class Trainer {
 // What must be the same for a resumed run to be the same run. The optimiser's settings are not
 // among them: a run may go on at another learning rate, but its bits are then not those of an
 // unbroken one.
-template <class T>
-Metadata describe_state(const Trainer<T>& t) {
+template <class T, class G>
+Metadata describe_state(const Trainer<T, G>& t) {
   Metadata m = describe(t.o.model, t.o.time_shift);
   m["batch"] = std::to_string(t.o.batch), m["accumulate"] = std::to_string(t.o.accumulate);
   m["seed"] = std::to_string(t.o.seed), m["data_hash"] = std::to_string(t.data_hash);
-  m["precision"] = dtype_name<T>(), m["dropout"] = exact(t.o.dropout), m["ema"] = exact(t.o.ema);
+  m["precision"] = dtype_name<T>(), m["state"] = t.lean ? "lean" : "fp32";
+  m["dropout"] = exact(t.o.dropout), m["ema"] = exact(t.o.ema);
   return m;
 }
 
@@ -807,36 +1028,40 @@ inline Metadata describe_optimizer(const Optimizer& o) {
           {"eps", exact(o.eps)}};
 }
 
-template <class T>
-std::vector<std::pair<std::string, Acc<T>*>> state_slabs(Trainer<T>& t) {
-  std::vector<std::pair<std::string, Acc<T>*>> slabs = {
-      {"master.", t.a.master}, {"m.", t.a.m}, {"v.", t.a.v}};
-  if (t.a.average) slabs.push_back({"ema.", t.a.average});
-  return slabs;
+// Call f with the slabs that a resumed run needs. (Wide types first, as files like it.)
+template <class T, class G, class F>
+void with_state(Trainer<T, G>& t, const F& f) {
+  auto& a = t.a;
+  Stored average{"ema.", a.average};
+  Stored own{t.lean ? "rest." : "master.", a.master.own};
+  Stored weights{"weights.", t.lean ? a.master.weights : nullptr};
+  f(average, own, weights, Stored{"m.", a.m}, Stored{"v.", a.v});
 }
 
-// Write DIR/weights.safetensors, ema.safetensors (if any) and state.safetensors.
-template <class T>
-void save_run(Trainer<T>& t) {
+// Write DIR/state.safetensors (unless only weights are wanted), weights.safetensors and
+// ema.safetensors (if any).
+template <class T, class G>
+void save_run(Trainer<T, G>& t) {
   std::string dir = t.o.out + "/";
   Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
   about["step"] = state["step"] = std::to_string(t.step);
   bool latents = std::filesystem::path(t.o.data).extension() == ".safetensors";
   about["captions"] = latents ? "file" : "words";
   for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) state[key] = value;
-  std::vector<std::pair<std::string, const Acc<T>*>> slabs;
-  for (const auto& slab : state_slabs(t)) slabs.push_back(slab);
   // State first: a kill in between leaves old weights, which the resumed run writes anew.
-  save_tensors<Acc<T>>(dir + "state.safetensors", state, t.device, t.net.table, slabs);
-  save_tensors<T>(dir + "weights.safetensors", about, t.device, t.net.table,
-                  {{"", t.net.weights()}});
+  if (t.o.save == "all")
+    with_state(t, [&](auto... slabs) {
+      save_tensors(dir + "state.safetensors", state, t.device, t.net.table, slabs...);
+    });
+  save_tensors(dir + "weights.safetensors", about, t.device, t.net.table,
+               Stored{"", t.net.weights()});
   if (t.a.average)
-    save_tensors<T>(dir + "ema.safetensors", about, t.device, t.net.table,
-                    {{"", t.evaluated_weights()}});
+    save_tensors(dir + "ema.safetensors", about, t.device, t.net.table,
+                 Stored{"", t.evaluated_weights()});
 }
 
-template <class T>
-void resume_run(Trainer<T>& t) {
+template <class T, class G>
+void resume_run(Trainer<T, G>& t) {
   std::string path = t.o.out + "/state.safetensors";
   SafetensorsReader file(path);
   for (const auto& [key, value] : describe_state(t)) {
@@ -856,7 +1081,7 @@ void resume_run(Trainer<T>& t) {
   }
   if (!file.metadata().count("step")) fail("%s: metadata 'step' is missing", path.c_str());
   std::string step = file.metadata().at("step");
-  load_tensors<Acc<T>>(file, path, t.device, t.net.table, state_slabs(t));
+  with_state(t, [&](auto... slabs) { load_tensors(file, path, t.device, t.net.table, slabs...); });
   t.set_step(step == "0" ? 0 : positive_integer(step, path + ": metadata step"));
 }
 
@@ -885,30 +1110,33 @@ inline double peak_flops(const std::string& name) {
   return name.find("A100") != std::string::npos ? 312e12 : 0;
 }
 
-// A replay runs each span but the last again.
-inline double step_flops(const TrainOptions& o) {
-  size_t span = span_length(o.model, o.recompute);
-  size_t replayed = (ceil_div(o.model.depth, span) - 1) * span;
-  return double(o.accumulate) * forward_flops(o.model, o.batch) *
-         (3 + double(replayed) / double(o.model.depth));
-}
-
-inline void print_plan(const Plan& plan, const TrainOptions& o, const char* precision) {
-  Table table = parameter_table(o.model);
+template <class T>
+void print_plan(TrainOptions o, const Table& table, DataSizes data, bool on_gpu,
+                const Choice& choice) {
+  o.recompute = choice.recompute;
+  Plan plan = choice.lean ? training_plan<T, T>(o, table, data, on_gpu)
+                          : training_plan<T>(o, table, data, on_gpu);
   const Config& m = o.model;
+  double parameters = double(table.count());
   std::printf("%s: %zu layers, width %zu, %zu heads, ffn %zu; %zu image + %zu text tokens\n",
               m.residual.c_str(), m.depth, m.width, m.heads, m.ffn, m.image_tokens(),
               m.text_tokens);
-  std::printf("%.3f million parameters, batch %zu x %zu, %s, recompute %zu, %.4g TFLOP a step\n",
-              1e-6 * double(table.count()), o.batch, o.accumulate, precision, o.recompute,
-              1e-12 * step_flops(o));
-  for (const auto& [name, bytes] : plan.slabs)
-    std::printf("  %-18s %12.3f MB\n", name.c_str(), 1e-6 * double(bytes));
-  std::printf("  %-18s %12.3f MB\n", "total", 1e-6 * double(plan.total()));
+  std::printf("%.3f million parameters, batch %zu x %zu, %s, %s state, recompute %zu, ",
+              1e-6 * parameters, o.batch, o.accumulate, dtype_name<T>(),
+              choice.lean ? "lean" : "fp32", choice.recompute);
+  std::printf("%.4g TFLOP a step\n", 1e-12 * choice.flops);
+  auto line = [&](const std::string& name, size_t bytes) {
+    std::printf("  %-21s %12.3f MB", name.c_str(), 1e-6 * double(bytes));
+    if (name == "weights" || name == "gradients" || name == "optimizer")
+      std::printf(" %9.3f bytes a parameter", double(bytes) / parameters);
+    std::printf("\n");
+  };
+  for (const auto& [name, bytes] : plan.slabs) line(name, bytes);
+  line("total", plan.total());
 }
 
 // A run and its console: what is logged, validated, sampled and saved, and when.
-template <class T>
+template <class T, class G>
 class Run {
  public:
   // `in_use`: bytes in use on the device before the data was read.
@@ -955,7 +1183,8 @@ class Run {
     if (!log()) return 1;
     if (saved_ != trainer_.step) save_run(trainer_);
     if (interrupted) {
-      std::printf("\nstopped at step %zu and saved: go on with --resume\n", size_t(trainer_.step));
+      std::printf("\nstopped at step %zu and saved%s\n", size_t(trainer_.step),
+                  o_.save == "all" ? ": go on with --resume" : " the weights");
       return 130;
     }
     grid("samples.png");
@@ -968,7 +1197,7 @@ class Run {
  private:
   using Time = std::chrono::steady_clock;
   const size_t in_use_before_;
-  Trainer<T> trainer_;
+  Trainer<T, G> trainer_;
   const TrainOptions& o_;
   Dataset data_;
   std::unique_ptr<CsvLog> log_, validation_, diagnostics_;
@@ -991,7 +1220,7 @@ class Run {
   void print_memory() {
     trainer_.device.synchronize();
     size_t taken = trainer_.device.in_use() - in_use_before_;
-    std::printf("  %-18s %12.3f MB\n", "taken", 1e-6 * double(taken));
+    std::printf("  %-21s %12.3f MB\n", "taken", 1e-6 * double(taken));
     std::fflush(stdout);
   }
 
@@ -1096,6 +1325,7 @@ inline void check_options(const TrainOptions& o) {
        "--log-every must be from 1 to 924"},
       {o.dropout >= 0 && o.dropout <= 1, "--dropout must be a probability, from 0 to 1"},
       {o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1"},
+      {o.memory >= 0 && std::isfinite(o.memory), "--memory must be at least 0"},
       {o.time_shift > 0 && std::isfinite(o.time_shift), "--time-shift must be positive"},
       {a.lr > 0 && std::isfinite(a.lr), "--lr must be positive"},
       {a.decay >= 0 && std::isfinite(a.decay), "--weight-decay must be at least 0"},
@@ -1112,17 +1342,29 @@ inline void check_options(const TrainOptions& o) {
   chosen_layers(o);
 }
 
+// Bytes that a run may take on a machine that has `free` of them left. A captured step takes some
+// that are not in the plan.
+inline double memory_limit(const TrainOptions& o, size_t free) {
+  return o.memory > 0 ? 1e9 * o.memory : 0.99 * double(free);
+}
+
+template <class T, class G>
+int start_run(Device& device, const TrainOptions& o, Dataset data, Dataset validation,
+              size_t in_use) {
+  Run<T, G> run(device, o, std::move(data), validation, in_use);
+  validation = {};
+  return run.go();
+}
+
 template <class T>
 int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size_t in_use) {
   o.val_images = std::min(o.val_images, validation.images);
-  Plan plan = training_plan<T>(o, {data.images, o.val_images, data.captions}, device.gpu);
-  print_plan(plan, o, dtype_name<T>());
+  Table table = parameter_table(o.model);
+  DataSizes sizes{data.images, o.val_images, data.captions};
   size_t free = device.available() + Device::workspace_bytes(device.gpu);
-  if (plan.total() > free)
-    fail(
-        "this run needs %.2f GB and %s has %.2f GB free: use a smaller --batch, or --recompute %zu",
-        1e-9 * double(plan.total()), device.name.c_str(), 1e-9 * double(free),
-        size_t(std::sqrt(double(o.model.depth))));
+  Choice choice = choose<T>(o, table, sizes, device.gpu, memory_limit(o, free), true);
+  o.recompute = choice.recompute;
+  print_plan<T>(o, table, sizes, device.gpu, choice);
   auto there = [&](const char* name) { return std::filesystem::exists(o.out + "/" + name); };
   bool state = there("state.safetensors");
   if (state && !o.resume)
@@ -1134,9 +1376,10 @@ int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size
   std::error_code error;
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
-  Run<T> run(device, o, std::move(data), validation, in_use);
-  validation = {};
-  return run.go();
+  if constexpr (std::is_same_v<T, bf16>)
+    if (choice.lean)
+      return start_run<T, T>(device, o, std::move(data), std::move(validation), in_use);
+  return start_run<T, Acc<T>>(device, o, std::move(data), std::move(validation), in_use);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1158,6 +1401,17 @@ struct Machine {
     return function(bf16{});
   }
 };
+
+// `mvsplit plan`: as `train` would choose on this machine, or for the memory that is named.
+template <class T>
+void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
+  Table table = parameter_table(o.model);
+  bool is_here = !on_gpu || Device::gpus() > 0;
+  double limit =
+      o.memory > 0 || is_here ? memory_limit(o, Device(on_gpu && is_here).available()) : HUGE_VAL;
+  Choice choice = choose<T>(o, table, data, on_gpu, limit, o.memory > 0);
+  print_plan<T>(o, table, data, on_gpu, choice);
+}
 
 struct SampleOptions {
   std::string weights, out = "grid.png", data;
@@ -1213,7 +1467,7 @@ int sample(Device& device, const SampleOptions& o) {
   auto [text, empty] = prompt_text(o, m);
   size_t n = o.prompts.size() * o.columns;
   Network<T> net(device, m, std::min(n, o.batch), 0, false);
-  load_tensors<T>(file, o.weights, device, net.table, {{"", net.weights()}});
+  load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   Sampler<T> sampler;
   Carver count;
   sampler.lay(count, m, net.batch);
@@ -1276,7 +1530,7 @@ int forward(Device& device, const ForwardOptions& o) {
   bool backward = inputs.find("cotangent");
   Network<T> net(device, m, b, o.recompute, backward);
   Arrays<T>& a = net.arrays;
-  load_tensors<T>(weights, o.weights, device, net.table, {{"", net.weights()}});
+  load_tensors(weights, o.weights, device, net.table, Stored{"", net.weights()});
   upload_tensor(inputs, o.inputs, device, "z", image, a.z);
   upload_tensor(inputs, o.inputs, device, "text", caption, a.text);
   if (backward) upload_tensor(inputs, o.inputs, device, "cotangent", image, a.dvelocity);
@@ -1505,7 +1759,14 @@ inline void add_train_options(CLI::App* app, TrainOptions& o) {
   app->add_option("--weight-decay", o.optimizer.decay, "of matrices");
   app->add_option("--clip", o.optimizer.clip, "largest gradient norm; 0: none");
   app->add_option("--recompute", o.recompute,
-                  "0: keep all activations; k: a checkpoint every k blocks");
+                  "0: keep all activations; k: a checkpoint every k blocks; auto: as memory allows")
+      ->transform(
+          [](const std::string& text) { return text == "auto" ? std::to_string(automatic) : text; })
+      ->default_str("auto");
+  app->add_option("--state", o.state,
+                  "of the optimiser: fp32; lean, 10 bytes a parameter; auto: as memory allows")
+      ->check(CLI::IsMember({"auto", "fp32", "lean"}));
+  app->add_option("--memory", o.memory, "GB that may be taken; 0: what is free");
   app->add_option("--dropout", o.dropout, "share of captions left out");
   app->add_option("--time-shift", o.time_shift, "a in t' = a t / (1 + (a-1) t)");
   app->add_option("--ema", o.ema, "decay of the weights' average; 0: none");
@@ -1537,6 +1798,8 @@ inline CLI::App* add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
   sub->add_option("--log-every", o.log_every, "steps a line");
   sub->add_option("--val-every", o.val_every, "steps; 0: at the end");
   sub->add_option("--save-every", o.save_every, "steps; 0: at the end");
+  sub->add_option("--save", o.save, "all; weights: without what --resume needs")
+      ->check(CLI::IsMember({"all", "weights"}));
   sub->add_option("--sample-every", o.sample_every, "steps; 0: at the end");
   sub->add_option("--columns", o.columns, "images of a row")->check(CLI::Range(1, 1000));
   add_machine_options(sub, machine);
@@ -1655,8 +1918,7 @@ inline int command(int argc, const char* const* argv) {
         }
         check_options(plan_options);
         sizes.held_out = plan_options.val_images;
-        print_plan(training_plan<decltype(t)>(plan_options, sizes, machine.gpu()), plan_options,
-                   dtype_name<decltype(t)>());
+        plan<decltype(t)>(plan_options, sizes, machine.gpu());
         return 0;
       });
     Device device(machine.gpu());

@@ -106,25 +106,42 @@ inline void read_config(const SafetensorsReader& file, const std::string& path, 
   c.check();
 }
 
-// Write the table's tensors from each slab, named with the slab's prefix.
+// One slab of numbers, one for each parameter, and what goes before their names. A null slab is
+// left out.
 template <class A>
+struct Stored {
+  std::string prefix;
+  A* slab;
+};
+template <class A>
+Stored(const char*, A*) -> Stored<A>;
+
+// Write the table's tensors from each slab. Host memory: one tensor.
+template <class... A>
 void save_tensors(const std::string& path, const Metadata& metadata, const Device& device,
-                  const Table& table, const std::vector<std::pair<std::string, const A*>>& slabs) {
+                  const Table& table, const Stored<A>&... slabs) {
   SafetensorsWriter file(path, metadata);
-  for (const auto& slab : slabs)
+  auto declare = [&](const auto& stored) {
+    using Number = std::remove_const_t<std::remove_pointer_t<decltype(stored.slab)>>;
+    if (!stored.slab) return;
     for (const Parameter& p : table.parameters)
-      file.declare(slab.first + p.name, dtype_name<A>(), p.shape);
-  std::vector<A> host;
-  for (const auto& slab : slabs)
+      file.declare(stored.prefix + p.name, dtype_name<Number>(), p.shape);
+  };
+  auto write = [&](const auto& stored) {
+    std::vector<std::remove_const_t<std::remove_pointer_t<decltype(stored.slab)>>> host;
+    if (!stored.slab) return;
     for (const Parameter& p : table.parameters) {
       host.resize(p.count());
-      device.download(host.data(), slab.second + p.offset, host.size() * sizeof(A));
-      for (A x : host)
+      device.download(host.data(), stored.slab + p.offset, host.size() * sizeof(host[0]));
+      for (auto x : host)
         if (!std::isfinite(double(x)))
           fail("%s was not written: %s holds NaN or infinity, training has diverged", path.c_str(),
                p.name.c_str());
       file.write(host.data(), host.size());
     }
+  };
+  (declare(slabs), ...);
+  (write(slabs), ...);
   file.finish();
 }
 
@@ -140,35 +157,44 @@ inline bool is_norm_gain(const std::string& name) {
 }
 
 // Read the table's tensors into each slab. Anything missing, unknown or of another shape fails.
-template <class A>
+template <class... A>
 void load_tensors(const SafetensorsReader& file, const std::string& path, const Device& device,
-                  const Table& table, const std::vector<std::pair<std::string, A*>>& slabs) {
-  std::set<std::string> known;
-  std::vector<A> host;
-  auto read = [&](const TensorInfo& tensor) {
+                  const Table& table, const Stored<A>&... slabs) {
+  auto read = [&](const TensorInfo& tensor, auto& host) {
     host.resize(tensor.count());
     file.read(tensor, host.data(), 0, host.size());
-    for (A x : host)
+    for (auto x : host)
       if (!std::isfinite(double(x)))
         fail("%s: tensor %s holds NaN or infinity", path.c_str(), tensor.name.c_str());
   };
+  std::set<std::string> known;
   for (const TensorInfo& tensor : file.tensors())
     if (is_norm_gain(tensor.name)) {
-      read(tensor);
-      for (A x : host)
-        if (double(x) != 1)
+      std::vector<double> gains;
+      read(tensor, gains);
+      for (double x : gains)
+        if (x != 1)
           fail("%s: %s is not all ones, but the norms of this model have no gain", path.c_str(),
                tensor.name.c_str());
       known.insert(tensor.name);
     }
-  for (const auto& slab : slabs)
-    for (const Parameter& p : table.parameters) known.insert(slab.first + p.name);
+  auto each = [&](const auto& stored, const auto& function) {
+    if (!stored.slab) return;
+    for (const Parameter& p : table.parameters) function(stored.prefix + p.name, p);
+  };
+  auto name = [&](const std::string& tensor, const Parameter&) { known.insert(tensor); };
+  auto require = [&](const std::string& tensor, const Parameter& p) {
+    file.require(tensor, p.shape);
+  };
+  auto load = [&](const auto& stored) {
+    std::vector<std::remove_pointer_t<decltype(stored.slab)>> host;
+    each(stored, [&](const std::string& tensor, const Parameter& p) {
+      read(*file.find(tensor), host);
+      device.upload(stored.slab + p.offset, host.data(), host.size() * sizeof(host[0]));
+    });
+  };
+  (each(slabs, name), ...);
   file.require_only(known);
-  for (const auto& slab : slabs)
-    for (const Parameter& p : table.parameters) file.require(slab.first + p.name, p.shape);
-  for (const auto& slab : slabs)
-    for (const Parameter& p : table.parameters) {
-      read(*file.find(slab.first + p.name));
-      device.upload(slab.second + p.offset, host.data(), host.size() * sizeof(A));
-    }
+  (each(slabs, require), ...);
+  (load(slabs), ...);
 }

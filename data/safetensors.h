@@ -228,7 +228,8 @@ class SafetensorsReader {
   }
 
   // Numbers [first, first + count) of a tensor into out, as T: double, float and bf16 take every
-  // floating dtype (rounding to nearest), int64_t every integer one. Fails on the wrong kind.
+  // floating dtype (rounding to nearest), int64_t every integer one, int16_t its own. Fails on the
+  // wrong kind.
   template <class T>
   void read(const TensorInfo& tensor, T* out, size_t first, size_t count) const {
     if (first > tensor.count() || count > tensor.count() - first)
@@ -266,11 +267,15 @@ class SafetensorsReader {
 
   template <class Source, class T>
   void read_as(const TensorInfo& tensor, T* out, size_t first, size_t count) const {
-    static_assert(std::is_same_v<T, int64_t> || is_floating<T>,
-                  "read double, float, bf16, int64_t");
-    if constexpr (is_floating<Source> != is_floating<T>) {
+    static_assert(std::is_same_v<T, int64_t> || std::is_same_v<T, int16_t> || is_floating<T>,
+                  "read double, float, bf16, int64_t, int16_t");
+    constexpr bool narrows = std::is_same_v<T, int16_t> && !std::is_same_v<Source, T>;
+    if constexpr (is_floating<Source> != is_floating<T> || narrows) {
       reject("tensor " + printable(tensor.name) + " is " + tensor.dtype + ", expected " +
-             (is_floating<T> ? "a floating" : "an integer") + " dtype");
+             (is_floating<T> ? "a floating"
+              : narrows      ? "the I16"
+                             : "an integer") +
+             " dtype");
     } else {
       size_t offset = data_start_ + tensor.begin + first * sizeof(Source);
       if constexpr (std::is_same_v<Source, T>) return read_bytes(offset, out, count * sizeof(T));

@@ -575,7 +575,7 @@ TEST(Network, PlanIsWhatIsTaken) {
         size_t before = device->allocated;
         Network<float> net(*device, small(8), 3, k, trains);
         EXPECT_EQ(device->allocated - before,
-                  network_plan<float>(small(8), 3, k, trains, device->gpu).total());
+                  network_plan<float>(small(8), net.table, 3, k, trains, device->gpu).total());
       }
 }
 
