@@ -206,28 +206,80 @@ void gemms(Device& device, size_t rows, size_t D, size_t F) {
   }
 }
 
+// The dense bf16 peak of this card, and what part of it and of the measured largest product `flops`
+// in s seconds are. MFU counts what the mathematics asks for, HFU what was done, replays included.
+void utilisation(const Device& device, double s, double model_flops, double done_flops) {
+  auto line = [&](const char* name, double peak) {
+    if (peak > 0)
+      std::printf("%-30s MFU %.1f%%, HFU %.1f%% of %.0f TFLOP/s, %s\n", "",
+                  100 * model_flops / s / peak, 100 * done_flops / s / peak, 1e-12 * peak, name);
+  };
+  line("the largest product measured", gemm_ceiling);
+  line("the dense bf16 peak", peak_flops(device.name));
+}
+
 // A block's forward, recomputation and backward: what eight more blocks cost.
 void block(Device& device, size_t batch) {
-  auto run = [&](size_t depth) {
-    Subject subject(device, model(depth, 1024, 8, 3072, 64), batch, 1);
+  enum Part { forward = 1, backward = 2 };
+  auto run = [&](size_t depth, size_t recompute, int part) {
+    Subject subject(device, model(depth, 1024, 8, 3072, 64), batch, recompute);
     return seconds(
         device,
         [&](int) {
-          subject.net.forward(batch);
-          subject.net.backward(batch, false);
+          if (part & forward) subject.net.forward(batch);
+          if (part & backward) subject.net.backward(batch, false);
         },
         1, 11);
   };
-  double s = (run(10) - run(2)) / 8;
+  auto of_one = [&](size_t recompute, int part) {
+    return (run(10, recompute, part) - run(2, recompute, part)) / 8;
+  };
   Config c = model(1, 1024, 8, 3072, 64);
-  double flops = 8 * double(batch * c.tokens()) * double(4 * 1024 * 1024 + 3 * 1024 * 3072);
-  report("block " + std::to_string(batch), s, 0, flops);
+  double forward_flop = 2 * double(batch * c.tokens()) * double(4 * 1024 * 1024 + 3 * 1024 * 3072);
+  std::string name = "block " + std::to_string(batch);
+  double s = of_one(1, forward | backward), f = of_one(1, forward), b = of_one(0, backward);
+  report(name + " forward", f, 0, forward_flop);
+  report(name + " recomputation", of_one(1, backward) - b, 0, forward_flop);
+  report(name + " backward", b, 0, 2 * forward_flop);
+  report(name, s, 0, 4 * forward_flop);
+  utilisation(device, s, 3 * forward_flop, 4 * forward_flop);
+}
+
+// Clipping's norm and AdamW over 2^28 parameters.
+template <class G>
+void optimizer(Device& device, const char* name) {
+  Table table;
+  table.parameters = {{"w", {size_t(1) << 28}, Init::uniform, 0.05, 0}};
+  size_t n = table.size = size_t(1) << 28, count = count_chunks(table);
+  std::vector<Chunk> chunks = chunks_of(table);
+  TrainArrays<T, G> a;
+  Carver counter;
+  a.lay_optimizer(counter, n, count, false);
+  Slab slab(device, counter.used, 0), weights(device, n * sizeof(T)), g(device, n * sizeof(G));
+  Carver carver{slab.data};
+  a.lay_optimizer(carver, n, count, false);
+  a.master.weights = reinterpret_cast<T*>(weights.data);
+  device.upload(a.chunks, chunks.data(), count * sizeof(Chunk));
+  initialise(device, table, a.master, nullptr, 1);
+  const G* gradient = random_array<G>(g, n, 3, 1e-3);
+  Optimizer o;
+  double s = seconds(device, [&](int) {
+    begin_step(device, a.clock, o);
+    gradient_norm(device, a.clock, a.partial, gradient, a.chunks, count, o.clip);
+    adamw(device, a.master, a.m, a.v, nullptr, 0, gradient, a.clock, a.chunks, count, o,
+          {1, streams::moment_rounding, &a.clock->pass});
+  });
+  // Read: the gradient twice, m, v, the master (which lean holds the weight). Written: all but g.
+  double own = sizeof(*a.master.own), bytes = 4 * sizeof(G) + 2 * own + 2 * sizeof(G) + sizeof(T);
+  if (Master<T, G>::lean) bytes += sizeof(T);
+  report(name, s, bytes * double(n), 0);
 }
 
 // A whole training step: drawing, forward, backward, clipping, AdamW.
-void step(Device& device, size_t depth, const std::string& residual) {
+template <class G = A>
+void step(Device& device, const Config& c, size_t accumulate = 1, int repeats = 9) {
   TrainOptions o;
-  o.model = model(depth, 128, 2, 384, 8, residual);
+  o.model = c, o.accumulate = accumulate, o.state = std::is_same_v<G, T> ? "lean" : "fp32";
   Dataset data;
   data.channels = 1, data.height = data.width = 32, data.images = 512, data.captions = 10;
   data.text_tokens = 8, data.text_dim = 64;
@@ -235,26 +287,51 @@ void step(Device& device, size_t depth, const std::string& residual) {
   for (size_t i = 0; i < 10 * 512; ++i) data.text.push_back(float(gaussian(4, 7, i)));
   data.empty_text.resize(512, 0.1f);
   for (size_t i = 0; i < data.images; ++i) data.caption.push_back(int32_t(i % 10));
-  Trainer<T> trainer(device, o, data, data);
+  Choice choice = choose<T>(o, parameter_table(c), {data.images, o.val_images, data.captions}, true,
+                            memory_limit(o, device.available()), true);
+  o.recompute = choice.recompute;
+  Trainer<T, G> trainer(device, o, data, data);
   trainer.train_step();
   trainer.train_step();
   device.synchronize();
+  // Steps are enqueued ahead, so between the two events the device waits for nothing but itself.
+  cudaEvent_t begin, end;
+  CUDA_CHECK(cudaEventCreate(&begin));
+  CUDA_CHECK(cudaEventCreate(&end));
   std::vector<double> times;
-  for (int i = 0; i < 9; ++i) {
+  double busy = 0, wall = 0;
+  for (int i = 0; i < repeats; ++i) {
     auto start = std::chrono::steady_clock::now();
+    CUDA_CHECK(cudaEventRecord(begin, device.stream));
     for (int k = 0; k < 3; ++k) trainer.train_step();
+    CUDA_CHECK(cudaEventRecord(end, device.stream));
     device.synchronize();
-    times.push_back(
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 3);
+    wall += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+    busy += 1e-3 * double(ms);
+    times.push_back(1e-3 * double(ms) / 3);
   }
-  std::nth_element(times.begin(), times.begin() + 4, times.end());
-  report("step " + std::to_string(depth) + " " + residual, times[4], 0, step_flops(o));
-  std::printf("%-30s %.3g tokens/s\n", "", double(o.batch * o.model.tokens()) / times[4]);
+  cudaEventDestroy(begin), cudaEventDestroy(end);
+  std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
+  double s = times[size_t(repeats / 2)];
+  std::string name = "step " + std::to_string(c.depth) + " " + c.residual;
+  if (c.width != 128) name += " D " + std::to_string(c.width) + " x " + std::to_string(accumulate);
+  report(name, s, 0, step_flops(o));
+  double forward = double(accumulate) * forward_flops(c, o.batch);
+  utilisation(device, s, 3 * forward, step_flops(o));
+  std::printf("%-30s %.3g tokens/s, device time %.1f%% of wall time; %s\n", "",
+              double(o.batch * accumulate * c.tokens()) / s, 100 * busy / wall,
+              choice.text().c_str());
+}
+Config narrow(size_t depth, const std::string& residual = "mvsplit") {
+  return model(depth, 128, 2, 384, 8, residual);
 }
 
 void bench(const std::vector<std::string>& parts) {
-  const std::vector<std::string> known = {"ceilings", "kernels",  "gemms", "block",  "step400",
-                                          "postnorm", "step1000", "depth", "profile"};
+  const std::vector<std::string> known = {"ceilings", "kernels",   "gemms",    "block",
+                                          "step400",  "postnorm",  "step1000", "depth",
+                                          "profile",  "optimizer", "paper400", "paper1000"};
   for (const std::string& part : parts)
     if (std::find(known.begin(), known.end(), part) == known.end())
       fail("bench has no part '%s'", part.c_str());
@@ -264,7 +341,7 @@ void bench(const std::vector<std::string>& parts) {
   Device device(true);
   std::printf("%s\n", device.name.c_str());
   if (!parts.empty() && wanted("profile")) {  // for a profiler: one pass of three blocks, twice
-    Subject narrow(device, model(3, 128, 2, 384, 8), 32, 0);
+    Subject thin(device, narrow(3), 32, 0);
     Subject wide(device, model(3, 1024, 8, 3072, 64), 32, 0);
     device.synchronize();
   }
@@ -273,11 +350,21 @@ void bench(const std::vector<std::string>& parts) {
   if (wanted("gemms")) gemms(device, 32 * 320, 1024, 3072), gemms(device, 32 * 264, 128, 384);
   for (size_t batch : {16, 32, 64})
     if (wanted("block")) block(device, batch);
-  if (wanted("step400")) step(device, 400, "mvsplit");
-  if (wanted("postnorm")) step(device, 400, "postnorm");
-  if (wanted("step1000")) step(device, 1000, "mvsplit");
+  if (wanted("step400")) step(device, narrow(400));
+  if (wanted("postnorm")) step(device, narrow(400, "postnorm"));
+  if (wanted("step1000")) step(device, narrow(1000));
   if (wanted("depth"))
-    for (size_t depth : {100, 200, 700}) step(device, depth, "mvsplit");
+    for (size_t depth : {100, 200, 700}) step(device, narrow(depth));
+  if (wanted("optimizer")) {
+    optimizer<A>(device, "clip and AdamW, fp32 state");
+    optimizer<T>(device, "clip and AdamW, lean state");
+  }
+  // The paper's sizes take most of a 141 GB card and minutes: only when asked for.
+  auto asked = [&](const char* name) { return !parts.empty() && wanted(name); };
+  for (size_t accumulate : {1, 8}) {
+    if (asked("paper400")) step(device, model(400, 1024, 8, 3072, 8), accumulate, 3);
+    if (asked("paper1000")) step<T>(device, model(1000, 1024, 8, 3072, 8), accumulate, 3);
+  }
 }
 
 }  // namespace

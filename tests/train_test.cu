@@ -498,7 +498,7 @@ void update_both(const Device& device, Master<bf16, bf16> halves, float* whole, 
         // Up to a 32nd of the weight, and in every 16th update its sign.
         float change = (float(random >> 8) * 0x1p-23f - 1.f) * 0x1p-5f;
         float factor = random >> 28 == 0 ? -1.f : 1.f;
-        a[j] = factor * (a[j] + change * a[j]), b[j] = factor * (b[j] + change * b[j]);
+        a[j] = factor * fmaf(change, a[j], a[j]), b[j] = factor * fmaf(change, b[j], b[j]);
       }
       halves.set(4 * i, a), store(whole + 4 * i, b);
     }
