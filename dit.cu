@@ -1333,7 +1333,7 @@ template <class T>
 using Observer =
     std::function<void(size_t block, int writer, const BlockSaved<T>& saved, const T* delta)>;
 
-// to (n) = from, or += if `accumulate`, rounded at random by the bits of blocks first, first + 1, ...
+// to (n) = from, or += if `accumulate`, rounded by the draws first, first + 1, ... of `dither`
 template <class G, class A>
 void add_rounded(const Device& device, G* to, const A* from, size_t n, bool accumulate,
                  Dither dither, size_t first) {
@@ -1343,15 +1343,15 @@ void add_rounded(const Device& device, G* to, const A* from, size_t n, bool accu
       size_t at = 8 * i + 4 * size_t(half);
       Quad<A> sum = load<A>(from + at);
       if (accumulate) sum = load<A>(to + at) + sum;
-      store_randomly(to + at, sum, bits, half);
+      store_stochastically(to + at, sum, bits, half);
     }
   });
 }
 
 // G is what gradients are kept as. With G = Acc<T> the kernels write or add to them in place. bf16
 // gradients (G = T, half the bytes) cannot be added to in place without loss. Then each block's are
-// made in Acc<T>, in an array for one block, and added to the kept ones with rounding at random (6.1
-// of math.h): the same kernels, and one pass more over a block's gradients.
+// made in Acc<T>, in an array for one block, and added to the kept ones with stochastic rounding
+// (6.1 of math.h): the same kernels, and one pass more over a block's gradients.
 template <class T, class G = Acc<T>>
 class Network {
  public:
@@ -1429,6 +1429,7 @@ class Network {
     Parameters<const T> w = locate<const T>(config, table, weights_);
     Parameters<A> d = gradient_targets();
     bool add = accumulate && !rounds_gradients;
+    if (rounds_gradients && !dither.pass) fail("gradients that are rounded need a Dither");
     project_backward(b, w, d, add);
     for (size_t s = ceil_div(config.depth, span_); s-- > 0;) {
       size_t first = s * span_, end = std::min(config.depth, first + span_);
@@ -1476,14 +1477,15 @@ class Network {
   std::vector<std::unique_ptr<Slab>> slabs_;
   T* weights_ = nullptr;
   G* gradients_ = nullptr;
-  A* unrounded_ = nullptr;  // laid out as the table of one block
+  A* unrounded_ = nullptr;  // laid out as the next
+  const Table block_table_ = parameter_table(one_block(config));
 
   size_t blocks_at() const { return table.at("blocks.0.operator.q_proj.weight").offset; }
 
   // Where the backward's kernels write.
   Parameters<A> gradient_targets() {
     if constexpr (!rounds_gradients) return locate<A>(config, table, gradients_);
-    Parameters<A> d = locate<A>(one_block(config), parameter_table(one_block(config)), unrounded_);
+    Parameters<A> d = locate<A>(one_block(config), block_table_, unrounded_);
     d.block_stride = 0;  // every block's are the one block's
     return d;
   }

@@ -918,17 +918,17 @@ constexpr uint64_t parameters = uint64_t(1) << 32;
 constexpr uint64_t gradient_rounding = uint64_t(2) << 32, moment_rounding = uint64_t(3) << 32;
 }  // namespace streams
 
-// 6.1 Rounding at random
+// 6.1 Stochastic rounding
 //
 // A sum kept in bf16 has 8 bits. What is added to it is lost, under rounding to nearest, if it is
-// below half a gap, a 512th to a 256th of the sum. So v = 0.999 v + 0.001 g^2 never falls, and rises
-// only where g^2 > 3 v: it freezes. Rounding up with a probability that is the distance from the
-// lower neighbour (in units of the gap) is right on average: E[rounded] = x. The errors of different
-// steps are independent, so over n steps they add up like sqrt(n), not like n.
+// below half a gap, a 512th to a 256th of the sum. So v = 0.999 v + 0.001 g^2 never falls, and
+// rises only where g^2 is above about 3 v: it freezes. Rounding up with a probability that is the
+// distance from the lower neighbour (in units of the gap) is right on average: E[rounded] = x. The
+// errors of different steps are independent, so over n steps they add up like sqrt(n), not like n.
 
 // x to bf16, up or down by 16 random bits: they carry into the bits that stay with the probability
 // that is wanted. (On magnitudes: the sign is a bit of its own.)
-HD inline bf16 round_randomly(float x, uint32_t random) {
+HD inline bf16 round_stochastically(float x, uint32_t random) {
   uint32_t u;
   memcpy(&u, &x, 4);
   if ((u & 0x7f800000u) == 0x7f800000u) return bf16(x);  // infinity and NaN stay what they are
@@ -937,7 +937,7 @@ HD inline bf16 round_randomly(float x, uint32_t random) {
   return y;
 }
 
-// Where the bits come from: block i is for eight numbers. `*pass` tells one round of an array from
+// Where the bits come from: draw i is for eight numbers. `*pass` tells one round of an array from
 // the next, and lives in device memory so that a captured step can be replayed.
 struct Dither {
   uint64_t seed, stream;
@@ -946,14 +946,14 @@ struct Dither {
   HD Random4 operator()(size_t i) const { return random_bits(seed, stream + *pass, i); }
 };
 
-// Store four sums: as they are where p holds sums, else rounded by four of a block's eight numbers.
+// Store four sums: as they are where p holds sums, else rounded by half of a draw's bits.
 template <class A>
-HD void store_randomly(A* p, Quad<A> q, const Random4&, int) {
+HD void store_stochastically(A* p, Quad<A> q, const Random4&, int) {
   store(p, q);
 }
-HD inline void store_randomly(bf16* p, Quad<float> q, const Random4& bits, int half) {
+HD inline void store_stochastically(bf16* p, Quad<float> q, const Random4& bits, int half) {
   Quad<bf16> rounded;
   for (int k = 0; k < 4; ++k)
-    rounded[k] = round_randomly(q[k], bits.v[2 * half + k / 2] >> (k % 2 * 16));
+    rounded[k] = round_stochastically(q[k], bits.v[2 * half + k / 2] >> (k % 2 * 16));
   *reinterpret_cast<Quad<bf16>*>(p) = rounded;
 }

@@ -96,19 +96,20 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
 //     fp32 state      2        4         4       4   4    18
 //     lean state      2       +2         2       2   2    10     G = T in the code
 //
-// Lean, the gradient and the moments are bf16, rounded at random (6.1 of math.h), and the master is
-// the bf16 weight and the 16 bits of the float that it lacks. Moments are rounded only to be kept:
-// a step uses m and v as just computed.
+// Lean, the gradient and the moments are bf16, rounded stochastically (6.1 of math.h), and the
+// master is the bf16 weight and the 16 bits of the float that it lacks. Moments are rounded only to
+// be kept: a step uses m and v as just computed.
 
 struct Optimizer {
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, decay = 0.1, clip = 1;
   size_t warmup = 100;
 };
 
-// A float in two halves: the nearest bf16, and the rest. Of the float's bits the rest is the lower 16,
-// read as a signed number: from half a gap on it is negative, and the upper half one more (which may
-// carry into the exponent, as it should). So joining the halves is one addition on the bits, exact
-// for every float. A tie becomes the larger magnitude; NaN keeps its being NaN, not its bits.
+// A float in two halves: the nearest bf16, and the rest. Of the float's bits the rest is the lower
+// 16, read as a signed number: from half a gap on it is negative, and the upper half one more
+// (which may carry into the exponent, as it should). So joining the halves is one addition on the
+// bits, exact for every float. A tie becomes the larger magnitude; NaN keeps its being NaN, not its
+// bits.
 struct Halves {
   bf16 nearest;
   int16_t rest;
@@ -190,8 +191,8 @@ struct Record {
 constexpr size_t records = 1024;  // how many steps' records are kept on the device
 
 // The slab is walked in chunks, none of which spans two tensors: a team's piece of work, in which
-// every parameter is treated alike. (A team reads whole quads: what follows a tensor in the slab, up
-// to the next quad, is zero everywhere and stays so.)
+// every parameter is treated alike. (A team reads whole quads: what follows a tensor in the slab,
+// up to the next quad, is zero everywhere and stays so.)
 struct Chunk {
   size_t begin;
   uint32_t count;
@@ -270,8 +271,8 @@ void adamw(const Device& device, Master<T, G> master, G* m, G* v, Acc<T>* averag
       master.set(i, w);
       if (average) store(average + i, keep * load<A>(average + i) + follow * w);
       Random4 bits = Master<T, G>::lean ? dither(i / 4) : Random4{};
-      store_randomly(m + i, m1, bits, 0);
-      store_randomly(v + i, v1, bits, 1);
+      store_stochastically(m + i, m1, bits, 0);
+      store_stochastically(v + i, v1, bits, 1);
     }
   });
 }
@@ -617,8 +618,8 @@ Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bo
 // 4.1 What fits
 //
 // Memory decides between the optimiser's states and between lengths of spans. Replaying costs up to
-// a third more work and no accuracy, a lean state costs accuracy and hardly any time: so fp32 first,
-// with as few blocks replayed as it takes.
+// a third more work and no accuracy, a lean state costs accuracy and hardly any time: so fp32
+// first, with as few blocks replayed as it takes.
 
 struct Choice {
   bool lean;
@@ -641,70 +642,85 @@ inline double step_flops(const TrainOptions& o) {
          (3 + double(replayed) / double(o.model.depth));
 }
 
-// The ways to run that the options leave open, best first.
 template <class T>
-std::vector<Choice> choices(TrainOptions o, const Table& table, DataSizes data, bool on_gpu) {
+Choice way_to_run(TrainOptions o, bool lean, size_t recompute, const Table& table, DataSizes data,
+                  bool on_gpu) {
+  o.recompute = recompute;
+  Plan plan = lean ? training_plan<T, T>(o, table, data, on_gpu)
+                   : training_plan<T, Acc<T>>(o, table, data, on_gpu);
+  return {lean, recompute, plan.total(), step_flops(o)};
+}
+
+// The ways to run that the options leave open, best first. Of those with one state each takes less
+// memory than the one before it, and more work.
+template <class T>
+std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes data,
+                            bool on_gpu) {
   constexpr bool can_be_lean = std::is_same_v<T, bf16>;
-  if (o.state == "lean" && !can_be_lean)
-    fail("--state lean is for --precision bf16, not %s", dtype_name<T>());
-  std::vector<size_t> lengths = {o.recompute};
+  if (o.state == "lean" && !can_be_lean) fail("--state lean is for --precision bf16 alone");
+  std::set<size_t> lengths = {o.recompute};
   if (o.recompute == automatic) {
-    lengths = {0};  // then the longest of two spans, of three, ...
-    for (size_t spans = 2; spans <= o.model.depth; ++spans) {
-      size_t length = ceil_div(o.model.depth, spans);
-      if (length < (lengths.back() ? lengths.back() : o.model.depth)) lengths.push_back(length);
-    }
+    lengths = {0};
+    for (size_t spans = 2; spans <= o.model.depth; ++spans)
+      lengths.insert(ceil_div(o.model.depth, spans));
   }
   std::vector<Choice> all;
   for (bool lean : {false, true}) {
     if (lean ? !can_be_lean || o.state == "fp32" : o.state == "lean") continue;
-    for (size_t length : lengths) {
-      o.recompute = length;
-      Plan plan = lean ? training_plan<T, T>(o, table, data, on_gpu)
-                       : training_plan<T, Acc<T>>(o, table, data, on_gpu);
-      all.push_back({lean, length, plan.total(), step_flops(o)});
-    }
+    std::vector<Choice> ways;
+    for (size_t length : lengths)
+      ways.push_back(way_to_run<T>(o, lean, length, table, data, on_gpu));
+    std::sort(ways.begin(), ways.end(), [](const Choice& a, const Choice& b) {
+      return std::pair(a.flops, a.bytes) < std::pair(b.flops, b.bytes);
+    });
+    size_t least = SIZE_MAX;
+    for (const Choice& way : ways)
+      if (way.bytes < least) all.push_back(way), least = way.bytes;
   }
   return all;
 }
 
-// The best way that fits into `limit` bytes. If none does: fails, with the largest batch that would
-// fit, or says so and returns the smallest way.
+// What to say where not even `least`, the way that takes the least memory, fits.
+template <class T>
+std::string does_not_fit(TrainOptions o, const Choice& least, const Table& table, DataSizes data,
+                         bool on_gpu, double limit) {
+  size_t fitting = 0, too_large = o.batch;  // all that grows with the batch grows alike
+  while (too_large - fitting > 1) {
+    o.batch = (fitting + too_large) / 2;
+    Choice way = way_to_run<T>(o, least.lean, least.recompute, table, data, on_gpu);
+    (double(way.bytes) <= limit ? fitting : too_large) = o.batch;
+  }
+  char text[256];
+  std::snprintf(text, sizeof text,
+                "this run needs at least %.2f GB (%s state, recompute %zu) and may take %.2f GB: ",
+                1e-9 * double(least.bytes), least.lean ? "lean" : "fp32", least.recompute,
+                1e-9 * limit);
+  return text + (fitting ? "the largest --batch that fits is " + std::to_string(fitting)
+                         : std::string("not even a batch of one fits"));
+}
+
+// The best way that fits into `limit` bytes, and on the console the next best. If none does: fails,
+// or says so and returns the one that takes least.
 template <class T>
 Choice choose(const TrainOptions& o, const Table& table, DataSizes data, bool on_gpu, double limit,
               bool must_fit) {
-  auto smallest = [&](size_t batch) {
-    TrainOptions other = o;
-    other.batch = batch;
-    std::vector<Choice> all = choices<T>(other, table, data, on_gpu);
-    return *std::min_element(all.begin(), all.end(),
-                             [](auto& a, auto& b) { return a.bytes < b.bytes; });
-  };
-  auto fits = [&](const Choice& c) { return double(c.bytes) <= limit; };
   std::vector<Choice> all = choices<T>(o, table, data, on_gpu);
+  auto fits = [&](const Choice& c) { return double(c.bytes) <= limit; };
   auto best = std::find_if(all.begin(), all.end(), fits);
-  if (best != all.end()) {
-    auto next = std::find_if(best + 1, all.end(), fits);
-    if (all.size() > 1)
-      std::printf("chosen for %.2f GB: %s; %s%s\n", 1e-9 * limit, best->text().c_str(),
-                  next == all.end() ? "nothing else fits" : "next best: ",
-                  next == all.end() ? "" : next->text().c_str());
-    return *best;
+  if (best == all.end()) {
+    Choice least = *std::min_element(
+        all.begin(), all.end(), [](const Choice& a, const Choice& b) { return a.bytes < b.bytes; });
+    std::string text = does_not_fit<T>(o, least, table, data, on_gpu, limit);
+    if (must_fit) fail("%s", text.c_str());
+    std::printf("%s\n", text.c_str());
+    return least;
   }
-  size_t fitting = 0, too_large = o.batch;  // by bisection
-  while (too_large - fitting > 1) {
-    size_t middle = (fitting + too_large) / 2;
-    (fits(smallest(middle)) ? fitting : too_large) = middle;
-  }
-  Choice least = smallest(o.batch);
-  char text[256];
-  std::snprintf(text, sizeof text, "this run needs at least %.2f GB (%s) and may take %.2f GB: %s",
-                1e-9 * double(least.bytes), least.text().c_str(), 1e-9 * limit,
-                fitting ? ("the largest --batch that fits is " + std::to_string(fitting)).c_str()
-                        : "not even a batch of one fits");
-  if (must_fit) fail("%s", text);
-  std::printf("%s\n", text);
-  return least;
+  if (all.size() == 1 || !std::isfinite(limit)) return *best;
+  auto next = std::find_if(best + 1, all.end(), fits);
+  std::printf("chosen for %.2f GB: %s; %s%s\n", 1e-9 * limit, best->text().c_str(),
+              next == all.end() ? "nothing else fits" : "next best: ",
+              next == all.end() ? "" : next->text().c_str());
+  return *best;
 }
 
 template <class T, class G>
@@ -1005,8 +1021,8 @@ class Trainer {
 // 5. Saving and resuming
 //
 // weights.safetensors holds the network in T under the published names; ema.safetensors the
-// averaged one. state.safetensors is all that a run needs to go on: master weights, moments,
-// average, step.
+// averaged one. state.safetensors is all that a run needs to go on: master weights (lean: the
+// weights and the rests), moments, average, step.
 
 // What must be the same for a resumed run to be the same run. The optimiser's settings are not
 // among them: a run may go on at another learning rate, but its bits are then not those of an
@@ -1019,6 +1035,12 @@ Metadata describe_state(const Trainer<T, G>& t) {
   m["precision"] = dtype_name<T>(), m["state"] = t.lean ? "lean" : "fp32";
   m["dropout"] = exact(t.o.dropout), m["ema"] = exact(t.o.ema);
   return m;
+}
+
+// The optimiser's state that a file holds. (The first ones did not say: there was only one.)
+inline std::string saved_state(const SafetensorsReader& file) {
+  auto at = file.metadata().find("state");
+  return at == file.metadata().end() ? "fp32" : at->second;
 }
 
 inline Metadata describe_optimizer(const Optimizer& o) {
@@ -1067,6 +1089,7 @@ void resume_run(Trainer<T, G>& t) {
   for (const auto& [key, value] : describe_state(t)) {
     auto at = file.metadata().find(key);
     std::string found = at == file.metadata().end() ? "nothing" : at->second;
+    if (key == "state") found = saved_state(file);
     if (found != value)
       fail(
           "%s was made with %s = %s, this run has %s: resume with the same, or choose another "
@@ -1342,10 +1365,10 @@ inline void check_options(const TrainOptions& o) {
   chosen_layers(o);
 }
 
-// Bytes that a run may take on a machine that has `free` of them left. A captured step takes some
-// that are not in the plan.
-inline double memory_limit(const TrainOptions& o, size_t free) {
-  return o.memory > 0 ? 1e9 * o.memory : 0.99 * double(free);
+// Bytes that may be taken of those that are free. A captured step takes some that are not in the
+// plan.
+inline double memory_limit(const Device& device) {
+  return 0.99 * double(device.available() + Device::workspace_bytes(device.gpu));
 }
 
 template <class T, class G>
@@ -1361,12 +1384,18 @@ int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size
   o.val_images = std::min(o.val_images, validation.images);
   Table table = parameter_table(o.model);
   DataSizes sizes{data.images, o.val_images, data.captions};
-  size_t free = device.available() + Device::workspace_bytes(device.gpu);
-  Choice choice = choose<T>(o, table, sizes, device.gpu, memory_limit(o, free), true);
+  double limit = memory_limit(device);
+  if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
+  std::string saved = o.out + "/state.safetensors";
+  if (o.resume && o.state == "auto" && std::filesystem::exists(saved))
+    o.state = saved_state(SafetensorsReader(saved));
+  Choice choice = choose<T>(o, table, sizes, device.gpu, limit, true);
   o.recompute = choice.recompute;
   print_plan<T>(o, table, sizes, device.gpu, choice);
   auto there = [&](const char* name) { return std::filesystem::exists(o.out + "/" + name); };
   bool state = there("state.safetensors");
+  if (state && o.resume && o.save == "weights")
+    fail("%s would be left behind by the weights: resume with --save all", saved.c_str());
   if (state && !o.resume)
     fail("%s/state.safetensors exists: go on with --resume, or choose another --out",
          o.out.c_str());
@@ -1407,8 +1436,7 @@ template <class T>
 void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
   Table table = parameter_table(o.model);
   bool is_here = !on_gpu || Device::gpus() > 0;
-  double limit =
-      o.memory > 0 || is_here ? memory_limit(o, Device(on_gpu && is_here).available()) : HUGE_VAL;
+  double limit = o.memory > 0 ? 1e9 * o.memory : is_here ? memory_limit(Device(on_gpu)) : HUGE_VAL;
   Choice choice = choose<T>(o, table, data, on_gpu, limit, o.memory > 0);
   print_plan<T>(o, table, data, on_gpu, choice);
 }

@@ -288,28 +288,27 @@ void step(Device& device, const Config& c, size_t accumulate = 1, int repeats = 
   data.empty_text.resize(512, 0.1f);
   for (size_t i = 0; i < data.images; ++i) data.caption.push_back(int32_t(i % 10));
   Choice choice = choose<T>(o, parameter_table(c), {data.images, o.val_images, data.captions}, true,
-                            memory_limit(o, device.available()), true);
+                            memory_limit(device), true);
   o.recompute = choice.recompute;
   Trainer<T, G> trainer(device, o, data, data);
   trainer.train_step();
   trainer.train_step();
   device.synchronize();
-  // Steps are enqueued ahead, so between the two events the device waits for nothing but itself.
   cudaEvent_t begin, end;
   CUDA_CHECK(cudaEventCreate(&begin));
   CUDA_CHECK(cudaEventCreate(&end));
   std::vector<double> times;
-  double busy = 0, wall = 0;
+  double device_time = 0, host_time = 0;  // and what the host needs to enqueue it
   for (int i = 0; i < repeats; ++i) {
     auto start = std::chrono::steady_clock::now();
     CUDA_CHECK(cudaEventRecord(begin, device.stream));
     for (int k = 0; k < 3; ++k) trainer.train_step();
     CUDA_CHECK(cudaEventRecord(end, device.stream));
+    host_time += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     device.synchronize();
-    wall += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     float ms = 0;
     CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    busy += 1e-3 * double(ms);
+    device_time += 1e-3 * double(ms);
     times.push_back(1e-3 * double(ms) / 3);
   }
   cudaEventDestroy(begin), cudaEventDestroy(end);
@@ -320,8 +319,8 @@ void step(Device& device, const Config& c, size_t accumulate = 1, int repeats = 
   report(name, s, 0, step_flops(o));
   double forward = double(accumulate) * forward_flops(c, o.batch);
   utilisation(device, s, 3 * forward, step_flops(o));
-  std::printf("%-30s %.3g tokens/s, device time %.1f%% of wall time; %s\n", "",
-              double(o.batch * accumulate * c.tokens()) / s, 100 * busy / wall,
+  std::printf("%-30s %.3g tokens/s; the host takes %.1f%% of it; %s\n", "",
+              double(o.batch * accumulate * c.tokens()) / s, 100 * host_time / device_time,
               choice.text().c_str());
 }
 Config narrow(size_t depth, const std::string& residual = "mvsplit") {
