@@ -1333,7 +1333,7 @@ template <class T>
 using Observer =
     std::function<void(size_t block, int writer, const BlockSaved<T>& saved, const T* delta)>;
 
-// to (n) = from, or += if `accumulate`, rounded by the draws first, first + 1, ... of `dither`
+// to (n) = from, or += if `accumulate`, rounded by the draws first, first + 1, ... of `dither`.
 template <class G, class A>
 void add_rounded(const Device& device, G* to, const A* from, size_t n, bool accumulate,
                  Dither dither, size_t first) {
