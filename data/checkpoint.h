@@ -106,12 +106,19 @@ inline void read_config(const SafetensorsReader& file, const std::string& path, 
   c.check();
 }
 
-// One slab of numbers, one for each parameter, and what goes before their names. A null slab is
-// left out.
+// One slab of numbers, one for each parameter, and what goes before their names in a file. A null
+// slab is left out.
 template <class A>
 struct Stored {
   std::string prefix;
   A* slab;
+
+  // Call f(name, parameter, where its numbers are) for each tensor.
+  template <class F>
+  void each(const Table& table, const F& f) const {
+    if (!slab) return;
+    for (const Parameter& p : table.parameters) f(prefix + p.name, p, slab + p.offset);
+  }
 };
 template <class A>
 Stored(const char*, A*) -> Stored<A>;
@@ -121,27 +128,21 @@ template <class... A>
 void save_tensors(const std::string& path, const Metadata& metadata, const Device& device,
                   const Table& table, const Stored<A>&... slabs) {
   SafetensorsWriter file(path, metadata);
-  auto declare = [&](const auto& stored) {
-    using Number = std::remove_const_t<std::remove_pointer_t<decltype(stored.slab)>>;
-    if (!stored.slab) return;
-    for (const Parameter& p : table.parameters)
-      file.declare(stored.prefix + p.name, dtype_name<Number>(), p.shape);
+  auto declare = [&](const std::string& name, const Parameter& p, auto* from) {
+    file.declare(name, dtype_name<std::remove_const_t<std::remove_pointer_t<decltype(from)>>>(),
+                 p.shape);
   };
-  auto write = [&](const auto& stored) {
-    std::vector<std::remove_const_t<std::remove_pointer_t<decltype(stored.slab)>>> host;
-    if (!stored.slab) return;
-    for (const Parameter& p : table.parameters) {
-      host.resize(p.count());
-      device.download(host.data(), stored.slab + p.offset, host.size() * sizeof(host[0]));
-      for (auto x : host)
-        if (!std::isfinite(double(x)))
-          fail("%s was not written: %s holds NaN or infinity, training has diverged", path.c_str(),
-               p.name.c_str());
-      file.write(host.data(), host.size());
-    }
+  auto write = [&](const std::string& name, const Parameter& p, auto* from) {
+    std::vector<std::remove_const_t<std::remove_pointer_t<decltype(from)>>> host(p.count());
+    device.download(host.data(), from, host.size() * sizeof(host[0]));
+    for (auto x : host)
+      if (!std::isfinite(double(x)))
+        fail("%s was not written: %s holds NaN or infinity, training has diverged", path.c_str(),
+             name.c_str());
+    file.write(host.data(), host.size());
   };
-  (declare(slabs), ...);
-  (write(slabs), ...);
+  (slabs.each(table, declare), ...);
+  (slabs.each(table, write), ...);
   file.finish();
 }
 
@@ -178,23 +179,19 @@ void load_tensors(const SafetensorsReader& file, const std::string& path, const 
                tensor.name.c_str());
       known.insert(tensor.name);
     }
-  auto each = [&](const auto& stored, const auto& function) {
-    if (!stored.slab) return;
-    for (const Parameter& p : table.parameters) function(stored.prefix + p.name, p);
+  auto name = [&](const std::string& tensor, const Parameter&, const void*) {
+    known.insert(tensor);
   };
-  auto name = [&](const std::string& tensor, const Parameter&) { known.insert(tensor); };
-  auto require = [&](const std::string& tensor, const Parameter& p) {
+  auto require = [&](const std::string& tensor, const Parameter& p, const void*) {
     file.require(tensor, p.shape);
   };
-  auto load = [&](const auto& stored) {
-    std::vector<std::remove_pointer_t<decltype(stored.slab)>> host;
-    each(stored, [&](const std::string& tensor, const Parameter& p) {
-      read(*file.find(tensor), host);
-      device.upload(stored.slab + p.offset, host.data(), host.size() * sizeof(host[0]));
-    });
+  auto load = [&](const std::string& tensor, const Parameter&, auto* to) {
+    std::vector<std::remove_pointer_t<decltype(to)>> host;
+    read(*file.find(tensor), host);
+    device.upload(to, host.data(), host.size() * sizeof(host[0]));
   };
-  (each(slabs, name), ...);
+  (slabs.each(table, name), ...);
   file.require_only(known);
-  (each(slabs, require), ...);
-  (load(slabs), ...);
+  (slabs.each(table, require), ...);
+  (slabs.each(table, load), ...);
 }
