@@ -7,11 +7,12 @@
 #
 # With nvcc and a GPU everything is built for the GPU (the binaries still run on the CPU too). With
 # nvcc alone, `make test` compiles the GPU build as well and runs the CPU one. ARCH=sm_80 chooses the
-# GPU architecture; by default it is the one found, else sm_90.
+# GPU architecture; by default it is the one found, else Hopper's. (The a in sm_90a: with wgmma, which
+# is Hopper's alone. Without it the same kernels use mma.)
 
 NVCC := $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\)$$/sm_\1\2/p')
-ARCH ?= $(or $(GPU_ARCH),sm_90)
+ARCH ?= $(patsubst sm_90,sm_90a,$(or $(GPU_ARCH),sm_90))
 MACHINE := $(if $(and $(NVCC),$(GPU_ARCH)),gpu,cpu)
 
 WARNINGS := -Wall -Wextra -Werror

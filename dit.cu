@@ -602,16 +602,15 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 //   when tokens are alike, dA - e is small, and an e off by 2^-9 of <G, Y> would be most of it, the
 //   same sign all along the row. So the forward keeps what rounding took from Y as well.) Then
 //       dQ = dS K / sqrt(hd),      dK = dS^T Q / sqrt(hd),      dV = P^T G,      dS = P * (dA - e)
-//   are the same walk three times, over L1, L2 by rows and C1, C2 by columns:
+//   are two walks, over L1, L2 by rows and C1, C2 by columns:
 //
-//             L1   L2   C1   C2     sums
-//       dQ    Q    G    K    V      dS C1         S   = L1 C1^T / sqrt(hd),   dA   = L2 C2^T
-//       dK    K    V    Q    G      dS^T C1       S^T = L1 C1^T / sqrt(hd),   dA^T = L2 C2^T
-//       dV    K         Q    G      P^T C2        S^T as before
+//                 L1   L2   C1   C2     sums
+//       dQ        Q    G    K    V      dS C1               S   = L1 C1^T / sqrt(hd),   dA   = L2 C2^T
+//       dK, dV    K    V    Q    G      dS^T C1, P^T C2     S^T = L1 C1^T / sqrt(hd),   dA^T = L2 C2^T
 //
-//   That makes S three times, but each sum belongs to one thread block (no atomics, the same bits
-//   each time) and fits into its registers. The products are not scaled in the code: 1/sqrt(hd)
-//   goes into the exponent, and to dQ and dK on the way out.
+//   That makes S twice, but each sum belongs to one thread block (no atomics, the same bits each
+//   time) and fits into its registers. The products are not scaled in the code: 1/sqrt(hd) goes
+//   into the exponent, and to dQ and dK on the way out.
 //
 // dQ and dK leave through RoPE and QK-norm's backward (4.1), since a thread that holds channel j of
 // a row also holds channel j + hd/2.
@@ -648,65 +647,61 @@ void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y,
 #ifdef __CUDACC__
 constexpr int block_rows = 64, tile_columns = 32, block_threads = 128;
 
-// Piece of a bf16 matrix as the tensor core's instruction m16n8k16 takes it: 16 x 16 as a left
-// factor (lane 4 g + t holds, two a register, (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t +
-// 8..)), or two 16 x 8 as a right one. Of a product (16 x 8) lane 4 g + t holds, in order, (g, 2t),
-// (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// Four registers of two bf16 each: a 16 x 16 piece of a left factor. Lane 4 g + t of a warp holds
+// (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..).
 struct Fragment {
   uint32_t r[4];
 };
 
-// A tile in shared memory, at an address in bytes: rows of `dim` numbers. Eight more a row put the
-// eight rows that are read at once into different banks.
+// A tile in shared memory, `rows` of `dim` bf16, at an address in bytes that 1024 divides: panels of
+// 64 columns, 128 bytes a row. Chunk c (16 bytes) of a row is at place c ^ row % 8, so that the same
+// chunk of eight rows, which is what a tensor core reads at once, lies in different banks. (Hopper's
+// name for this order is the 128-byte swizzle.)
 template <int dim, int rows>
 struct Tile {
   unsigned at;
-  static constexpr unsigned pitch = 2 * (dim + 8), size = rows * pitch;
+  static constexpr unsigned panel = 128 * rows, size = dim / 64 * panel;
+
+  __device__ unsigned address(int row, int column) const {
+    unsigned r = unsigned(row), c = unsigned(column);
+    return at + c / 64 * panel + r * 128 + (c / 8 % 8 ^ r % 8) * 16 + c % 8 * 2;
+  }
+  __device__ uint32_t& pair(int row, int column) const {  // a number of even column and the next
+    return *static_cast<uint32_t*>(__cvta_shared_to_generic(address(row, column)));
+  }
 
   // Start to copy rows first.. of a matrix of n rows; zeros after the last.
   __device__ void load(const bf16* from, size_t stride, int first, int n) const {
-    constexpr int chunks = dim / 8, step = block_threads / chunks;
+    constexpr int chunks = dim / 8, step = block_threads / chunks;  // step % 8 == 0: one place
     int row = int(threadIdx.x) / chunks, column = int(threadIdx.x) % chunks * 8;
     const bf16* source = from + size_t(first + row) * stride + column;
-    unsigned to = at + unsigned(row) * pitch + 2 * unsigned(column);
+    unsigned to = address(row, column);
     UNROLL for (int i = 0; i < rows; i += step) {
       bool inside = first + row + i < n;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + unsigned(i) * pitch),
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + unsigned(i) * 128),
                    "l"(inside ? source + size_t(i) * stride : from), "r"(inside ? 16 : 0));
     }
   }
-  // The 16 x 16 piece at (row, column): as left factor; transposed, as right factor; as right
-  // factor. The instruction takes its right factor by columns, which the rows of K are for K^T:
-  // only V itself must be turned by the load. Each lane names a row of one of four 8 x 8 matrices.
-  __device__ Fragment left(int row, int column) const {
-    unsigned lane = threadIdx.x % 32;
-    return piece<false>(lane % 16 * pitch + lane / 16 * 16, row, column);
-  }
-  __device__ Fragment right_transposed(int row, int column) const {
-    unsigned lane = threadIdx.x % 32;
-    return piece<false>((lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16, row, column);
-  }
-  __device__ Fragment right(int row, int column) const {
-    unsigned lane = threadIdx.x % 32;
-    return piece<true>(lane % 16 * pitch + lane / 16 * 16, row, column);
-  }
-
- private:
-  template <bool transposed>
-  __device__ Fragment piece(unsigned lane_offset, int row, int column) const {
-    Fragment f;
-    unsigned from = at + lane_offset + unsigned(row) * pitch + 2 * unsigned(column);
-    if (transposed)
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
-                   : "r"(from));
-    else
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
-                   : "r"(from));
-    return f;
+  // Copy the warp's 16 rows, which it has written, to rows first.. of a matrix of n rows.
+  __device__ void store(bf16* to, size_t stride, int first, int n) const {
+    constexpr int chunks = dim / 8, step = 32 / chunks;
+    int row = int(threadIdx.x / 32) * 16 + int(threadIdx.x % 32) / chunks;
+    int column = int(threadIdx.x % 32) % chunks * 8;
+    __syncwarp();
+    UNROLL for (int i = 0; i < 16; i += step) if (first + row + i < n) *
+        reinterpret_cast<uint4*>(to + size_t(first + row + i) * stride + column) =
+        *static_cast<const uint4*>(__cvta_shared_to_generic(address(row + i, column)));
   }
 };
+
+// Two neighbours as bf16, the first in the lower half.
+__device__ inline uint32_t packed(float first, float second) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+__device__ inline float first_of(uint32_t both) { return __uint_as_float(both << 16); }
+__device__ inline float second_of(uint32_t both) { return __uint_as_float(both & 0xffff0000u); }
 
 // Start to copy one float to shared memory, or a zero.
 __device__ inline void load_float(unsigned to, const float* from, bool inside) {
@@ -715,31 +710,135 @@ __device__ inline void load_float(unsigned to, const float* from, bool inside) {
 }
 // The loads since the last call are a group. (After the last tile an empty one keeps the count.)
 __device__ inline void end_of_loads() { asm volatile("cp.async.commit_group;"); }
-// All but the latest group of loads are there, for every thread of the block.
-__device__ inline void wait_for_all_but_one() {
-  asm volatile("cp.async.wait_group 1;");
-  __syncthreads();
+
+// A product's 64 rows are the block's, 16 a warp. Of every eight columns lane 4 g + t holds, in
+// order, (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1): x[i][0..3] of columns 8 i... Rounded,
+// two neighbours x[i], x[i + 1] are a left factor as they lie:
+__device__ inline Fragment as_left(const float (*x)[4]) {
+  return {{packed(x[0][0], x[0][1]), packed(x[0][2], x[0][3]), packed(x[1][0], x[1][1]),
+           packed(x[1][2], x[1][3])}};
+}
+// Two kinds of product are needed, of a tile's rows with another's,
+//     product_of_rows:   x (64 x 32) = L C^T,
+// and a sum of a tile's rows,
+//     add_rows:          y (64 x dim) += x C,     x (64 x 32) rounded.
+// Hopper's wgmma makes them out of shared memory, the four warps together, while the threads go on:
+// begin_products() before the first, then each call starts one, and wait<k>() waits for all but the
+// latest k. `settled(x)` after that keeps the compiler from reading x earlier. Other GPUs have mma,
+// of one warp, for which each lane gathers its share of the factors; it is done when the call
+// returns.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define QUAD(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
+
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void end_product() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int k>
+__device__ void wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(k) : "memory");
+}
+template <int n>
+__device__ void settled(float (&x)[n][4]) {
+  UNROLL for (int i = 0; i < n; ++i) asm volatile("" : QUAD(x[i])::"memory");
+}
+// A tile, from `offset` bytes on, as the instruction is told of it: in units of 16 bytes, its
+// address, the distance of its panels and that of groups of eight rows; and the order.
+template <int dim, int rows>
+__device__ uint64_t described(Tile<dim, rows> tile, unsigned offset) {
+  return uint64_t((tile.at + offset) / 16 % (1 << 14)) | uint64_t(tile.panel / 16) << 16 |
+         uint64_t(1024 / 16) << 32 | uint64_t(1) << 62;
 }
 
-// c[0], c[1] += a b for the two 16 x 8 halves of b.
-__device__ inline void multiply(float (*c)[4], const Fragment& a, const Fragment& b) {
-  for (int half = 0; half < 2; ++half)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[half][0]), "+f"(c[half][1]), "+f"(c[half][2]), "+f"(c[half][3])
-        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[2 * half]),
-          "r"(b.r[2 * half + 1]));
+template <int dim>
+__device__ void product_of_rows(float (&x)[4][4], Tile<dim, block_rows> L,
+                                Tile<dim, tile_columns> C) {
+  UNROLL for (int k = 0; k < dim / 16; ++k) asm volatile(
+      "{.reg .pred add; setp.ne.u32 add, %18, 0; "
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
+      "%9, %10, %11, %12, %13, %14, %15}, %16, %17, add, 1, 1, 0, 0;}" : QUAD(x[0]),
+      QUAD(x[1]), QUAD(x[2]), QUAD(x[3]) : "l"(described(L, k / 4 * L.panel + k % 4 * 32)),
+      "l"(described(C, k / 4 * C.panel + k % 4 * 32)), "r"(k));
+  end_product();
 }
-// Two neighbours as bf16, the first in the lower half.
-__device__ inline uint32_t packed(float first, float second) {
-  uint32_t both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-  return both;
+
+template <int dim>
+__device__ void add_rows(float (&y)[dim / 8][4], const Fragment (&x)[2],
+                         Tile<dim, tile_columns> C) {
+  UNROLL for (int k = 0; k < 2; ++k) UNROLL for (int panel = 0; panel < dim / 64; ++panel) {
+    float(*to)[4] = y + 8 * panel;
+    asm volatile(
+        "{.reg .pred add; setp.eq.u32 add, 0, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
+        "%9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
+        "%27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;}"
+        : QUAD(to[0]), QUAD(to[1]), QUAD(to[2]), QUAD(to[3]), QUAD(to[4]), QUAD(to[5]), QUAD(to[6]),
+          QUAD(to[7])
+        : "r"(x[k].r[0]), "r"(x[k].r[1]), "r"(x[k].r[2]), "r"(x[k].r[3]),
+          "l"(described(C, unsigned(panel) * C.panel + unsigned(k) * 2048)));
+  }
+  end_product();
 }
-// Two 16 x 8 results side by side as a left factor: the lanes hold what they must, only rounded.
-__device__ inline Fragment as_left(const float (*c)[4]) {
-  return {{packed(c[0][0], c[0][1]), packed(c[0][2], c[0][3]), packed(c[1][0], c[1][1]),
-           packed(c[1][2], c[1][3])}};
+#undef QUAD
+#else
+__device__ inline void begin_products() {}
+template <int k>
+__device__ void wait() {}
+template <int n>
+__device__ void settled(float (&)[n][4]) {}
+
+// Four 8 x 8 matrices, each lane naming a row of one, as they lie or transposed.
+template <bool transposed>
+__device__ Fragment gather(unsigned row_address) {
+  Fragment f;
+  if (transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
+                 : "r"(row_address));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
+                 : "r"(row_address));
+  return f;
+}
+// x[0], x[1] += a b for the two 16 x 8 halves of b.
+__device__ inline void multiply(float (*x)[4], const Fragment& a, const Fragment& b) {
+  UNROLL for (int half = 0; half < 2; ++half) asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};" : "+f"(x[half][0]),
+      "+f"(x[half][1]), "+f"(x[half][2]), "+f"(x[half][3]) : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]),
+      "r"(a.r[3]), "r"(b.r[2 * half]), "r"(b.r[2 * half + 1]));
+}
+
+template <int dim>
+__device__ void product_of_rows(float (&x)[4][4], Tile<dim, block_rows> L,
+                                Tile<dim, tile_columns> C) {
+  int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32) * 16;
+  UNROLL for (int i = 0; i < 16; ++i) x[i / 4][i % 4] = 0;
+  UNROLL for (int k = 0; k < dim / 16; ++k) {
+    Fragment l = gather<false>(L.address(warp + lane % 16, 16 * k + lane / 16 * 8));
+    UNROLL for (int half = 0; half < 2; ++half) multiply(
+        x + 2 * half, l,
+        gather<false>(C.address(16 * half + lane / 16 * 8 + lane % 8, 16 * k + lane / 8 % 2 * 8)));
+  }
+}
+
+template <int dim>
+__device__ void add_rows(float (&y)[dim / 8][4], const Fragment (&x)[2],
+                         Tile<dim, tile_columns> C) {
+  int lane = int(threadIdx.x % 32);
+  UNROLL for (int half = 0; half < 2; ++half) UNROLL for (int k = 0; k < dim / 16; ++k) multiply(
+      y + 2 * k, x[half], gather<true>(C.address(16 * half + lane % 16, 16 * k + lane / 16 * 8)));
+}
+#endif
+
+// All but the latest group of loads are there, for every thread of the block and for wgmma.
+__device__ inline void wait_for_loads_but_one() {
+  asm volatile("cp.async.wait_group 1;");
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async.shared::cta;");
+#endif
+  __syncthreads();
 }
 // 2^x, to 2 units in the last place of a float.
 __device__ inline float power_of_2(float x) {
@@ -748,79 +847,89 @@ __device__ inline float power_of_2(float x) {
   return y;
 }
 constexpr float log2_e = 1.4426950408889634f;
-// Sum over the four lanes that share a row of a result.
+// Sum over the four lanes that share a row of a product.
 __device__ inline float row_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Y, Y_rest (B, T, D) and log sums (B, H, T) from qkv. Blocks count 64 rows of a head first,
-// then heads, then sequences.
+// Where a thread block, and this thread in it, works. Blocks count 64 rows of a head first, then
+// heads, then sequences.
+struct AttentionPlace {
+  int n, first, warp, g, t;  // tokens; the block's first row; in it, the warp's; the lane 4 g + t
+  size_t b, head, pair;      // pair = b H + head
+
+  __device__ AttentionPlace(Heads h)
+      : n(int(h.length)),
+        warp(int(threadIdx.x / 32) * 16),
+        g(int(threadIdx.x % 32 / 4)),
+        t(int(threadIdx.x % 4)) {
+    int blocks = (n + block_rows - 1) / block_rows;
+    first = int(blockIdx.x) % blocks * block_rows;
+    pair = blockIdx.x / unsigned(blocks), b = pair / h.heads, head = pair % h.heads;
+  }
+};
+
+// Y, Y_rest (B, T, D) and log sums (B, H, T) from qkv.
 template <int dim>
-__global__ void __launch_bounds__(block_threads, 3)
+__global__ void __launch_bounds__(block_threads, 4)
     attention_forward_kernel(bf16* Y, bf16* Y_rest, float* log_sums, const bf16* qkv, Heads h) {
 #if __CUDA_ARCH__ >= 800
-  extern __shared__ __align__(16) unsigned char shared[];
-  Tile<dim, block_rows> Q{unsigned(__cvta_generic_to_shared(shared))};
+  extern __shared__ __align__(1024) unsigned char shared[];
+  using Rows = Tile<dim, block_rows>;
   using Columns = Tile<dim, tile_columns>;
+  Rows Q{unsigned(__cvta_generic_to_shared(shared))};
   auto columns = [&](int i) { return Columns{Q.at + Q.size + unsigned(i) * Columns::size}; };
-  int n = int(h.length), blocks = (n + block_rows - 1) / block_rows;
-  int first = int(blockIdx.x) % blocks * block_rows, warp = int(threadIdx.x / 32) * 16;
-  int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
-  size_t pair = blockIdx.x / unsigned(blocks), b = pair / h.heads, head = pair % h.heads;
+  AttentionPlace p(h);
   size_t D = h.width(), stride = 3 * D;
-  const bf16* q = qkv + b * h.length * stride + head * dim;
+  const bf16* q = qkv + p.b * h.length * stride + p.head * dim;
   float log2_scale = log2_e / sqrtf(float(dim));  // e^x = 2^(x log2 e)
   auto load_columns = [&](int tile) {
-    columns(tile % 2).load(q + D, stride, tile * tile_columns, n);
-    columns(2 + tile % 2).load(q + 2 * D, stride, tile * tile_columns, n);
+    columns(tile % 2).load(q + D, stride, tile * tile_columns, p.n);
+    columns(2 + tile % 2).load(q + 2 * D, stride, tile * tile_columns, p.n);
   };
 
-  Q.load(q, stride, first, n), load_columns(0);
+  Q.load(q, stride, p.first, p.n), load_columns(0);
   end_of_loads();
-  Fragment query[dim / 16];
   float y[dim / 8][4] = {}, sum[2] = {};
-  for (int tile = 0; tile * tile_columns < n; ++tile) {
-    if ((tile + 1) * tile_columns < n) load_columns(tile + 1);
+  for (int tile = 0; tile * tile_columns < p.n; ++tile) {
+    if ((tile + 1) * tile_columns < p.n) load_columns(tile + 1);
     end_of_loads();
-    wait_for_all_but_one();
+    wait_for_loads_but_one();
     Columns K = columns(tile % 2), V = columns(2 + tile % 2);
-    if (tile == 0) UNROLL for (int k = 0; k < dim / 16; ++k) query[k] = Q.left(warp, 16 * k);
-    if (first + warp < n) {  // a warp without rows has nothing to do but wait
-      float P[4][4] = {};
-      UNROLL for (int k = 0; k < dim / 16; ++k) {
-        multiply(P, query[k], K.right_transposed(0, 16 * k));
-        multiply(P + 2, query[k], K.right_transposed(16, 16 * k));
-      }
-      UNROLL for (int i = 0; i < 16; ++i) {
-        int column = tile * tile_columns + i / 4 * 8 + 2 * t + i % 2;
-        float& p = P[i / 4][i % 4];
-        p = column < n ? power_of_2(p * log2_scale) : 0.f;
-        sum[i / 2 % 2] += p;
-      }
-      UNROLL for (int half = 0; half < 2; ++half) {
-        Fragment p = as_left(P + 2 * half);
-        UNROLL for (int k = 0; k < dim / 16; ++k)
-            multiply(y + 2 * k, p, V.right(16 * half, 16 * k));
-      }
+    float P[4][4];
+    begin_products();
+    product_of_rows(P, Q, K);
+    wait<0>(), settled(P);
+    UNROLL for (int i = 0; i < 16; ++i) {
+      int column = tile * tile_columns + i / 4 * 8 + 2 * p.t + i % 2;
+      float& x = P[i / 4][i % 4];
+      x = column < p.n ? power_of_2(x * log2_scale) : 0.f;
+      sum[i / 2 % 2] += x;
     }
+    const Fragment left[2] = {as_left(P), as_left(P + 2)};
+    begin_products();
+    add_rows(y, left, V);
+    wait<0>(), settled(y);
     __syncthreads();  // before the tile is overwritten
   }
+  // Y leaves by way of Q's tile, what rounding takes from it by way of K's and V's.
+  Rows rest{columns(0).at};
   UNROLL for (int i = 0; i < 2; ++i) {
     float total = row_sum(sum[i]), inverse = 1 / total;
-    int row = first + warp + g + 8 * i;
-    if (row >= n) continue;
-    size_t out = (b * h.length + size_t(row)) * D + head * dim + 2 * size_t(t);
+    int row = p.warp + p.g + 8 * i;
     UNROLL for (int k = 0; k < dim / 8; ++k) {
       float even = inverse * y[k][2 * i], odd = inverse * y[k][2 * i + 1];
       uint32_t both = packed(even, odd);
-      *reinterpret_cast<uint32_t*>(Y + out + 8 * k) = both;
-      if (Y_rest)
-        *reinterpret_cast<uint32_t*>(Y_rest + out + 8 * k) =
-            packed(even - __uint_as_float(both << 16), odd - __uint_as_float(both & 0xffff0000u));
+      Q.pair(row, 8 * k + 2 * p.t) = both;
+      rest.pair(row, 8 * k + 2 * p.t) = packed(even - first_of(both), odd - second_of(both));
     }
-    if (t == 0) log_sums[pair * h.length + size_t(row)] = log2f(total);
+    if (p.t == 0 && p.first + row < p.n)
+      log_sums[p.pair * h.length + size_t(p.first + row)] = log2f(total);
   }
+  size_t out = p.b * h.length * D + p.head * dim;
+  Q.store(Y + out, D, p.first, p.n);
+  if (Y_rest) rest.store(Y_rest + out, D, p.first, p.n);
 #endif
 }
 
@@ -832,142 +941,127 @@ struct AttentionBackwardInputs {
   Rope<float> rope;
 };
 
-// dx = R^T r (g - (<g, y> / hd) y), g = scale d, for a warp's 16 rows; row i goes to out + i *
-// stride. y: the block's tile of normalised Q or K, in which they begin at tile_row; r: the first
-// one's QK-norm factor, r_stride apart; token: its place in the sequence of n. (4.1)
+// y, normalised Q or K, becomes dx = R^T r (g - (<g, y> / hd) y), g = scale d. r: the QK-norm factor
+// of the sequence's first token, r_stride apart. (4.1)
 template <int dim>
-__device__ void leave_through_rope(bf16* out, size_t stride, const float (*d)[4], float scale,
-                                   const bf16* y, const float* r, size_t r_stride, Rope<float> rope,
-                                   int token, int tile_row, int n) {
+__device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim / 8][4],
+                                   float scale, const float* r, size_t r_stride, Rope<float> rope,
+                                   const AttentionPlace& p) {
   constexpr int half = dim / 2;
-  int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
   UNROLL for (int i = 0; i < 2; ++i) {
-    int row = g + 8 * i;
-    auto y_at = [&](int k, int j) {
-      return float(y[(tile_row + row) * (dim + 8) + 8 * k + 2 * t + j]);
-    };
-    float gy = 0;
-    UNROLL for (int k = 0; k < dim / 8; ++k) UNROLL for (int j = 0; j < 2; ++j) gy +=
-        scale * d[k][2 * i + j] * y_at(k, j);
-    gy = row_sum(gy) / dim;
-    if (token + row >= n) continue;
-    float inverse = r[size_t(row) * r_stride];
+    int row = p.warp + p.g + 8 * i;
+    size_t token = size_t(min(p.first + row, p.n - 1));  // rows after the last are not stored
+    float gy = 0, inverse = r[token * r_stride];
+    UNROLL for (int k = 0; k < dim / 8; ++k) {
+      uint32_t both = y.pair(row, 8 * k + 2 * p.t);
+      gy += d[k][2 * i] * first_of(both) + d[k][2 * i + 1] * second_of(both);
+    }
+    gy = scale * row_sum(gy) / dim;
     UNROLL for (int k = 0; k < dim / 16; ++k) {
-      float low[2], high[2];
+      int at = 8 * k + 2 * p.t;
+      uint32_t &low = y.pair(row, at), &high = y.pair(row, at + half);
+      float y1[2] = {first_of(low), second_of(low)}, y2[2] = {first_of(high), second_of(high)};
       UNROLL for (int j = 0; j < 2; ++j) {
-        size_t channel = size_t(8 * k + 2 * t + j);
-        float cosine = rope.cos_of(size_t(token + row), channel, half);
-        float sine = rope.sin_of(size_t(token + row), channel, half);
-        float x1 = inverse * (scale * d[k][2 * i + j] - gy * y_at(k, j));
-        float x2 = inverse * (scale * d[k + dim / 16][2 * i + j] - gy * y_at(k + dim / 16, j));
-        low[j] = x1 * cosine - x2 * sine, high[j] = x2 * cosine + x1 * sine;
+        float cosine = rope.cos_of(token, size_t(at + j), half);
+        float sine = rope.sin_of(token, size_t(at + j), half);
+        float x1 = inverse * (scale * d[k][2 * i + j] - gy * y1[j]);
+        float x2 = inverse * (scale * d[k + dim / 16][2 * i + j] - gy * y2[j]);
+        y1[j] = x1 * cosine - x2 * sine, y2[j] = x2 * cosine + x1 * sine;
       }
-      bf16* to = out + size_t(row) * stride + 8 * k + 2 * t;
-      *reinterpret_cast<uint32_t*>(to) = packed(low[0], low[1]);
-      *reinterpret_cast<uint32_t*>(to + half) = packed(high[0], high[1]);
+      low = packed(y1[0], y1[1]), high = packed(y2[0], y2[1]);
     }
   }
 }
 
-// One of the three walks, for 64 rows: `part` of dqkv, 0 for dQ, 1 for dK, 2 for dV.
-template <int dim, int part>
-__device__ void attention_backward_rows(bf16* memory, bf16* dqkv, const bf16* qkv,
+// One of the two walks, for 64 rows: dK and dV (`keys`), or dQ.
+template <int dim, bool keys>
+__device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const bf16* qkv,
                                         AttentionBackwardInputs c, Heads h) {
-  constexpr bool rows_are_keys = part > 0;
   using Rows = Tile<dim, block_rows>;
   using Columns = Tile<dim, tile_columns>;
-  Rows L1{unsigned(__cvta_generic_to_shared(memory))}, L2{L1.at + Rows::size};
+  Rows L1{unsigned(__cvta_generic_to_shared(shared))}, L2{L1.at + Rows::size};
   auto columns = [&](int i) { return Columns{L2.at + Rows::size + unsigned(i) * Columns::size}; };
-  int n = int(h.length), blocks = (n + block_rows - 1) / block_rows;
-  int first = int(blockIdx.x) % blocks * block_rows, warp = int(threadIdx.x / 32) * 16;
-  int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
-  size_t pair = blockIdx.x / unsigned(blocks), b = pair / h.heads, head = pair % h.heads;
-  size_t D = h.width(), stride = 3 * D;
-  size_t start = b * h.length * stride + head * dim;
+  AttentionPlace p(h);
+  size_t D = h.width(), stride = 3 * D, start = p.b * h.length * stride + p.head * dim;
   const bf16 *q = qkv + start, *k = q + D, *v = k + D;
-  const bf16* dy = c.dY + b * h.length * D + head * dim;
-  const float* log_sums = c.log_sums + pair * h.length;
-  const float* inner = c.inner + pair * h.length;
+  const bf16* dy = c.dY + p.b * h.length * D + p.head * dim;
+  const float *log_sums = c.log_sums + p.pair * h.length, *inner = c.inner + p.pair * h.length;
   float scale = 1 / sqrtf(float(dim)), log2_scale = log2_e * scale;
   // l and e of a tile's queries, where these are the columns: two rows of 32 floats a stage.
-  float* of_columns = reinterpret_cast<float*>(memory) + (2 * Rows::size + 4 * Columns::size) / 4;
+  float* of_columns = reinterpret_cast<float*>(shared + 2 * Rows::size + 4 * Columns::size);
   auto load_columns = [&](int tile) {
-    columns(tile % 2).load(rows_are_keys ? q : k, stride, tile * tile_columns, n);
-    columns(2 + tile % 2)
-        .load(rows_are_keys ? dy : v, rows_are_keys ? D : stride, tile * tile_columns, n);
-    int i = int(threadIdx.x), query = tile * tile_columns + i % tile_columns;
-    if (rows_are_keys && i < (part < 2 ? 2 : 1) * tile_columns)
+    int from = tile * tile_columns, i = int(threadIdx.x), query = from + i % tile_columns;
+    columns(tile % 2).load(keys ? q : k, stride, from, p.n);
+    columns(2 + tile % 2).load(keys ? dy : v, keys ? D : stride, from, p.n);
+    if (keys && i < 2 * tile_columns)
       load_float(unsigned(__cvta_generic_to_shared(of_columns + tile % 2 * 2 * tile_columns + i)),
-                 (i < tile_columns ? log_sums : inner) + min(query, n - 1), query < n);
+                 (i < tile_columns ? log_sums : inner) + min(query, p.n - 1), query < p.n);
   };
 
-  L1.load(rows_are_keys ? k : q, stride, first, n);
-  if (part < 2) L2.load(rows_are_keys ? v : dy, rows_are_keys ? stride : D, first, n);
+  L1.load(keys ? k : q, stride, p.first, p.n);
+  L2.load(keys ? v : dy, keys ? stride : D, p.first, p.n);
   load_columns(0);
   end_of_loads();
-  Fragment l1[dim / 16], l2[dim / 16];
-  float d[dim / 8][4] = {}, row_log[2], row_inner[2];
-  if (!rows_are_keys) UNROLL for (int i = 0; i < 2; ++i) {
-      int query = min(first + warp + g + 8 * i, n - 1);
+  float d1[dim / 8][4] = {}, d2[keys ? dim / 8 : 1][4] = {}, row_log[2], row_inner[2];
+  if (!keys) UNROLL for (int i = 0; i < 2; ++i) {
+      int query = min(p.first + p.warp + p.g + 8 * i, p.n - 1);
       row_log[i] = log_sums[query], row_inner[i] = inner[query];
     }
-  for (int tile = 0; tile * tile_columns < n; ++tile) {
-    if ((tile + 1) * tile_columns < n) load_columns(tile + 1);
+  for (int tile = 0; tile * tile_columns < p.n; ++tile) {
+    if ((tile + 1) * tile_columns < p.n) load_columns(tile + 1);
     end_of_loads();
-    wait_for_all_but_one();
+    wait_for_loads_but_one();
     Columns C1 = columns(tile % 2), C2 = columns(2 + tile % 2);
-    if (tile == 0) UNROLL for (int k = 0; k < dim / 16; ++k) {
-        l1[k] = L1.left(warp, 16 * k);
-        if (part < 2) l2[k] = L2.left(warp, 16 * k);
-      }
     const float* of_tile = of_columns + tile % 2 * 2 * tile_columns;
-    // A warp without rows has nothing to do but wait.
-    if (first + warp < n) UNROLL for (int at = 0; at < tile_columns; at += 16) {
-        float P[2][4] = {}, dA[2][4] = {};
-        UNROLL for (int k = 0; k < dim / 16; ++k) {
-          multiply(P, l1[k], C1.right_transposed(at, 16 * k));
-          if (part < 2) multiply(dA, l2[k], C2.right_transposed(at, 16 * k));
-        }
-        // Rows and columns after the last are zero in every tile: P, finite, adds nothing.
-        UNROLL for (int i = 0; i < 8; ++i) {
-          int column = at + i / 4 * 8 + 2 * t + i % 2;
-          float& p = P[i / 4][i % 4];
-          p = power_of_2(log2_scale * p - (rows_are_keys ? of_tile[column] : row_log[i / 2 % 2]));
-          if (part < 2)  // dS, 4.2
-            p *= dA[i / 4][i % 4] -
-                 (rows_are_keys ? of_tile[tile_columns + column] : row_inner[i / 2 % 2]);
-        }
-        Fragment p = as_left(P);
-        UNROLL for (int k = 0; k < dim / 16; ++k)
-            multiply(d + 2 * k, p, (part < 2 ? C1 : C2).right(at, 16 * k));
-      }
+    auto column = [&](int i) { return i / 4 * 8 + 2 * p.t + i % 2; };
+    float P[4][4], dA[4][4];
+    begin_products();
+    product_of_rows(P, L1, C1);
+    product_of_rows(dA, L2, C2);
+    wait<1>(), settled(P);
+    // Rows and columns after the last are zero in every tile: P, finite, adds nothing.
+    UNROLL for (int i = 0; i < 16; ++i) {
+      float& x = P[i / 4][i % 4];
+      x = power_of_2(log2_scale * x - (keys ? of_tile[column(i)] : row_log[i / 2 % 2]));
+    }
+    wait<0>(), settled(dA);
+    if constexpr (keys) {
+      const Fragment left[2] = {as_left(P), as_left(P + 2)};
+      begin_products();
+      add_rows(d2, left, C2);
+    }
+    UNROLL for (int i = 0; i < 16; ++i)  // dS, 4.2
+        dA[i / 4][i % 4] =
+            P[i / 4][i % 4] *
+            (dA[i / 4][i % 4] - (keys ? of_tile[tile_columns + column(i)] : row_inner[i / 2 % 2]));
+    const Fragment left[2] = {as_left(dA), as_left(dA + 2)};
+    begin_products();
+    add_rows(d1, left, C1);
+    wait<0>(), settled(d1), settled(d2);
     __syncthreads();
   }
-  bf16* out = dqkv + start + part * D + size_t(first + warp) * stride;
-  if (part < 2) {
-    const float* r = c.r + ((b * h.length + size_t(first + warp)) * 2 + part) * h.heads + head;
-    leave_through_rope<dim>(out, stride, d, scale, memory, r, 2 * h.heads, c.rope, first + warp,
-                            warp, n);
-  } else {
-    UNROLL for (int i = 0; i < 2; ++i) {
-      int row = g + 8 * i;
-      if (first + warp + row >= n) continue;
-      UNROLL for (int k = 0; k < dim / 8; ++k) *
-          reinterpret_cast<uint32_t*>(out + size_t(row) * stride + 8 * k + 2 * t) =
-          packed(d[k][2 * i], d[k][2 * i + 1]);
-    }
+  // The sums leave by way of the rows' tiles.
+  constexpr size_t part = keys ? 1 : 0;
+  const float* r = c.r + (p.b * h.length * 2 + part) * h.heads + p.head;
+  leave_through_rope<dim>(L1, d1, scale, r, 2 * h.heads, c.rope, p);
+  L1.store(dqkv + start + part * D, stride, p.first, p.n);
+  if constexpr (keys) {
+    UNROLL for (int i = 0; i < dim / 4; ++i)
+        L2.pair(p.warp + p.g + i % 2 * 8, i / 2 * 8 + 2 * p.t) =
+        packed(d2[i / 2][i % 2 * 2], d2[i / 2][i % 2 * 2 + 1]);
+    L2.store(dqkv + start + 2 * D, stride, p.first, p.n);
   }
 }
 
 template <int dim>
-__global__ void __launch_bounds__(block_threads, dim == 64 ? 4 : 2)
+__global__ void __launch_bounds__(block_threads, dim == 64 ? 3 : 2)
     attention_backward_kernel(bf16* dqkv, const bf16* qkv, AttentionBackwardInputs c, Heads h) {
 #if __CUDA_ARCH__ >= 800
-  extern __shared__ __align__(16) unsigned char shared[];
-  bf16* memory = reinterpret_cast<bf16*>(shared);
-  if (blockIdx.z == 0) attention_backward_rows<dim, 0>(memory, dqkv, qkv, c, h);
-  if (blockIdx.z == 1) attention_backward_rows<dim, 1>(memory, dqkv, qkv, c, h);
-  if (blockIdx.z == 2) attention_backward_rows<dim, 2>(memory, dqkv, qkv, c, h);
+  extern __shared__ __align__(1024) unsigned char shared[];
+  if (blockIdx.z == 0)
+    attention_backward_rows<dim, true>(shared, dqkv, qkv, c, h);
+  else
+    attention_backward_rows<dim, false>(shared, dqkv, qkv, c, h);
 #endif
 }
 #endif
@@ -982,8 +1076,8 @@ void fused_attention_forward(Device& device, T* Y, T* Y_rest, Acc<T>* log_sums, 
     dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads));
     size_t rows = block_rows + 4 * tile_columns;
     auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, block_threads, rows * (h.dim + 8) * sizeof(T), Y, Y_rest,
-             log_sums, qkv, h);
+      launch(device, kernel, blocks, block_threads, rows * h.dim * sizeof(T), Y, Y_rest, log_sums,
+             qkv, h);
     };
     return h.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
   }
@@ -1000,12 +1094,12 @@ void fused_attention_backward(Device& device, T* dqkv, Acc<T>* inner, const T* d
   head_products(device, inner, dY, Y, Y_rest, h);
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>) {
-    dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads), 1, 3);
+    dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads), 1, 2);
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
     AttentionBackwardInputs c{dY, log_sums, inner, r, rope};
     auto run = [&](auto kernel) {
       launch(device, kernel, blocks, block_threads,
-             rows * (h.dim + 8) * sizeof(T) + floats * sizeof(float), dqkv, qkv, c, h);
+             rows * h.dim * sizeof(T) + floats * sizeof(float), dqkv, qkv, c, h);
     };
     return h.dim == 64 ? run(attention_backward_kernel<64>) : run(attention_backward_kernel<128>);
   }
