@@ -395,50 +395,73 @@ struct Rope {
 };
 
 // A token's 2 H head vectors (the H queries, then the H keys) are dealt out to the parts of a team,
-// a warp or less for one of them: a thread there has `wide` channels of each half.
+// `each` to one of them, a warp or less: a thread there has `wide` channels of each half.
 inline int threads_a_head(Heads h, int wide) {
   int threads = 1;
   while (threads < 32 && 2 * size_t(wide * threads) < h.dim) threads *= 2;
   return threads;
 }
-inline int threads_a_token(Heads h, int one) {
+inline int threads_a_token(Heads h, int one, size_t each = 1) {
   int threads = one;
-  while (threads < Team::max_size && size_t(threads) < 2 * h.heads * size_t(one)) threads *= 2;
+  while (threads < Team::max_size && size_t(threads) * each < 2 * h.heads * size_t(one))
+    threads *= 2;
   return threads;
 }
 
+// Four heads at a time: a thread has all its loads on the way at once, and reads its angles once
+// for four.
 template <int wide, class T>
 void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
   using A = Acc<T>;
-  size_t half = h.dim / 2;
+  size_t half = h.dim / 2, heads = 2 * h.heads;
   int one = threads_a_head(h, wide);
-  for_each_team(device, h.batch * h.length, threads_a_token(h, one), [=] HD(Team team) {
+  for_each_team(device, h.batch * h.length, threads_a_token(h, one, 4), [=] HD(Team team) {
     size_t row = team.index, token = uint32_t(row) % uint32_t(h.length);
+    bool turned = token < rope.image_tokens;
+    auto angle = [&](const A* table, size_t j) {
+      size_t at = (turned ? token * half : 0) + min_(j, half - wide);
+      return *reinterpret_cast<const Several<A, wide>*>(table + at);
+    };
+    T* x = qkv + row * 3 * h.width();
     Team part = team.part(one);
-    for (size_t head = part.index; head < 2 * h.heads; head += size_t(team.parts(one))) {
-      T* x = qkv + row * 3 * h.width() + head * h.dim;
-      auto at = [&](size_t j) { return reinterpret_cast<Several<T, wide>*>(x + j); };
-      A squares = 0;
-      for (size_t j = size_t(wide * part.rank); j < half; j += size_t(wide * part.size)) {
-        Several<T, wide> x1 = *at(j), x2 = *at(j + half);
-        for (int k = 0; k < wide; ++k) squares += A(x1.v[k]) * A(x1.v[k]) + A(x2.v[k]) * A(x2.v[k]);
-      }
-      A scale = inverse_rms(part.sum(squares), h.dim, A(qk_eps));
-      for (size_t j = size_t(wide * part.rank); j < half; j += size_t(wide * part.size)) {
-        Several<T, wide> x1 = *at(j), x2 = *at(j + half), y1, y2;
-        Several<A, wide> c, s;
-        for (int k = 0; k < wide; ++k) c.v[k] = 1, s.v[k] = 0;
-        if (token < rope.image_tokens) {
-          c = *reinterpret_cast<const Several<A, wide>*>(rope.cosine + token * half + j);
-          s = *reinterpret_cast<const Several<A, wide>*>(rope.sine + token * half + j);
+    size_t own = size_t(wide * part.rank), step = size_t(wide * part.size);
+    for (size_t head = 4 * part.index; head < heads; head += 4 * size_t(team.parts(one))) {
+      auto first = [&](int k, size_t j) {  // of head + k, or the last one's again
+        return reinterpret_cast<Several<T, wide>*>(x + min_(head + size_t(k), heads - 1) * h.dim +
+                                                   j);
+      };
+      auto second = [&](int k, size_t j) { return first(k, j + half); };
+      // A thread's first channels, on a GPU all that it has, and their angles.
+      Several<T, wide> x1[4], x2[4];
+      Several<A, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
+      Quad<A> squares = quad(A(0));
+      for (size_t j = own; j < half; j += step) UNROLL for (int k = 0; k < 4; ++k) {
+          Several<T, wide> a = *first(k, j), b = *second(k, j);
+          if (j == own) x1[k] = a, x2[k] = b;
+          for (int i = 0; i < wide; ++i)
+            squares[k] += A(a.v[i]) * A(a.v[i]) + A(b.v[i]) * A(b.v[i]);
         }
-        for (int k = 0; k < wide; ++k) {
-          y1.v[k] = T(scale * (A(x1.v[k]) * c.v[k] + A(x2.v[k]) * s.v[k]));
-          y2.v[k] = T(scale * (A(x2.v[k]) * c.v[k] - A(x1.v[k]) * s.v[k]));
+      squares = part.sum_rows(squares, 1);
+      UNROLL for (int k = 0; k < 4; ++k) squares[k] = inverse_rms(squares[k], h.dim, A(qk_eps));
+      for (size_t j = own; j < half; j += step) {
+        Several<A, wide> c = j == own ? cosine : angle(rope.cosine, j);
+        Several<A, wide> s = j == own ? sine : angle(rope.sine, j);
+        if (!turned)
+          for (int i = 0; i < wide; ++i) c.v[i] = 1, s.v[i] = 0;
+        UNROLL for (int k = 0; k < 4; ++k) {
+          if (head + size_t(k) >= heads) break;
+          Several<T, wide> a = j == own ? x1[k] : *first(k, j),
+                           b = j == own ? x2[k] : *second(k, j);
+          for (int i = 0; i < wide; ++i) {
+            A a_i = A(a.v[i]), b_i = A(b.v[i]);
+            a.v[i] = T(squares[k] * (a_i * c.v[i] + b_i * s.v[i]));
+            b.v[i] = T(squares[k] * (b_i * c.v[i] - a_i * s.v[i]));
+          }
+          *first(k, j) = a, *second(k, j) = b;
         }
-        *at(j) = y1, *at(j + half) = y2;
       }
-      if (part.rank == 0) r[row * 2 * h.heads + head] = scale;
+      UNROLL for (int k = 0; k < 4; ++k) if (part.rank == 0 && head + size_t(k) < heads)
+          r[row * heads + head + size_t(k)] = squares[k];
     }
   });
 }
@@ -605,8 +628,8 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 //   are two walks, over L1, L2 by rows and C1, C2 by columns:
 //
 //                 L1   L2   C1   C2     sums
-//       dQ        Q    G    K    V      dS C1               S   = L1 C1^T / sqrt(hd),   dA   = L2 C2^T
-//       dK, dV    K    V    Q    G      dS^T C1, P^T C2     S^T = L1 C1^T / sqrt(hd),   dA^T = L2 C2^T
+//       dQ        Q    G    K    V      dS C1              S   = L1 C1^T / sqrt(hd), dA   = L2 C2^T
+//       dK, dV    K    V    Q    G      dS^T C1, P^T C2    S^T = L1 C1^T / sqrt(hd), dA^T = L2 C2^T
 //
 //   That makes S twice, but each sum belongs to one thread block (no atomics, the same bits each
 //   time) and fits into its registers. The products are not scaled in the code: 1/sqrt(hd) goes
@@ -632,7 +655,7 @@ void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y,
     uint32_t row = uint32_t(team.index) / uint32_t(h.heads),
              head = uint32_t(team.index) % uint32_t(h.heads);
     A sum = 0;
-    each_quad(team, h.dim, [&](int, size_t d, bool inside) {
+    each_quad(team, h.dim, [&](size_t d, bool inside) {
       size_t at = team.index * h.dim + d;
       A product = dot(load<A>(dY + at), load<A>(Y + at) + load<A>(Y_rest + at));
       sum += inside ? product : A(0);
@@ -653,10 +676,10 @@ struct Fragment {
   uint32_t r[4];
 };
 
-// A tile in shared memory, `rows` of `dim` bf16, at an address in bytes that 1024 divides: panels of
-// 64 columns, 128 bytes a row. Chunk c (16 bytes) of a row is at place c ^ row % 8, so that the same
-// chunk of eight rows, which is what a tensor core reads at once, lies in different banks. (Hopper's
-// name for this order is the 128-byte swizzle.)
+// A tile in shared memory, `rows` of `dim` bf16, at an address in bytes that 1024 divides: panels
+// of 64 columns, 128 bytes a row. Chunk c (16 bytes) of a row is at place c ^ row % 8, so that the
+// same chunk of eight rows, which is what a tensor core reads at once, lies in different banks.
+// (Hopper's name for this order is the 128-byte swizzle.)
 template <int dim, int rows>
 struct Tile {
   unsigned at;
@@ -941,8 +964,8 @@ struct AttentionBackwardInputs {
   Rope<float> rope;
 };
 
-// y, normalised Q or K, becomes dx = R^T r (g - (<g, y> / hd) y), g = scale d. r: the QK-norm factor
-// of the sequence's first token, r_stride apart. (4.1)
+// y, normalised Q or K, becomes dx = R^T r (g - (<g, y> / hd) y), g = scale d. r: the QK-norm
+// factor of the sequence's first token, r_stride apart. (4.1)
 template <int dim>
 __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim / 8][4],
                                    float scale, const float* r, size_t r_stride, Rope<float> rope,
@@ -1076,8 +1099,8 @@ void fused_attention_forward(Device& device, T* Y, T* Y_rest, Acc<T>* log_sums, 
     dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads));
     size_t rows = block_rows + 4 * tile_columns;
     auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, block_threads, rows * h.dim * sizeof(T), Y, Y_rest, log_sums,
-             qkv, h);
+      launch(device, kernel, blocks, 1, block_threads, rows * h.dim * sizeof(T), Y, Y_rest,
+             log_sums, qkv, h);
     };
     return h.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
   }
@@ -1098,7 +1121,7 @@ void fused_attention_backward(Device& device, T* dqkv, Acc<T>* inner, const T* d
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
     AttentionBackwardInputs c{dY, log_sums, inner, r, rope};
     auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, block_threads,
+      launch(device, kernel, blocks, 1, block_threads,
              rows * h.dim * sizeof(T) + floats * sizeof(float), dqkv, qkv, c, h);
     };
     return h.dim == 64 ? run(attention_backward_kernel<64>) : run(attention_backward_kernel<128>);
@@ -1162,7 +1185,7 @@ template <class T>
 struct BlockSaved {
   T *X, *qkv, *P, *Y, *Y_rest, *F1, *X1, *u, *hidden, *F2, *X_next;
   Acc<T>*r_qk, *log_sums;  // log_sums, Y_rest: only where attention is fused; P: only where not
-  MergeSaved<Acc<T>> merge[2];
+  std::array<MergeSaved<Acc<T>>, 2> merge;
 };
 
 // Arrays that live within one block's pass, shared by all blocks. Where attention is fused there is
@@ -1185,10 +1208,11 @@ struct BlockShape {
   Rope<Acc<T>> rope;
 };
 
-// s.X_next (B, T, D) from s.X.
+// s.X_next (B, T, D), unless that is null, from s.X. `again`: a replay, which finds what the merges
+// saved the first time.
 template <class T>
 void block_forward(Device& device, BlockSaved<T> s, BlockParameters<const T> w,
-                   BlockScratch<T> scratch, const BlockShape<T>& b) {
+                   BlockScratch<T> scratch, const BlockShape<T>& b, bool again = false) {
   size_t rows = b.tokens.rows(), D = b.D, F = b.F;
   linear_forward(device, s.qkv, s.X, w.qkv, rows, 3 * D, D);
   rope_qk_norm_forward(device, s.qkv, s.r_qk, b.rope, b.heads);
@@ -1197,12 +1221,13 @@ void block_forward(Device& device, BlockSaved<T> s, BlockParameters<const T> w,
   else
     attention_forward(device, s.Y, s.P, scratch.scores, s.qkv, b.heads);
   linear_forward(device, s.F1, s.Y, w.proj, rows, D, D);
-  merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.gates[0], b.tokens, D, b.eps);
+  merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.gates[0], b.tokens, D, b.eps, again);
 
   linear_forward(device, s.u, s.X1, w.w13, rows, 2 * F, D);
   swiglu_forward(device, s.hidden, s.u, rows, F);
   linear_forward(device, s.F2, s.hidden, w.w2, rows, D, F);
-  merge_forward(device, s.X_next, s.merge[1], s.X1, s.F2, w.gates[1], b.tokens, D, b.eps);
+  if (s.X_next)
+    merge_forward(device, s.X_next, s.merge[1], s.X1, s.F2, w.gates[1], b.tokens, D, b.eps, again);
 }
 
 // G holds dL/dX_next on entry and dL/dX on return; parameter gradients = (or += if `accumulate`).
@@ -1251,11 +1276,12 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
 // 7. Memory
 //
 // Activation checkpointing. The blocks are cut into spans of k blocks. The forward keeps the input
-// of each span, and has room for what k blocks save; each span overwrites the one before. The
-// backward takes the spans from the last to the first and replays each from its checkpoint before
-// it goes back through it. The same kernels on the same inputs give the same bits, so gradients do
-// not depend on k. What the forward left of the last span is still there and needs no replay, so
-// "keep everything" is one span of all the blocks, not a special case.
+// of each span and the few numbers that each merge saves (r and the segment means, which cost two
+// reductions to make), and has room for what else k blocks save; each span overwrites the one
+// before. The backward takes the spans from the last to the first and replays each from its
+// checkpoint before it goes back through it. The same kernels on the same inputs give the same
+// bits, so gradients do not depend on k. What the forward left of the last span is still there and
+// needs no replay, so "keep everything" is one span of all the blocks, not a special case.
 //
 // Memory is (depth / k) checkpoints + k blocks' activations; the price is one more forward.
 
@@ -1266,6 +1292,7 @@ struct Arrays {
   using A = Acc<T>;
   T *inputs, *output;                 // (spans, B, T, D), (B, T, D): inputs of spans; the last X
   std::vector<BlockSaved<T>> blocks;  // what a span's blocks save
+  std::vector<std::array<MergeSaved<A>, 2>> merges;  // of every block
   BlockScratch<T> scratch;
   T* G;                                         // (B, T, D), the trunk's gradient
   A *z, *velocity, *dvelocity, *dz;             // (B, C, H, W)
@@ -1279,9 +1306,15 @@ struct Arrays {
 
   // Without training, blocks pass two arrays back and forth.
   void lay_checkpoints(Carver& c, const Config& m, size_t B, size_t span, bool trains) {
-    size_t X = B * m.tokens() * m.width;
+    size_t X = B * m.tokens() * m.width, means = 2 * B * m.width;
     inputs = c.take<T>((trains ? ceil_div(m.depth, span) : 2) * input_stride(m, B));
     output = trains ? c.take<T>(X) : nullptr;
+    merges.resize(trains ? m.depth : 1);
+    for (auto& of_block : merges)
+      for (MergeSaved<A>& merge : of_block) {
+        merge.r = c.take<A>(B * m.tokens());
+        merge.xbar = c.take<A>(means), merge.fbar = c.take<A>(means);
+      }
   }
   static size_t input_stride(const Config& m, size_t B) {
     return round_up(B * m.tokens() * m.width, 128);  // on a 256-byte boundary
@@ -1302,10 +1335,6 @@ struct Arrays {
       s.u = c.take<T>(2 * rows * m.ffn), s.hidden = c.take<T>(rows * m.ffn);
       s.F2 = c.take<T>(X);
       s.r_qk = c.take<A>(2 * rows * m.heads);
-      for (auto& merge : s.merge) {
-        merge.r = c.take<A>(rows);
-        merge.xbar = c.take<A>(2 * B * m.width), merge.fbar = c.take<A>(2 * B * m.width);
-      }
     }
   }
 
@@ -1508,8 +1537,11 @@ class Network {
   void forward(size_t b) {
     Parameters<const T> w = locate<const T>(config, table, weights_);
     embed(b, w);
-    for (size_t i = 0; i < config.depth; ++i)
-      block_forward(device, saved(i), w.block(i), arrays.scratch, shape(b));
+    for (size_t i = 0; i < config.depth; ++i) {
+      BlockSaved<T> s = saved(i);
+      if (i / span_ < (config.depth - 1) / span_) s.Y_rest = nullptr;  // the replay will make it
+      block_forward(device, s, w.block(i), arrays.scratch, shape(b));
+    }
     linear_forward(device, arrays.prediction, input(config.depth), w.final_weight,
                    b * config.tokens(), config.patch_dim(), config.width);
     tokens_to_image(device, arrays.velocity, arrays.prediction, w.final_bias, b, config.tokens(),
@@ -1528,8 +1560,11 @@ class Network {
     for (size_t s = ceil_div(config.depth, span_); s-- > 0;) {
       size_t first = s * span_, end = std::min(config.depth, first + span_);
       if (end < config.depth)
-        for (size_t i = first; i < end; ++i)
-          block_forward(device, saved(i), w.block(i), arrays.scratch, shape(b));
+        for (size_t i = first; i < end; ++i) {
+          BlockSaved<T> again = saved(i);
+          if (i + 1 == end) again.X_next = nullptr;  // it is the next span's checkpoint
+          block_forward(device, again, w.block(i), arrays.scratch, shape(b), true);
+        }
       for (size_t i = end; i-- > first;) {
         block_backward(device, arrays.G, d.block(i), saved(i), w.block(i), arrays.scratch, shape(b),
                        add, [&](int writer) {
@@ -1562,7 +1597,7 @@ class Network {
   }
   BlockSaved<T> saved(size_t i) {
     BlockSaved<T> s = arrays.blocks[i % span_];
-    s.X = input(i), s.X_next = input(i + 1);
+    s.X = input(i), s.X_next = input(i + 1), s.merge = arrays.merges[trains ? i : 0];
     return s;
   }
 

@@ -38,6 +38,7 @@
 #include <unistd.h>
 
 #ifdef __CUDACC__
+#include <cooperative_groups.h>
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #define HD __host__ __device__
@@ -551,28 +552,23 @@ struct Team {
 // Threads for a team whose loop has n independent items: whole warps, at most eight.
 inline int threads_for(size_t n) { return int(std::clamp<size_t>(round_up(n, 32), 32, 256)); }
 
-// How many quads of a row a thread keeps in registers.
-constexpr int row_slots = 4;
-
-// Threads for a row of D channels that is gone through twice: four quads each, so that the second
-// time they are still in registers (see each_quad).
+// Threads for a row of D channels: four quads each, while they are enough.
 inline int threads_for_row(size_t D) {
   int threads = 1;
-  while (threads < Team::max_size && 4 * row_slots * size_t(threads) < D) threads *= 2;
+  while (threads < Team::max_size && 16 * size_t(threads) < D) threads *= 2;
   return threads;
 }
+// Threads for four such rows at once: one quad of each.
+inline int threads_for_fours(size_t D) { return std::min(4 * threads_for_row(D), Team::max_size); }
 
-// Call f(slot, d, inside) for the team's quads of a row of D channels. Slots 0 to 3 are constants
-// once the loop is unrolled: what f keeps in an array under them stays in registers. Slot 4 is the
-// rest. There is no branch, so that a thread has all its loads on the way at once: past the end of
-// the row d is the last quad once more, and `inside` false.
+// Call f(d, inside) for the team's quads of a row of D channels. The first four come without a
+// branch, so that a thread has all its loads on the way at once: past the end of the row d is the
+// last quad once more, and `inside` false.
 template <class F>
 HD void each_quad(Team team, size_t D, const F& f) {
   size_t d = 4 * size_t(team.rank), step = 4 * size_t(team.size);
-  UNROLL for (int slot = 0; slot < row_slots; ++slot, d += step) {
-    f(slot, d < D ? d : D - 4, d < D);
-  }
-  for (; d < D; d += step) f(row_slots, d, true);
+  UNROLL for (int i = 0; i < 4; ++i, d += step) f(d < D ? d : D - 4, d < D);
+  for (; d < D; d += step) f(d, true);
 }
 
 #ifdef __CUDACC__
@@ -612,14 +608,26 @@ void for_each_team(const Device& device, size_t teams, int threads, const Body& 
 
 #ifdef __CUDACC__
 // A kernel of the GPU's own, written where one source for both machines would be too slow: `blocks`
-// of `threads` threads that share `shared` bytes.
+// of `threads` threads that share `shared` bytes. Of these blocks, `cluster` neighbours in x can
+// read each other's shared memory (Hopper on).
 template <class... Parameters, class... Arguments>
-void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, int threads,
-            size_t shared, Arguments... arguments) {
+void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, unsigned cluster,
+            unsigned threads, size_t shared, Arguments... arguments) {
   CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  kernel<<<blocks, threads, shared, device.stream>>>(arguments...);
-  CUDA_CHECK(cudaGetLastError());
+  cudaLaunchAttribute together;
+  together.id = cudaLaunchAttributeClusterDimension;
+  together.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared;
+  config.stream = device.stream, config.attrs = &together, config.numAttrs = cluster > 1;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// Whether the kernels in this binary are for Hopper or later.
+constexpr bool built_for_clusters() {
+  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
+  return architectures[0] >= 900;
 }
 #endif
 

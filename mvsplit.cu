@@ -54,6 +54,24 @@ struct Tokens {
   HD size_t segment_of(size_t row) const {
     return row / length() * 2 + (row % length() < image ? 0 : 1);
   }
+
+  // Neighbouring rows of one segment, up to four. A team that has them reads once what belongs to
+  // the segment and the channel.
+  struct Four {
+    size_t segment, first, last;
+
+    HD bool has(int k) const { return first + size_t(k) <= last; }
+    HD size_t row(int k) const { return min_(first + size_t(k), last); }
+  };
+  HD size_t fours(size_t segment) const { return (count(segment) + 3) / 4; }
+  HD size_t fours() const { return batch * (fours(0) + fours(1)); }
+  HD Four four(size_t index) const {
+    uint32_t each = uint32_t(fours(0) + fours(1)), i = uint32_t(index) % each;
+    size_t sequence = uint32_t(index) / each, segment = i < fours(0) ? 0 : 1;
+    size_t start = sequence * length() + first(segment), end = start + count(segment);
+    size_t row = start + 4 * (segment ? i - fours(0) : i);
+    return {2 * sequence + segment, row, min_(row + 3, end - 1)};
+  }
 };
 
 // Sum body(segment, row, d), which looks at the four channels d..d+3, over the rows of each
@@ -250,6 +268,13 @@ HD Quad<A> merge_rule(Gates<const T> gates, Quad<A> x, Quad<A> f, const A* xbar,
   return x + load<A>(gates.beta + d) * (f - f_mean) + load<A>(gates.alpha + d) * to_mean;
 }
 
+// Where there is one kernel that does it all (4.1).
+template <class T>
+bool fused_merge(const Device& device, Merge merge, size_t D);
+template <class T>
+void fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
+                         const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps);
+
 // Call f with the kind of merge as a compile-time constant: a kernel for each kind, without
 // branches between its loads.
 template <class F>
@@ -268,40 +293,49 @@ void with_kind(Merge merge, const F& f) {
   }
 }
 
-// X_next and r from X, F and, where it splits, the segment means: a team a row.
+// X_next and, unless they are there already, r from X, F and, where it splits, the segment means.
 template <Merge merge, class T>
 void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X, const T* F,
-                Gates<const T> gates, Tokens tokens, size_t D, double eps) {
+                Gates<const T> gates, Tokens tokens, size_t D, double eps, bool again) {
   using A = Acc<T>;
-  for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
-    size_t row = team.index, segment = tokens.segment_of(row);
-    const A *xbar = saved.xbar + segment * D, *fbar = saved.fbar + segment * D;
-    auto z = [&](size_t d) {
-      return merge_rule<merge>(gates, load<A>(X + row * D + d), load<A>(F + row * D + d), xbar,
-                               fbar, d);
+  for_each_team(device, tokens.fours(), threads_for_fours(D), [=] HD(Team team) {
+    Tokens::Four rows = tokens.four(team.index);
+    const A *xbar = saved.xbar + rows.segment * D, *fbar = saved.fbar + rows.segment * D;
+    auto z = [&](int k, size_t d) {
+      const T *x = X + rows.row(k) * D + d, *f = F + rows.row(k) * D + d;
+      return merge_rule<merge>(gates, load<A>(x), load<A>(f), xbar, fbar, d);
     };
-    Quad<A> kept[row_slots];
-    A squares = 0;
-    each_quad(team, D, [&](int slot, size_t d, bool inside) {
-      Quad<A> v = z(d);
-      if (slot < row_slots) kept[slot] = v;
-      squares += inside ? dot(v, v) : A(0);
-    });
-    A r = inverse_rms(team.sum(squares), D, A(eps));
-    each_quad(team, D, [&](int slot, size_t d, bool inside) {
-      if (inside) store(X_next + row * D + d, r * (slot < row_slots ? kept[slot] : z(d)));
-    });
-    if (team.rank == 0) saved.r[row] = r;
+    // A thread keeps its first channels, on a GPU mostly all that it has. All is read before
+    // anything is written, so that the compiler can have every load on its way at once.
+    size_t own = 4 * size_t(team.rank), step = 4 * size_t(team.size);
+    Quad<A> kept[4] = {}, r = quad(A(0));
+    for (size_t d = own; d < D; d += step) UNROLL for (int k = 0; k < 4; ++k) {
+        Quad<A> v = z(k, d);
+        if (d == own) kept[k] = v;
+        r[k] += dot(v, v);
+      }
+    if (!again) r = team.sum_rows(r, 1);
+    UNROLL for (int k = 0; k < 4; ++k) {
+      r[k] = again ? saved.r[rows.row(k)] : inverse_rms(r[k], D, A(eps));
+      if (!again && team.rank == 0 && rows.has(k)) saved.r[rows.row(k)] = r[k];
+    }
+    for (size_t d = own; d < D; d += step)
+      UNROLL for (int k = 0; k < 4; ++k) if (rows.has(k))
+          store(X_next + rows.row(k) * D + d, r[k] * (d == own ? kept[k] : z(k, d)));
   });
 }
 
-// X_next = RMSNorm(Z(X, F)), eqs. (7)-(8). X, F, X_next (B, T, D).
+// X_next = RMSNorm(Z(X, F)), eqs. (7)-(8). X, F, X_next (B, T, D). `again`: from the same X and F
+// as before, with what that saved: one pass then, and the same bits.
 template <class T>
 void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
-                   const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps) {
-  if (splits(gates.merge)) segment_means(device, saved.xbar, saved.fbar, X, F, tokens, D);
+                   const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps,
+                   bool again = false) {
+  if (!again && fused_merge<T>(device, gates.merge, D))
+    return fused_merge_forward(device, X_next, saved, X, F, gates, tokens, D, eps);
+  if (!again && splits(gates.merge)) segment_means(device, saved.xbar, saved.fbar, X, F, tokens, D);
   with_kind(gates.merge, [&](auto kind) {
-    merge_rows<decltype(kind)::value>(device, X_next, saved, X, F, gates, tokens, D, eps);
+    merge_rows<decltype(kind)::value>(device, X_next, saved, X, F, gates, tokens, D, eps, again);
   });
 }
 
@@ -411,49 +445,53 @@ void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, const 
       });
 }
 
+// dX and dF at four channels of one token, from Delta there and its mean over the token's segment.
+template <Merge merge, class T, class A>
+HD void merge_rule_backward(Quad<A>& dx, Quad<A>& df, Quad<A> delta, Gates<const T> gates,
+                            const A* dbar, size_t d) {
+  dx = df = delta;
+  if (merge == Merge::layerscale) df = load<A>(gates.lambda + d) * delta;
+  if (merge == Merge::rezero) df = A(gates.lambda[0]) * delta;
+  if (splits(merge)) {
+    Quad<A> alpha = load<A>(gates.alpha + d), beta = load<A>(gates.beta + d);
+    Quad<A> mean = load<A>(dbar + d);
+    if (merge == Merge::mvsplit) dx = delta - alpha * mean;  // (dX)
+    df = beta * delta + (alpha - beta) * mean;               // (dF)
+  }
+}
+
 // The third pass: dX and dF.
 template <Merge merge, class T, class Delta>
 void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
                          Gates<const T> gates, Tokens tokens, size_t D, const Delta& delta) {
   using A = Acc<T>;
-  for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
-    size_t row = team.index;
-    const A* dbar = scratch.dbar + tokens.segment_of(row) * D;
-    // What fits into the slots is read before any of it is written: dX may be G, so the compiler
-    // could not move a later load up by itself. The rest is read quad by quad.
-    Quad<A> kept[row_slots];
-    each_quad(team, D, [&](int slot, size_t d, bool) {
-      if (slot < row_slots) kept[slot] = delta(row, d);
-    });
-    each_quad(team, D, [&](int slot, size_t d, bool inside) {
-      if (!inside) return;
-      Quad<A> delta_i = slot < row_slots ? kept[slot] : delta(row, d), dx = delta_i, df = delta_i;
-      if (merge == Merge::layerscale) df = load<A>(gates.lambda + d) * delta_i;
-      if (merge == Merge::rezero) df = A(gates.lambda[0]) * delta_i;
-      if (splits(merge)) {
-        Quad<A> alpha = load<A>(gates.alpha + d), beta = load<A>(gates.beta + d);
-        Quad<A> mean = load<A>(dbar + d);
-        if (merge == Merge::mvsplit) dx = delta_i - alpha * mean;  // (dX)
-        df = beta * delta_i + (alpha - beta) * mean;               // (dF)
+  for_each_team(device, tokens.fours(), threads_for_fours(D), [=] HD(Team team) {
+    Tokens::Four rows = tokens.four(team.index);
+    const A* dbar = scratch.dbar + rows.segment * D;
+    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
+      // All four are read before any is written: dX may be G, so the compiler could not move a
+      // later load up by itself.
+      Quad<A> dx[4], df[4];
+      UNROLL for (int k = 0; k < 4; ++k)
+          merge_rule_backward<merge>(dx[k], df[k], delta(rows.row(k), d), gates, dbar, d);
+      UNROLL for (int k = 0; k < 4; ++k) if (rows.has(k)) {
+        store(dX + rows.row(k) * D + d, dx[k]);
+        store(dF + rows.row(k) * D + d, df[k]);
       }
-      store(dX + row * D + d, dx);
-      store(dF + row * D + d, df);
-    });
+    }
   });
 }
 
-// dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next,
-// Y = X_next and F (read where there are gates). dX may be G itself. The gates' gradients are made
-// beside what follows: they are there, and `scratch` may be used again, after device.join().
-template <class T, class P>
-void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* Y,
-                    const T* F, Gates<const T> gates, MergeSaved<Acc<T>> saved,
-                    MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
+// The three passes.
+template <class T>
+void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
+                           const T* G, const T* Y, const T* F, Gates<const T> gates,
+                           MergeSaved<Acc<T>> saved, Tokens tokens, size_t D) {
   using A = Acc<T>;
   for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
     size_t row = team.index;
     A gy = 0;
-    each_quad(team, D, [&](int, size_t d, bool inside) {
+    each_quad(team, D, [&](size_t d, bool inside) {
       A product = dot(load<A>(G + row * D + d), load<A>(Y + row * D + d));
       gy += inside ? product : A(0);
     });
@@ -464,16 +502,293 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, c
     return saved.r[row] *
            (load<A>(G + row * D + d) - scratch.h[row] * load<A>(Y + row * D + d));  // (Delta')
   };
-  if (gates.merge != Merge::plain) {
-    with_kind(gates.merge, [&](auto kind) {
-      merge_token_sums<decltype(kind)::value>(device, scratch, F, saved, tokens, D, delta);
-    });
+  with_kind(gates.merge, [&](auto kind) {
+    constexpr Merge merge = decltype(kind)::value;
+    if (merge != Merge::plain) merge_token_sums<merge>(device, scratch, F, saved, tokens, D, delta);
+    merge_backward_rows<merge>(device, dX, dF, scratch, gates, tokens, D, delta);
+  });
+}
+
+// dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next,
+// Y = X_next and F (read where there are gates). dX may be G itself. The gates' gradients are made
+// beside what follows: they are there, and `scratch` may be used again, after device.join().
+template <class T, class P>
+void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* Y,
+                    const T* F, Gates<const T> gates, MergeSaved<Acc<T>> saved,
+                    MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
+  if (fused_merge<T>(device, gates.merge, D))
+    fused_merge_backward(device, dX, dF, scratch, G, Y, F, gates, saved, tokens, D);
+  else
+    merge_backward_passes(device, dX, dF, scratch, G, Y, F, gates, saved, tokens, D);
+  if (gates.merge != Merge::plain)
     device.beside(
         [&] { gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate); });
+}
+
+// 4.1 Each in one kernel
+//
+// The passes of sections 3 and 4 read X and F twice, G and Y three times, and each has a beginning
+// and an end of its own: on a GPU, time in which another 20 MB could be read. Where thread blocks
+// can read each other's shared memory (a cluster: Hopper on), eight blocks take a sequence, and the
+// passes are one kernel:
+//
+// 1. Each thread goes over its block's rows, a few at once, and sums in registers what is summed
+//    over tokens: X and F, or (with h from a sum over the row's threads) Delta and
+//    Delta * (F - Fbar).
+// 2. The sums are added up over a block's lines of threads, then over the cluster's blocks.
+// 3. Each thread goes over its rows once more, which the cache still has, and writes.
+//
+// The formulas are those above: merge_rule(), (Delta'), merge_rule_backward().
+
+#ifdef __CUDACC__
+constexpr int cluster_blocks = 8, cluster_threads = 256, cluster_rows = 4;
+
+// The threads of a block as lines: a line has a row of D channels, a thread four of them. A line
+// works on `cluster_rows` rows at once.
+template <int D>
+struct ClusterWalk {
+  static constexpr int columns = D / 4, lines = cluster_threads / columns;
+  static constexpr int places = cluster_blocks * lines;
+  Tokens tokens;
+  size_t sequence = blockIdx.x / cluster_blocks;
+  int block = int(blockIdx.x) % cluster_blocks, line = int(threadIdx.x) / columns;
+  int d = 4 * (int(threadIdx.x) % columns);
+
+  // Rows first + k * places of a segment whose first row is `start`. Where there is none, row(k) is
+  // the last one, so that all can be read without a branch.
+  struct Rows {
+    unsigned start;
+    int first, count;
+
+    __device__ bool there(int k) const { return first + k * places < count; }
+    __device__ unsigned row(int k) const {
+      return start + unsigned(min(first + k * places, count - 1));
+    }
+    __device__ size_t at(int k, int channel) const { return size_t(row(k)) * D + size_t(channel); }
+  };
+
+  // Call f(rows) until this line's rows of a segment are through; all lines of a block call it as
+  // often.
+  template <class F>
+  __device__ void each(int segment, const F& f) const {
+    size_t start = sequence * tokens.length() + tokens.first(size_t(segment));
+    int count = int(tokens.count(size_t(segment)));
+    for (int done = 0; done < count; done += cluster_rows * places)
+      f(Rows{unsigned(start), done + block * lines + line, count});
   }
-  with_kind(gates.merge, [&](auto kind) {
-    merge_backward_rows<decltype(kind)::value>(device, dX, dF, scratch, gates, tokens, D, delta);
+
+  // x summed over the line, for each k.
+  __device__ void sum_over_line(float (&x)[cluster_rows]) const {
+    __shared__ float shared[cluster_threads / 32 * cluster_rows];
+    int warp = int(threadIdx.x) / 32, first_warp = line * (columns / 32);
+    UNROLL for (int k = 0; k < cluster_rows; ++k) x[k] =
+        Team{0, int(threadIdx.x) % 32, 32}.sum(x[k]);
+    if (columns == 32) return;
+    if (threadIdx.x % 32 == 0)
+      UNROLL for (int k = 0; k < cluster_rows; ++k) shared[warp * cluster_rows + k] = x[k];
+    __syncthreads();
+    UNROLL for (int k = 0; k < cluster_rows; ++k) {
+      x[k] = shared[first_warp * cluster_rows + k];
+      UNROLL for (int w = 1; w < columns / 32; ++w) x[k] +=
+          shared[(first_warp + w) * cluster_rows + k];
+    }
+    __syncthreads();
+  }
+};
+
+// What the blocks of a cluster exchange: two sums over the tokens of each segment.
+template <int D>
+struct ClusterSums {
+  // (lines, segments, 2, D), (segments, 2, D). Line 0's become the block's.
+  float of_lines[ClusterWalk<D>::lines][2][2][D];
+  float total[2][2][D];
+
+#if __CUDA_ARCH__ >= 900
+  // total = finish(segment, which of the two, channel, sum over the cluster). Each block adds up
+  // its eighth of the channels and gives the result to all.
+  template <class Walk, class Finish>
+  __device__ void exchange(const Walk& walk, const QuadPair<float> (&sum)[2],
+                           const Finish& finish) {
+    auto cluster = cooperative_groups::this_cluster();
+    UNROLL for (int segment = 0; segment < 2; ++segment) {
+      store(&of_lines[walk.line][segment][0][walk.d], sum[segment].a);
+      store(&of_lines[walk.line][segment][1][walk.d], sum[segment].b);
+    }
+    __syncthreads();
+    float *own = &of_lines[0][0][0][0], *to = &total[0][0][0];
+    if (Walk::lines > 1)
+      for (int at = 4 * int(threadIdx.x); at < 4 * D; at += 4 * cluster_threads) {
+        Quad<float> s = load<float>(own + at);
+        UNROLL for (int line = 1; line < Walk::lines; ++line) s =
+            s + load<float>(own + line * 4 * D + at);
+        store(own + at, s);
+      }
+    cluster.sync();
+    constexpr int share = 4 * D / cluster_blocks;
+    for (int i = 4 * int(threadIdx.x); i < share; i += 4 * cluster_threads) {
+      int at = walk.block * share + i;
+      Quad<float> s = quad(0.f);
+      UNROLL for (int b = 0; b < cluster_blocks; ++b) s =
+          s + load<float>(cluster.map_shared_rank(own, b) + at);
+      s = finish(at / (2 * D), at / D % 2, at % D, s);
+      UNROLL for (int b = 0; b < cluster_blocks; ++b) store(cluster.map_shared_rank(to, b) + at, s);
+    }
+    cluster.sync();
+  }
+#endif
+};
+
+template <Merge merge, int D>
+__global__ void __launch_bounds__(cluster_threads, 3)
+    merge_forward_kernel(bf16* X_next, MergeSaved<float> saved, const bf16* X, const bf16* F,
+                         Gates<const bf16> gates, Tokens tokens, float eps) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int n = cluster_rows;
+  using Rows = typename ClusterWalk<D>::Rows;
+  __shared__ ClusterSums<D> sums;
+  ClusterWalk<D> walk{tokens};
+  QuadPair<float> sum[2] = {};
+  UNROLL for (int segment = 0; segment < 2; ++segment) walk.each(segment, [&](Rows rows) {
+    QuadPair<float> terms[n];
+    UNROLL for (int k = 0; k < n; ++k) {
+      size_t at = rows.at(k, walk.d);
+      terms[k] = {load<float>(X + at), load<float>(F + at)};
+    }
+    UNROLL for (int k = 0; k < n; ++k) if (rows.there(k)) sum[segment] = sum[segment] + terms[k];
   });
+  sums.exchange(walk, sum, [&](int segment, int which, int d, Quad<float> s) {
+    Quad<float> mean = 1 / float(max_<size_t>(tokens.count(size_t(segment)), 1)) * s;
+    float* to = which == 0 ? saved.xbar : saved.fbar;
+    store(to + (2 * walk.sequence + size_t(segment)) * D + size_t(d), mean);
+    return mean;
+  });
+  UNROLL for (int segment = 0; segment < 2; ++segment) walk.each(segment, [&](Rows rows) {
+    const float *xbar = sums.total[segment][0], *fbar = sums.total[segment][1];
+    Quad<float> z[n];
+    float r[n];
+    UNROLL for (int k = 0; k < n; ++k) {
+      size_t d = size_t(walk.d), at = rows.at(k, walk.d);
+      z[k] = merge_rule<merge>(gates, load<float>(X + at), load<float>(F + at), xbar, fbar, d);
+      r[k] = dot(z[k], z[k]);
+    }
+    walk.sum_over_line(r);
+    UNROLL for (int k = 0; k < n; ++k) if (rows.there(k)) {
+      r[k] = inverse_rms(r[k], D, eps);
+      store(X_next + rows.at(k, walk.d), r[k] * z[k]);
+      if (walk.d == 0) saved.r[rows.row(k)] = r[k];
+    }
+  });
+#endif
+}
+
+template <Merge merge, int D>
+__global__ void __launch_bounds__(cluster_threads, 3)
+    merge_backward_kernel(bf16* dX, bf16* dF, MergeScratch<float> scratch, const bf16* G,
+                          const bf16* Y, const bf16* F, Gates<const bf16> gates,
+                          MergeSaved<float> saved, Tokens tokens) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int n = cluster_rows;
+  using Rows = typename ClusterWalk<D>::Rows;
+  __shared__ ClusterSums<D> sums;
+  ClusterWalk<D> walk{tokens};
+  QuadPair<float> sum[2] = {};
+  UNROLL for (int segment = 0; segment < 2; ++segment) {
+    const float* fbar = saved.fbar + (2 * walk.sequence + size_t(segment)) * D;
+    Quad<float> f_mean = load<float>(fbar + walk.d);
+    walk.each(segment, [&](Rows rows) {
+      Quad<float> g[n], y[n], f[n];
+      float h[n], r[n];
+      UNROLL for (int k = 0; k < n; ++k) {
+        size_t at = rows.at(k, walk.d);
+        g[k] = load<float>(G + at), y[k] = load<float>(Y + at), f[k] = load<float>(F + at);
+        r[k] = saved.r[rows.row(k)], h[k] = dot(g[k], y[k]);
+      }
+      walk.sum_over_line(h);
+      UNROLL for (int k = 0; k < n; ++k) if (rows.there(k)) {
+        h[k] /= float(D);
+        if (walk.d == 0) scratch.h[rows.row(k)] = h[k];
+        Quad<float> delta = r[k] * (g[k] - h[k] * y[k]);  // (Delta')
+        sum[segment] = sum[segment] + QuadPair<float>{delta, delta * (f[k] - f_mean)};
+      }
+    });
+  }
+  sums.exchange(walk, sum, [&](int segment, int which, int d, Quad<float> s) {
+    if (which == 0) s = 1 / float(max_<size_t>(tokens.count(size_t(segment)), 1)) * s;
+    float* to = which == 0 ? scratch.dbar : scratch.dgate;
+    store(to + (2 * walk.sequence + size_t(segment)) * D + size_t(d), s);
+    return s;
+  });
+  UNROLL for (int segment = 0; segment < 2; ++segment) walk.each(segment, [&](Rows rows) {
+    Quad<float> dx[n], df[n];
+    UNROLL for (int k = 0; k < n; ++k) {
+      size_t d = size_t(walk.d), at = rows.at(k, walk.d);
+      float r = saved.r[rows.row(k)], h = scratch.h[rows.row(k)];
+      Quad<float> delta = r * (load<float>(G + at) - h * load<float>(Y + at));
+      merge_rule_backward<merge>(dx[k], df[k], delta, gates, sums.total[segment][0], d);
+    }
+    UNROLL for (int k = 0; k < n; ++k) if (rows.there(k)) {
+      size_t at = rows.at(k, walk.d);
+      store(dX + at, dx[k]), store(dF + at, df[k]);
+    }
+  });
+#endif
+}
+
+// Call f with D as a compile-time constant.
+template <class F>
+void with_width(size_t D, const F& f) {
+  if (D == 128) f(std::integral_constant<int, 128>());
+  if (D == 256) f(std::integral_constant<int, 256>());
+  if (D == 512) f(std::integral_constant<int, 512>());
+  if (D == 1024) f(std::integral_constant<int, 1024>());
+}
+#endif
+
+template <class T>
+bool fused_merge(const Device& device, Merge merge, size_t D) {
+#ifdef __CUDACC__
+  return device.gpu && built_for_clusters() && std::is_same_v<T, bf16> && splits(merge) &&
+         (D == 128 || D == 256 || D == 512 || D == 1024);
+#else
+  return (void)device, (void)merge, (void)D, false;
+#endif
+}
+
+template <class T>
+void fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
+                         const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps) {
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, bf16>)
+    with_width(D, [&](auto n) {
+      constexpr int width = decltype(n)::value;
+      auto kernel = gates.merge == Merge::mvsplit
+                        ? merge_forward_kernel<Merge::mvsplit, width>
+                        : merge_forward_kernel<Merge::mvsplit_noleak, width>;
+      launch(device, kernel, unsigned(tokens.batch) * cluster_blocks, cluster_blocks,
+             cluster_threads, 0, X_next, saved, X, F, gates, tokens, float(eps));
+    });
+#endif
+  (void)device, (void)X_next, (void)saved, (void)X, (void)F, (void)gates, (void)tokens, (void)D,
+      (void)eps;
+}
+
+template <class T>
+void fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
+                          const T* G, const T* Y, const T* F, Gates<const T> gates,
+                          MergeSaved<Acc<T>> saved, Tokens tokens, size_t D) {
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, bf16>)
+    with_width(D, [&](auto n) {
+      constexpr int width = decltype(n)::value;
+      auto kernel = gates.merge == Merge::mvsplit
+                        ? merge_backward_kernel<Merge::mvsplit, width>
+                        : merge_backward_kernel<Merge::mvsplit_noleak, width>;
+      launch(device, kernel, unsigned(tokens.batch) * cluster_blocks, cluster_blocks,
+             cluster_threads, 0, dX, dF, scratch, G, Y, F, gates, saved, tokens);
+    });
+#endif
+  (void)device, (void)dX, (void)dF, (void)scratch, (void)G, (void)Y, (void)F, (void)gates,
+      (void)saved, (void)tokens, (void)D;
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -147,6 +147,11 @@ void kernels(Device& device) {
     merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.block(size_t(k)).gates[0], b.tokens, b.D,
                   b.eps);
   });
+  time("merge replay", 3 * X, 0, [&](int k) {
+    BlockSaved<T> s = saved(k);
+    merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.block(size_t(k)).gates[0], b.tokens, b.D,
+                  b.eps, true);
+  });
   time("merge backward", 5 * X, 0, [&](int k) {
     BlockSaved<T> s = saved(k);
     merge_backward(device, df((k + 1) % sets), df(k), d.block(size_t(k)).gates[0], g(k), s.X1, s.F1,

@@ -278,13 +278,13 @@ TEST(Teams, ThreadsAreWholeWarpsAtMostEight) {
   for (auto [n, threads] : table) EXPECT_EQ(threads_for(n), threads) << n;
 }
 
-TEST(Teams, RowsFitIntoRegistersUpToTheLargestTeam) {
+TEST(Teams, ARowIsFourQuadsAThreadUpToTheLargestTeam) {
   const std::pair<size_t, int> table[] = {{4, 1},      {16, 1},     {64, 4},
                                           {128, 8},    {384, 32},   {1024, 64},
                                           {1028, 128}, {3072, 256}, {4096, 256}};
   for (auto [D, threads] : table) {
     EXPECT_EQ(threads_for_row(D), threads) << D;
-    EXPECT_LE(D, size_t(4 * row_slots * threads)) << D;
+    EXPECT_EQ(threads_for_fours(D), std::min(4 * threads, Team::max_size)) << D;
   }
   EXPECT_EQ(threads_for_row(1 << 20), Team::max_size);
 }

@@ -80,6 +80,17 @@ TEST(Merge, AgreesOnBothDevices) {
     SCOPED_TRACE(int(merge));
     check_devices([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shapes[1]); });
   }
+  // In one kernel (4.1 of mvsplit.cu): less and more rows than it goes over at once, and no text.
+  for (Merge merge : {Merge::mvsplit, Merge::mvsplit_noleak})
+    for (const Shape& shape : {Shape{{1, 5, 3}, 128},
+                               {{3, 300, 7}, 128},
+                               {{2, 70, 65}, 256},
+                               {{2, 130, 0}, 512},
+                               {{3, 256, 64}, 1024},
+                               {{1, 67, 9}, 1024}}) {
+      SCOPED_TRACE(testing::Message() << int(merge) << " D " << shape.D);
+      check_devices([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shape); });
+    }
 }
 
 // x + s * factor_d * dbar of the row's segment; only in rows where keep(segment).
