@@ -5,8 +5,9 @@
 // how a branch joins the trunk (mvsplit.cu). The model has no AdaLN and no timestep embedding: it
 // reads the noise level off its input. Blocks have no biases.
 //
-// How to read it: section 1 is what is computed with; sections 2 to 5 are the operations, in the
-// order of the forward pass; 6 is a block, 7 the memory, 8 the network, 9 what is measured in it.
+// How to read it: section 1 is the configuration and the parameters; sections 2 to 5 are the
+// operations, in the order of the forward pass (skip 4.3 at first: the same attention on tensor
+// cores); 6 is a block, 7 the memory, 8 the network, 9 what is measured in it.
 //
 // Shapes: B sequences of T tokens (N image tokens, then L text tokens) of D channels; H heads of hd
 // = D/H channels; FFN width F. Rows (B T) of any array are its tokens; every weight is (out, in)
@@ -394,8 +395,9 @@ struct Rope {
   }
 };
 
-// A token's 2 H head vectors (the H queries, then the H keys) are dealt out to the parts of a team,
-// `each` to one of them, a warp or less: a thread there has `wide` channels of each half.
+// A token has 2 H head vectors, the queries, then the keys. threads_a_head(): threads for one of
+// them, a warp or less, `wide` channels of each half a thread. threads_a_token(): threads for all,
+// every group of `one` threads taking `each` heads at a time.
 inline int threads_a_head(Heads h, int wide) {
   int threads = 1;
   while (threads < 32 && 2 * size_t(wide * threads) < h.dim) threads *= 2;
@@ -434,15 +436,14 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
       // A thread's first channels, on a GPU all that it has, and their angles.
       Several<T, wide> x1[4], x2[4];
       Several<A, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
-      Quad<A> squares = quad(A(0));
+      Quad<A> norm = quad(A(0));  // |x|^2, then the r of each head
       for (size_t j = own; j < half; j += step) UNROLL for (int k = 0; k < 4; ++k) {
           Several<T, wide> a = *first(k, j), b = *second(k, j);
           if (j == own) x1[k] = a, x2[k] = b;
-          for (int i = 0; i < wide; ++i)
-            squares[k] += A(a.v[i]) * A(a.v[i]) + A(b.v[i]) * A(b.v[i]);
+          for (int i = 0; i < wide; ++i) norm[k] += A(a.v[i]) * A(a.v[i]) + A(b.v[i]) * A(b.v[i]);
         }
-      squares = part.sum_rows(squares, 1);
-      UNROLL for (int k = 0; k < 4; ++k) squares[k] = inverse_rms(squares[k], h.dim, A(qk_eps));
+      norm = part.sum_rows(norm, 1);
+      UNROLL for (int k = 0; k < 4; ++k) norm[k] = inverse_rms(norm[k], h.dim, A(qk_eps));
       for (size_t j = own; j < half; j += step) {
         Several<A, wide> c = j == own ? cosine : angle(rope.cosine, j);
         Several<A, wide> s = j == own ? sine : angle(rope.sine, j);
@@ -454,14 +455,14 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
                            b = j == own ? x2[k] : *second(k, j);
           for (int i = 0; i < wide; ++i) {
             A a_i = A(a.v[i]), b_i = A(b.v[i]);
-            a.v[i] = T(squares[k] * (a_i * c.v[i] + b_i * s.v[i]));
-            b.v[i] = T(squares[k] * (b_i * c.v[i] - a_i * s.v[i]));
+            a.v[i] = T(norm[k] * (a_i * c.v[i] + b_i * s.v[i]));
+            b.v[i] = T(norm[k] * (b_i * c.v[i] - a_i * s.v[i]));
           }
           *first(k, j) = a, *second(k, j) = b;
         }
       }
       UNROLL for (int k = 0; k < 4; ++k) if (part.rank == 0 && head + size_t(k) < heads)
-          r[row * heads + head + size_t(k)] = squares[k];
+          r[row * heads + head + size_t(k)] = norm[k];
     }
   });
 }
@@ -613,19 +614,21 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 // 4.3 The same on tensor cores
 //
 // Each of the six products of 4.2 writes or reads a (T, T) matrix in memory. For bf16 on a GPU
-// there is a second way that keeps them in registers. A thread block has 64 rows of S, a warp 16 of
-// them; it walks over tiles of 32 columns, makes that much of S, and uses it up at once. Two things
-// make this shorter than it is in general:
+// there is a second way that keeps them in registers (the idea is FlashAttention's). A thread block
+// has 64 rows of S, a warp 16 of them; it walks over tiles of 32 columns, makes that much of S, and
+// uses it up at once. Two things make this shorter than it is in general:
 //
 // - QK-norm bounds |S| by sqrt(hd), 11.3 for hd = 128, so exp(S) needs no running maximum. The
 //   forward is
 //       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log_2 sum_j e^(S_ij).
 // - The backward makes P_ij = e^(S_ij) / 2^(l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g,
-//   y>, the inner product of 4.2 is e_i = <G_i, Y_i>, known before any S is. (Not of the rounded Y:
-//   when tokens are alike, dA - e is small, and an e off by 2^-9 of <G, Y> would be most of it, the
-//   same sign all along the row. So the forward keeps what rounding took from Y as well.) Then
-//       dQ = dS K / sqrt(hd),      dK = dS^T Q / sqrt(hd),      dV = P^T G,      dS = P * (dA - e)
-//   are two walks, over L1, L2 by rows and C1, C2 by columns:
+//   y>, the inner product of 4.2 is c_i = <G_i, Y_i>, known before any S is. (Not of the rounded Y:
+//   an error d of c_i goes into dQ_i as -d sum_j P_ij K_j / sqrt(hd), d times the mean key, which
+//   does not average out as the errors of single dA_ij do; and when tokens are alike, dA - c is
+//   small. So the forward keeps what rounding took from Y as well.) Then
+//       dQ = dS K / sqrt(hd),      dK = dS^T Q / sqrt(hd),      dV = P^T G,      dS = P * (dA - c)
+//   are two walks. A block keeps 64 rows of two factors, L1 and L2, and goes over the other two, C1
+//   and C2, 32 rows at a time:
 //
 //                 L1   L2   C1   C2     sums
 //       dQ        Q    G    K    V      dS C1              S   = L1 C1^T / sqrt(hd), dA   = L2 C2^T
@@ -638,13 +641,13 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 // dQ and dK leave through RoPE and QK-norm's backward (4.1), since a thread that holds channel j of
 // a row also holds channel j + hd/2.
 
-// Whether there is this way. (bf16 products on a GPU need sm_80 as it is.)
+// Whether 4.3 applies. (bf16 products on a GPU need sm_80 anyway.)
 template <class T>
 bool fused_attention(bool gpu, size_t head_dim) {
   return gpu && std::is_same_v<T, bf16> && (head_dim == 64 || head_dim == 128);
 }
 
-// inner (B, H, T), e_i = <G_i, Y_i> for each head, from dY and Y (B, T, D), given as Y and what
+// inner (B, H, T), c_i = <G_i, Y_i> for each head, from dY and Y (B, T, D), given as Y and what
 // rounding took from it.
 template <class T>
 void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y, const T* Y_rest,
@@ -670,8 +673,10 @@ void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y,
 #ifdef __CUDACC__
 constexpr int block_rows = 64, tile_columns = 32, block_threads = 128;
 
-// Four registers of two bf16 each: a 16 x 16 piece of a left factor. Lane 4 g + t of a warp holds
-// (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..).
+// A warp's 32 lanes are 8 groups of 4, lane = 4 g + t. Of a 16 x 16 piece of a left factor, a lane
+// holds rows g and g + 8, and of each the columns 2t, 2t + 1, 2t + 8, 2t + 9: r[0..3] are (row g,
+// first two), (row g + 8, first two), (row g, last two), (row g + 8, last two). (PTX manual,
+// mma.m16n8k16.)
 struct Fragment {
   uint32_t r[4];
 };
@@ -734,9 +739,9 @@ __device__ inline void load_float(unsigned to, const float* from, bool inside) {
 // The loads since the last call are a group. (After the last tile an empty one keeps the count.)
 __device__ inline void end_of_loads() { asm volatile("cp.async.commit_group;"); }
 
-// A product's 64 rows are the block's, 16 a warp. Of every eight columns lane 4 g + t holds, in
-// order, (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1): x[i][0..3] of columns 8 i... Rounded,
-// two neighbours x[i], x[i + 1] are a left factor as they lie:
+// A product's 64 rows are the block's, 16 a warp. Of columns 8 i to 8 i + 7 lane 4 g + t holds, as
+// x[i][0..3], (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). Rounded, x[i] and x[i + 1] are a
+// left factor as they lie:
 __device__ inline Fragment as_left(const float (*x)[4]) {
   return {{packed(x[0][0], x[0][1]), packed(x[0][2], x[0][3]), packed(x[1][0], x[1][1]),
            packed(x[1][2], x[1][3])}};
@@ -745,11 +750,11 @@ __device__ inline Fragment as_left(const float (*x)[4]) {
 //     product_of_rows:   x (64 x 32) = L C^T,
 // and a sum of a tile's rows,
 //     add_rows:          y (64 x dim) += x C,     x (64 x 32) rounded.
-// Hopper's wgmma makes them out of shared memory, the four warps together, while the threads go on:
-// begin_products() before the first, then each call starts one, and wait<k>() waits for all but the
-// latest k. `settled(x)` after that keeps the compiler from reading x earlier. Other GPUs have mma,
-// of one warp, for which each lane gathers its share of the factors; it is done when the call
-// returns.
+// Hopper's wgmma reads C from shared memory; L too in the first, in the second x from registers.
+// The four warps call it together and go on while it works: begin_products() before the first, then
+// each call starts one, and wait<k>() waits for all but the latest k. `settled(x)` after that keeps
+// the compiler from reading x earlier. Other GPUs have mma, of one warp, for which each lane
+// gathers its share of the factors; it is done when the call returns.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define QUAD(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
 
@@ -766,13 +771,15 @@ __device__ void settled(float (&x)[n][4]) {
   UNROLL for (int i = 0; i < n; ++i) asm volatile("" : QUAD(x[i])::"memory");
 }
 // A tile, from `offset` bytes on, as the instruction is told of it: in units of 16 bytes, its
-// address, the distance of its panels and that of groups of eight rows; and the order.
+// address, the distance of its panels and that of groups of eight rows; bit 62: 128-byte swizzle.
 template <int dim, int rows>
 __device__ uint64_t described(Tile<dim, rows> tile, unsigned offset) {
   return uint64_t((tile.at + offset) / 16 % (1 << 14)) | uint64_t(tile.panel / 16) << 16 |
          uint64_t(1024 / 16) << 32 | uint64_t(1) << 62;
 }
 
+// Step k is columns 16 k to 16 k + 15, 32 bytes of a row. `add`: not in the first, which overwrites
+// x. Then the signs of both factors, and that neither is transposed.
 template <int dim>
 __device__ void product_of_rows(float (&x)[4][4], Tile<dim, block_rows> L,
                                 Tile<dim, tile_columns> C) {
@@ -785,6 +792,8 @@ __device__ void product_of_rows(float (&x)[4][4], Tile<dim, block_rows> L,
   end_product();
 }
 
+// Step k is rows 16 k to 16 k + 15 of C, 128 bytes each; it is always added. Then the signs, and
+// that C is transposed.
 template <int dim>
 __device__ void add_rows(float (&y)[dim / 8][4], const Fragment (&x)[2],
                          Tile<dim, tile_columns> C) {
@@ -959,7 +968,7 @@ __global__ void __launch_bounds__(block_threads, 4)
 // What the backward reads besides qkv.
 struct AttentionBackwardInputs {
   const bf16* dY;                 // (B, T, D)
-  const float *log_sums, *inner;  // (B, H, T): l and e
+  const float *log_sums, *inner;  // (B, H, T): l and c
   const float* r;                 // (B, T, 2, H), of QK-norm
   Rope<float> rope;
 };
@@ -996,7 +1005,9 @@ __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim
   }
 }
 
-// One of the two walks, for 64 rows: dK and dV (`keys`), or dQ.
+// One of the two walks, for 64 rows: dK and dV (`keys`: rows are keys, columns queries; P, dA and
+// dS below are then the transposed ones, d1 = dK, d2 = dV), or dQ (rows are queries, d1 = dQ). dS
+// is made in dA's place.
 template <int dim, bool keys>
 __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const bf16* qkv,
                                         AttentionBackwardInputs c, Heads h) {
@@ -1010,7 +1021,7 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
   const bf16* dy = c.dY + p.b * h.length * D + p.head * dim;
   const float *log_sums = c.log_sums + p.pair * h.length, *inner = c.inner + p.pair * h.length;
   float scale = 1 / sqrtf(float(dim)), log2_scale = log2_e * scale;
-  // l and e of a tile's queries, where these are the columns: two rows of 32 floats a stage.
+  // l and c of a tile's queries, where these are the columns: two rows of 32 floats a stage.
   float* of_columns = reinterpret_cast<float*>(shared + 2 * Rows::size + 4 * Columns::size);
   auto load_columns = [&](int tile) {
     int from = tile * tile_columns, i = int(threadIdx.x), query = from + i % tile_columns;
@@ -1176,9 +1187,11 @@ void swiglu_backward(const Device& device, T* du, const T* dhidden, const T* u, 
 // ---------------------------------------------------------------------------------------------
 // 6. A block
 //
-//     qkv = X W_QKV^T        Q, K rotated and normalised      Y = attention(Q, K, V)
-//     X1 = merge_1(X, Y W_O^T)                 h = SwiGLU(X1 W13^T)
-//     X' = merge_2(X1, h W2^T)
+//     qkv = X W_QKV^T, its Q and K rotated and normalised
+//     Y   = attention(Q, K, V)
+//     X1  = merge_1(X, Y W_O^T)
+//     h   = SwiGLU(X1 W13^T)
+//     X'  = merge_2(X1, h W2^T)
 
 // What a block's forward leaves for its backward. X is the block's input.
 template <class T>
@@ -1280,10 +1293,13 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
 // reductions to make), and has room for what else k blocks save; each span overwrites the one
 // before. The backward takes the spans from the last to the first and replays each from its
 // checkpoint before it goes back through it. The same kernels on the same inputs give the same
-// bits, so gradients do not depend on k. What the forward left of the last span is still there and
-// needs no replay, so "keep everything" is one span of all the blocks, not a special case.
+// bits (a merge is made again by merge_rows() from the saved numbers, also where the kernel of
+// mvsplit.cu 4.1 made it first: both evaluate merge_rule() on the same inputs), so gradients do not
+// depend on k. What the forward left of the last span is still there and needs no replay, so "keep
+// everything" is one span of all the blocks, not a special case.
 //
-// Memory is (depth / k) checkpoints + k blocks' activations; the price is one more forward.
+// Memory is depth / k checkpoints, k blocks' activations and 8 (T + 4 D) B bytes a block for what
+// its merges save; the price is one more forward, less the last span.
 
 // All arrays of a network for a largest batch, and the functions that lay them out. With a Carver
 // that has no base they only count, which is how `plan` knows the bytes without taking them.

@@ -6,8 +6,8 @@
 // What it is not: a tensor library. There are pointers with a shape in a comment, and loops.
 //
 // How to read it: section 4 (teams) is the one idea that the other files need. A kernel is a lambda
-// over a Team. On a GPU a team is a thread block, or a power of two of up to 32 threads of one; on
-// a CPU it is a single thread, rank 0 of size 1:
+// over a Team. On a GPU a team is a thread block, or 1, 2, 4, ... 32 threads of one; on a CPU it is
+// a single thread, rank 0 of size 1:
 //
 //   for_each_team(device, rows, threads_for(D), [=] HD(Team team) {
 //     const float* x = X + team.index * D;                                // this team's row
@@ -466,7 +466,8 @@ struct Team {
 
   static constexpr int max_size = 256;
 
-  // A part of this team, for pieces of `threads` threads, a power of two up to 32. (CPU: of one.)
+  // The team cut into parts of `threads` threads, a power of two up to 32 (on a CPU of one): the
+  // part that this thread is in.
   HD Team part(int threads) const {
     if (size < threads) threads = size;
     return {size_t(rank >> log2_of(threads)), rank & (threads - 1), threads};

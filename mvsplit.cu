@@ -15,8 +15,9 @@
 //
 // How to read it: section 1 defines J and P and proves the three facts that everything uses;
 // section 2 is RMSNorm; section 3 is one formula with all merges in it; section 4 derives its
-// backward down to the lines of code; section 5 says what the split does to the gradient of a
-// residual writer, and 6 measures both parts. (n) is the equation's number in the paper.
+// backward down to the lines of code (skip 4.1 at first: the same formulas, for GPUs alone);
+// section 5 says what the split does to the gradient of a residual writer, and 6 measures both
+// parts. (n) is the equation's number in the paper.
 #pragma once
 
 #include "math.h"
@@ -151,9 +152,9 @@ void segment_means(const Device& device, Acc<T>* xbar, Acc<T>* fbar, const T* X,
 //
 //     Delta = r g - q z,     q = (r^3 / D) <g, z>.                                        (Delta)
 //
-// The norm of z is (up to eps) projected out: Delta is orthogonal to z, since y does not change
-// when z is scaled. A consequence for very deep networks: what one layer adds can only turn a
-// token.
+// Delta has, up to eps, no component along z, since y does not change when z is scaled: <Delta, z>
+// = r <g, z> (1 - r^2 |z|^2 / D) = eps r^3 <g, z>. A consequence for very deep networks: what one
+// layer adds can only turn a token.
 
 // r for one row, given the sum of its squares.
 template <class A>
@@ -268,7 +269,8 @@ HD Quad<A> merge_rule(Gates<const T> gates, Quad<A> x, Quad<A> f, const A* xbar,
   return x + load<A>(gates.beta + d) * (f - f_mean) + load<A>(gates.alpha + d) * to_mean;
 }
 
-// Where there is one kernel that does it all (4.1).
+// Whether 4.1 has one kernel for all of a merge: on a GPU, from Hopper on, for bf16, a merge that
+// splits, and some D.
 template <class T>
 bool fused_merge(const Device& device, Merge merge, size_t D);
 template <class T>
@@ -293,7 +295,8 @@ void with_kind(Merge merge, const F& f) {
   }
 }
 
-// X_next and, unless they are there already, r from X, F and, where it splits, the segment means.
+// X_next and r from X, F and, where it splits, the segment means. `again`: a replay (dit.cu, 7), r
+// and the means are saved already.
 template <Merge merge, class T>
 void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X, const T* F,
                 Gates<const T> gates, Tokens tokens, size_t D, double eps, bool again) {
@@ -305,8 +308,8 @@ void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const
       const T *x = X + rows.row(k) * D + d, *f = F + rows.row(k) * D + d;
       return merge_rule<merge>(gates, load<A>(x), load<A>(f), xbar, fbar, d);
     };
-    // A thread keeps its first channels, on a GPU mostly all that it has. All is read before
-    // anything is written, so that the compiler can have every load on its way at once.
+    // kept[k]: Z of row k at the thread's first channels, on a GPU mostly all that it has. All is
+    // read before anything is written, so that the compiler can have every load on its way at once.
     size_t own = 4 * size_t(team.rank), step = 4 * size_t(team.size);
     Quad<A> kept[4] = {}, r = quad(A(0));
     for (size_t d = own; d < D; d += step) UNROLL for (int k = 0; k < 4; ++k) {
@@ -373,8 +376,8 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 //
 // so X is not needed at all, and F for the gates alone. Three passes (two without gates): over rows
 // for h; over tokens for Dbar and the gates; and one for the outputs. Delta is made in each of the
-// last two from G and Y: that reads one array more, but takes no (B, T, D) array and rounds no
-// Delta to bf16.
+// last two from G and Y. To store it would write one array and read one in the third pass; this
+// reads two, writes none, takes no (B, T, D) array and rounds no Delta to bf16.
 
 // Scratch of the backward: h (B, T); and (B, 2, D): dbar, Delta's segment means, and dgate, a
 // segment's sums of Delta * (F - Fbar_s), or of Delta * F where nothing is split.
@@ -509,6 +512,11 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
   });
 }
 
+template <class T>
+void fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
+                          const T* G, const T* Y, const T* F, Gates<const T> gates,
+                          MergeSaved<Acc<T>> saved, Tokens tokens, size_t D);  // 4.1
+
 // dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next,
 // Y = X_next and F (read where there are gates). dX may be G itself. The gates' gradients are made
 // beside what follows: they are there, and `scratch` may be used again, after device.join().
@@ -525,26 +533,28 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, c
         [&] { gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate); });
 }
 
-// 4.1 Each in one kernel
+// 4.1 Forward and backward, each in one kernel
 //
-// The passes of sections 3 and 4 read X and F twice, G and Y three times, and each has a beginning
-// and an end of its own: on a GPU, time in which another 20 MB could be read. Where thread blocks
-// can read each other's shared memory (a cluster: Hopper on), eight blocks take a sequence, and the
-// passes are one kernel:
+// A segment's mean needs all its tokens, so between adding them up and using the sum all thread
+// blocks must meet: that is why there are several kernels above. Each costs some 5 us to begin and
+// to end, in which 20 MB could be read, as much as X of [32, 320, 1024] in bf16. A sequence does
+// not fit into one block, but the blocks of a cluster (Hopper on) can meet without a new kernel,
+// and read each other's shared memory. Eight blocks take a sequence:
 //
 // 1. Each thread goes over its block's rows, a few at once, and sums in registers what is summed
 //    over tokens: X and F, or (with h from a sum over the row's threads) Delta and
 //    Delta * (F - Fbar).
 // 2. The sums are added up over a block's lines of threads, then over the cluster's blocks.
-// 3. Each thread goes over its rows once more, which the cache still has, and writes.
+// 3. Each thread goes over its rows once more, which the L2 cache still has, and writes.
 //
 // The formulas are those above: merge_rule(), (Delta'), merge_rule_backward().
 
 #ifdef __CUDACC__
 constexpr int cluster_blocks = 8, cluster_threads = 256, cluster_rows = 4;
 
-// The threads of a block as lines: a line has a row of D channels, a thread four of them. A line
-// works on `cluster_rows` rows at once.
+// A block's 256 threads are `lines` of D / 4, a thread a quad of channels: 8 lines for D = 128, one
+// for D = 1024. The cluster has `places` = 8 * lines: line p takes rows p, p + places, p + 2
+// places, ... of a segment, four at a time.
 template <int D>
 struct ClusterWalk {
   static constexpr int columns = D / 4, lines = cluster_threads / columns;
@@ -567,8 +577,8 @@ struct ClusterWalk {
     __device__ size_t at(int k, int channel) const { return size_t(row(k)) * D + size_t(channel); }
   };
 
-  // Call f(rows) until this line's rows of a segment are through; all lines of a block call it as
-  // often.
+  // Call f(rows) until this line's rows of a segment are through. All lines of a block call it as
+  // often, since f may have a barrier in it.
   template <class F>
   __device__ void each(int segment, const F& f) const {
     size_t start = sequence * tokens.length() + tokens.first(size_t(segment));
@@ -604,8 +614,10 @@ struct ClusterSums {
   float total[2][2][D];
 
 #if __CUDA_ARCH__ >= 900
-  // total = finish(segment, which of the two, channel, sum over the cluster). Each block adds up
-  // its eighth of the channels and gives the result to all.
+  // total = finish(segment, which of the two, channel, sum over the cluster). `at` counts (segment,
+  // which, channel), 4 D floats. First the lines are added into line 0. Then every block's sums are
+  // there; block b adds up the b-th eighth of them from all eight blocks and writes it into all
+  // eight totals. Then these are there, and no block ends while another uses its shared memory.
   template <class Walk, class Finish>
   __device__ void exchange(const Walk& walk, const QuadPair<float> (&sum)[2],
                            const Finish& finish) {
@@ -638,6 +650,7 @@ struct ClusterSums {
 #endif
 };
 
+// (Three blocks a multiprocessor: with two, only 30 clusters of a batch of 32 fit at once.)
 template <Merge merge, int D>
 __global__ void __launch_bounds__(cluster_threads, 3)
     merge_forward_kernel(bf16* X_next, MergeSaved<float> saved, const bf16* X, const bf16* F,
@@ -681,6 +694,9 @@ __global__ void __launch_bounds__(cluster_threads, 3)
 #endif
 }
 
+// h goes from the first walk to the second by way of scratch: the same line writes and reads it,
+// and the barriers of exchange() lie between. dX may be G: what a line reads in place of a row that
+// is not there may have been overwritten, but is not used.
 template <Merge merge, int D>
 __global__ void __launch_bounds__(cluster_threads, 3)
     merge_backward_kernel(bf16* dX, bf16* dF, MergeScratch<float> scratch, const bf16* G,
@@ -734,7 +750,7 @@ __global__ void __launch_bounds__(cluster_threads, 3)
 #endif
 }
 
-// Call f with D as a compile-time constant.
+// Call f with D as a compile-time constant, if it is one of these.
 template <class F>
 void with_width(size_t D, const F& f) {
   if (D == 128) f(std::integral_constant<int, 128>());
@@ -742,13 +758,14 @@ void with_width(size_t D, const F& f) {
   if (D == 512) f(std::integral_constant<int, 512>());
   if (D == 1024) f(std::integral_constant<int, 1024>());
 }
+constexpr bool has_width(size_t D) { return D == 128 || D == 256 || D == 512 || D == 1024; }
 #endif
 
 template <class T>
 bool fused_merge(const Device& device, Merge merge, size_t D) {
 #ifdef __CUDACC__
   return device.gpu && built_for_clusters() && std::is_same_v<T, bf16> && splits(merge) &&
-         (D == 128 || D == 256 || D == 512 || D == 1024);
+         has_width(D);
 #else
   return (void)device, (void)merge, (void)D, false;
 #endif
@@ -831,7 +848,9 @@ void fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
 //     kappa -> 1:   A -> T,  ||dW|| = sqrt(T) |w| = O(T)     tokens alike, and dW = dW_mu
 //
 // That is the lever of the collapse. When tokens become alike, each writer's gradient grows by up
-// to sqrt(T), 16 for 256 tokens, and points in one direction, which makes them more alike.
+// to sqrt(T), 16 for 256 tokens, and points in one direction. A step against it adds a multiple of
+// T <ybar, y_t> dbar to F_t: for every token the same vector, and nearly as much of it when the y_t
+// are alike. So it goes into the mean, and the tokens become more alike.
 //
 // MV-Split acts on delta: by (10), delta = beta * P Delta + alpha * J Delta with Delta = dL/dZ.
 // With the J and P of the merge, within each segment, row d of dW_mu is scaled by alpha_d and row d

@@ -96,9 +96,9 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
 //     fp32 state      2        4         4       4   4    18
 //     lean state      2       +2         2       2   2    10     G = T in the code
 //
-// Lean, the gradient and the moments are bf16, rounded stochastically (6.1 of math.h), and the
-// master is the bf16 weight and the 16 bits of the float that it lacks. Moments are rounded only to
-// be kept: a step uses m and v as just computed.
+// In the lean state the gradient and the moments are bf16, rounded stochastically (6.1 of math.h),
+// and the master is the bf16 weight and the 16 bits of the float that it lacks. Moments are rounded
+// only to be kept: a step uses m and v as just computed.
 
 struct Optimizer {
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, decay = 0.1, clip = 1;
@@ -108,8 +108,8 @@ struct Optimizer {
 // A float in two halves: the nearest bf16, and the rest. Of the float's bits the rest is the lower
 // 16, read as a signed number: from half a gap on it is negative, and the upper half one more
 // (which may carry into the exponent, as it should). So joining the halves is one addition on the
-// bits, exact for every float. A tie becomes the larger magnitude; NaN keeps its being NaN, not its
-// bits.
+// bits, exact for every float. A tie becomes the larger magnitude; a NaN stays a NaN, though not
+// with the same bits.
 struct Halves {
   bf16 nearest;
   int16_t rest;
@@ -723,6 +723,8 @@ Choice choose(const TrainOptions& o, const Table& table, DataSizes data, bool on
   return *best;
 }
 
+// 4.2 Batches
+
 template <class T, class G>
 void draw_training_batch(Network<T, G>& net, TrainArrays<T, G> a, DeviceData data,
                          const TrainOptions& o) {
@@ -781,6 +783,8 @@ inline uint64_t hash_data(const Dataset& data) {
   mix(data.pixels), mix(data.text), mix(data.empty_text), mix(data.caption);
   return hash;
 }
+
+// 4.3 A step: train_step(), pass(), update()
 
 // T: what the network computes with; G: what its gradients and AdamW's moments are kept as.
 template <class T, class G = Acc<T>>
