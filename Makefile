@@ -7,8 +7,8 @@
 #
 # With nvcc and a GPU everything is built for the GPU (the binaries still run on the CPU too). With
 # nvcc alone, `make test` compiles the GPU build as well and runs the CPU one. ARCH=sm_80 chooses the
-# GPU architecture; by default it is the one found, else Hopper's. (The a in sm_90a: with wgmma, which
-# is Hopper's alone. Without it the same kernels use mma.)
+# GPU architecture; by default it is the one found, else Hopper's. (The a in sm_90a: with wgmma, for
+# Hopper and no other. ARCH=sm_90, like any other, has mma in its place and runs on later GPUs too.)
 
 NVCC := $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\)$$/sm_\1\2/p')

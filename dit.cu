@@ -19,6 +19,7 @@
 
 #include "mvsplit.cu"
 
+#include <array>
 #include <functional>
 
 // ---------------------------------------------------------------------------------------------
@@ -433,7 +434,7 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
                                                    j);
       };
       auto second = [&](int k, size_t j) { return first(k, j + half); };
-      // A thread's first channels, on a GPU all that it has, and their angles.
+      // A thread's first channels, on a GPU up to hd = 256 all that it has, and their angles.
       Several<T, wide> x1[4], x2[4];
       Several<A, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
       Quad<A> norm = quad(A(0));  // |x|^2, then the r of each head
@@ -641,10 +642,15 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 // dQ and dK leave through RoPE and QK-norm's backward (4.1), since a thread that holds channel j of
 // a row also holds channel j + hd/2.
 
-// Whether 4.3 applies. (bf16 products on a GPU need sm_80 anyway.)
+// Whether 4.3 applies.
 template <class T>
 bool fused_attention(bool gpu, size_t head_dim) {
-  return gpu && std::is_same_v<T, bf16> && (head_dim == 64 || head_dim == 128);
+#ifdef __CUDACC__
+  return gpu && built_for() >= 800 && std::is_same_v<T, bf16> &&
+         (head_dim == 64 || head_dim == 128);
+#else
+  return (void)gpu, (void)head_dim, false;
+#endif
 }
 
 // inner (B, H, T), c_i = <G_i, Y_i> for each head, from dY and Y (B, T, D), given as Y and what
@@ -945,7 +951,7 @@ __global__ void __launch_bounds__(block_threads, 4)
     wait<0>(), settled(y);
     __syncthreads();  // before the tile is overwritten
   }
-  // Y leaves by way of Q's tile, what rounding takes from it by way of K's and V's.
+  // Y leaves by way of Q's tile, what rounding takes from it by way of K's two.
   Rows rest{columns(0).at};
   UNROLL for (int i = 0; i < 2; ++i) {
     float total = row_sum(sum[i]), inverse = 1 / total;
@@ -1198,7 +1204,7 @@ template <class T>
 struct BlockSaved {
   T *X, *qkv, *P, *Y, *Y_rest, *F1, *X1, *u, *hidden, *F2, *X_next;
   Acc<T>*r_qk, *log_sums;  // log_sums, Y_rest: only where attention is fused; P: only where not
-  std::array<MergeSaved<Acc<T>>, 2> merge;
+  std::array<MergeSaved<Acc<T>>, 2> merge;  // the block's own, not its place's in the span
 };
 
 // Arrays that live within one block's pass, shared by all blocks. Where attention is fused there is
@@ -1294,12 +1300,13 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
 // before. The backward takes the spans from the last to the first and replays each from its
 // checkpoint before it goes back through it. The same kernels on the same inputs give the same
 // bits (a merge is made again by merge_rows() from the saved numbers, also where the kernel of
-// mvsplit.cu 4.1 made it first: both evaluate merge_rule() on the same inputs), so gradients do not
+// mvsplit.cu 4.1 made it first: both evaluate merge_rule() on the same inputs, two fused multiply-adds
+// a number; a test holds them to it), so gradients do not
 // depend on k. What the forward left of the last span is still there and needs no replay, so "keep
 // everything" is one span of all the blocks, not a special case.
 //
-// Memory is depth / k checkpoints, k blocks' activations and 8 (T + 4 D) B bytes a block for what
-// its merges save; the price is one more forward, less the last span.
+// Memory is depth / k checkpoints, k blocks' activations and 2 B (T + 4 D) numbers a block for what
+// its merges save (2 B T where they do not split); the price is one more forward, less the last span.
 
 // All arrays of a network for a largest batch, and the functions that lay them out. With a Carver
 // that has no base they only count, which is how `plan` knows the bytes without taking them.
@@ -1327,9 +1334,10 @@ struct Arrays {
     output = trains ? c.take<T>(X) : nullptr;
     merges.resize(trains ? m.depth : 1);
     for (auto& of_block : merges)
-      for (MergeSaved<A>& merge : of_block) {
-        merge.r = c.take<A>(B * m.tokens());
-        merge.xbar = c.take<A>(means), merge.fbar = c.take<A>(means);
+      for (int i = 0; i < 2; ++i) {
+        of_block[i] = {c.take<A>(B * m.tokens()), nullptr, nullptr};
+        if (splits(i ? m.mode().ffn : m.mode().attention))
+          of_block[i].xbar = c.take<A>(means), of_block[i].fbar = c.take<A>(means);
       }
   }
   static size_t input_stride(const Config& m, size_t B) {

@@ -38,7 +38,6 @@
 #include <unistd.h>
 
 #ifdef __CUDACC__
-#include <cooperative_groups.h>
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #define HD __host__ __device__
@@ -202,6 +201,7 @@ inline size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 // it wrote (but see beside()); the host waits only in synchronize(), upload() and download().
 struct Device {
   bool gpu = false;
+  bool clusters = false;  // thread blocks can read each other's shared memory
   std::string name = "CPU";
   size_t allocated = 0;    // bytes held by slabs now
   size_t allocations = 0;  // slabs ever taken: constant once training runs
@@ -284,6 +284,15 @@ struct Device {
 #endif
 };
 
+#ifdef __CUDACC__
+// The oldest architecture that this binary has kernels for: 900 is 9.0.
+constexpr int built_for() {
+  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
+  return architectures[0];
+}
+static __global__ void empty_kernel() {}  // is there any for the GPU at hand?
+#endif
+
 inline Device::Device(bool on_gpu) : gpu(on_gpu) {
   if (!gpu) return;
 #ifdef __CUDACC__
@@ -291,6 +300,11 @@ inline Device::Device(bool on_gpu) : gpu(on_gpu) {
   cudaDeviceProp properties;
   CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
   name = properties.name;
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, empty_kernel) != cudaSuccess)
+    fail("this binary has no kernels for the %s: build it with make ARCH=sm_%d%d", properties.name,
+         properties.major, properties.minor);
+  clusters = built_for() >= 900;
   CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   blas_workspace = allocate(workspace_bytes(true));
   size_t half = workspace_bytes(true) / 2;
@@ -625,11 +639,6 @@ void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, un
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// Whether the kernels in this binary are for Hopper or later.
-constexpr bool built_for_clusters() {
-  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
-  return architectures[0] >= 900;
-}
 #endif
 
 // Run body(i) for each i < n, independently.

@@ -22,6 +22,10 @@
 
 #include "math.h"
 
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+#endif
+
 // ---------------------------------------------------------------------------------------------
 // 1. The token mean and the rest
 //
@@ -269,12 +273,10 @@ HD Quad<A> merge_rule(Gates<const T> gates, Quad<A> x, Quad<A> f, const A* xbar,
   return x + load<A>(gates.beta + d) * (f - f_mean) + load<A>(gates.alpha + d) * to_mean;
 }
 
-// Whether 4.1 has one kernel for all of a merge: on a GPU, from Hopper on, for bf16, a merge that
-// splits, and some D.
+// All of a merge in one kernel (4.1), where there is one: on a GPU from Hopper on, for bf16, a merge
+// that splits and some D. Elsewhere it does nothing and returns false.
 template <class T>
-bool fused_merge(const Device& device, Merge merge, size_t D);
-template <class T>
-void fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
+bool fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
                          const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps);
 
 // Call f with the kind of merge as a compile-time constant: a kernel for each kind, without
@@ -303,16 +305,18 @@ void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const
   using A = Acc<T>;
   for_each_team(device, tokens.fours(), threads_for_fours(D), [=] HD(Team team) {
     Tokens::Four rows = tokens.four(team.index);
-    const A *xbar = saved.xbar + rows.segment * D, *fbar = saved.fbar + rows.segment * D;
+    const A *xbar = nullptr, *fbar = nullptr;
+    if (splits(merge)) xbar = saved.xbar + rows.segment * D, fbar = saved.fbar + rows.segment * D;
     auto z = [&](int k, size_t d) {
       const T *x = X + rows.row(k) * D + d, *f = F + rows.row(k) * D + d;
       return merge_rule<merge>(gates, load<A>(x), load<A>(f), xbar, fbar, d);
     };
-    // kept[k]: Z of row k at the thread's first channels, on a GPU mostly all that it has. All is
-    // read before anything is written, so that the compiler can have every load on its way at once.
+    // kept[k]: Z of row k at the thread's first channels, on a GPU up to D = 1024 all that it has.
+    // They are read before anything is written, so that all loads can be on their way at once.
     size_t own = 4 * size_t(team.rank), step = 4 * size_t(team.size);
     Quad<A> kept[4] = {}, r = quad(A(0));
-    for (size_t d = own; d < D; d += step) UNROLL for (int k = 0; k < 4; ++k) {
+    for (size_t d = own; d < (again ? min_(own + 1, D) : D); d += step)
+      UNROLL for (int k = 0; k < 4; ++k) {
         Quad<A> v = z(k, d);
         if (d == own) kept[k] = v;
         r[k] += dot(v, v);
@@ -334,8 +338,7 @@ template <class T>
 void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
                    const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps,
                    bool again = false) {
-  if (!again && fused_merge<T>(device, gates.merge, D))
-    return fused_merge_forward(device, X_next, saved, X, F, gates, tokens, D, eps);
+  if (!again && fused_merge_forward(device, X_next, saved, X, F, gates, tokens, D, eps)) return;
   if (!again && splits(gates.merge)) segment_means(device, saved.xbar, saved.fbar, X, F, tokens, D);
   with_kind(gates.merge, [&](auto kind) {
     merge_rows<decltype(kind)::value>(device, X_next, saved, X, F, gates, tokens, D, eps, again);
@@ -512,10 +515,11 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
   });
 }
 
+// As fused_merge_forward().
 template <class T>
-void fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
+bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
                           const T* G, const T* Y, const T* F, Gates<const T> gates,
-                          MergeSaved<Acc<T>> saved, Tokens tokens, size_t D);  // 4.1
+                          MergeSaved<Acc<T>> saved, Tokens tokens, size_t D);
 
 // dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next,
 // Y = X_next and F (read where there are gates). dX may be G itself. The gates' gradients are made
@@ -524,9 +528,7 @@ template <class T, class P>
 void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* Y,
                     const T* F, Gates<const T> gates, MergeSaved<Acc<T>> saved,
                     MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
-  if (fused_merge<T>(device, gates.merge, D))
-    fused_merge_backward(device, dX, dF, scratch, G, Y, F, gates, saved, tokens, D);
-  else
+  if (!fused_merge_backward(device, dX, dF, scratch, G, Y, F, gates, saved, tokens, D))
     merge_backward_passes(device, dX, dF, scratch, G, Y, F, gates, saved, tokens, D);
   if (gates.merge != Merge::plain)
     device.beside(
@@ -608,7 +610,7 @@ struct ClusterWalk {
 
 // What the blocks of a cluster exchange: two sums over the tokens of each segment.
 template <int D>
-struct ClusterSums {
+struct alignas(16) ClusterSums {
   // (lines, segments, 2, D), (segments, 2, D). Line 0's become the block's.
   float of_lines[ClusterWalk<D>::lines][2][2][D];
   float total[2][2][D];
@@ -750,62 +752,55 @@ __global__ void __launch_bounds__(cluster_threads, 3)
 #endif
 }
 
-// Call f with D as a compile-time constant, if it is one of these.
-template <class F>
-void with_width(size_t D, const F& f) {
-  if (D == 128) f(std::integral_constant<int, 128>());
-  if (D == 256) f(std::integral_constant<int, 256>());
-  if (D == 512) f(std::integral_constant<int, 512>());
-  if (D == 1024) f(std::integral_constant<int, 1024>());
+// Call f with the kind of merge and D as compile-time constants and return true, if there are
+// kernels for them; they ask for clusters that the device can hold.
+template <class T, class F>
+bool with_cluster_kernels(const Device& device, Merge merge, size_t D, const F& f) {
+  if (!device.clusters || !std::is_same_v<T, bf16>) return false;
+  auto with_kind = [&](auto width) {
+    using Split = std::integral_constant<Merge, Merge::mvsplit>;
+    using NoLeak = std::integral_constant<Merge, Merge::mvsplit_noleak>;
+    if (merge == Merge::mvsplit) f(Split(), width);
+    if (merge == Merge::mvsplit_noleak) f(NoLeak(), width);
+    return splits(merge);
+  };
+  if (D == 128) return with_kind(std::integral_constant<int, 128>());
+  if (D == 256) return with_kind(std::integral_constant<int, 256>());
+  if (D == 512) return with_kind(std::integral_constant<int, 512>());
+  if (D == 1024) return with_kind(std::integral_constant<int, 1024>());
+  return false;
 }
-constexpr bool has_width(size_t D) { return D == 128 || D == 256 || D == 512 || D == 1024; }
 #endif
 
 template <class T>
-bool fused_merge(const Device& device, Merge merge, size_t D) {
-#ifdef __CUDACC__
-  return device.gpu && built_for_clusters() && std::is_same_v<T, bf16> && splits(merge) &&
-         has_width(D);
-#else
-  return (void)device, (void)merge, (void)D, false;
-#endif
-}
-
-template <class T>
-void fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
+bool fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
                          const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>)
-    with_width(D, [&](auto n) {
-      constexpr int width = decltype(n)::value;
-      auto kernel = gates.merge == Merge::mvsplit
-                        ? merge_forward_kernel<Merge::mvsplit, width>
-                        : merge_forward_kernel<Merge::mvsplit_noleak, width>;
-      launch(device, kernel, unsigned(tokens.batch) * cluster_blocks, cluster_blocks,
-             cluster_threads, 0, X_next, saved, X, F, gates, tokens, float(eps));
+    return with_cluster_kernels<T>(device, gates.merge, D, [&](auto kind, auto width) {
+      launch(device, merge_forward_kernel<decltype(kind)::value, decltype(width)::value>,
+             unsigned(tokens.batch) * cluster_blocks, cluster_blocks, cluster_threads, 0, X_next,
+             saved, X, F, gates, tokens, float(eps));
     });
 #endif
-  (void)device, (void)X_next, (void)saved, (void)X, (void)F, (void)gates, (void)tokens, (void)D,
-      (void)eps;
+  (void)device, (void)X_next, (void)saved, (void)X, (void)F, (void)gates, (void)tokens, (void)D;
+  return (void)eps, false;
 }
 
 template <class T>
-void fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
+bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
                           const T* G, const T* Y, const T* F, Gates<const T> gates,
                           MergeSaved<Acc<T>> saved, Tokens tokens, size_t D) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>)
-    with_width(D, [&](auto n) {
-      constexpr int width = decltype(n)::value;
-      auto kernel = gates.merge == Merge::mvsplit
-                        ? merge_backward_kernel<Merge::mvsplit, width>
-                        : merge_backward_kernel<Merge::mvsplit_noleak, width>;
-      launch(device, kernel, unsigned(tokens.batch) * cluster_blocks, cluster_blocks,
-             cluster_threads, 0, dX, dF, scratch, G, Y, F, gates, saved, tokens);
+    return with_cluster_kernels<T>(device, gates.merge, D, [&](auto kind, auto width) {
+      launch(device, merge_backward_kernel<decltype(kind)::value, decltype(width)::value>,
+             unsigned(tokens.batch) * cluster_blocks, cluster_blocks, cluster_threads, 0, dX, dF,
+             scratch, G, Y, F, gates, saved, tokens);
     });
 #endif
-  (void)device, (void)dX, (void)dF, (void)scratch, (void)G, (void)Y, (void)F, (void)gates,
-      (void)saved, (void)tokens, (void)D;
+  (void)device, (void)dX, (void)dF, (void)scratch, (void)G, (void)Y, (void)F, (void)gates;
+  return (void)saved, (void)tokens, (void)D, false;
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -135,6 +135,9 @@ TEST(RopeQkNorm, AgreesOnBothDevices) {
   check_devices([](Device& d, auto t) {
     return rope_op<decltype(t)>(d, Heads{2, 70, 2, 68}, 8, 8);  // more pairs than a warp has lanes
   });
+  // Four channels a thread: fours of heads and a rest, and more channels than a warp has at once.
+  for (Heads h : {Heads{2, 70, 3, 64}, Heads{2, 70, 5, 128}, Heads{1, 70, 1, 320}})
+    check_devices([&](Device& d, auto t) { return rope_op<decltype(t)>(d, h, 8, 8); });
 }
 TEST(RopeQkNorm, WrongBackwardsAreRejected) {
   Device& device = *devices()[0];
@@ -585,16 +588,21 @@ TEST(Network, PlanIsWhatIsTaken) {
 }
 
 template <class T>
-void compare_networks(double tolerance) {
-  auto [cpu, gpu] = std::pair{Filled<T>(*devices()[0], small(6), 2, 0).run(),
-                              Filled<T>(*devices()[1], small(6), 2, 0).run()};
+void compare_networks(const Config& c, double tolerance) {
+  auto [cpu, gpu] =
+      std::pair{Filled<T>(*devices()[0], c, 2, 0).run(), Filled<T>(*devices()[1], c, 2, 0).run()};
   EXPECT_LE(relative_difference({gpu.begin(), gpu.end()}, {cpu.begin(), cpu.end()}), tolerance);
 }
 TEST(Network, AgreesOnBothDevices) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
-  compare_networks<double>(1e-11);
-  compare_networks<float>(1e-4);
-  compare_networks<bf16>(5e-2);
+  compare_networks<double>(small(6), 1e-11);
+  compare_networks<float>(small(6), 1e-4);
+  compare_networks<bf16>(small(6), 5e-2);
+  for (size_t width : {128, 256}) {  // the GPU's own kernels of merges and attention
+    Config wide = small(2);
+    wide.width = width;
+    compare_networks<bf16>(wide, 5e-2);
+  }
 }
 
 // tests/oracle.safetensors: velocities and gradients of small models in every residual mode, by

@@ -10,14 +10,19 @@ struct Shape {
   size_t D;
 };
 const Shape shapes[] = {{{2, 5, 3}, 8}, {{2, 37, 11}, 136}, {{1, 6, 0}, 12}};
+// For 4.1 of mvsplit.cu: less and more rows than it goes over at once, and no text.
+const Shape one_kernel_shapes[] = {{{1, 5, 3}, 128},   {{3, 300, 7}, 128},   {{2, 70, 65}, 256},
+                                   {{2, 130, 0}, 512}, {{3, 256, 64}, 1024}, {{1, 67, 9}, 1024}};
 
 // A merge with random gates, and everything that its backward leaves behind.
 struct MergeOp : Op {
   Tensor dbar, xbar, fbar;
+  std::function<void()> replay, backward_in_place;  // the latter leaves dX in the cotangent
 };
 
+// `passes`: never in one kernel.
 template <class T>
-MergeOp merge_op(Device& device, Merge merge, Shape shape) {
+MergeOp merge_op(Device& device, Merge merge, Shape shape, bool passes = false) {
   using A = Acc<T>;
   Tokens tokens = shape.tokens;
   size_t D = shape.D, n = tokens.rows() * D, means = 2 * tokens.batch * D;
@@ -53,12 +58,29 @@ MergeOp merge_op(Device& device, Merge merge, Shape shape) {
   op.kept = {r, h, op.xbar, op.fbar, op.dbar, dgate};
   Device* d = &device;
   Tensor dX = op.inputs[0].gradient, dF = op.inputs[1].gradient;
+  auto forward = [=](bool again) {
+    merge_forward(*d, Y.data<T>(), saved, X.data<T>(), F.data<T>(), gates, tokens, D, 1e-6, again);
+  };
+  auto backward = [=](Tensor to) {
+    merge_backward(*d, to.data<T>(), dF.data<T>(), dgates, G.data<T>(), Y.data<T>(), F.data<T>(),
+                   gates, saved, scratch, tokens, D, false);
+  };
+  op.forward = [=] { forward(false); };
+  op.backward = [=] { backward(dX); };
+  op.replay = [=] { forward(true); };
+  op.backward_in_place = [=] { backward(G); };
+  if (!passes) return op;
   op.forward = [=] {
-    merge_forward(*d, Y.data<T>(), saved, X.data<T>(), F.data<T>(), gates, tokens, D, 1e-6);
+    segment_means(*d, saved.xbar, saved.fbar, X.data<T>(), F.data<T>(), tokens, D);
+    with_kind(merge, [&](auto kind) {
+      merge_rows<decltype(kind)::value>(*d, Y.data<T>(), saved, X.data<T>(), F.data<T>(), gates,
+                                        tokens, D, 1e-6, false);
+    });
   };
   op.backward = [=] {
-    merge_backward(*d, dX.data<T>(), dF.data<T>(), dgates, G.data<T>(), Y.data<T>(), F.data<T>(),
-                   gates, saved, scratch, tokens, D, false);
+    merge_backward_passes(*d, dX.data<T>(), dF.data<T>(), scratch, G.data<T>(), Y.data<T>(),
+                          F.data<T>(), gates, saved, tokens, D);
+    gate_gradients<T>(*d, dgates, saved, scratch, tokens, D, false);
   };
   return op;
 }
@@ -80,16 +102,46 @@ TEST(Merge, AgreesOnBothDevices) {
     SCOPED_TRACE(int(merge));
     check_devices([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shapes[1]); });
   }
-  // In one kernel (4.1 of mvsplit.cu): less and more rows than it goes over at once, and no text.
   for (Merge merge : {Merge::mvsplit, Merge::mvsplit_noleak})
-    for (const Shape& shape : {Shape{{1, 5, 3}, 128},
-                               {{3, 300, 7}, 128},
-                               {{2, 70, 65}, 256},
-                               {{2, 130, 0}, 512},
-                               {{3, 256, 64}, 1024},
-                               {{1, 67, 9}, 1024}}) {
+    for (const Shape& shape : one_kernel_shapes) {
       SCOPED_TRACE(testing::Message() << int(merge) << " D " << shape.D);
       check_devices([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shape); });
+    }
+}
+
+// 4.1 against the passes on the same GPU, down to the sums. A replay's bits are those of the first
+// time, and dX may take the place of G.
+TEST(Merge, OneKernelDoesWhatThePassesDo) {
+  if (devices().size() < 2 || !devices()[1]->clusters) GTEST_SKIP() << "no GPU with clusters";
+  Device& gpu = *devices()[1];
+  for (Merge merge : {Merge::mvsplit, Merge::mvsplit_noleak})
+    for (const Shape& shape : one_kernel_shapes) {
+      SCOPED_TRACE(testing::Message() << int(merge) << " D " << shape.D);
+      MergeOp one = merge_op<bf16>(gpu, merge, shape), wrong = merge_op<bf16>(gpu, merge, shape);
+      MergeOp passes = merge_op<bf16>(gpu, merge, shape, true);
+      std::vector<double> X = wrong.inputs[0].value.get();
+      for (size_t i = X.size() - shape.D; i < X.size(); ++i) X[i] *= 1.1;  // its last token
+      wrong.inputs[0].value.set(X);
+      for (MergeOp* op : {&one, &passes, &wrong}) op->forward(), op->backward();
+      double rejected = 0;
+      for (size_t i = 0; i < one.kept.size(); ++i) {
+        std::vector<double> expected = passes.kept[i].get();
+        EXPECT_LE(relative_difference(one.kept[i].get(), expected), 1e-5) << "array " << i;
+        rejected = std::max(rejected, relative_difference(wrong.kept[i].get(), expected));
+      }
+      EXPECT_GT(rejected, 1e-4) << "the check is blind";
+      EXPECT_LE(relative_difference(one.output.get(), passes.output.get()), 1e-3);
+      for (size_t i = 0; i < one.inputs.size(); ++i)
+        EXPECT_LE(
+            relative_difference(one.inputs[i].gradient.get(), passes.inputs[i].gradient.get()),
+            1e-3)
+            << one.inputs[i].name;
+      std::vector<double> first = one.output.get();
+      one.output.set(std::vector<double>(first.size()));
+      one.replay();
+      EXPECT_EQ(one.output.get(), first);
+      one.backward_in_place();
+      EXPECT_EQ(one.cotangent.get(), one.inputs[0].gradient.get());
     }
 }
 
@@ -294,6 +346,17 @@ TEST(Tokens, KnowTheirSegments) {
   EXPECT_EQ(t.rows(), 21u);
   for (size_t row = 0; row < t.rows(); ++row)
     EXPECT_EQ(t.segment_of(row), row / 7 * 2 + (row % 7 >= 5)) << row;
+  for (Tokens any : {t, Tokens{1, 4, 1}, Tokens{2, 6, 0}, Tokens{2, 9, 8}}) {
+    std::vector<int> seen(any.rows());
+    for (size_t i = 0; i < any.fours(); ++i) {
+      Tokens::Four rows = any.four(i);
+      for (int k = 0; k < 4; ++k) {
+        EXPECT_EQ(any.segment_of(rows.row(k)), rows.segment);
+        seen[rows.row(k)] += rows.has(k);
+      }
+    }
+    EXPECT_EQ(seen, std::vector<int>(any.rows(), 1)) << "each row in one of the fours";
+  }
 }
 
 // ---------------------------------------------------------------------------------------------
