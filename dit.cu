@@ -45,6 +45,7 @@ struct Config {
   size_t channels = 1, height = 32, image_width = 32, patch = 4;
   size_t text_tokens = 8, text_dim = 64;
   std::string residual = "mvsplit";
+  std::string means = "segment";  // of the merges: over a segment's tokens, or global: a sequence's
   bool patch_bias = true;  // of the patch embedding; without it RMSNorm hides a patch's magnitude
   double norm_eps = 1e-6;  // of the merges and the input norms
   double alpha = 0, beta = 1;    // MV-Split's gates at the start
@@ -89,6 +90,8 @@ struct Config {
 // Throws Error, with what to change, unless the sizes fit together.
 inline void Config::check() const {
   mode();
+  if (means != "segment" && means != "global")
+    fail("means '%s' is not known: choose segment or global", means.c_str());
   if (!depth || !width || !heads || !ffn || !channels || !height || !image_width || !patch ||
       !text_tokens || !text_dim)
     fail("every size of the model must be at least 1");
@@ -1218,7 +1221,7 @@ struct BlockScratch {
 // The sizes and tables that all blocks share.
 template <class T>
 struct BlockShape {
-  Tokens tokens;
+  Tokens tokens;  // in the segments that the merges average over
   Heads heads;
   size_t D, F;
   double eps;
@@ -1600,6 +1603,7 @@ class Network {
 
   BlockShape<T> shape(size_t b) const {
     Tokens tokens{b, config.image_tokens(), config.text_tokens};
+    if (config.means == "global") tokens = {b, config.tokens(), 0};
     return {tokens,          {b, config.tokens(), config.heads, config.head_dim()},
             config.width,    config.ffn,
             config.norm_eps, {arrays.cosine, arrays.sine, config.image_tokens()}};

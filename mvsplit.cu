@@ -40,7 +40,7 @@
 // one: J_seg = blkdiag(J_image, J_text), P_seg = I - J_seg.  (43)  Both projectors stay projectors.
 // The global mean is a weighted sum of the segment means, J J_seg = J, so J P_seg = 0  (44)-(45):
 // what is centered in each segment is centered globally, and a gate on the segment means reaches
-// the global mean as well.
+// the global mean as well. (For comparison, --means global takes a sequence for one segment.)
 
 // How tokens lie in memory: `batch` sequences of `image` then `text` rows.
 struct Tokens {

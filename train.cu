@@ -1049,7 +1049,7 @@ Metadata describe_state(const Trainer<T, G>& t) {
 inline std::string described(const SafetensorsReader& file, const std::string& key) {
   auto at = file.metadata().find(key);
   if (at != file.metadata().end()) return at->second;
-  return key == "state" ? "fp32" : "nothing";
+  return key == "state" ? "fp32" : key == "means" ? "segment" : "nothing";
 }
 
 inline Metadata describe_optimizer(const Optimizer& o) {
@@ -1766,6 +1766,8 @@ inline void add_model_options(CLI::App* app, Config& m) {
   app->add_option("--residual", m.residual,
                   "postnorm, layerscale, rezero, mvsplit, mvsplit-attention, mvsplit-ffn, "
                   "mvsplit-noleak");
+  app->add_option("--means", m.means,
+                  "that MV-Split takes: segment, of image and of text tokens; global, of all");
   app->add_option("--alpha", m.alpha, "MV-Split's mean gate at the start");
   app->add_option("--beta", m.beta, "MV-Split's centered gate at the start");
   app->add_option("--lambda", m.lambda,

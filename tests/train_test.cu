@@ -1188,6 +1188,7 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
     c.image_width = 9, c.patch = 3, c.text_tokens = 5, c.norm_eps = 1.0 / 3;
     c.residual = residual.name, c.text_dim = c.residual == "rezero" ? 24 : 7;
     c.patch_bias = c.residual != "layerscale";
+    c.means = c.residual == "mvsplit" ? "global" : "segment";
     Table table = parameter_table(c);
     std::vector<double> weights = random_weights<double>(table);
     for (bool silent : {false, true}) {
@@ -1200,7 +1201,7 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
       // Without the leaky term the tensors are the same: only the metadata can tell.
       bool told_apart = !silent || c.residual != "mvsplit-noleak";
       EXPECT_EQ(read.residual, told_apart ? c.residual : "mvsplit");
-      read.residual = c.residual, read.norm_eps = silent ? c.norm_eps : read.norm_eps;
+      if (silent) read.residual = c.residual, read.norm_eps = c.norm_eps, read.means = c.means;
       EXPECT_EQ(describe(read, 4), describe(c, 4));
       EXPECT_EQ(read.patch_bias, c.patch_bias);
       check_loads<double>(device, path, table), check_loads<float>(device, path, table);
@@ -1267,6 +1268,7 @@ TEST_F(TrainTest, ConfigurationsThatContradictTheirFileAreRefused) {
                            {"heads", "0", "heads is '0'"},
                            {"heads", "5", "not divisible by 5 heads"},
                            {"residual", "magic", "residual 'magic' is not known"},
+                           {"means", "geometric", "means 'geometric' is not known"},
                            {"norm_eps", "x", "norm_eps is 'x', expected a number"}};
   for (auto [key, value, words] : rows) {
     Metadata about = describe(c, 1);
@@ -1382,6 +1384,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--heads 16", "head dimension 2 (width 32 / heads 16) is not a multiple"},
       {"train", "--patch 3", "image of 8x8 cannot be cut into patches of 3x3"},
       {"train", "--residual magic", "residual 'magic' is not known: choose one of postnorm"},
+      {"train", "--means no", "means 'no' is not known: choose segment or global"},
       {"train", "--magic 1", "--magic"},
       {"train", "--batch -4", "--batch"},
       {"train", "--batch 0", "--batch"},
@@ -1428,6 +1431,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--resume --out " + at("torn"), "torn/state.safetensors: truncated"},
       {"train", "--resume --depth 5", "was made with depth = 4, this run has 5"},
       {"train", "--resume --residual postnorm", "made with residual = mvsplit"},
+      {"train", "--resume --means global", "made with means = segment"},
       {"train", "--resume --batch 5", "was made with batch = 4"},
       {"train", "--resume --no-patch-bias", "unknown tensor \"master.patch_embed.patch_proj.bias"},
       {"train", "--resume --seed 2", "was made with seed = 1"},
