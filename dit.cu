@@ -21,6 +21,8 @@
 
 #include <array>
 #include <functional>
+#include <optional>
+#include <set>
 
 // ---------------------------------------------------------------------------------------------
 // 1. Configuration and parameters
@@ -45,12 +47,14 @@ struct Config {
   size_t channels = 1, height = 32, image_width = 32, patch = 4;
   size_t text_tokens = 8, text_dim = 64;
   std::string residual = "mvsplit";
+  std::string means = "segment";  // of the merges: over a segment's tokens, or global: a sequence's
   bool patch_bias = true;  // of the patch embedding; without it RMSNorm hides a patch's magnitude
   double norm_eps = 1e-6;  // of the merges and the input norms
-  double alpha = 0, beta = 1;  // MV-Split's gates at the start
-  double lambda = 1e-2;        // LayerScale's at the start; ReZero's is 0
-  double writer_std = -1;      // W_O, W2 ~ N(0, std^2); negative: the mode's own, see below
-  double final_std = 0;        // the final projection
+  double alpha = 0, beta = 1;    // MV-Split's gates at the start
+  std::optional<double> lambda;  // LayerScale's or ReZero's; by default 1e-2 and 0
+  std::set<std::string> fix;     // gates that keep these values: alpha, beta, lambda
+  double writer_std = -1;        // W_O, W2 ~ N(0, std^2); negative: the mode's own, see below
+  double final_std = 0;          // the final projection
 
   size_t image_tokens() const { return height / patch * (image_width / patch); }
   size_t tokens() const { return image_tokens() + text_tokens; }
@@ -68,6 +72,7 @@ struct Config {
     }
     fail("residual '%s' is not known: choose one of %s", residual.c_str(), known.c_str());
   }
+  double lambda_init() const { return lambda.value_or(residual == "rezero" ? 0 : 1e-2); }
   // Writers start at zero, so that each block starts as the identity (RMSNorm leaves a normalised
   // token alone, up to eps, while alpha = 0). Not ReZero's: with lambda = 0 and W = 0, dlambda =
   // sum Delta * F and dF = lambda Delta would both be zero for ever. LayerScale's are the paper's
@@ -76,12 +81,19 @@ struct Config {
     if (writer_std >= 0) return writer_std;
     return residual == "layerscale" || residual == "rezero" ? 0.02 : 0;
   }
+  bool has_gate(const std::string& name) const {
+    bool split = splits(mode().attention) || splits(mode().ffn);
+    if (name == "alpha" || name == "beta") return split;
+    return name == "lambda" && !split && has_gates(mode().ffn);
+  }
   void check() const;
 };
 
 // Throws Error, with what to change, unless the sizes fit together.
 inline void Config::check() const {
   mode();
+  if (means != "segment" && means != "global")
+    fail("means '%s' is not known: choose segment or global", means.c_str());
   if (!depth || !width || !heads || !ffn || !channels || !height || !image_width || !patch ||
       !text_tokens || !text_dim)
     fail("every size of the model must be at least 1");
@@ -101,6 +113,9 @@ inline void Config::check() const {
         "both",
         height, image_width, patch, patch);
   if (!(norm_eps > 0) || norm_eps > 1) fail("norm-eps %g is not in (0, 1]", norm_eps);
+  for (const std::string& gate : fix)
+    if (!has_gate(gate))
+      fail("fix '%s': residual %s has no such gate", gate.c_str(), residual.c_str());
 }
 
 // The parameter table: each parameter once. Allocation, initialisation, AdamW, files, gradient
@@ -112,7 +127,8 @@ struct Parameter {
   std::vector<size_t> shape;
   Init init;
   double scale;
-  size_t offset = 0;  // in elements, from the start of the slab
+  size_t offset = 0;   // in elements, from the start of the slab
+  bool fixed = false;  // keeps its initial value
 
   size_t count() const {
     size_t n = 1;
@@ -155,6 +171,10 @@ inline Table parameter_table(const Config& c) {
     table.size = p.offset + p.count();
     table.parameters.push_back(std::move(p));
   };
+  auto add_gate = [&](const std::string& name, const char* gate, size_t size, double start) {
+    add(name, {size}, Init::constant, start);
+    table.parameters.back().fixed = c.fix.count(gate);
+  };
   auto linear = [](size_t fan_in) { return 1 / std::sqrt(double(fan_in)); };
   size_t D = c.width, p = c.patch;
   add("patch_embed.patch_proj.weight", {D, c.channels, p, p}, Init::uniform, linear(c.patch_dim()));
@@ -174,12 +194,12 @@ inline Table parameter_table(const Config& c) {
     for (int m = 0; m < 2; ++m) {
       std::string number = std::to_string(m + 1);
       if (splits(merges[m])) {
-        add(block + "fused_mvsplit_norm" + number + ".alpha", {D}, Init::constant, c.alpha);
-        add(block + "fused_mvsplit_norm" + number + ".beta", {D}, Init::constant, c.beta);
+        add_gate(block + "fused_mvsplit_norm" + number + ".alpha", "alpha", D, c.alpha);
+        add_gate(block + "fused_mvsplit_norm" + number + ".beta", "beta", D, c.beta);
       } else if (merges[m] == Merge::layerscale) {
-        add(block + "layerscale" + number, {D}, Init::constant, c.lambda);
+        add_gate(block + "layerscale" + number, "lambda", D, c.lambda_init());
       } else if (merges[m] == Merge::rezero) {
-        add(block + "rezero" + number, {1}, Init::constant, 0);
+        add_gate(block + "rezero" + number, "lambda", 1, c.lambda_init());
       }
     }
     table.size = round_up(table.size, 64);
@@ -1220,7 +1240,7 @@ struct BlockScratch {
 // The sizes and tables that all blocks share.
 template <class T>
 struct BlockShape {
-  Tokens tokens;
+  Tokens tokens;  // in the segments that the merges average over
   Heads heads;
   size_t D, F;
   double eps;
@@ -1607,6 +1627,7 @@ class Network {
 
   BlockShape<T> shape(size_t b) const {
     Tokens tokens{b, config.image_tokens(), config.text_tokens};
+    if (config.means == "global") tokens = {b, config.tokens(), 0};
     return {tokens,          {b, config.tokens(), config.heads, config.head_dim()},
             config.width,    config.ffn,
             config.norm_eps, {arrays.cosine, arrays.sine, config.image_tokens()}};

@@ -45,7 +45,7 @@
 // one: J_seg = blkdiag(J_image, J_text), P_seg = I - J_seg.  (43)  Both projectors stay projectors.
 // The global mean is a weighted sum of the segment means, J J_seg = J, so J P_seg = 0  (44)-(45):
 // what is centered in each segment is centered globally, and a gate on the segment means reaches
-// the global mean as well.
+// the global mean as well. (For comparison, --means global takes a sequence for one segment.)
 
 // How tokens lie in memory: `batch` sequences of `image` then `text` rows.
 struct Tokens {
@@ -231,6 +231,9 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 // state that is all mean gets its decay back at once. The leak makes the mean smaller against the
 // rest, not X_next smaller.
 //
+// A ReZero whose lambda stays at 1 / a is DeepNorm: a X + F = a (X + F / a), and RMSNorm takes the
+// factor away (and divides its eps by a^2). DeepNet has a = (2 L)^(1/4) for L blocks.
+//
 // LayerScale is no such split, whatever its lambda (40):
 //
 //     Z - X = lambda * J F + lambda * P F          one gain for both parts, nothing leaks    (41)
@@ -245,6 +248,8 @@ enum class Merge { plain, layerscale, rezero, mvsplit, mvsplit_noleak };
 HD constexpr bool splits(Merge merge) {
   return merge == Merge::mvsplit || merge == Merge::mvsplit_noleak;
 }
+
+HD constexpr bool has_gates(Merge merge) { return merge != Merge::plain; }
 
 // The learned gains of one merge, or their gradients. Only those of its kind are there: alpha, beta
 // (D) when it splits, lambda (D) for LayerScale, lambda (1) for ReZero.
@@ -510,7 +515,7 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
   };
   with_kind(gates.merge, [&](auto kind) {
     constexpr Merge merge = decltype(kind)::value;
-    if (merge != Merge::plain) merge_token_sums<merge>(device, scratch, F, saved, tokens, D, delta);
+    if (has_gates(merge)) merge_token_sums<merge>(device, scratch, F, saved, tokens, D, delta);
     merge_backward_rows<merge>(device, dX, dF, scratch, gates, tokens, D, delta);
   });
 }
@@ -530,7 +535,7 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, c
                     MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
   if (!fused_merge_backward(device, dX, dF, scratch, G, Y, F, gates, saved, tokens, D))
     merge_backward_passes(device, dX, dF, scratch, G, Y, F, gates, saved, tokens, D);
-  if (gates.merge != Merge::plain)
+  if (has_gates(gates.merge))
     device.beside(
         [&] { gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate); });
 }

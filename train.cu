@@ -193,6 +193,10 @@ constexpr size_t records = 1024;  // how many steps' records are kept on the dev
 // The slab is walked in chunks, none of which spans two tensors: a team's piece of work, in which
 // every parameter is treated alike. (A team reads whole quads: what follows a tensor in the slab,
 // up to the next quad, is zero everywhere and stays so.)
+//
+// Parameters that are fixed are in no chunk: AdamW leaves them, their moments and their average as
+// they began, and their gradients do not enter the norm. What nothing follows must not make the
+// steps of the others smaller.
 struct Chunk {
   size_t begin;
   uint32_t count;
@@ -201,13 +205,14 @@ struct Chunk {
 constexpr size_t largest_chunk = 16384;
 inline size_t count_chunks(const Table& table) {
   size_t count = 0;
-  for (const Parameter& p : table.parameters) count += ceil_div(p.count(), largest_chunk);
+  for (const Parameter& p : table.parameters)
+    if (!p.fixed) count += ceil_div(p.count(), largest_chunk);
   return count;
 }
 inline std::vector<Chunk> chunks_of(const Table& table) {
   std::vector<Chunk> chunks;
   for (const Parameter& p : table.parameters)
-    for (size_t i = 0; i < p.count(); i += largest_chunk)
+    for (size_t i = 0; i < p.count() && !p.fixed; i += largest_chunk)
       chunks.push_back(
           {p.offset + i, uint32_t(std::min(largest_chunk, p.count() - i)), p.decays()});
   return chunks;
@@ -1038,13 +1043,17 @@ Metadata describe_state(const Trainer<T, G>& t) {
   m["seed"] = std::to_string(t.o.seed), m["data_hash"] = std::to_string(t.data_hash);
   m["precision"] = dtype_name<T>(), m["state"] = t.lean ? "lean" : "fp32";
   m["dropout"] = exact(t.o.dropout), m["ema"] = exact(t.o.ema);
+  std::string& fixed = m["fix"];
+  for (const std::string& gate : t.o.model.fix) fixed += (fixed.empty() ? "" : ",") + gate;
+  if (fixed.empty()) fixed = "nothing";
   return m;
 }
 
-// The optimiser's state that a file holds. (The first ones did not say: there was only one.)
-inline std::string saved_state(const SafetensorsReader& file) {
-  auto at = file.metadata().find("state");
-  return at == file.metadata().end() ? "fp32" : at->second;
+// What a state says of itself. (The first ones did not say all: there was only one choice.)
+inline std::string described(const SafetensorsReader& file, const std::string& key) {
+  auto at = file.metadata().find(key);
+  if (at != file.metadata().end()) return at->second;
+  return key == "state" ? "fp32" : key == "means" ? "segment" : "nothing";
 }
 
 inline Metadata describe_optimizer(const Optimizer& o) {
@@ -1091,9 +1100,7 @@ void resume_run(Trainer<T, G>& t) {
   std::string path = t.o.out + "/state.safetensors";
   SafetensorsReader file(path);
   for (const auto& [key, value] : describe_state(t)) {
-    auto at = file.metadata().find(key);
-    std::string found = at == file.metadata().end() ? "nothing" : at->second;
-    if (key == "state") found = saved_state(file);
+    std::string found = described(file, key);
     if (found != value)
       fail(
           "%s was made with %s = %s, this run has %s: resume with the same, or choose another "
@@ -1341,7 +1348,8 @@ inline void check_options(const TrainOptions& o) {
   o.model.check();
   const Optimizer& a = o.optimizer;
   const Config& m = o.model;
-  double gates = m.alpha + m.beta + m.lambda + m.writer_std + m.final_std;  // finite if all are
+  double gates =
+      m.alpha + m.beta + m.lambda.value_or(0) + m.writer_std + m.final_std;  // finite if all are
   struct {
     bool good;
     const char* what;
@@ -1392,7 +1400,7 @@ int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size
   if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
   std::string saved = o.out + "/state.safetensors";
   if (o.resume && o.state == "auto" && std::filesystem::exists(saved))
-    o.state = saved_state(SafetensorsReader(saved));
+    o.state = described(SafetensorsReader(saved), "state");
   Choice choice = choose<T>(o, table, sizes, device.gpu, limit, true);
   o.recompute = choice.recompute;
   print_plan<T>(o, table, sizes, device.gpu, choice);
@@ -1762,9 +1770,12 @@ inline void add_model_options(CLI::App* app, Config& m) {
   app->add_option("--residual", m.residual,
                   "postnorm, layerscale, rezero, mvsplit, mvsplit-attention, mvsplit-ffn, "
                   "mvsplit-noleak");
+  app->add_option("--means", m.means,
+                  "that MV-Split takes: segment, of image and of text tokens; global, of all");
   app->add_option("--alpha", m.alpha, "MV-Split's mean gate at the start");
   app->add_option("--beta", m.beta, "MV-Split's centered gate at the start");
-  app->add_option("--lambda", m.lambda, "LayerScale's gate at the start");
+  app->add_option("--lambda", m.lambda,
+                  "LayerScale's or ReZero's gate at the start; default: 1e-2, 0");
   app->add_option("--writer-std", m.writer_std,
                   "W_O and W2 start as N(0, std^2); -1: the mode's own");
   app->add_option("--final-std", m.final_std, "so does the final projection");
@@ -1783,6 +1794,8 @@ inline void add_data_sizes(CLI::App* app, Config& m) {
 
 inline void add_train_options(CLI::App* app, TrainOptions& o) {
   add_model_options(app, o.model);
+  app->add_option("--fix", o.model.fix, "gates that are not trained: alpha, beta, lambda")
+      ->delimiter(',');
   app->add_option("--batch", o.batch, "images of a forward pass");
   app->add_option("--accumulate", o.accumulate, "passes of a step");
   app->add_option("--steps", o.steps, "steps, from the start of the run");

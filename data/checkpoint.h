@@ -28,6 +28,7 @@ inline Metadata describe(const Config& c, double time_shift) {
           {"channels", std::to_string(c.channels)},
           {"patch", std::to_string(c.patch)},
           {"residual", c.residual},
+          {"means", c.means},
           {"height", std::to_string(c.height)},
           {"image_width", std::to_string(c.image_width)},
           {"text_tokens", std::to_string(c.text_tokens)},
@@ -101,6 +102,7 @@ inline void read_config(const SafetensorsReader& file, const std::string& path, 
   integer("heads", c.heads), integer("height", c.height), integer("image_width", c.image_width);
   integer("text_tokens", c.text_tokens);
   if (m.count("residual")) c.residual = m.at("residual");
+  if (m.count("means")) c.means = m.at("means");
   if (m.count("norm_eps"))
     c.norm_eps = finite_number(m.at("norm_eps"), path + ": metadata norm_eps");
   c.check();

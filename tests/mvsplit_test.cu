@@ -834,6 +834,23 @@ TEST(Statement, Eq7_10_LeakyIntegratorOverDepth) {
     }
 }
 
+// RMSNorm(a X + F) = RMSNorm(X + F / a), so both have one dF, and dX is a times smaller by X.
+TEST(Merge, ReZeroAtOneOverAIsDeepNorm) {
+  for (Device* device : devices()) {
+    size_t T = two_segments.length(), D = 8;
+    double a = std::pow(2 * 1000, 0.25);
+    Dense X = random_dense(T, D, 1), F = random_dense(T, D, 2), G = random_dense(T, D, 3);
+    Merged deep = merged(*device, two_segments, {Merge::plain, {}, {}, {}}, a * X, F, G);
+    auto residual = [&](double lambda) {
+      Merged m = merged(*device, two_segments, {Merge::rezero, {}, {}, {lambda}}, X, F, G);
+      return difference(m.X_next, deep.X_next) + difference(m.dF, deep.dF) +
+             difference(m.dX, a * deep.dX);
+    };
+    EXPECT_LE(residual(1 / a), 1e-5) << "up to eps";
+    EXPECT_GT(residual(1.001 / a), 1e-4) << "another lambda";
+  }
+}
+
 // (40): the update Z - X of LayerScale is lambda * F for some lambda. How far an update is from the
 // nearest such, by channel.
 double distance_from_layerscale(const Dense& update, const Dense& F) {

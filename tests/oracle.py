@@ -27,7 +27,7 @@ torch.use_deterministic_algorithms(True)
 
 QK_EPS = 1e-6  # the QK-norm's epsilon is fixed; norm_eps is that of the merges and the input norms
 BASE = dict(depth=1, width=16, heads=2, ffn=24, channels=2, height=8, image_width=12, patch=2,
-            text_tokens=3, text_dim=5, residual=None, norm_eps="1e-6")
+            text_tokens=3, text_dim=5, residual=None, means="segment", norm_eps="1e-6")
 # image_width != height, so that rows and columns cannot be mistaken; text_dim=width leaves context_proj out
 CASES = {
     "postnorm": dict(BASE, residual="postnorm", depth=3),
@@ -37,6 +37,7 @@ CASES = {
     "mvsplit-attention": dict(BASE, residual="mvsplit-attention", depth=2),
     "mvsplit-ffn": dict(BASE, residual="mvsplit-ffn", depth=2, norm_eps="1e-5"),
     "mvsplit-noleak": dict(BASE, residual="mvsplit-noleak", depth=2),
+    "mvsplit-global": dict(BASE, residual="mvsplit", means="global", depth=2),
 }
 BATCH = 2
 
@@ -146,7 +147,7 @@ def forward(z, text, w, c):
     x = torch.cat([rms_norm(image, eps), rms_norm(context, eps)], dim=1)  # image tokens first
 
     angle = rope_angles(rows, cols, text.shape[1], D // c["heads"])
-    J, P = projectors([rows * cols, text.shape[1]])
+    J, P = projectors([x.shape[1]] if c["means"] == "global" else [rows * cols, text.shape[1]])
     for i in range(c["depth"]):
         block = f"blocks.{i}."
         x = merge(x, attention(x, w, block, c["heads"], angle), w, block, 1, c["residual"], J, P, eps)

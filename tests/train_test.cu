@@ -299,6 +299,7 @@ TEST(AdamW, ChunksCoverEachParameterOnce) {
       std::string end = p.name.substr(p.name.rfind('.') + 1);
       for (size_t i = 0; i < p.count(); ++i) matrix[p.offset + i] = end == "weight";
     }
+    EXPECT_EQ(chunks_of(table).size(), count_chunks(table));
     for (const Chunk& chunk : chunks_of(table))
       for (size_t i = chunk.begin; i < chunk.begin + chunk.count; ++i) {
         ++covered.at(i);
@@ -306,6 +307,57 @@ TEST(AdamW, ChunksCoverEachParameterOnce) {
       }
     for (size_t i = 0; i < table.size; ++i) ASSERT_EQ(covered[i], matrix[i] >= 0) << i;
   }
+}
+
+// With --fix a gate keeps its initial value and its gradient is not part of the norm; all else
+// moves. Unlike names must not match: LayerScale's and ReZero's gates are both lambda.
+TEST_F(TrainTest, FixedGatesKeepTheirValuesAndStayOutOfTheNorm) {
+  struct {
+    const char* residual;
+    std::set<std::string> fix;
+    const char* ends;  // of the fixed parameters' names
+  } rows[] = {{"mvsplit", {"alpha"}, ".alpha"},
+              {"mvsplit", {"beta"}, ".beta"},
+              {"mvsplit-ffn", {"alpha", "beta"}, "norm2.alpha norm2.beta"},
+              {"mvsplit-noleak", {}, ""},
+              {"layerscale", {"lambda"}, "layerscale1 layerscale2"},
+              {"rezero", {"lambda"}, "rezero1 rezero2"}};
+  every_state([&](Device& device, auto type, auto kept) {
+    using A = Acc<decltype(type)>;
+    for (const auto& row : rows) {
+      SCOPED_TRACE(std::string(row.residual) + row.ends);
+      TrainOptions o = options();
+      o.model.residual = row.residual, o.model.lambda = 0.5, o.model.fix = row.fix, o.ema = 0.9;
+      Trainer<decltype(type), decltype(kept)> t(device, o, data_, held_out_);
+      const Table& table = t.net.table;
+      std::vector<A> first = from(device, t.a.average, table.size);
+      steps(t, 1);
+      auto g = from(device, t.net.gradients(), table.size);
+      auto w = from(device, t.net.weights(), table.size);
+      std::vector<A> average = from(device, t.a.average, table.size);
+      double moving = 0, fixed = 0;
+      for (const Parameter& p : table.parameters) {
+        std::istringstream ends(row.ends);
+        bool is_fixed = false;
+        for (std::string end; ends >> end;)
+          is_fixed |= p.name.size() > end.size() &&
+                      p.name.compare(p.name.size() - end.size(), end.size(), end) == 0;
+        bool moved = false;
+        for (size_t i = p.offset; i < p.offset + p.count(); ++i) {
+          (is_fixed ? fixed : moving) += double(g[i]) * double(g[i]);
+          moved |= average[i] != first[i];
+          if (is_fixed) {
+            EXPECT_EQ(double(w[i]), double(decltype(type)(first[i]))) << p.name;
+          }
+        }
+        EXPECT_EQ(moved, !is_fixed) << p.name;
+      }
+      double norm = t.history(0)[0].norm;
+      EXPECT_NEAR(norm / std::sqrt(moving), 1, 1e-5);
+      if (row.fix.empty()) continue;
+      EXPECT_GT(std::abs(norm / std::sqrt(moving + fixed) - 1), 1e-5) << "the check is blind";
+    }
+  });
 }
 
 // A table of a matrix and a vector, with a gap between them and more than one chunk.
@@ -768,6 +820,7 @@ TEST_F(TrainTest, StoppedAndResumedIsAsGoingThrough) {
     for (double ema : {0.0, 0.9}) {
       TrainOptions o = options();
       o.ema = ema;
+      if (ema > 0) o.model.fix = {"beta"};
       Trainer<T, G> through(device, o, data_, held_out_), stopped(device, o, data_, held_out_);
       steps(through, 5), steps(stopped, 3);
       save_run(stopped);
@@ -1135,6 +1188,7 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
     c.image_width = 9, c.patch = 3, c.text_tokens = 5, c.norm_eps = 1.0 / 3;
     c.residual = residual.name, c.text_dim = c.residual == "rezero" ? 24 : 7;
     c.patch_bias = c.residual != "layerscale";
+    c.means = c.residual == "mvsplit" ? "global" : "segment";
     Table table = parameter_table(c);
     std::vector<double> weights = random_weights<double>(table);
     for (bool silent : {false, true}) {
@@ -1147,7 +1201,7 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
       // Without the leaky term the tensors are the same: only the metadata can tell.
       bool told_apart = !silent || c.residual != "mvsplit-noleak";
       EXPECT_EQ(read.residual, told_apart ? c.residual : "mvsplit");
-      read.residual = c.residual, read.norm_eps = silent ? c.norm_eps : read.norm_eps;
+      if (silent) read.residual = c.residual, read.norm_eps = c.norm_eps, read.means = c.means;
       EXPECT_EQ(describe(read, 4), describe(c, 4));
       EXPECT_EQ(read.patch_bias, c.patch_bias);
       check_loads<double>(device, path, table), check_loads<float>(device, path, table);
@@ -1214,6 +1268,7 @@ TEST_F(TrainTest, ConfigurationsThatContradictTheirFileAreRefused) {
                            {"heads", "0", "heads is '0'"},
                            {"heads", "5", "not divisible by 5 heads"},
                            {"residual", "magic", "residual 'magic' is not known"},
+                           {"means", "geometric", "means 'geometric' is not known"},
                            {"norm_eps", "x", "norm_eps is 'x', expected a number"}};
   for (auto [key, value, words] : rows) {
     Metadata about = describe(c, 1);
@@ -1329,6 +1384,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--heads 16", "head dimension 2 (width 32 / heads 16) is not a multiple"},
       {"train", "--patch 3", "image of 8x8 cannot be cut into patches of 3x3"},
       {"train", "--residual magic", "residual 'magic' is not known: choose one of postnorm"},
+      {"train", "--means no", "means 'no' is not known: choose segment or global"},
       {"train", "--magic 1", "--magic"},
       {"train", "--batch -4", "--batch"},
       {"train", "--batch 0", "--batch"},
@@ -1375,9 +1431,15 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--resume --out " + at("torn"), "torn/state.safetensors: truncated"},
       {"train", "--resume --depth 5", "was made with depth = 4, this run has 5"},
       {"train", "--resume --residual postnorm", "made with residual = mvsplit"},
+      {"train", "--resume --means global", "made with means = segment"},
       {"train", "--resume --batch 5", "was made with batch = 4"},
       {"train", "--resume --no-patch-bias", "unknown tensor \"master.patch_embed.patch_proj.bias"},
       {"train", "--resume --seed 2", "was made with seed = 1"},
+      {"train", "--resume --fix beta,alpha", "made with fix = nothing, this run has alpha,beta"},
+      {"train", "--fix lambda", "fix 'lambda': residual mvsplit has no such gate"},
+      {"train", "--fix alpha --residual rezero", "fix 'alpha': residual rezero has no such gate"},
+      {"train", "--fix beta,gamma", "fix 'gamma': residual mvsplit has no such gate"},
+      {"train", "--lambda nan", "must be finite"},
       {"train", "--resume --ema 0.9", "was made with ema = 0"},
       {"train", "--resume --precision fp64", "was made with precision = F32"},
       {"train", "--resume --precision bf16", "was made with precision = F32"},
