@@ -136,6 +136,12 @@ seconds_of() {
       print other + (a * o["depth"] * (steps + 20) + b * measured * times) / 1000 }' "$1/config.ini"
 }
 
+anything_to_do() {
+  local dir
+  for dir in "${listed[@]}"; do [ -s "$dir/result" ] || return 0; done
+  return 1
+}
+
 # Prints what will be run and for how long.
 announce() {
   local dir total=0 n=0 seconds
@@ -296,7 +302,7 @@ main() {
     read_recipe "$one"
     runs
   done
-  if [ -z "${REDRAW:-}" ] && [ ${#listed[@]} -gt 0 ]; then
+  if [ -z "${REDRAW:-}" ] && anything_to_do; then
     [ -x "$program" ] || die "$program is missing: make"
     measure_speed
     announce
@@ -306,7 +312,7 @@ main() {
     listed=()
     read_recipe "$one"
     runs
-    if [ -n "${REDRAW:-}" ] || pack_runs; then draw_all; fi
+    if [ ${#listed[@]} = 0 ] || pack_runs; then draw_all; fi
   done
   [ ${#failures[@]} -eq 0 ] || die "these runs failed: ${failures[*]}"
 }

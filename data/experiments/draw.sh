@@ -160,6 +160,7 @@ set output "$figures/$1.png"
 set title "$2"
 set ylabel "training loss (mean of 25 steps)"
 set key outside right top samplen 1.5
+set xrange [0:*]
 set yrange [*<0.4:1.8]
 set arrow from graph 0, first 1.44 to graph 1, first 1.44 nohead dt 3 lc rgb "#808080"
 set label "predicting the mean" at graph 0.99, first 1.47 right textcolor rgb "#808080" font ",9"
@@ -230,7 +231,7 @@ set terminal pngcairo size 1200,820 font "sans,11"
 set output "$figures/$out.png"
 set logscale y
 set format y "10^{%L}"
-set yrange [1e-9:*]
+set yrange [1e-9<*:*]
 set multiplot layout 2,2 title "$title" font ",13"
 set key bottom left samplen 1.5
 $panels

@@ -69,6 +69,7 @@ set title "Ret = |c(A c(X))| / |c(X)|"
 plot $cells:6 with boxxyerror fc palette notitle
 set cbrange [*:*]
 set logscale cb
+set cbtics (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 set title "VarGain = |c(F)| / |c(X)|, attention"
 plot $cells:7 with boxxyerror fc palette notitle
 unset multiplot

@@ -30,9 +30,9 @@ draw() {
   map
 }
 
-# A line for each merge and depth: the largest rate up to which all trained, the best rate and its loss.
+# A line for each merge and depth: the largest rate that trained, the best one and its loss, and what became of the others.
 edge_table() {
-  echo "| merge | layers | largest rate that trains | best rate | its loss, last 25 steps | what happens above |"
+  echo "| merge | layers | largest rate that trains | best rate | its loss, last 25 steps | the others |"
   echo "|---|---|---|---|---|---|"
   unpacked runs | awk -F, -v merges="$merges" -v depths="$depths" -v rates="$rates" '
     NR > 1 { outcome[$1] = $5; loss[$1] = $6 }
@@ -64,8 +64,8 @@ map() {
       print x[part[3]], y[part[2]], shown, text >(work "/" part[1]) }'
   tics=$(awk -v depths="$depths" -v rates="$rates" 'BEGIN {
     d = split(depths, depth, " "); r = split(rates, rate, " ")
-    printf "set xtics ("; for (i = 1; i <= r; i++) printf "%s\"%s\" %d", i > 1 ? ", " : "", rate[i], i
-    printf ")\nset ytics ("; for (i = 1; i <= d; i++) printf "%s\"%s\" %d", i > 1 ? ", " : "", depth[i], i
+    printf "set xtics ("; for (i = 1; i <= r; i++) printf "%s\"%s\" %d", (i > 1 ? ", " : ""), rate[i], i
+    printf ")\nset ytics ("; for (i = 1; i <= d; i++) printf "%s\"%s\" %d", (i > 1 ? ", " : ""), depth[i], i
     printf ")\nset xrange [0.5:%g]\nset yrange [0.5:%g]\n", r + 0.5, d + 0.5 }')
   for merge in $merges; do
     panels+="set title '$(label "$merge")'

@@ -7,7 +7,7 @@ bin=1 spikes=postnorm pictures=postnorm
 
 runs() {
   local window=480
-  case ${base##*/} in small.ini) window=100 ;; tiny.ini) window=80 ;; esac
+  case ${base##*/} in small.ini) window=200 ;; tiny.ini) window=80 ;; esac
   run postnorm residual=postnorm diagnose-every=10 diagnose-layers="$(layers 17)" window=$window
 }
 
