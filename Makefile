@@ -4,6 +4,7 @@
 # make bench-peer  and beside PyTorch, whose outputs and gradients are compared too
 # make        build the program, build/mvsplit
 # make figures RUN=dir   draw a run's diagnostics (train --diagnose-every N) into dir/figures
+# make experiment NAME=scream   run an experiment, or all: see NOTES.md (QUICK=1: smaller; REDRAW=1: draw only)
 #
 # With nvcc and a GPU everything is built for the GPU (the binaries still run on the CPU too). With
 # nvcc alone, `make test` compiles the GPU build as well and runs the CPU one. ARCH=sm_80 chooses the
@@ -38,7 +39,7 @@ BIN := $($(MACHINE))
 # Threads that spin while they wait slow a busy machine down many times.
 export OMP_WAIT_POLICY ?= passive
 MAKEFLAGS += --jobs=$(shell nproc)
-.PHONY: all run figures test bench bench-peer setup data clean format
+.PHONY: all run figures experiment test bench bench-peer setup data clean format
 all: build/mvsplit
 
 build/mvsplit: $(BIN)/mvsplit
@@ -77,6 +78,11 @@ run: build/mvsplit data
 
 figures: | setup
 	@bash data/figures.sh $(RUN)
+
+# The recipes are in data/experiments. A run that is done is not run again, an interrupted one goes on.
+NAME ?= scream
+experiment: build/mvsplit data
+	@bash data/experiment.sh $(NAME)
 
 test: data $(TESTS:%=$(BIN)/%_test) $(BIN)/mvsplit $(if $(NVCC),$(TESTS:%=$(gpu)/%_test) $(gpu)/mvsplit $(gpu)/bench)
 	@$(if $(NVCC),echo "the GPU build was compiled for $(ARCH)",echo "no nvcc: the GPU build was not compiled")

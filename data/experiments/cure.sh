@@ -1,0 +1,31 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# cure (Fig. 2, 5, 6): the same network at the same learning rate behind other merges.
+columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr"
+pictures=mvsplit_1
+
+runs() {
+  local seed seeds="1 2 3" lambdas="1e-2 1e-3 1e-4 1e-5" lambda
+  if [ "$SCALE" != full ]; then seeds=1 lambdas=1e-2; fi
+  for seed in $seeds; do
+    cured "postnorm_$seed" residual=postnorm
+    for lambda in $lambdas; do cured "layerscale-${lambda}_$seed" residual=layerscale "lambda=$lambda"; done
+    cured "rezero_$seed" residual=rezero
+    cured "mvsplit_$seed" residual=mvsplit
+  done
+}
+cured() { run "$@" seed="${1##*_}" diagnose-every=20 diagnose-layers="$(layers 17)"; }
+
+draw() {
+  results_table
+  draw_losses cure_loss "The same network, the same learning rate"
+  draw_modes cure_modes "Gradients of the writers: median and quartiles over depth" \
+    postnorm_1 "$(best_layerscale)" rezero_1 mvsplit_1
+}
+
+# The LayerScale run of seed 1 whose group has the lowest validation loss.
+best_layerscale() {
+  unpacked runs | awk -F, "$group"'
+    $1 ~ /^layerscale/ && $11 != "" { g = group($1); sum[g] += $11; n[g]++ }
+    END { for (g in n) if (best == "" || sum[g] / n[g] < sum[best] / n[best]) best = g
+      print (best == "" ? "layerscale-1e-2" : best) "_1" }'
+}

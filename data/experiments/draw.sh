@@ -1,0 +1,242 @@
+# What recipes draw with: data/experiment.sh sources it. Everything is read from the packed csv files.
+# shellcheck shell=bash disable=SC2154  # root, figures, csv, experiment, work: the driver's
+
+# The packed file $1 (runs, losses, diagnostics) of experiment $2, by default the present one.
+unpacked() { gzip -dc "$csv/${2:-$experiment}_$1.csv.gz"; }
+
+# Puts one run's losses and diagnostics into $work/RUN as train would have written them: log.csv,
+# diagnostics.csv. $2: its experiment.
+unpack() {
+  local file
+  mkdir -p "$work/$1"
+  for file in losses diagnostics; do
+    [ ! -e "$csv/${2:-$experiment}_$file.csv.gz" ] ||
+      unpacked "$file" "${2:-}" | awk -F, -v run="$1" 'NR == 1 || $1 == run { sub(/^[^,]*,/, ""); print }' \
+        >"$work/$1/$file.csv"
+  done
+  mv "$work/$1/losses.csv" "$work/$1/log.csv"
+}
+
+# For awk: quantile(a, n, p) of a[1..n], which it sorts; interpolated between neighbours.
+statistics='
+function sort_numbers(a, n,  i, j, x) {
+  for (i = 2; i <= n; i++) {
+    x = a[i]
+    for (j = i - 1; j > 0 && a[j] > x; j--) a[j + 1] = a[j]
+    a[j + 1] = x } }
+function quantile(a, n, p,  at, low) {
+  sort_numbers(a, n)
+  at = 1 + p * (n - 1); low = int(at)
+  return low < n ? a[low] + (at - low) * (a[low + 1] - a[low]) : a[n] }
+'
+
+# The group of a run: its name without the seed.
+group='function group(run) { sub(/_[0-9]+$/, "", run); return run }'
+
+# For gnuplot. Colours are told apart also by those who do not see red and green alike.
+style='
+set datafile separator ","
+set datafile missing "nan"
+set style line 1 lw 1.8 lc rgb "#c0392b"
+set style line 2 lw 1.8 lc rgb "#e08b1a"
+set style line 3 lw 1.8 lc rgb "#1f9e89"
+set style line 4 lw 1.8 lc rgb "#3b6fb6"
+set style line 5 lw 1.8 lc rgb "#440154"
+set style line 6 lw 1.8 lc rgb "#7f7f7f"
+set style line 7 lw 1.8 lc rgb "#b0679e"
+set style line 8 lw 1.8 lc rgb "#8c9a2b"
+set style line 9 lw 1.8 lc rgb "#5ab4d6"
+set border 3 lw 0.8 lc rgb "#505050"
+set tics nomirror scale 0.5
+set grid lw 0.5 lc rgb "#d8d8d8"
+set xlabel "step"
+set title font ",12"
+'
+
+# --- Tables ----------------------------------------------------------------------------------------
+
+# A line for each group of runs: how many seeds, what became of them, losses as mean and range.
+results_table() {
+  echo "| run | seeds | trained | collapse at step | loss, last 25 steps | best of 25 steps | validation loss |"
+  echo "|---|---|---|---|---|---|---|"
+  unpacked runs | awk -F, "$group"'
+    NR == 1 { next }
+    { g = group($1)
+      if (!(g in n)) order[++groups] = g
+      n[g]++
+      trained[g] += $5 == "trained"
+      if ($5 == "collapsed") steps[g] = steps[g] " " $8
+      else if ($5 != "trained") steps[g] = steps[g] " " $5
+      add(g, 1, $6); add(g, 2, $7); add(g, 3, $11) }
+    function add(g, i, x) {
+      if (x !~ /^[0-9]/) return
+      sum[g, i] += x
+      if (!count[g, i]++) low[g, i] = high[g, i] = x
+      if (x + 0 < low[g, i]) low[g, i] = x
+      if (x + 0 > high[g, i]) high[g, i] = x }
+    function shown(g, i) {
+      if (!count[g, i]) return "-"
+      if (count[g, i] == 1) return sprintf("%.3f", sum[g, i])
+      return sprintf("%.3f (%.3f to %.3f)", sum[g, i] / count[g, i], low[g, i], high[g, i]) }
+    END { for (k = 1; k <= groups; k++) { g = order[k]
+      sub(/^ /, "", steps[g]); gsub(/ /, ", ", steps[g])
+      printf "| %s | %d | %d | %s | %s | %s | %s |\n", g, n[g], trained[g], steps[g] == "" ? "-" : steps[g],
+        shown(g, 1), shown(g, 2), shown(g, 3) } }'
+  echo
+  unpacked runs | awk -F, 'NR > 1 { s += $12; on[$13] = 1; of[$14] = 1; n++ }
+    END { printf "%d runs, %.0f s in all, on", n, s
+      for (m in on) printf " %s", m
+      printf "; commit"
+      for (c in of) printf " %s", c
+      print "." }'
+  echo
+}
+
+# The step of the event in the run $1 of experiment $2: that of the largest gradient norm within 50
+# steps of the collapse; nothing if there was none.
+event() {
+  local collapse
+  collapse=$(unpacked runs "${2:-}" | awk -F, -v run="$1" '$1 == run { print $8 }')
+  [ -z "$collapse" ] || unpacked losses "${2:-}" | awk -F, -v run="$1" -v c="$collapse" '
+    $1 == run && $2 >= c - 50 && $2 <= c + 50 && $4 > most { most = $4; at = $2 } END { print at }'
+}
+
+# The report of a spike that run $1 left, for the notes.
+spike_report() {
+  local file=$csv/${experiment}_$1_spike.txt
+  [ -e "$file" ] || { echo "The run $1 left no report of a spike."; echo; return 0; }
+  echo "The report that train left ($(basename "$file")), without its lists of single samples:"
+  echo
+  echo '```'
+  head -n 24 "$file"
+  echo '```'
+  echo
+}
+
+# --- Figures -----------------------------------------------------------------------------------------
+
+# $figures/$2.png: the panels of data/figures.sh for the run unpacked at $1, from step $3 on.
+diagnostics() {
+  bash data/figures.sh "$1" "${3:-0}" >/dev/null
+  [ ! -e "$1/figures/diagnostics.png" ] || cp "$1/figures/diagnostics.png" "$figures/$2.png"
+  echo "![$2]($figures/$2.png)"
+  echo
+}
+
+# $work/GROUP.loss: step, median, smallest and largest loss over the seeds of a group, each
+# smoothed over 25 steps. The groups are listed in $groups.
+loss_bands() {
+  groups=$(unpacked runs | awk -F, "$group"'NR > 1 { g = group($1); if (!seen[g]++) print g }')
+  unpacked losses | awk -F, -v work="$work" "$group$statistics"'
+    NR == 1 || $3 !~ /^[0-9]/ { next }
+    $1 != run { run = $1; rows = 0; g = group(run) }
+    { recent[rows++ % 5] = $3
+      if (rows < 5) next
+      sum = 0
+      for (i = 0; i < 5; i++) sum += recent[i]
+      value[g, $2, ++n[g, $2]] = sum / 5
+      if (n[g, $2] == 1) { if (!(g in last)) groups[++k] = g; at[g, ++last[g]] = $2 } }
+    END { for (j = 1; j <= k; j++) { g = groups[j]
+      for (i = 1; i <= last[g]; i++) { s = at[g, i]; m = n[g, s]
+        for (l = 1; l <= m; l++) a[l] = value[g, s, l]
+        middle = quantile(a, m, 0.5)
+        printf "%d,%.4f,%.4f,%.4f\n", s, middle, a[1], a[m] >(work "/" g ".loss") } } }'
+}
+
+# $figures/$1.png: losses of all groups, the median and the range of seeds. $2: title.
+draw_losses() {
+  local plot="" g n
+  loss_bands
+  for g in $groups; do
+    n=$(number "$g")
+    [ -s "$work/$g.loss" ] || continue
+    plot+=" '$work/$g.loss' using 1:3:4 with filledcurves ls $n fs transparent solid 0.18 noborder notitle,"
+    plot+=" '' using 1:2 with lines ls $n title '$(label "$g")',"
+  done
+  gnuplot <<G
+$style
+set terminal pngcairo size 1000,560 font "sans,11" noenhanced
+set output "$figures/$1.png"
+set title "$2"
+set ylabel "training loss (mean of 25 steps)"
+set key outside right top samplen 1.5
+set xrange [0:*]
+set yrange [*<0.4:1.8]
+set arrow from graph 0, first 1.44 to graph 1, first 1.44 nohead dt 3 lc rgb "#808080"
+set label "predicting the mean" at graph 0.99, first 1.47 right textcolor rgb "#808080" font ",9"
+plot ${plot%,}
+G
+  echo "![$2]($figures/$1.png)"
+  echo
+}
+
+# The line style of a group: its place among the groups of the experiment.
+number() {
+  unpacked runs | awk -F, -v g="$1" "$group"'
+    NR > 1 && !(group($1) in seen) { seen[group($1)] = 1; n++; if (group($1) == g) print n }'
+}
+
+# The name of a group in a figure.
+label() {
+  case $1 in
+    postnorm) echo "Post-Norm" ;;
+    prenorm) echo "Pre-Norm" ;;
+    layerscale-*) echo "LayerScale ${1#layerscale-}" ;;
+    layerscale) echo "LayerScale" ;;
+    rezero) echo "ReZero" ;;
+    deepnorm) echo "DeepNorm" ;;
+    mvsplit) echo "MV-Split" ;;
+    mvsplit-*) echo "MV-Split, ${1#mvsplit-}" ;;
+    *) echo "$1" ;;
+  esac
+}
+
+# $work/$2.band for a column $3 of the diagnostics of run $1: step, median, quartiles over depth.
+depth_band() {
+  unpacked diagnostics | awk -F, -v run="$1" -v want="$3" "$statistics"'
+    NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i; next }
+    $1 != run || $c == "nan" { next }
+    $2 != step { flush(); step = $2 }
+    { a[++n] = $c + 0 }
+    function flush(  m) {
+      if (n) { m = quantile(a, n, 0.5); printf "%d,%.4g,%.4g,%.4g\n", step, m, quantile(a, n, 0.25), quantile(a, n, 0.75) }
+      n = 0 }
+    END { flush() }' >"$work/$2.band"
+}
+
+# $figures/$1.png: G_mean and G_ctr of both writers, median and quartiles over depth, for the runs $3...
+draw_modes() {
+  local out=$1 title=$2 panels="" writer mode column plot run n
+  shift 2
+  for writer in attention ffn; do
+    for mode in g_mean g_ctr; do
+      column=${writer}_$mode plot=""
+      for run in "$@"; do
+        n=$(number "${run%_*}")
+        depth_band "$run" "$run.$column" "$column"
+        [ -s "$work/$run.$column.band" ] || continue
+        plot+=" '$work/$run.$column.band' using 1:3:4 with filledcurves ls $n fs transparent solid 0.2 noborder notitle,"
+        plot+=" '' using 1:2 with lines ls $n title '$(label "${run%_*}")',"
+      done
+      panels+="set title '$([ $writer = attention ] && echo 'W_O of attention' || echo 'W_2 of the FFN'): $(
+        [ $mode = g_mean ] && echo 'G_{mean}' || echo 'G_{ctr}')'
+plot ${plot%,}
+unset key
+"
+    done
+  done
+  gnuplot <<G
+$style
+set terminal pngcairo size 1200,820 font "sans,11"
+set output "$figures/$out.png"
+set logscale y
+set format y "10^{%L}"
+set yrange [1e-9<*:*]
+set multiplot layout 2,2 title "$title" font ",13"
+set key bottom left samplen 1.5
+$panels
+unset multiplot
+G
+  echo "![$title]($figures/$out.png)"
+  echo
+}

@@ -1,0 +1,96 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# frontier: the largest learning rate that holds, against depth, for each merge. Short runs: an event
+# that comes late is not seen.
+columns=""
+
+merges="postnorm layerscale rezero mvsplit"
+depths="50 100 200 400 1000"
+rates="1.25e-4 2.5e-4 5e-4 1e-3 2e-3 4e-3 8e-3"
+[ "$SCALE" != tiny ] || { depths="4 8" rates="1e-3 1e-2 1e-1"; }
+
+runs() {
+  local merge depth lr
+  for depth in $depths; do
+    for merge in $merges; do
+      for lr in $rates; do
+        # The paper's MV-Split has beta 1 at 400 layers and 0.03 at 1000. LayerScale has the lambda that is
+        # the best of the paper's range at 400 layers or near it.
+        set -- "residual=$merge"
+        if [ "$merge" = layerscale ]; then set -- "$@" lambda=1e-2; fi
+        if [ "$merge-$depth" = mvsplit-1000 ]; then set -- "$@" beta=0.03; fi
+        run "${merge}_${depth}_$lr" "$@" "depth=$depth" "lr=$lr" steps=300 warmup=100 save-every=0 \
+          save=weights columns=1
+      done
+    done
+  done
+}
+
+draw() {
+  edge_table
+  map
+}
+
+# A line for each merge and depth: the largest rate that trained, the best one and its loss, and what became of the others.
+edge_table() {
+  echo "| merge | layers | largest rate that trains | best rate | its loss, last 25 steps | the others |"
+  echo "|---|---|---|---|---|---|"
+  unpacked runs | awk -F, -v merges="$merges" -v depths="$depths" -v rates="$rates" '
+    NR > 1 { outcome[$1] = $5; loss[$1] = $6 }
+    END {
+      m = split(merges, merge, " "); d = split(depths, depth, " "); r = split(rates, rate, " ")
+      for (i = 1; i <= m; i++) for (j = 1; j <= d; j++) {
+        edge = best = above = ""; gap = 0
+        for (k = 1; k <= r; k++) {
+          key = merge[i] "_" depth[j] "_" rate[k]
+          if (outcome[key] == "trained") {
+            edge = rate[k]
+            if (best == "" || loss[key] < loss[merge[i] "_" depth[j] "_" best]) best = rate[k] }
+          else above = above (above == "" ? "" : ", ") outcome[key] " at " rate[k] }
+        printf "| %s | %d | %s | %s | %s | %s |\n", merge[i], depth[j], edge == "" ? "none" : edge, best == "" ? "-" : best,
+          best == "" ? "-" : loss[merge[i] "_" depth[j] "_" best], above == "" ? "-" : above } }'
+  echo
+}
+
+# frontier.png: a cell for each run, coloured by its loss at the end; a cross where it did not train.
+map() {
+  local merge panels="" tics
+  unpacked runs | awk -F, -v work="$work" -v depths="$depths" -v rates="$rates" '
+    BEGIN { d = split(depths, depth, " "); r = split(rates, rate, " ")
+      for (i = 1; i <= d; i++) y[depth[i]] = i
+      for (i = 1; i <= r; i++) x[rate[i]] = i }
+    NR > 1 { split($1, part, "_")
+      shown = $5 == "trained" ? $6 : 1.44
+      text = $5 == "trained" ? sprintf("%.2f", $6) : $5 == "stuck" ? "o" : "×"
+      print x[part[3]], y[part[2]], shown, text >(work "/" part[1]) }'
+  tics=$(awk -v depths="$depths" -v rates="$rates" 'BEGIN {
+    d = split(depths, depth, " "); r = split(rates, rate, " ")
+    printf "set xtics ("; for (i = 1; i <= r; i++) printf "%s\"%s\" %d", (i > 1 ? ", " : ""), rate[i], i
+    printf ")\nset ytics ("; for (i = 1; i <= d; i++) printf "%s\"%s\" %d", (i > 1 ? ", " : ""), depth[i], i
+    printf ")\nset xrange [0.5:%g]\nset yrange [0.5:%g]\n", r + 0.5, d + 0.5 }')
+  for merge in $merges; do
+    panels+="set title '$(label "$merge")'
+plot '$work/$merge' using 1:2:(0.5):(0.5):3 with boxxyerror fc palette notitle, \\
+     '' using 1:2:4 with labels font ',10' notitle
+"
+  done
+  gnuplot <<G
+$style
+set terminal pngcairo size 1200,860 font "sans,11"
+set output "$figures/frontier.png"
+set datafile separator whitespace
+set encoding utf8
+unset grid
+set xlabel "learning rate"
+set ylabel "layers"
+set palette defined (0 "#2166ac", 0.35 "#92c5de", 0.7 "#f7f7f7", 1 "#d6604d")
+set cbrange [0.3:1.44]
+set cblabel "loss at the end"
+set style fill solid 1 border rgb "white"
+$tics
+set multiplot layout 2,2 title "Loss after 300 steps; ×: collapsed or diverged, o: never left the mean" font ",13"
+$panels
+unset multiplot
+G
+  echo "![frontier]($figures/frontier.png)"
+  echo
+}

@@ -1,0 +1,24 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# one-branch (App. F): MV-Split on attention's merges only. The paper's spike moves to the FFN's writer.
+columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_tcs attention_rho"
+spikes="mvsplit-attention_1 mvsplit-ffn_1"
+
+runs() {
+  local seed seeds="1 2"
+  if [ "$SCALE" = tiny ]; then seeds=1; fi
+  for seed in $seeds; do
+    for branch in attention ffn; do
+      run "mvsplit-${branch}_$seed" "residual=mvsplit-$branch" "seed=$seed" diagnose-every=5 \
+        diagnose-layers="$(layers 9)"
+    done
+  done
+}
+
+draw() {
+  results_table
+  draw_losses one-branch_loss "MV-Split on one branch"
+  draw_modes one-branch_modes "Gradients of the writers: median and quartiles over depth" \
+    mvsplit-attention_1 mvsplit-ffn_1
+  spike_report mvsplit-attention_1
+  spike_report mvsplit-ffn_1
+}

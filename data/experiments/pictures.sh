@@ -1,0 +1,17 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# pictures: what 400 layers draw (a row a class, guidance 2, 25 steps) when they have been trained for longer, and
+# when they have collapsed (the run of scream).
+columns="" pictures=mvsplit
+
+runs() {
+  local steps=4000
+  if [ "$SCALE" = tiny ]; then steps=60; fi
+  run mvsplit "steps=$steps" lr=1e-3 warmup=100 no-patch-bias=false ema=0.999 columns=8 keep=weights
+}
+
+draw() {
+  results_table
+  draw_losses pictures_loss "400 layers, MV-Split"
+  echo "![samples]($figures/pictures_mvsplit.png) ![samples of a collapsed network]($figures/scream_postnorm.png)"
+  echo
+}

@@ -1,0 +1,20 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# thousand: 1000 layers behind MV-Split, with the paper's beta and the bias of the patch embedding.
+columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_tcs attention_rho"
+pictures=mvsplit spikes=mvsplit
+
+runs() {
+  local depth=1000 steps=3000
+  if [ "$SCALE" = tiny ]; then depth=12 steps=120; fi
+  run mvsplit depth=$depth "steps=$steps" beta=0.03 no-patch-bias=false columns=8 diagnose-every=50 \
+    diagnose-layers="$(layers 17 $depth)" save-every=500
+}
+
+draw() {
+  results_table
+  draw_losses thousand_loss "1000 layers, MV-Split"
+  draw_modes thousand_modes "Gradients of the writers: median and quartiles over depth" mvsplit
+  echo "![samples of 1000 layers]($figures/thousand_mvsplit.png)"
+  echo
+  spike_report mvsplit
+}
