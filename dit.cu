@@ -1500,6 +1500,12 @@ template <class T>
 using Observer =
     std::function<void(size_t block, int writer, const BlockSaved<T>& saved, const T* delta)>;
 
+// Looks on during a forward: called with the input X (B, T, D) of each block before it runs, and as
+// layer `depth` with the trunk's output. It enqueues kernels that read X; later blocks write over
+// X.
+template <class T>
+using StateObserver = std::function<void(size_t layer, const T* X)>;
+
 // to (n) = from, or += if `accumulate`, rounded by the draws first, first + 1, ... of `dither`.
 template <class G, class A>
 void add_rounded(const Device& device, G* to, const A* from, size_t n, bool accumulate,
@@ -1578,14 +1584,16 @@ class Network {
   T* use_weights(T* slab) { return std::exchange(weights_, slab); }
 
   // velocity (b, C, H, W) from z (b, C, H, W) and text (b, L, d_text), all in `arrays`; b <= batch.
-  void forward(size_t b) {
+  void forward(size_t b, const StateObserver<T>& observe = {}) {
     Parameters<const T> w = locate<const T>(config, table, weights_);
     embed(b, w);
     for (size_t i = 0; i < config.depth; ++i) {
+      if (observe) observe(i, input(i));
       BlockSaved<T> s = saved(i);
       if (i / span_ < (config.depth - 1) / span_) s.Y_rest = nullptr;  // the replay will make it
       block_forward(device, s, w.block(i), arrays.scratch, shape(b));
     }
+    if (observe) observe(config.depth, input(config.depth));
     linear_forward(device, arrays.prediction, input(config.depth), w.final_weight,
                    b * config.tokens(), config.patch_dim(), config.width);
     tokens_to_image(device, arrays.velocity, arrays.prediction, w.final_bias, b, config.tokens(),

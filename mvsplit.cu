@@ -961,6 +961,25 @@ void token_means(const Device& device, Acc<T>* means, const T* x, Tokens tokens,
       });
 }
 
+// spreads (B, 2, n): the root mean square over each segment's tokens of x (B, T, n) less `means`,
+// those of token_means(). By channel it is to c(x) what the mean is to mu(x).
+template <class T>
+void token_spreads(const Device& device, Acc<T>* spreads, const T* x, const Acc<T>* means,
+                   Tokens tokens, size_t n) {
+  using A = Acc<T>;
+  sum_over_tokens(
+      device, tokens, n, quad(A(0)),
+      [=] HD(size_t segment, size_t row, size_t d) {
+        Quad<A> rest = load<A>(x + row * n + d) - load<A>(means + segment * n + d);
+        return rest * rest;
+      },
+      [=] HD(size_t segment, size_t d, Quad<A> sum) {
+        A count = A(max_<size_t>(tokens.count(segment % 2), 1));
+        for (int k = 0; k < 4; ++k) sum[k] = std::sqrt(sum[k] / count);
+        store(spreads + segment * n + d, sum);
+      });
+}
+
 // out (3, B, T, n): x (B, T, n) as it is, less the global mean, less its segment's mean.
 template <class T>
 void center_tokens(const Device& device, Acc<T>* out, const T* x, const Acc<T>* means,

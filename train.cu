@@ -16,6 +16,7 @@
 
 #include <chrono>
 #include <csignal>
+#include <numeric>
 #include <optional>
 #include <set>
 
@@ -512,23 +513,26 @@ struct TrainOptions {
   bool observes() const { return diagnose_every || spike_factor > 0; }
 };
 
-// The blocks that --diagnose-layers names; by default five, spread from the first to the last.
-inline std::vector<size_t> chosen_layers(const TrainOptions& o) {
+// The layers that a flag's words name; by default five, spread from the first to the last.
+inline std::vector<size_t> chosen_layers(const char* flag, const std::vector<std::string>& words,
+                                         size_t last) {
   std::set<size_t> layers;
-  size_t last = o.model.depth - 1;
-  if (o.diagnose_layers.empty())
+  if (words.empty())
     for (size_t i = 0; i < 5; ++i) layers.insert((i * last + 2) / 4);
-  for (const std::string& word : o.diagnose_layers) {
+  for (const std::string& word : words) {
     if (word == "all")
       for (size_t i = 0; i <= last; ++i) layers.insert(i);
     else if (word.empty() || word.size() > 6 ||
              word.find_first_not_of("0123456789") < word.size() || std::stoul(word) > last)
-      fail("--diagnose-layers: '%s' is not a layer: give numbers from 0 to %zu with commas, or all",
+      fail("%s: '%s' is not a layer: give numbers from 0 to %zu with commas, or all", flag,
            word.c_str(), last);
     else
       layers.insert(std::stoul(word));
   }
   return {layers.begin(), layers.end()};
+}
+inline std::vector<size_t> chosen_layers(const TrainOptions& o) {
+  return chosen_layers("--diagnose-layers", o.diagnose_layers, o.model.depth - 1);
 }
 
 template <class T>
@@ -762,16 +766,28 @@ void draw_validation_batch(Network<T, G>& net, TrainArrays<T, G> a, DeviceData d
               streams::validation_noise, draw);
 }
 
+// Add images of `from` to `to`, which has the same captions.
+inline void append_images(Dataset& to, const Dataset& from, const std::vector<size_t>& which) {
+  for (size_t n : which) {
+    auto image = from.pixels.begin() + ptrdiff_t(n * from.image_size());
+    to.pixels.insert(to.pixels.end(), image, image + ptrdiff_t(from.image_size()));
+    to.caption.push_back(from.caption[n]);
+  }
+  to.images += which.size();
+}
+
+// The data set without its images.
+inline Dataset without_images(Dataset data) {
+  data.images = 0, data.pixels.clear(), data.caption.clear();
+  return data;
+}
+
 // V images at an even stride: a folder's images are sorted by caption.
 inline Dataset every_nth(const Dataset& from, size_t V) {
-  Dataset some = from;
-  some.images = V, some.caption.resize(V), some.pixels.resize(V * from.image_size());
-  for (size_t i = 0; i < V; ++i) {
-    size_t n = i * from.images / V;
-    some.caption[i] = from.caption[n];
-    std::copy_n(from.pixels.begin() + ptrdiff_t(n * from.image_size()), from.image_size(),
-                some.pixels.begin() + ptrdiff_t(i * from.image_size()));
-  }
+  Dataset some = without_images(from);
+  std::vector<size_t> which(V);
+  for (size_t i = 0; i < V; ++i) which[i] = i * from.images / V;
+  append_images(some, from, which);
   return some;
 }
 
@@ -1758,6 +1774,348 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
   return good ? 0 : 1;
 }
 
+// 7.1 The probe (App. H)
+//
+// The network is told the noise level t by its input alone. Where does it keep it? Take images,
+// each with its caption and with a time t ~ U[0, 1] (not shifted) and noise of its own; describe
+// the state at some layer by D numbers a sample; fit t as a linear function of them, and see how
+// much of t's variance it explains in images that neither the fit nor the training of the network
+// has seen.
+//
+// Ridge regression. With features standardised over the n samples of the fit, x' = (x - m) / s,
+// find w and c for which
+//
+//     (1/n) sum_i (t_i - c - <w, x'_i>)^2 + penalty |w|^2
+//
+// is least. Its derivative by c vanishes at c = mean t, as the x' have mean zero (the intercept
+// is not penalised). That by w vanishes where
+//
+//     (S + penalty I) w = (1/n) sum_i (t_i - c) x'_i,     S = (1/n) sum_i x'_i x'_i^T,
+//
+// which a Cholesky factor L L^T of the matrix solves, in fp64.
+
+// S (n, n), symmetric and positive definite, becomes L in its lower triangle, some columns at a
+// time: L_ij L_jj^T = S_ij - sum_(k < j) L_ik L_jk^T, of which the sum is a matrix product.
+inline void cholesky(Device& host, double* S, size_t n) {
+  constexpr size_t columns = 32;
+  for (size_t j = 0; j < n; j += columns) {
+    size_t end = std::min(j + columns, n);
+    Matrix<double> left(S + j * n, n);  // rows j on; their first j columns are done
+    if (j > 0)
+      gemm(host, Matrix<double>(S + j * n + j, n), left, left.transpose(), {n - j, end - j, j}, -1,
+           1);
+    auto finish = [=](size_t i) {
+      for (size_t c = j; c < std::min(i + 1, end); ++c) {
+        double x = S[i * n + c];
+        for (size_t k = j; k < c; ++k) x -= S[i * n + k] * S[c * n + k];
+        S[i * n + c] = i == c ? std::sqrt(x) : x / S[c * n + c];
+      }
+    };
+    for (size_t i = j; i < end; ++i) finish(i);
+#pragma omp parallel for
+    for (size_t i = end; i < n; ++i) finish(i);
+  }
+}
+
+// t = intercept + <weights, x>, x as it is.
+struct Line {
+  double intercept = 0;
+  std::vector<double> weights;
+
+  template <class A>
+  double at(const A* x) const {
+    double t = intercept;
+    for (size_t d = 0; d < weights.size(); ++d) t += weights[d] * double(x[d]);
+    return t;
+  }
+};
+
+// The share of the labels' variance that a line explains: 1 if it is exact, 0 if it knows no more
+// than their mean, below 0 if less. x (n, D), t (n).
+template <class A>
+double r_squared(const Line& line, const A* x, const double* t, size_t n) {
+  double mean = std::accumulate(t, t + n, 0.0) / double(n), rest = 0, all = 0;
+  for (size_t i = 0; i < n; ++i) {
+    rest += std::pow(t[i] - line.at(x + i * line.weights.size()), 2);
+    all += std::pow(t[i] - mean, 2);
+  }
+  return 1 - rest / all;
+}
+
+// Several labels share the features, and with them the matrix and its factor.
+using Labels = std::vector<std::vector<double>>;
+
+// The regressions on samples [0, n) of x (n, D), for any penalty.
+class Ridge {
+ public:
+  template <class A>
+  Ridge(const A* samples, const Labels& labels, size_t n, size_t D)
+      : mean_(D), inverse_(D), gram_(D * D), intercepts_(labels.size()) {
+    std::vector<double> X(samples, samples + n * D), variance(D);
+    auto each = [&](const auto& f) {
+      for (size_t i = 0; i < n; ++i)
+        for (size_t d = 0; d < D; ++d) f(i, d, X[i * D + d]);
+    };
+    each([&](size_t, size_t d, double x) { mean_[d] += x / double(n); });
+    each([&](size_t, size_t d, double& x) { x -= mean_[d], variance[d] += x * x / double(n); });
+    for (size_t d = 0; d < D; ++d) {
+      double s = std::sqrt(variance[d]);
+      inverse_[d] = s > 1e-6 * std::abs(mean_[d]) ? 1 / s : 0;  // constant but for rounding: unused
+    }
+    each([&](size_t, size_t d, double& x) { x *= inverse_[d]; });
+    Matrix<double> rows(X.data(), D);
+    gemm(host_, Matrix<double>(gram_.data(), D), rows.transpose(), rows, {D, D, n}, 1 / double(n));
+    for (size_t k = 0; k < labels.size(); ++k) {
+      const double* t = labels[k].data();
+      intercepts_[k] = std::accumulate(t, t + n, 0.0) / double(n);
+      std::vector<double>& product = products_.emplace_back(D);
+      each([&](size_t i, size_t d, double x) {
+        product[d] += (t[i] - intercepts_[k]) * x / double(n);
+      });
+    }
+  }
+
+  // A line a label.
+  std::vector<Line> solve(double penalty) {
+    size_t D = mean_.size();
+    std::vector<double> L = gram_;
+    for (size_t d = 0; d < D; ++d) L[d * D + d] += penalty;
+    cholesky(host_, L.data(), D);
+    std::vector<Line> lines;
+    for (size_t k = 0; k < products_.size(); ++k) {
+      std::vector<double> w = products_[k];
+      for (size_t i = 0; i < D; ++i) {  // L u = product
+        for (size_t j = 0; j < i; ++j) w[i] -= L[i * D + j] * w[j];
+        w[i] /= L[i * D + i];
+      }
+      for (size_t i = D; i-- > 0;) {  // L^T w = u
+        w[i] /= L[i * D + i];
+        for (size_t j = 0; j < i; ++j) w[j] -= L[i * D + j] * w[i];
+      }
+      for (size_t d = 0; d < D; ++d) w[d] *= inverse_[d];
+      double shift = std::inner_product(w.begin(), w.end(), mean_.begin(), 0.0);
+      lines.push_back({intercepts_[k] - shift, w});
+    }
+    return lines;
+  }
+
+ private:
+  Device host_;
+  std::vector<double> mean_, inverse_, gram_, intercepts_;
+  Labels products_;
+};
+
+// Samples to fit with, then to choose the penalty with, then to test with. An image is one sample,
+// and the test ones come from the data set's held-out part.
+struct ProbeSplit {
+  size_t fit, choose, test;
+
+  explicit ProbeSplit(size_t images) : test(images / 4) {
+    choose = (images - test) / 4, fit = images - test - choose;
+  }
+};
+
+struct Probed {
+  Line line;
+  double penalty = 0, r2 = -HUGE_VAL;
+};
+
+// For each label the line through the first two parts of x (n, D), and its R^2 in the third.
+template <class A>
+std::vector<Probed> fit_and_test(const std::vector<A>& x, const Labels& labels, ProbeSplit split) {
+  size_t n = split.fit + split.choose, D = x.size() / (n + split.test);
+  std::vector<Probed> best(labels.size());
+  Ridge part(x.data(), labels, split.fit, D), all(x.data(), labels, n, D);
+  for (int power = -8; power <= 2; ++power) {
+    std::vector<Line> lines = part.solve(std::pow(10, power));
+    for (size_t k = 0; k < labels.size(); ++k) {
+      double r2 = r_squared(lines[k], &x[split.fit * D], &labels[k][split.fit], split.choose);
+      if (r2 > best[k].r2) best[k] = {{}, std::pow(10, power), r2};
+    }
+  }
+  for (size_t k = 0; k < labels.size(); ++k) {
+    best[k].line = all.solve(best[k].penalty)[k];
+    best[k].r2 = r_squared(best[k].line, &x[n * D], &labels[k][n], split.test);
+  }
+  return best;
+}
+
+// 0 to n - 1 in the order of n random numbers.
+inline std::vector<size_t> shuffled(size_t n, uint64_t seed, uint64_t stream) {
+  std::vector<double> key(n);
+  std::vector<size_t> order(n);
+  for (size_t i = 0; i < n; ++i) key[i] = uniform(seed, stream, order[i] = i);
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return key[a] < key[b]; });
+  return order;
+}
+
+// What there is to read t off without a network: scalars (b, 5) of each image of z (b, n), which
+// are its mean, root mean square, standard deviation, smallest and largest number.
+template <class A>
+void image_scalars(const Device& device, A* scalars, const A* z, size_t b, size_t n) {
+  for_each_team(device, b, threads_for(n), [=] HD(Team team) {
+    const A* x = z + team.index * n;
+    A sum = 0, squares = 0, rest = 0, below = -x[0], largest = x[0];
+    for (size_t i = team.rank; i < n; i += team.size) {
+      sum += x[i], squares += x[i] * x[i];
+      below = max_(below, -x[i]), largest = max_(largest, x[i]);
+    }
+    A mean = team.sum(sum) / A(n);
+    for (size_t i = team.rank; i < n; i += team.size) rest += (x[i] - mean) * (x[i] - mean);
+    squares = team.sum(squares), rest = team.sum(rest);
+    below = team.max(below), largest = team.max(largest);
+    if (team.rank != 0) return;
+    A* out = scalars + 5 * team.index;
+    out[0] = mean, out[1] = std::sqrt(squares / A(n)), out[2] = std::sqrt(rest / A(n));
+    out[3] = -below, out[4] = largest;
+  });
+}
+
+// A kind of features at a layer, x (n, D) for n samples.
+template <class A>
+struct Features {
+  std::string layer, name;
+  std::vector<A> x;
+};
+
+// The time of a sample; its noise has the sample's number too.
+HD inline double probe_time(uint64_t seed, size_t sample) {
+  return uniform(seed, streams::probe_time, sample);
+}
+
+// The scalars of z, then for each layer the image tokens' mean and centered root mean square by
+// channel and the text tokens' mean, for every image of `data`. Only these leave the device.
+template <class T>
+std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& data,
+                                             const std::vector<size_t>& layers, uint64_t seed) {
+  using A = Acc<T>;
+  Device& device = net.device;
+  const Config& m = net.config;
+  size_t D = m.width, B = net.batch;
+  DeviceData samples;
+  A *target, *scalars, *means, *spreads;  // (B, C, H, W), (B, 5), twice (B, 2, D)
+  auto lay = [&](Carver& c) {
+    samples = lay_data(c, m, data.images, data.captions);
+    target = c.take<A>(B * m.pixels()), scalars = c.take<A>(B * 5);
+    means = c.take<A>(B * 2 * D), spreads = c.take<A>(B * 2 * D);
+  };
+  Carver count;
+  lay(count);
+  Slab slab(device, count.used);
+  Carver carver{slab.data};
+  lay(carver);
+  upload_data(device, samples, data);
+
+  std::vector<Features<A>> all = {{"z", "scalars", {}}};
+  for (size_t layer : layers)
+    for (const char* name : {"image_mean", "image_rms", "text_mean"})
+      all.push_back({std::to_string(layer), name, {}});
+  for (Features<A>& f : all) f.x.reserve(data.images * (f.layer == "z" ? 5 : D));
+  for (size_t first = 0; first < data.images; first += B) {
+    size_t b = std::min(B, data.images - first);
+    auto draw = [=] HD(size_t i) {
+      size_t n = first + i;
+      return Draw{n, size_t(samples.caption[n]), probe_time(seed, n), n};
+    };
+    noisy_batch(device, net.arrays.z, target, net.arrays.text, samples, b, seed,
+                streams::probe_noise, draw);
+    // Rows of `size` numbers, `stride` apart on the device, onto the end of f.
+    auto append = [&](Features<A>& f, const A* from, size_t size, size_t stride) {
+      std::vector<A> rows(b * stride);
+      device.download(rows.data(), from, (b * stride - (stride - size)) * sizeof(A));
+      for (size_t i = 0; i < b; ++i)
+        f.x.insert(f.x.end(), &rows[i * stride], &rows[i * stride] + size);
+    };
+    image_scalars(device, scalars, net.arrays.z, b, m.pixels());
+    append(all[0], scalars, 5, 5);
+    Features<A>* next = &all[1];
+    net.forward(b, [&](size_t layer, const T* X) {
+      if (!std::binary_search(layers.begin(), layers.end(), layer)) return;
+      Tokens tokens{b, m.image_tokens(), m.text_tokens};
+      token_means(device, means, X, tokens, D);
+      token_spreads(device, spreads, X, means, tokens, D);
+      append(*next++, means, D, 2 * D), append(*next++, spreads, D, 2 * D);
+      append(*next++, means + D, D, 2 * D);
+    });
+  }
+  return all;
+}
+
+struct ProbeOptions {
+  std::string weights, data = "fashion-mnist", out = "probe.csv";
+  size_t images = 4096, seed = 1, batch = 64, heads = 4;
+  std::vector<std::string> layers;
+};
+
+// The samples' images, at random and none twice, in the order of ProbeSplit.
+inline Dataset probe_images(const ProbeOptions& o) {
+  Dataset train = load_dataset(o.data, true), held_out = load_dataset(o.data, false);
+  ProbeSplit split(o.images);
+  // Three quarters of the images are to train on, rounded up.
+  size_t most = std::min(4 * held_out.images + 3, train.images * 4 / 3);
+  if (o.images < 64 || o.images > most)
+    fail(
+        "--images %zu: it must be at least 64, and at most %zu of %s's %zu training and %zu "
+        "held-out "
+        "images",
+        o.images, most, o.data.c_str(), train.images, held_out.images);
+  Dataset images = without_images(train);
+  auto add = [&](const Dataset& from, size_t count) {
+    std::vector<size_t> which = shuffled(from.images, o.seed, streams::probe_images);
+    which.resize(count);
+    append_images(images, from, which);
+  };
+  add(train, split.fit + split.choose), add(held_out, split.test);
+  return images;
+}
+
+template <class T>
+int probe(Device& device, const ProbeOptions& o) {
+  SafetensorsReader file(o.weights);
+  Dataset data = probe_images(o);
+  Config m;
+  m.heads = o.heads, fit_to_data(m, data);
+  read_config(file, o.weights, m);
+  if (m.channels != data.channels || m.height != data.height || m.image_width != data.width ||
+      m.text_tokens != data.text_tokens || m.text_dim != data.text_dim)
+    fail(
+        "%s has images of %zu x %zu x %zu and captions of %zu x %zu numbers, the model takes %zu x "
+        "%zu x %zu and %zu x %zu",
+        o.data.c_str(), data.channels, data.height, data.width, data.text_tokens, data.text_dim,
+        m.channels, m.height, m.image_width, m.text_tokens, m.text_dim);
+  std::vector<size_t> layers = chosen_layers("--layers", o.layers, m.depth);
+  double bytes = double(layers.size() * 3 * o.images * m.width * sizeof(Acc<T>));
+  if (bytes > double(Device().available()))
+    fail("the features of %zu layers need %.2f GB: name fewer --layers", layers.size(),
+         1e-9 * bytes);
+  SafeFile out(o.out);  // better refused now than after the work
+  Network<T> net(device, m, std::min(o.images, o.batch), 0, false);
+  load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
+  auto all = probe_features(net, data, layers, o.seed);
+
+  ProbeSplit split(o.images);
+  Labels labels(2);
+  for (size_t i = 0; i < o.images; ++i) labels[0].push_back(probe_time(o.seed, i));
+  for (size_t i : shuffled(o.images, o.seed, streams::probe_shuffle))
+    labels[1].push_back(labels[0][i]);
+  std::vector<ProbeRow> rows;
+  for (const auto& f : all) {
+    for (auto x : f.x)
+      if (!std::isfinite(double(x)))
+        fail("the states at layer %s hold NaN or infinity: are these trained weights?",
+             f.layer.c_str());
+    std::vector<Probed> found = fit_and_test(f.x, labels, split);
+    rows.push_back({f.layer, f.name, found[0].r2, found[1].r2, found[0].penalty, found[1].penalty});
+  }
+  std::printf(
+      "R^2 of t on %zu held-out images, in brackets with t shuffled; %zu to fit, %zu for the "
+      "penalty\n%s%s\n",
+      split.test, split.fit, split.choose, probe_table(rows).c_str(), o.out.c_str());
+  out.write(probe_csv(rows, m, split.fit, split.choose, split.test));
+  out.commit();
+  return 0;
+}
+
 // ---------------------------------------------------------------------------------------------
 // 8. The command line
 
@@ -1882,6 +2240,23 @@ inline void add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
   add_machine_options(sub, machine);
 }
 
+inline CLI::App* add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
+  CLI::App* sub = app.add_subcommand("probe", "how well the time can be read off the states");
+  sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
+  sub->add_option("--data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
+  sub->add_option("--out", o.out, "a csv, a row a layer and kind of features");
+  sub->add_option("--images", o.images, "one sample each; a quarter of them held out, to test on");
+  sub->add_option("--layers", o.layers,
+                  "0,99,199 or all: block inputs, and as layer DEPTH the trunk's output; default: "
+                  "five, from the first to the last")
+      ->delimiter(',');
+  sub->add_option("--seed", o.seed, "of the choice of images, the times and the noise");
+  sub->add_option("--batch", o.batch, "images at once")->check(CLI::Range(1, 100000));
+  sub->add_option("--heads", o.heads, "if the weights do not say");
+  add_machine_options(sub, machine);
+  return sub;
+}
+
 inline CLI::App* add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& machine) {
   o.model.depth = 1000, o.model.width = 16, o.model.heads = 2, o.model.ffn = 24;
   o.model.channels = 2, o.model.height = 4, o.model.image_width = 6, o.model.patch = 2;
@@ -1933,12 +2308,14 @@ inline int command(int argc, const char* const* argv) {
   TrainOptions train_options, plan_options;
   SampleOptions sample_options;
   ForwardOptions forward_options;
+  ProbeOptions probe_options;
   GradcheckOptions gradcheck_options;
   DataSizes sizes{60000, 256, 10};
   Machine machine;
   CLI::App* train_sub = add_train(app, train_options, machine);
   CLI::App* sample_sub = add_sample(app, sample_options, machine);
   add_forward(app, forward_options, machine);
+  CLI::App* probe_sub = add_probe(app, probe_options, machine);
   CLI::App* gradcheck_sub = add_gradcheck(app, gradcheck_options, machine);
   CLI::App* plan_sub = add_plan(app, plan_options, sizes, machine);
   refuse_negatives(app);
@@ -1980,6 +2357,7 @@ inline int command(int argc, const char* const* argv) {
       });
     }
     return machine.with_precision([&](auto t) {
+      if (*probe_sub) return probe<decltype(t)>(device, probe_options);
       return *sample_sub ? sample<decltype(t)>(device, sample_options)
                          : forward<decltype(t)>(device, forward_options);
     });

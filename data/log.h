@@ -1,4 +1,5 @@
-// log.h - what a run writes about itself: csv files that survive a resume, the report of a spike.
+// log.h - what is written about a run: csv files that survive a resume, the reports of a spike and
+// of a probe.
 #pragma once
 
 #include "../dit.cu"
@@ -171,4 +172,55 @@ inline std::string spike_report(const Spike& s) {
   text += "\nLosses, largest first: sample, loss\n";
   for (size_t i : order) text += text_of("  %6zu %10.4g\n", i, s.losses[i]);
   return text;
+}
+
+// What a probe of one kind of features at one layer found, with the labels as they are and
+// shuffled.
+struct ProbeRow {
+  std::string layer, features;
+  double r2, shuffled_r2, penalty, shuffled_penalty;
+};
+
+// probe.csv: a comment that says what the numbers are of, the names, a row a layer and kind.
+inline std::string probe_csv(const std::vector<ProbeRow>& rows, const Config& m, size_t fit,
+                             size_t choose, size_t test) {
+  std::string text = text_of(
+      "# Ridge regression of the time t, uniform in [0, 1] (0: data, 1: noise), on features of a "
+      "state; one sample an image.\n# Fit on %zu training images, penalty chosen on %zu others, "
+      "then "
+      "fit on both; tested on %zu held-out images.\n",
+      fit, choose, test);
+  text += text_of(
+      "# layer: of this block the input; %zu: the trunk's output; z: the noisy image (%zu numbers) "
+      "itself\n",
+      m.depth, m.pixels());
+  text += text_of(
+      "# features: image_mean (%zu), of the %zu image tokens, by channel; image_rms (%zu), root "
+      "mean "
+      "square about that mean; text_mean (%zu), of the %zu text tokens;\n#   scalars (5): mean, "
+      "root "
+      "mean square, standard deviation, smallest and largest number\n",
+      m.width, m.image_tokens(), m.width, m.width, m.text_tokens);
+  text +=
+      "# r2: 1 - |t - read off|^2 / |t - mean|^2 on the held-out images; r2_shuffled: with t "
+      "permuted among all samples\n# penalty: factor of |w|^2 beside the mean square error, "
+      "features "
+      "standardised\n"
+      "layer,features,r2,r2_shuffled,penalty,penalty_shuffled\n";
+  for (const ProbeRow& r : rows)
+    text += text_of("%s,%s,%.6g,%.6g,%g,%g\n", r.layer.c_str(), r.features.c_str(), r.r2,
+                    r.shuffled_r2, r.penalty, r.shuffled_penalty);
+  return text;
+}
+
+// The same for the console: a line a layer.
+inline std::string probe_table(const std::vector<ProbeRow>& rows) {
+  std::string text, layer;
+  for (const ProbeRow& r : rows) {
+    if (r.layer != layer)
+      text += text_of("%slayer %4s:", text.empty() ? "" : "\n", r.layer.c_str());
+    text += text_of("  %s %7.4f (%6.3f)", r.features.c_str(), r.r2, r.shuffled_r2);
+    layer = r.layer;
+  }
+  return text + "\n";
 }

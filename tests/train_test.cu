@@ -61,10 +61,10 @@ double distance(const std::vector<A>& a, const std::vector<B>& b) {
   return std::sqrt(difference / size);
 }
 
-// Sixty-four images of 8x8: a caption's own pattern and some noise. Four captions of three tokens.
-Dataset synthetic() {
+// Images of 8x8: a caption's own pattern and some noise. Four captions of three tokens.
+Dataset synthetic(size_t images = 64) {
   Dataset d;
-  d.images = 64, d.channels = 1, d.height = d.width = 8;
+  d.images = images, d.channels = 1, d.height = d.width = 8;
   d.captions = 4, d.text_tokens = 3, d.text_dim = 5;
   for (size_t n = 0; n < d.images; ++n) {
     d.caption.push_back(int32_t(n % d.captions));
@@ -1280,6 +1280,211 @@ TEST_F(TrainTest, ConfigurationsThatContradictTheirFileAreRefused) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// 7.1 The probe
+
+// A regression's samples: t = 3 + <a, x> + noise, the features of very different sizes and far from
+// zero.
+struct Relation {
+  static constexpr size_t n = 1200, D = 70;
+  static constexpr double noise = 2;
+  std::vector<double> x, a;
+  Labels labels{1};
+
+  static double size(size_t d) { return std::pow(10, double(d % 5) * 2 - 4); }
+  Relation() {
+    for (size_t d = 0; d < D; ++d) a.push_back((d % 2 ? 1 : -0.5) / size(d));
+    for (size_t i = 0; i < n * D; ++i)
+      x.push_back(size(i % D) * (5 + gaussian(1, streams::check, i)));
+    for (size_t i = 0; i < n; ++i)
+      labels[0].push_back(std::inner_product(a.begin(), a.end(), &x[i * D], 3.0) +
+                          noise * gaussian(2, streams::check, i));
+  }
+  // Of the best line: the features' part of the variance.
+  static double expected() {
+    double part = 0.5 * D * (1 + 0.25);
+    return part / (part + noise * noise);
+  }
+};
+
+// The same written down plainly, with the flaws that such a thing may have.
+struct Plain {
+  const char* flaw = "";
+
+  bool has(const char* what) const { return std::string(flaw) == what; }
+
+  // The intercept is a feature that is one everywhere and is not penalised.
+  Line line(const std::vector<double>& x, const std::vector<double>& t, size_t n, size_t D,
+            double penalty, size_t scaled_by) const {
+    std::vector<double> mean(D), s(D, 1);
+    Dense rows(n, D + 1);
+    for (size_t i = 0; i < scaled_by; ++i)
+      for (size_t d = 0; d < D; ++d) mean[d] += x[i * D + d] / double(scaled_by);
+    for (size_t d = 0; d < D && !has("not standardised"); ++d) {
+      double squares = 0;
+      for (size_t i = 0; i < scaled_by; ++i) squares += std::pow(x[i * D + d] - mean[d], 2);
+      s[d] = std::sqrt(squares / double(scaled_by));
+    }
+    for (size_t i = 0; i < n; ++i) {
+      for (size_t d = 0; d < D; ++d) rows(i, d) = (x[i * D + d] - mean[d]) / s[d];
+      rows(i, D) = has("no intercept") ? 0 : 1;
+    }
+    Dense S = transpose(rows) * rows, w = transpose(rows) * Dense(n, 1, {t.begin(), t.begin() + n});
+    for (size_t d = 0; d <= D; ++d)
+      if (d < D || rows(0, D) == 0) S(d, d) += penalty * (has("a sum for a mean") ? 1 : double(n));
+    for (size_t k = 0; k <= D; ++k)  // Gauss and Jordan
+      for (size_t i = 0; i <= D; ++i) {
+        if (i == k) continue;
+        double f = S(i, k) / S(k, k);
+        for (size_t j = k; j <= D; ++j) S(i, j) -= f * S(k, j);
+        w(i, 0) -= f * w(k, 0);
+      }
+    Line line{w(D, 0) / S(D, D), {}};
+    for (size_t d = 0; d < D; ++d) {
+      line.weights.push_back(w(d, 0) / S(d, d) / s[d]);
+      line.intercept -= line.weights[d] * mean[d];
+    }
+    return line;
+  }
+
+  Probed operator()(const std::vector<double>& x, const Labels& labels, ProbeSplit split) const {
+    const std::vector<double>& t = labels[0];
+    size_t n = split.fit + split.choose, D = x.size() / t.size();
+    bool peeks = has("chosen on the test images"),
+         scales = has("standardised over the test images");
+    Probed best;
+    for (int power = -8; power <= 2; ++power) {
+      double penalty = std::pow(10, power);
+      Line part = line(x, t, split.fit, D, penalty, scales ? t.size() : split.fit);
+      size_t from = peeks ? n : split.fit;
+      double r2 = r_squared(part, &x[from * D], &t[from], peeks ? split.test : split.choose);
+      if (r2 > best.r2) best = {{}, penalty, r2};
+    }
+    best.line = line(x, t, n, D, best.penalty, scales ? t.size() : n);
+    size_t from = has("tested on the training images") ? 0 : n;
+    best.r2 = r_squared(best.line, &x[from * D], &t[from], split.test);
+    return best;
+  }
+};
+
+// Whether what is found is the relation, and owes nothing to the test images.
+template <class Prober>
+bool is_honest(const Prober& probe) {
+  Relation r;
+  ProbeSplit split(r.n);
+  Probed found = probe(r.x, r.labels, split), same = Plain()(r.x, r.labels, split);
+  bool good = std::abs(found.r2 - r.expected()) < 0.03 && found.penalty == same.penalty &&
+              std::abs(found.line.intercept - same.line.intercept) < 1e-6;
+  for (size_t d = 0; d < r.D; ++d) {
+    good &= std::abs(found.line.weights[d] / r.a[d] - 1) < 0.6;
+    good &= std::abs(found.line.weights[d] / same.line.weights[d] - 1) < 1e-8;
+  }
+  for (size_t i = split.fit + split.choose; i < r.n; ++i) {
+    r.labels[0][i] = 3 + gaussian(3, streams::check, i);
+    for (size_t d = 0; d < r.D; ++d) r.x[i * r.D + d] *= 2;
+  }
+  Probed other = probe(r.x, r.labels, split);
+  return good && other.r2 < 0 && other.penalty == found.penalty &&
+         other.line.weights == found.line.weights;
+}
+
+TEST(Probe, RidgeFindsARelationAndWrongOnesAreRejected) {
+  EXPECT_TRUE(is_honest([](const std::vector<double>& x, const Labels& labels, ProbeSplit split) {
+    return fit_and_test(x, labels, split)[0];
+  }));
+  EXPECT_TRUE(is_honest(Plain()));
+  for (const char* flaw :
+       {"no intercept", "not standardised", "a sum for a mean", "chosen on the test images",
+        "standardised over the test images", "tested on the training images"})
+    EXPECT_FALSE(is_honest(Plain{flaw})) << flaw;
+}
+
+TEST(Probe, ShuffledLabelsAndConstantFeaturesTellNothing) {
+  Relation r;
+  ProbeSplit split(r.n);
+  Labels labels = {r.labels[0], {}};
+  for (size_t i : shuffled(r.n, 1, streams::probe_shuffle)) labels[1].push_back(labels[0][i]);
+  std::vector<Probed> found = fit_and_test(r.x, labels, split);
+  EXPECT_NEAR(found[0].r2, Relation::expected(), 0.03);
+  EXPECT_LT(found[1].r2, 0.05);
+  EXPECT_GT(found[1].r2, -0.1);
+  for (size_t i = 0; i < r.x.size(); ++i) r.x[i] = 1e3 * (1 + 1e-9 * double(i % 7));
+  found = fit_and_test(r.x, labels, split);
+  EXPECT_LE(found[0].r2, 0);
+  for (double w : found[0].line.weights) EXPECT_EQ(w, 0);
+}
+
+TEST(Probe, ShufflingIsAPermutationAndTheSplitIsWhole) {
+  std::vector<size_t> order = shuffled(500, 1, 2), sorted = order;
+  std::sort(sorted.begin(), sorted.end());
+  size_t fixed = 0;
+  for (size_t i = 0; i < 500; ++i) EXPECT_EQ(sorted[i], i), fixed += order[i] == i;
+  EXPECT_LT(fixed, 8u);
+  EXPECT_NE(shuffled(500, 2, 2), order);
+  for (size_t n : {64, 65, 66, 67, 4096}) {
+    ProbeSplit split(n);
+    EXPECT_EQ(split.fit + split.choose + split.test, n);
+    EXPECT_EQ(split.test, n / 4);
+  }
+}
+
+// Each sample's image, time, noise and caption are restated here; the states are those that a
+// network which trains keeps, and the features come from them in fp64.
+TEST_F(TrainTest, ProbeFeaturesAreThoseOfTheStates) {
+  everywhere([&](Device& device, auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    constexpr size_t n = 7, depth = 4, D = 32, N = 16, tokens = 19, pixels = 64;
+    SamplingNetwork<T> s(device, options(depth).model, 3);
+    Dataset some = without_images(data_);
+    append_images(some, data_, {5, 0, 9, 20, 3, 8, 41});
+    auto features = probe_features(s.net, some, {0, 3, depth}, 6);
+    ASSERT_EQ(features.size(), 10u);
+
+    Network<T> keeps(device, s.net.config, n, 0, true);
+    device.copy(keeps.weights(), s.net.weights(), s.net.table.size * sizeof(T));
+    std::vector<A> z;
+    std::vector<T> text;
+    std::vector<std::vector<double>> expected(10);
+    for (size_t i = 0; i < n; ++i) {
+      double t = uniform(6, streams::probe_time, i), sum = 0, squares = 0;
+      for (size_t p = 0; p < pixels; ++p)
+        z.push_back(A((1 - t) * some.pixels[i * pixels + p] +
+                      t * gaussian(6, streams::probe_noise, i * pixels + p)));
+      for (size_t w = 0; w < 15; ++w)
+        text.push_back(T(some.text[size_t(some.caption[i]) * 15 + w]));
+      std::vector<double> image(z.end() - pixels, z.end());
+      for (double v : image) sum += v / pixels, squares += v * v / pixels;
+      auto [least, most] = std::minmax_element(image.begin(), image.end());
+      for (double v : {sum, std::sqrt(squares), std::sqrt(squares - sum * sum), *least, *most})
+        expected[0].push_back(v);
+    }
+    device.upload(keeps.arrays.z, z.data(), z.size() * sizeof(A));
+    device.upload(keeps.arrays.text, text.data(), text.size() * sizeof(T));
+    keeps.forward(n);
+    size_t kind = 1;
+    for (size_t layer : {size_t(0), size_t(3), depth}) {
+      auto X = from(device, keeps.input(layer), n * tokens * D);
+      for (size_t at = 0; at < n * D; ++at) {
+        auto x = [&](size_t t) { return double(X[(at / D * tokens + t) * D + at % D]); };
+        double image = 0, rest = 0, caption = 0;
+        for (size_t t = 0; t < tokens; ++t) (t < N ? image : caption) += x(t);
+        image /= N, caption /= double(tokens - N);
+        for (size_t t = 0; t < N; ++t) rest += std::pow(x(t) - image, 2) / N;
+        expected[kind].push_back(image);
+        expected[kind + 1].push_back(std::sqrt(rest));
+        expected[kind + 2].push_back(caption);
+      }
+      kind += 3;
+    }
+    for (size_t k = 0; k < 10; ++k) {
+      SCOPED_TRACE(features[k].layer + " " + features[k].name);
+      EXPECT_LT(distance(expected[k], features[k].x), device.gpu ? rounding<T> : 1e-6);
+      EXPECT_EQ(features[k].layer, k == 0 ? "z" : k < 4 ? "0" : k < 7 ? "3" : "4");
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
 // 8. The command line
 
 struct Outcome {
@@ -1351,11 +1556,14 @@ class CommandTest : public TrainTest {
     Dataset bad = all_;
     bad.pixels[1000] = NAN;
     save_latents(at("nan.safetensors"), bad);
+    save_latents(at("many.safetensors"), synthetic(1024));
     std::string common = "--device cpu --steps 2 --data " + at("data.safetensors");
     sizes_ = " --depth 4 --width 32 --heads 2 --ffn 64 --patch 2 --batch 4 --precision fp32";
     train_ = common + sizes_ + " --out " + at("run");
     sample_ = common + " --prompt 3 --columns 2 --weights " + at("run/weights.safetensors") +
               " --out " + at("out.safetensors");
+    probe_ = "--device cpu --precision fp32 --images 256 --data " + at("many.safetensors") +
+             " --weights " + at("run/weights.safetensors") + " --out " + at("probe.csv");
     EXPECT_EQ(run("train", train_).status, 0);
   }
   // The start of a file in another file.
@@ -1364,7 +1572,7 @@ class CommandTest : public TrainTest {
     std::ofstream(at("cut.safetensors"), std::ios::binary) << bytes.substr(0, bytes.size() - 100);
     return at("cut.safetensors");
   }
-  std::string sizes_, train_, sample_;
+  std::string sizes_, train_, sample_, probe_;
 };
 
 TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
@@ -1374,6 +1582,10 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   std::ofstream(at("typo.ini")) << "[train]\ndpth = 3\n";
   fs::create_directories(at("foreign"));
   std::ofstream(at("foreign/weights.safetensors")) << "somebody's";
+  std::ofstream(at("probe.csv")) << "an earlier probe";
+  Dataset longer = synthetic(1024);
+  longer.text_tokens = 5, longer.text_dim = 3;
+  save_latents(at("longer.safetensors"), longer);
   struct {
     const char* subcommand;
     std::string changes;
@@ -1459,11 +1671,32 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"sample", "--cfg nan", "--cfg finite"},
       {"sample", "--time-shift -1", "must be positive"},
       {"sample", "--out " + at("none/out.png"), "create its directory"},
+      {"probe", "--weights " + at("none"), "none: No such file"},
+      {"probe", "--weights " + weights, "cut.safetensors: truncated"},
+      {"probe", "--weights " + at("data.safetensors"), "not the weights of this model"},
+      {"probe", "--layers 0,5", "--layers: '5' is not a layer: give numbers from 0 to 4"},
+      {"probe", "--layers z", "'z' is not a layer"},
+      {"probe", "--images 63", "--images 63: it must be at least 64, and at most 259"},
+      {"probe", "--images 260", "960 training and 64 held-out images"},
+      {"probe", "--images -64", "--images: -64 is not a positive integer"},
+      {"probe", "--batch 0", "--batch"},
+      {"probe", "--data " + at("run/weights.safetensors"), "unknown tensor"},
+      {"probe", "--data " + at("textless.safetensors"), "tensor text (M,L,d_text) is missing"},
+      {"probe", "--data " + at("longer.safetensors"), "captions of 5 x 3 numbers, the model takes"},
+      {"probe", "--out " + at("none/probe.csv"), "create its directory"},
+      {"probe", "--out " + at("run"), "it exists and is not a regular file"},
   };
+  {
+    SafetensorsWriter textless(at("textless.safetensors"));
+    textless.declare("latents", "F32", {1, 1, 8, 8});
+    textless.write(all_.pixels.data(), 64);
+    textless.finish();
+  }
+  std::map<std::string, std::string> flags = {
+      {"train", train_}, {"sample", sample_}, {"probe", probe_}};
   auto before = files();
   for (const auto& row : rows) {
-    const std::string& flags = row.subcommand == std::string("train") ? train_ : sample_;
-    expect_refused(run(row.subcommand, flags, row.changes), row.words);
+    expect_refused(run(row.subcommand, flags[row.subcommand], row.changes), row.words);
     ASSERT_TRUE(files() == before) << row.words;
   }
 }
@@ -1772,6 +2005,42 @@ TEST_F(CommandTest, SamplesAreTheSameForTheSameSeed) {
   size_t C, H, W;
   read_png(at("out.png"), &C, &H, &W);
   EXPECT_GE(W, 16u);
+}
+
+// A row a layer and kind of features, the time where it must be and not where it cannot be; the
+// same however many images go through the network at once.
+TEST_F(CommandTest, ProbeReadsTimeOffTheStates) {
+  auto probe = [&](const std::string& changes) {
+    Outcome outcome = run("probe", probe_, changes);
+    EXPECT_EQ(outcome.status, 0) << outcome.err;
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, "R^2 of t on 64 held-out images", outcome.out);
+    return read_text(at("probe.csv"));
+  };
+  std::string csv = probe("--layers 4,0");
+  std::istringstream lines(csv);
+  std::string keys;
+  std::map<std::string, double> r2;
+  for (std::string line; std::getline(lines, line);) {
+    if (line[0] == '#' || line[0] == 'l') continue;
+    std::vector<std::string> cells;
+    std::istringstream words(line);
+    for (std::string cell; std::getline(words, cell, ',');) cells.push_back(cell);
+    ASSERT_EQ(cells.size(), 6u) << line;
+    keys += cells[0] + cells[1] + " ";
+    r2[cells[0] + cells[1]] = std::stod(cells[2]);
+    EXPECT_LT(std::stod(cells[3]), 0.1) << "shuffled labels: " << line;
+  }
+  EXPECT_EQ(keys, "zscalars 0image_mean 0image_rms 0text_mean 4image_mean 4image_rms 4text_mean ");
+  EXPECT_GT(r2["0image_rms"], 0.5);
+  EXPECT_GT(r2["4image_rms"], 0.5);
+  EXPECT_LT(r2["0text_mean"], 0.1) << "the caption knows nothing of t";
+  EXPECT_EQ(probe("--layers 0,4 --batch 7"), csv);
+  EXPECT_NE(probe("--layers 0,4 --seed 2"), csv);
+  for (const std::string& device : device_flags()) {
+    std::string all = probe(device + " --precision auto --layers all");
+    EXPECT_EQ(std::count(all.begin(), all.end(), '\n'),
+              std::count(csv.begin(), csv.end(), '\n') + 3 * 3);
+  }
 }
 
 // Through a thousand layers and their recomputation: every residual mode, family and input.
