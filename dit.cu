@@ -1320,13 +1320,14 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
 // before. The backward takes the spans from the last to the first and replays each from its
 // checkpoint before it goes back through it. The same kernels on the same inputs give the same
 // bits (a merge is made again by merge_rows() from the saved numbers, also where the kernel of
-// mvsplit.cu 4.1 made it first: both evaluate merge_rule() on the same inputs, two fused multiply-adds
-// a number; a test holds them to it), so gradients do not
-// depend on k. What the forward left of the last span is still there and needs no replay, so "keep
-// everything" is one span of all the blocks, not a special case.
+// mvsplit.cu 4.1 made it first: both evaluate merge_rule() on the same inputs, two fused
+// multiply-adds a number; a test holds them to it), so gradients do not depend on k. What the
+// forward left of the last span is still there and needs no replay, so "keep everything" is one
+// span of all the blocks, not a special case.
 //
 // Memory is depth / k checkpoints, k blocks' activations and 2 B (T + 4 D) numbers a block for what
-// its merges save (2 B T where they do not split); the price is one more forward, less the last span.
+// its merges save (2 B T where they do not split); the price is one more forward, less the last
+// span.
 
 // All arrays of a network for a largest batch, and the functions that lay them out. With a Carver
 // that has no base they only count, which is how `plan` knows the bytes without taking them.

@@ -278,8 +278,8 @@ HD Quad<A> merge_rule(Gates<const T> gates, Quad<A> x, Quad<A> f, const A* xbar,
   return x + load<A>(gates.beta + d) * (f - f_mean) + load<A>(gates.alpha + d) * to_mean;
 }
 
-// All of a merge in one kernel (4.1), where there is one: on a GPU from Hopper on, for bf16, a merge
-// that splits and some D. Elsewhere it does nothing and returns false.
+// All of a merge in one kernel (4.1), where there is one: on a GPU from Hopper on, for bf16, a
+// merge that splits and some D. Elsewhere it does nothing and returns false.
 template <class T>
 bool fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
                          const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps);

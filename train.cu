@@ -2056,8 +2056,7 @@ inline Dataset probe_images(const ProbeOptions& o) {
   if (o.images < 64 || o.images > most)
     fail(
         "--images %zu: it must be at least 64, and at most %zu of %s's %zu training and %zu "
-        "held-out "
-        "images",
+        "held-out images",
         o.images, most, o.data.c_str(), train.images, held_out.images);
   Dataset images = without_images(train);
   auto add = [&](const Dataset& from, size_t count) {
@@ -2079,8 +2078,8 @@ int probe(Device& device, const ProbeOptions& o) {
   if (m.channels != data.channels || m.height != data.height || m.image_width != data.width ||
       m.text_tokens != data.text_tokens || m.text_dim != data.text_dim)
     fail(
-        "%s has images of %zu x %zu x %zu and captions of %zu x %zu numbers, the model takes %zu x "
-        "%zu x %zu and %zu x %zu",
+        "%s has images of %zu x %zu x %zu and captions of %zu x %zu numbers, the model takes "
+        "%zu x %zu x %zu and %zu x %zu",
         o.data.c_str(), data.channels, data.height, data.width, data.text_tokens, data.text_dim,
         m.channels, m.height, m.image_width, m.text_tokens, m.text_dim);
   std::vector<size_t> layers = chosen_layers("--layers", o.layers, m.depth);

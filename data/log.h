@@ -186,26 +186,23 @@ inline std::string probe_csv(const std::vector<ProbeRow>& rows, const Config& m,
                              size_t choose, size_t test) {
   std::string text = text_of(
       "# Ridge regression of the time t, uniform in [0, 1] (0: data, 1: noise), on features of a "
-      "state; one sample an image.\n# Fit on %zu training images, penalty chosen on %zu others, "
-      "then "
-      "fit on both; tested on %zu held-out images.\n",
+      "state; one sample an image.\n"
+      "# Fit on %zu training images, penalty chosen on %zu others, then fit on both; tested on %zu "
+      "held-out images.\n",
       fit, choose, test);
   text += text_of(
-      "# layer: of this block the input; %zu: the trunk's output; z: the noisy image (%zu numbers) "
-      "itself\n",
+      "# layer: of this block the input; %zu: the trunk's output; z: the noisy image itself, %zu "
+      "numbers\n",
       m.depth, m.pixels());
   text += text_of(
       "# features: image_mean (%zu), of the %zu image tokens, by channel; image_rms (%zu), root "
-      "mean "
-      "square about that mean; text_mean (%zu), of the %zu text tokens;\n#   scalars (5): mean, "
-      "root "
-      "mean square, standard deviation, smallest and largest number\n",
+      "mean square about that mean; text_mean (%zu), of the %zu text tokens;\n"
+      "#   scalars (5): mean, root mean square, standard deviation, smallest and largest number\n",
       m.width, m.image_tokens(), m.width, m.width, m.text_tokens);
   text +=
       "# r2: 1 - |t - read off|^2 / |t - mean|^2 on the held-out images; r2_shuffled: with t "
-      "permuted among all samples\n# penalty: factor of |w|^2 beside the mean square error, "
-      "features "
-      "standardised\n"
+      "permuted among all samples\n"
+      "# penalty: factor of |w|^2 beside the mean square error, features standardised\n"
       "layer,features,r2,r2_shuffled,penalty,penalty_shuffled\n";
   for (const ProbeRow& r : rows)
     text += text_of("%s,%s,%.6g,%.6g,%g,%g\n", r.layer.c_str(), r.features.c_str(), r.r2,
