@@ -410,7 +410,7 @@ TEST(Config, ImpossibleSizesAreRefused) {
       {[](Config& c) { c.ffn = 6; }, "ffn 6"},
       {[](Config& c) { c.depth = 0; }, "at least 1"},
       {[](Config& c) { c.depth = size_t(-1); }, "out of range"},
-      {[](Config& c) { c.residual = "prenorm"; }, "choose one of postnorm"},
+      {[](Config& c) { c.residual = "prenrom"; }, "choose one of postnorm"},
       {[](Config& c) { c.means = "mean"; }, "choose segment or global"},
       {[](Config& c) { c.norm_eps = 0; }, "norm-eps"},
   };
@@ -509,14 +509,21 @@ Config small(size_t depth, const char* residual = "mvsplit", const char* means =
   return c;
 }
 
+// On each device the two kinds of trunk: normalised by the merges, and not.
+std::vector<std::pair<Device*, const char*>> both_kinds() {
+  std::vector<std::pair<Device*, const char*>> all;
+  for (Device* device : devices())
+    for (const char* residual : {"mvsplit", "prenorm"}) all.push_back({device, residual});
+  return all;
+}
+
 template <class X>
 bool same_bits(const std::vector<X>& a, const std::vector<X>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(X)) == 0;
 }
 
 template <class T>
-void recompute_keeps_bits(Device& device) {
-  Config config = small(33);
+void recompute_keeps_bits(Device& device, const Config& config) {
   std::vector<Acc<T>> kept = Filled<T>(device, config, 2, 0).run();
   EXPECT_TRUE(same_bits(kept, Filled<T>(device, config, 2, 0).run())) << "two runs differ";
   for (size_t k : {1, 7, 32, 33, 100})
@@ -528,17 +535,17 @@ void recompute_keeps_bits(Device& device) {
   EXPECT_FALSE(same_bits(kept, other.run())) << "the comparison is blind";
 }
 TEST(Network, RecomputeDoesNotChangeABit) {
-  for (Device* device : devices()) {
-    SCOPED_TRACE(device->name);
-    recompute_keeps_bits<double>(*device);
-    recompute_keeps_bits<float>(*device);
-    recompute_keeps_bits<bf16>(*device);
+  for (auto [device, residual] : both_kinds()) {
+    SCOPED_TRACE(device->name + ", " + residual);
+    recompute_keeps_bits<double>(*device, small(33, residual));
+    recompute_keeps_bits<float>(*device, small(33, residual));
+    recompute_keeps_bits<bf16>(*device, small(33, residual));
   }
 }
 
 TEST(Network, AccumulatesGradients) {
-  for (Device* device : devices()) {
-    Filled<double> f(*device, small(3), 2, 2);
+  for (auto [device, residual] : both_kinds()) {
+    Filled<double> f(*device, small(3, residual), 2, 2);
     std::vector<double> once = f.run();
     f.net->forward(2);
     f.net->backward(2, true);
@@ -552,8 +559,8 @@ TEST(Network, AccumulatesGradients) {
 
 // A batch smaller than the largest, and a network that cannot train, answer the same.
 TEST(Network, InferenceAgreesWithTraining) {
-  for (Device* device : devices()) {
-    Config config = small(5);
+  for (auto [device, residual] : both_kinds()) {
+    Config config = small(5, residual);
     Filled<float> f(*device, config, 3, 2);
     f.net->forward(3);
     size_t n = config.pixels();
@@ -571,21 +578,25 @@ TEST(Network, InferenceAgreesWithTraining) {
 }
 
 TEST(Network, PlanIsWhatIsTaken) {
-  for (Device* device : devices())
+  for (auto [device, residual] : both_kinds())
     for (bool trains : {true, false})
       for (size_t k : {0, 3}) {
         size_t before = device->allocated;
-        Network<float> net(*device, small(8), 3, k, trains);
+        Config config = small(8, residual);
+        Network<float> net(*device, config, 3, k, trains);
         EXPECT_EQ(device->allocated - before,
-                  network_plan<float>(small(8), net.table, 3, k, trains, device->gpu).total());
+                  network_plan<float>(config, net.table, 3, k, trains, device->gpu).total());
       }
 }
 
 template <class T>
 void compare_networks(double tolerance) {
-  auto [cpu, gpu] = std::pair{Filled<T>(*devices()[0], small(6), 2, 0).run(),
-                              Filled<T>(*devices()[1], small(6), 2, 0).run()};
-  EXPECT_LE(relative_difference({gpu.begin(), gpu.end()}, {cpu.begin(), cpu.end()}), tolerance);
+  for (const char* residual : {"mvsplit", "prenorm"}) {
+    auto [cpu, gpu] = std::pair{Filled<T>(*devices()[0], small(6, residual), 2, 0).run(),
+                                Filled<T>(*devices()[1], small(6, residual), 2, 0).run()};
+    EXPECT_LE(relative_difference({gpu.begin(), gpu.end()}, {cpu.begin(), cpu.end()}), tolerance)
+        << residual;
+  }
 }
 TEST(Network, AgreesOnBothDevices) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
