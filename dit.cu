@@ -34,6 +34,7 @@ struct Residual {
 };
 inline const Residual residuals[] = {
     {"postnorm", Merge::plain, Merge::plain},
+    {"prenorm", Merge::prenorm, Merge::prenorm},
     {"layerscale", Merge::layerscale, Merge::layerscale},
     {"rezero", Merge::rezero, Merge::rezero},
     {"mvsplit", Merge::mvsplit, Merge::mvsplit},
@@ -1232,6 +1233,7 @@ struct BlockSaved {
 template <class T>
 struct BlockScratch {
   Acc<T>*scores, *inner;             // (B, H, T, T), (B, H, T)
+  T* g;                              // (B T, D): Pre-Norm's dL/dX_next, of the branch alone
   T* dF[2];                          // (B T, D), of both branches
   T *dhidden, *du, *dY, *dqkv, *dS;  // (B T, F), (, 2F), (, D), (, 3D), (B, H, T, T)
   MergeScratch<Acc<T>> merge[2];
@@ -1272,15 +1274,17 @@ void block_forward(Device& device, BlockSaved<T> s, BlockParameters<const T> w,
 // G holds dL/dX_next on entry and dL/dX on return; parameter gradients = (or += if `accumulate`).
 // Each line of block_forward has its backward here, last first; a linear map has two, its weight's
 // and its input's. The trunk's gradient stays in G: the merges replace it, and the branch's first
-// linear map adds its part. `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of
-// writer i: 1 (W2), then 0 (W_O).
+// linear map adds its part. (Pre-Norm's trunk has G for itself, and the branch's part is in
+// scratch.g, on entry and on return, except that the first block's input is the trunk.)
+// `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of writer i: 1 (W2), then 0
+// (W_O).
 template <class T, class P>
 void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
                     BlockParameters<const T> w, BlockScratch<T> scratch, const BlockShape<T>& b,
                     bool accumulate, const std::function<void(int)>& observe = {}) {
   size_t rows = b.tokens.rows(), D = b.D, F = b.F;
-  T *dF1 = scratch.dF[0], *dF2 = scratch.dF[1];
-  merge_backward(device, G, dF2, d.gates[1], G, s.X_next, s.F2, w.gates[1], s.merge[1],
+  T *dF1 = scratch.dF[0], *dF2 = scratch.dF[1], *g = scratch.g ? scratch.g : G;
+  merge_backward(device, G, dF2, d.gates[1], g, s.X_next, s.F2, w.gates[1], s.merge[1],
                  scratch.merge[1], b.tokens, D, accumulate);
   if (observe) observe(1);
   device.beside(
@@ -1289,9 +1293,9 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
   swiglu_backward(device, scratch.du, scratch.dhidden, s.u, rows, F);
   device.beside(
       [&] { linear_backward_weight(device, d.w13, scratch.du, s.X1, rows, 2 * F, D, accumulate); });
-  linear_backward_input(device, G, scratch.du, w.w13, rows, 2 * F, D, true);
+  linear_backward_input(device, g, scratch.du, w.w13, rows, 2 * F, D, g == G);
 
-  merge_backward(device, G, dF1, d.gates[0], G, s.X1, s.F1, w.gates[0], s.merge[0],
+  merge_backward(device, G, dF1, d.gates[0], g, s.X1, s.F1, w.gates[0], s.merge[0],
                  scratch.merge[0], b.tokens, D, accumulate);
   if (observe) observe(0);
   device.beside([&] { linear_backward_weight(device, d.proj, dF1, s.Y, rows, D, D, accumulate); });
@@ -1307,7 +1311,8 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
   device.beside([&] {
     linear_backward_weight(device, d.qkv, scratch.dqkv, s.X, rows, 3 * D, D, accumulate);
   });
-  linear_backward_input(device, G, scratch.dqkv, w.qkv, rows, 3 * D, D, true);
+  if (!s.merge[0].r_X) g = G;
+  linear_backward_input(device, g, scratch.dqkv, w.qkv, rows, 3 * D, D, g == G);
   device.join();  // before scratch, or what the block saved, is overwritten
 }
 
@@ -1394,6 +1399,7 @@ struct Arrays {
     else
       scratch.dS = c.take<T>(squares);
     G = c.take<T>(rows * m.width);
+    if (m.mode().ffn == Merge::prenorm) scratch.g = c.take<T>(rows * m.width);
     for (T*& dF : scratch.dF) dF = c.take<T>(rows * m.width);
     scratch.dY = c.take<T>(rows * m.width);
     scratch.dhidden = c.take<T>(rows * m.ffn), scratch.du = c.take<T>(2 * rows * m.ffn);
@@ -1652,6 +1658,8 @@ class Network {
   BlockSaved<T> saved(size_t i) {
     BlockSaved<T> s = arrays.blocks[i % span_];
     s.X = input(i), s.X_next = input(i + 1), s.merge = arrays.merges[trains ? i : 0];
+    s.merge[0].r_X = i ? arrays.merges[trains ? i - 1 : 0][1].r : nullptr;
+    s.merge[1].r_X = s.merge[0].r;
     return s;
   }
 
@@ -1711,7 +1719,9 @@ class Network {
     bias_backward(device, d.final_bias, arrays.dprediction, rows, dim, accumulate);
     linear_backward_weight(device, d.final_weight, arrays.dprediction, input(config.depth), rows,
                            dim, config.width, accumulate);
-    linear_backward_input(device, arrays.G, arrays.dprediction, w.final_weight, rows, dim,
+    T* g = arrays.scratch.g;  // if any: beyond the last merge there is no trunk
+    if (g) device.fill(arrays.G, 0, rows * config.width * sizeof(T));
+    linear_backward_input(device, g ? g : arrays.G, arrays.dprediction, w.final_weight, rows, dim,
                           config.width);
   }
 

@@ -1,9 +1,9 @@
 // mvsplit.cu - the residual merges, in token space.
 //
-// What it is: how a block's branch output F joins the trunk X. Post-Norm, LayerScale, ReZero and
-// MV-Split, each fused with the RMSNorm that follows it, forward and backward, and the small
-// algebra of token means that explains why very deep networks need the last of them. What it is
-// not: the network. Attention, the FFN and the chain of blocks are in dit.cu.
+// What it is: how a block's branch output F joins the trunk X. Post-Norm, Pre-Norm, LayerScale,
+// ReZero and MV-Split, each fused with the RMSNorm that follows it, forward and backward, and the
+// small algebra of token means that explains why very deep networks need the last of them. What it
+// is not: the network. Attention, the FFN and the chain of blocks are in dit.cu.
 //
 // The mean here is over TOKENS, never over channels: J X replaces every token of a segment by the
 // average token. (LayerNorm's mean, which runs over the channels of one token, plays no part.)
@@ -208,6 +208,7 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 // 3. The merges
 //
 //     plain        Z = X + F                                   (Post-Norm)
+//     prenorm      Z = X / r_X + F                             (Pre-Norm, see below)
 //     layerscale   Z = X + lambda * F        lambda in R^D
 //     rezero       Z = X + lambda F          lambda a number
 //     mvsplit      Z = X + beta * P F + alpha * J (F - X)      alpha, beta in R^D             (7)
@@ -231,6 +232,17 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 // state that is all mean gets its decay back at once. The leak makes the mean smaller against the
 // rest, not X_next smaller.
 //
+// Pre-Norm is here as a reference. Its branches read the trunk normalised, the trunk itself goes on
+// as it is: Z_next = Z + F(Y), Y = RMSNorm(Z) = r Z. What is stored is Y and r, as for the other
+// merges, and Y / r is the trunk again, whatever eps. (In bf16 it is rounded by each merge, as it
+// would be if it were stored itself.) So with r_X the r of the merge that made X,
+//
+//     Z = X / r_X + F,     X_next = RMSNorm(Z):                                        (Pre-Norm)
+//
+// Post-Norm with a weight on the trunk, its magnitude 1 / r_X, which grows with depth while the
+// branches' does not: the trunk turns less and less. (The first X is the trunk: there r_X = 1. The
+// RMSNorm of the last merge is the usual one before the final projection.)
+//
 // A ReZero whose lambda stays at 1 / a is DeepNorm: a X + F = a (X + F / a), and RMSNorm takes the
 // factor away (and divides its eps by a^2). DeepNet has a = (2 L)^(1/4) for L blocks.
 //
@@ -243,13 +255,15 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 // = lambda = beta, all zero. The consequence for training: a lambda small enough to tame the mean
 // slows what the tokens learn about each other as much.
 
-enum class Merge { plain, layerscale, rezero, mvsplit, mvsplit_noleak };
+enum class Merge { plain, prenorm, layerscale, rezero, mvsplit, mvsplit_noleak };
 
 HD constexpr bool splits(Merge merge) {
   return merge == Merge::mvsplit || merge == Merge::mvsplit_noleak;
 }
 
-HD constexpr bool has_gates(Merge merge) { return merge != Merge::plain; }
+HD constexpr bool has_gates(Merge merge) {
+  return merge != Merge::plain && merge != Merge::prenorm;
+}
 
 // The learned gains of one merge, or their gradients. Only those of its kind are there: alpha, beta
 // (D) when it splits, lambda (D) for LayerScale, lambda (1) for ReZero.
@@ -260,17 +274,19 @@ struct Gates {
 };
 
 // What the forward leaves for the backward: r (B, T), and the segment means (B, 2, D) if it splits.
+// For Pre-Norm there has to be r_X (B, T), what the merge before left; null where X is the trunk.
 template <class A>
 struct MergeSaved {
   A *r, *xbar, *fbar;
+  const A* r_X = nullptr;
 };
 
 // Z at four channels of one token: the only place where the merges differ on the way forward.
-// xbar and fbar point to the token's segment.
+// xbar and fbar point to the token's segment. For Pre-Norm x is that of X / r_X.
 template <Merge merge, class T, class A>
 HD Quad<A> merge_rule(Gates<const T> gates, Quad<A> x, Quad<A> f, const A* xbar, const A* fbar,
                       size_t d) {
-  if (merge == Merge::plain) return x + f;
+  if (merge == Merge::plain || merge == Merge::prenorm) return x + f;
   if (merge == Merge::layerscale) return x + load<A>(gates.lambda + d) * f;
   if (merge == Merge::rezero) return x + A(gates.lambda[0]) * f;
   Quad<A> f_mean = load<A>(fbar + d), to_mean = f_mean;
@@ -291,6 +307,8 @@ void with_kind(Merge merge, const F& f) {
   switch (merge) {
     case Merge::plain:
       return f(std::integral_constant<Merge, Merge::plain>());
+    case Merge::prenorm:
+      return f(std::integral_constant<Merge, Merge::prenorm>());
     case Merge::layerscale:
       return f(std::integral_constant<Merge, Merge::layerscale>());
     case Merge::rezero:
@@ -313,8 +331,9 @@ void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const
     const A *xbar = nullptr, *fbar = nullptr;
     if (splits(merge)) xbar = saved.xbar + rows.segment * D, fbar = saved.fbar + rows.segment * D;
     auto z = [&](int k, size_t d) {
-      const T *x = X + rows.row(k) * D + d, *f = F + rows.row(k) * D + d;
-      return merge_rule<merge>(gates, load<A>(x), load<A>(f), xbar, fbar, d);
+      Quad<A> x = load<A>(X + rows.row(k) * D + d), f = load<A>(F + rows.row(k) * D + d);
+      if (merge == Merge::prenorm && saved.r_X) x = A(1) / saved.r_X[rows.row(k)] * x;
+      return merge_rule<merge>(gates, x, f, xbar, fbar, d);
     };
     // kept[k]: Z of row k at the thread's first channels, on a GPU up to D = 1024 all that it has.
     // They are read before anything is written, so that all loads can be on their way at once.
@@ -373,6 +392,14 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // constant within a segment, so the sum over its n_s tokens is n_s Dbar_s: the gate's gradient
 // costs no further pass. Without the leaky term, dX_i = Delta_i and Xbar drops out of dalpha.
 // LayerScale and ReZero: dX = Delta, dF = lambda * Delta, dlambda = sum_i Delta_i * F_i.
+//
+// Pre-Norm: Z goes on in two ways, as X_next to the branch, and G is the gradient that comes back
+// from there alone, and as itself along the trunk, Z_next = Z + F_next. So
+//
+//     dL/dZ = dL/dZ_next + Delta,     dL/dF = dL/dZ,                                      (trunk)
+//
+// and as Z = Z_prev + F with Z_prev = X / r_X, dL/dZ is the dL/dZ_next of the merge before. What
+// the trunk's gradient holds is not projected again: all of it reaches the first block.
 //
 // Consequence of (dF): the segment mean of dF is alpha * Dbar. At alpha = 0, where training starts,
 // the branch's adjoint has no mean at all, however large Dbar is.
@@ -483,8 +510,11 @@ void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>
       // All four are read before any is written: dX may be G, so the compiler could not move a
       // later load up by itself.
       Quad<A> dx[4], df[4];
-      UNROLL for (int k = 0; k < 4; ++k)
-          merge_rule_backward<merge>(dx[k], df[k], delta(rows.row(k), d), gates, dbar, d);
+      UNROLL for (int k = 0; k < 4; ++k) {
+        Quad<A> delta_k = delta(rows.row(k), d);
+        if (merge == Merge::prenorm) delta_k = load<A>(dX + rows.row(k) * D + d) + delta_k;
+        merge_rule_backward<merge>(dx[k], df[k], delta_k, gates, dbar, d);
+      }
       UNROLL for (int k = 0; k < 4; ++k) if (rows.has(k)) {
         store(dX + rows.row(k) * D + d, dx[k]);
         store(dF + rows.row(k) * D + d, df[k]);
@@ -527,8 +557,9 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
                           MergeSaved<Acc<T>> saved, Tokens tokens, size_t D);
 
 // dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next,
-// Y = X_next and F (read where there are gates). dX may be G itself. The gates' gradients are made
-// beside what follows: they are there, and `scratch` may be used again, after device.join().
+// Y = X_next and F (read where there are gates). dX may be G itself, except for Pre-Norm,
+// where it is dL/dZ_next on entry and dL/dZ on return. The gates' gradients are made beside what
+// follows: they are there, and `scratch` may be used again, after device.join().
 template <class T, class P>
 void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* Y,
                     const T* F, Gates<const T> gates, MergeSaved<Acc<T>> saved,

@@ -2125,7 +2125,7 @@ inline void add_model_options(CLI::App* app, Config& m) {
   app->add_option("--ffn", m.ffn, "width of the FFN");
   app->add_option("--patch", m.patch, "pixels along a patch");
   app->add_option("--residual", m.residual,
-                  "postnorm, layerscale, rezero, mvsplit, mvsplit-attention, mvsplit-ffn, "
+                  "postnorm, prenorm, layerscale, rezero, mvsplit, mvsplit-attention, mvsplit-ffn, "
                   "mvsplit-noleak");
   app->add_option("--means", m.means,
                   "that MV-Split takes: segment, of image and of text tokens; global, of all");

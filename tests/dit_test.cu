@@ -413,7 +413,7 @@ TEST(Config, ImpossibleSizesAreRefused) {
       {[](Config& c) { c.ffn = 6; }, "ffn 6"},
       {[](Config& c) { c.depth = 0; }, "at least 1"},
       {[](Config& c) { c.depth = size_t(-1); }, "out of range"},
-      {[](Config& c) { c.residual = "prenorm"; }, "choose one of postnorm"},
+      {[](Config& c) { c.residual = "prenrom"; }, "choose one of postnorm"},
       {[](Config& c) { c.means = "mean"; }, "choose segment or global"},
       {[](Config& c) { c.norm_eps = 0; }, "norm-eps"},
   };
@@ -512,6 +512,14 @@ Config small(size_t depth, const char* residual = "mvsplit", const char* means =
   return c;
 }
 
+// On each device the two kinds of trunk: normalised by the merges, and not.
+std::vector<std::pair<Device*, const char*>> both_kinds() {
+  std::vector<std::pair<Device*, const char*>> all;
+  for (Device* device : devices())
+    for (const char* residual : {"mvsplit", "prenorm"}) all.push_back({device, residual});
+  return all;
+}
+
 template <class X>
 bool same_bits(const std::vector<X>& a, const std::vector<X>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(X)) == 0;
@@ -530,23 +538,25 @@ void recompute_keeps_bits(Device& device, const Config& config) {
   EXPECT_FALSE(same_bits(kept, other.run())) << "the comparison is blind";
 }
 TEST(Network, RecomputeDoesNotChangeABit) {
-  for (Device* device : devices()) {
-    SCOPED_TRACE(device->name);
-    recompute_keeps_bits<double>(*device, small(33));
-    recompute_keeps_bits<float>(*device, small(33));
-    recompute_keeps_bits<bf16>(*device, small(33));
-    // Wide enough for the GPU's own kernels: a merge's first kernel is then not the replay's.
+  for (auto [device, residual] : both_kinds()) {
+    SCOPED_TRACE(device->name + ", " + residual);
+    recompute_keeps_bits<double>(*device, small(33, residual));
+    recompute_keeps_bits<float>(*device, small(33, residual));
+    recompute_keeps_bits<bf16>(*device, small(33, residual));
+  }
+  // Wide enough for the GPU's own kernels: a merge's first kernel is then not the replay's.
+  for (Device* device : devices())
     for (const char* residual : {"mvsplit", "mvsplit-noleak", "layerscale"}) {
+      SCOPED_TRACE(device->name + ", wide, " + residual);
       Config config = small(9, residual);
       config.width = 128;
       recompute_keeps_bits<bf16>(*device, config);
     }
-  }
 }
 
 TEST(Network, AccumulatesGradients) {
-  for (Device* device : devices()) {
-    Filled<double> f(*device, small(3), 2, 2);
+  for (auto [device, residual] : both_kinds()) {
+    Filled<double> f(*device, small(3, residual), 2, 2);
     std::vector<double> once = f.run();
     f.net->forward(2);
     f.net->backward(2, true);
@@ -560,8 +570,8 @@ TEST(Network, AccumulatesGradients) {
 
 // A batch smaller than the largest, and a network that cannot train, answer the same.
 TEST(Network, InferenceAgreesWithTraining) {
-  for (Device* device : devices()) {
-    Config config = small(5);
+  for (auto [device, residual] : both_kinds()) {
+    Config config = small(5, residual);
     Filled<float> f(*device, config, 3, 2);
     f.net->forward(3);
     size_t n = config.pixels();
@@ -579,13 +589,14 @@ TEST(Network, InferenceAgreesWithTraining) {
 }
 
 TEST(Network, PlanIsWhatIsTaken) {
-  for (Device* device : devices())
+  for (auto [device, residual] : both_kinds())
     for (bool trains : {true, false})
       for (size_t k : {0, 3}) {
         size_t before = device->allocated;
-        Network<float> net(*device, small(8), 3, k, trains);
+        Config config = small(8, residual);
+        Network<float> net(*device, config, 3, k, trains);
         EXPECT_EQ(device->allocated - before,
-                  network_plan<float>(small(8), net.table, 3, k, trains, device->gpu).total());
+                  network_plan<float>(config, net.table, 3, k, trains, device->gpu).total());
       }
 }
 
@@ -597,9 +608,12 @@ void compare_networks(const Config& c, double tolerance) {
 }
 TEST(Network, AgreesOnBothDevices) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
-  compare_networks<double>(small(6), 1e-11);
-  compare_networks<float>(small(6), 1e-4);
-  compare_networks<bf16>(small(6), 5e-2);
+  for (const char* residual : {"mvsplit", "prenorm"}) {
+    SCOPED_TRACE(residual);
+    compare_networks<double>(small(6, residual), 1e-11);
+    compare_networks<float>(small(6, residual), 1e-4);
+    compare_networks<bf16>(small(6, residual), 5e-2);
+  }
   for (size_t width : {128, 256}) {  // the GPU's own kernels of merges and attention
     Config wide = small(2);
     wide.width = width;

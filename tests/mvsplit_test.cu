@@ -20,9 +20,51 @@ struct MergeOp : Op {
   std::function<void()> replay, backward_in_place;  // the latter leaves dX in the cotangent
 };
 
+// Pre-Norm passes more on than X_next. So two merges, the second of which adds F2 to the trunk that
+// the first left; the output (2, B, T, D) is both X_next, its cotangent what would come back from
+// the branches that read them.
+template <class T>
+MergeOp prenorm_op(Device& device, Shape shape) {
+  using A = Acc<T>;
+  Tokens tokens = shape.tokens;
+  size_t D = shape.D, n = tokens.rows() * D;
+  MergeOp op;
+  const std::pair<const char*, double> inputs[] = {{"X", 1}, {"F", 0.7}, {"F2", 1.5}};
+  for (auto [name, scale] : inputs)
+    op.inputs.push_back({name, Tensor::random<T>(device, n, 1 + op.inputs.size(), scale),
+                         Tensor::of<T>(device, n)});
+  Tensor X = op.inputs[0].value, F = op.inputs[1].value, F2 = op.inputs[2].value;
+  Tensor dX = op.inputs[0].gradient, dF = op.inputs[1].gradient, dF2 = op.inputs[2].gradient;
+  op.output = Tensor::of<T>(device, 2 * n), op.cotangent = Tensor::random<T>(device, 2 * n, 6);
+  Tensor r = Tensor::of<A>(device, 2 * tokens.rows()), h = Tensor::of<A>(device, tokens.rows());
+  Tensor mean = Tensor::of<A>(device, 2 * tokens.batch * D);  // not looked at
+  op.kept = {r, h, mean};
+  A *r1 = r.data<A>(), *r2 = r1 + tokens.rows(), *m = mean.data<A>();
+  T *Y = op.output.data<T>(), *g = op.cotangent.data<T>();
+  MergeSaved<A> first{r1, m, m}, second{r2, m, m, r1};
+  MergeScratch<A> scratch{h.data<A>(), m, m};
+  Gates<const T> gates{Merge::prenorm, nullptr, nullptr, nullptr};
+  Gates<A> none{Merge::prenorm, nullptr, nullptr, nullptr};
+  Device* d = &device;
+  op.forward = [=] {
+    merge_forward(*d, Y, first, X.data<T>(), F.data<T>(), gates, tokens, D, 1e-6);
+    merge_forward(*d, Y + n, second, Y, F2.data<T>(), gates, tokens, D, 1e-6);
+  };
+  op.backward = [=] {
+    T* G = dX.data<T>();
+    d->fill(G, 0, n * sizeof(T));
+    merge_backward(*d, G, dF2.data<T>(), none, g + n, Y + n, F2.data<T>(), gates, second, scratch,
+                   tokens, D, false);
+    merge_backward(*d, G, dF.data<T>(), none, g, Y, F.data<T>(), gates, first, scratch, tokens, D,
+                   false);
+  };
+  return op;
+}
+
 // `passes`: never in one kernel.
 template <class T>
 MergeOp merge_op(Device& device, Merge merge, Shape shape, bool passes = false) {
+  if (merge == Merge::prenorm) return prenorm_op<T>(device, shape);
   using A = Acc<T>;
   Tokens tokens = shape.tokens;
   size_t D = shape.D, n = tokens.rows() * D, means = 2 * tokens.batch * D;
@@ -85,8 +127,8 @@ MergeOp merge_op(Device& device, Merge merge, Shape shape, bool passes = false) 
   return op;
 }
 
-const Merge all_merges[] = {Merge::plain, Merge::layerscale, Merge::rezero, Merge::mvsplit,
-                            Merge::mvsplit_noleak};
+const Merge all_merges[] = {Merge::plain,  Merge::prenorm, Merge::layerscale,
+                            Merge::rezero, Merge::mvsplit, Merge::mvsplit_noleak};
 
 TEST(Merge, GradientsAgreeWithDifferences) {
   for (Merge merge : all_merges)
@@ -217,10 +259,65 @@ TEST(Merge, WrongScaleGradientsAreRejected) {
   }
 }
 
+// Pre-Norm: of the gradient r (g - h Y) of the branch and the trunk's, which must stay whole.
+TEST(Merge, WrongTrunkGradientsAreRejected) {
+  Shape shape = shapes[0];
+  MergeOp op = merge_op<double>(*devices()[0], Merge::prenorm, shape);
+  op.forward(), op.backward();
+  std::vector<double> Y = op.output.get(), g = op.cotangent.get(), r = op.kept[0].get();
+  std::vector<double> dX = op.input("X").gradient.get(), trunk = op.input("F2").gradient.get();
+  auto projection = [&](const std::vector<double>& v, size_t i) {  // of v's token onto Y's
+    double sum = 0;
+    for (size_t k = i / shape.D * shape.D, end = k + shape.D; k < end; ++k) sum += v[k] * Y[k];
+    return sum / double(shape.D) * Y[i];
+  };
+  struct {
+    const char* what;
+    std::function<double(size_t)> gradient;
+  } wrong[] = {
+      {"the trunk's gradient is missing", [&](size_t i) { return dX[i] - trunk[i]; }},
+      {"it is projected", [&](size_t i) { return dX[i] - projection(trunk, i); }},
+      {"it is scaled by r", [&](size_t i) { return dX[i] + (r[i / shape.D] - 1) * trunk[i]; }},
+      {"its sign", [&](size_t i) { return dX[i] - 2 * trunk[i]; }},
+      {"the branch's gradient is missing", [&](size_t i) { return trunk[i]; }},
+      {"it is not projected", [&](size_t i) { return dX[i] + r[i / shape.D] * projection(g, i); }},
+      {"it is not scaled by r",
+       [&](size_t i) { return trunk[i] + (dX[i] - trunk[i]) / r[i / shape.D]; }},
+  };
+  for (const auto& w : wrong) {
+    std::vector<double> gradient(dX.size());
+    for (size_t i = 0; i < gradient.size(); ++i) gradient[i] = w.gradient(i);
+    for (const char* input : {"X", "F"}) expect_rejected(op, input, gradient, w.what);
+  }
+  expect_rejected(op, "F2", dX, "the first merge's part is in the second");
+}
+
+// Pre-Norm's too: RMSNorm(X + F), RMSNorm(X + F + F2).
+TEST(Merge, PreNormAddsToWhatIsNotNormalised) {
+  for (Device* device : devices()) {
+    Shape shape = shapes[0];
+    MergeOp op = merge_op<double>(*device, Merge::prenorm, shape);
+    op.forward();
+    std::vector<double> trunk = op.input("X").value.get(), want;
+    for (const char* branch : {"F", "F2"}) {
+      std::vector<double> f = op.input(branch).value.get();
+      for (size_t i = 0; i < f.size(); ++i) trunk[i] += f[i];
+      for (size_t i = 0; i < f.size(); ++i) {
+        double squares = 0;
+        for (size_t k = i / shape.D * shape.D, end = k + shape.D; k < end; ++k)
+          squares += trunk[k] * trunk[k];
+        want.push_back(trunk[i] / std::sqrt(squares / double(shape.D) + 1e-6));
+      }
+    }
+    EXPECT_LE(relative_difference(op.output.get(), want), 1e-14);
+  }
+}
+
 // The definition, each mean summed anew for each element, against the kernels.
 TEST(Merge, ForwardFollowsTheDefinition) {
   for (Device* device : devices())
     for (Merge merge : all_merges) {
+      if (merge == Merge::prenorm) continue;  // it has two: see above
       Shape shape = shapes[0];
       MergeOp op = merge_op<double>(*device, merge, shape);
       op.forward();

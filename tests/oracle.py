@@ -38,6 +38,7 @@ CASES = {
     "mvsplit-ffn": dict(BASE, residual="mvsplit-ffn", depth=2, norm_eps="1e-5"),
     "mvsplit-noleak": dict(BASE, residual="mvsplit-noleak", depth=2),
     "mvsplit-global": dict(BASE, residual="mvsplit", means="global", depth=2),
+    "prenorm": dict(BASE, residual="prenorm", depth=3),
 }
 BATCH = 2
 
@@ -123,10 +124,10 @@ def projectors(segments):
     return J, torch.eye(sum(segments)) - J
 
 
-def merge(X, F, w, block, which, residual, J, P, eps):
-    """One residual merge, then RMSNorm. (7): Z = X + beta * (P F) + alpha * J (F - X)."""
+def merge(X, F, w, block, which, residual, J, P):
+    """Z of one residual merge. (7): Z = X + beta * (P F) + alpha * J (F - X)."""
     kind = merge_kind(residual, which)
-    if kind == "postnorm":
+    if kind in ("postnorm", "prenorm"):
         Z = X + F
     elif kind in ("layerscale", "rezero"):
         Z = X + w[block + f"{kind}{which}"] * F
@@ -134,7 +135,7 @@ def merge(X, F, w, block, which, residual, J, P, eps):
         alpha, beta = (w[block + f"fused_mvsplit_norm{which}.{gate}"] for gate in ("alpha", "beta"))
         leaving = J @ X if kind == "mvsplit" else 0.0  # mvsplit-noleak keeps the trunk's mean
         Z = X + beta * (P @ F) + alpha * (J @ F - leaving)
-    return rms_norm(Z, eps)
+    return Z
 
 
 def forward(z, text, w, c):
@@ -148,10 +149,14 @@ def forward(z, text, w, c):
 
     angle = rope_angles(rows, cols, text.shape[1], D // c["heads"])
     J, P = projectors([x.shape[1]] if c["means"] == "global" else [rows * cols, text.shape[1]])
+    trunk = x  # Pre-Norm's is never normalised; for all others it is x, which the branches read
     for i in range(c["depth"]):
         block = f"blocks.{i}."
-        x = merge(x, attention(x, w, block, c["heads"], angle), w, block, 1, c["residual"], J, P, eps)
-        x = merge(x, swiglu(x, w, block), w, block, 2, c["residual"], J, P, eps)
+        for which in (1, 2):
+            F = attention(x, w, block, c["heads"], angle) if which == 1 else swiglu(x, w, block)
+            Z = merge(trunk, F, w, block, which, c["residual"], J, P)
+            x = rms_norm(Z, eps)
+            trunk = Z if c["residual"] == "prenorm" else x
 
     y = x[:, :rows * cols] @ w["final_proj.weight"].T + w["final_proj.bias"]
     y = y.reshape(B, rows, cols, p, p, C)  # (row in patch, col in patch, channel)
