@@ -1779,8 +1779,8 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
 // The network is told the noise level t by its input alone. Where does it keep it? Take images,
 // each with its caption and with a time t ~ U[0, 1] (not shifted) and noise of its own; describe
 // the state at some layer by D numbers a sample; fit t as a linear function of them, and see how
-// much of t's variance it explains in images that neither the fit nor the training of the network
-// has seen.
+// much of t's variance it explains in images that the fit has not seen. Those are of the data set's
+// held-out part: if the network was trained on the same data, it has not seen them either.
 //
 // Ridge regression. With features standardised over the n samples of the fit, x' = (x - m) / s,
 // find w and c for which
@@ -1794,27 +1794,17 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
 //
 // which a Cholesky factor L L^T of the matrix solves, in fp64.
 
-// S (n, n), symmetric and positive definite, becomes L in its lower triangle, some columns at a
-// time: L_ij L_jj^T = S_ij - sum_(k < j) L_ik L_jk^T, of which the sum is a matrix product.
-inline void cholesky(Device& host, double* S, size_t n) {
-  constexpr size_t columns = 32;
-  for (size_t j = 0; j < n; j += columns) {
-    size_t end = std::min(j + columns, n);
-    Matrix<double> left(S + j * n, n);  // rows j on; their first j columns are done
-    if (j > 0)
-      gemm(host, Matrix<double>(S + j * n + j, n), left, left.transpose(), {n - j, end - j, j}, -1,
-           1);
-    auto finish = [=](size_t i) {
-      for (size_t c = j; c < std::min(i + 1, end); ++c) {
-        double x = S[i * n + c];
-        for (size_t k = j; k < c; ++k) x -= S[i * n + k] * S[c * n + k];
-        S[i * n + c] = i == c ? std::sqrt(x) : x / S[c * n + c];
-      }
-    };
-    for (size_t i = j; i < end; ++i) finish(i);
-#pragma omp parallel for
-    for (size_t i = end; i < n; ++i) finish(i);
-  }
+// S (n, n), symmetric and positive definite, becomes L in its lower triangle, row by row: from
+// S_ij = sum_(k <= j) L_ik L_jk for j <= i.
+inline void cholesky(double* S, size_t n) {
+  for (size_t i = 0; i < n; ++i)
+    for (size_t j = 0; j <= i; ++j) {
+      const double *a = S + i * n, *b = S + j * n;
+      double sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (size_t k = 0; k < j; ++k) sum += a[k] * b[k];
+      S[i * n + j] = i == j ? std::sqrt(a[i] - sum) : (a[j] - sum) / b[j];
+    }
 }
 
 // t = intercept + <weights, x>, x as it is.
@@ -1864,7 +1854,8 @@ class Ridge {
     }
     each([&](size_t, size_t d, double& x) { x *= inverse_[d]; });
     Matrix<double> rows(X.data(), D);
-    gemm(host_, Matrix<double>(gram_.data(), D), rows.transpose(), rows, {D, D, n}, 1 / double(n));
+    Device host;
+    gemm(host, Matrix<double>(gram_.data(), D), rows.transpose(), rows, {D, D, n}, 1 / double(n));
     for (size_t k = 0; k < labels.size(); ++k) {
       const double* t = labels[k].data();
       intercepts_[k] = std::accumulate(t, t + n, 0.0) / double(n);
@@ -1876,11 +1867,11 @@ class Ridge {
   }
 
   // A line a label.
-  std::vector<Line> solve(double penalty) {
+  std::vector<Line> solve(double penalty) const {
     size_t D = mean_.size();
     std::vector<double> L = gram_;
     for (size_t d = 0; d < D; ++d) L[d * D + d] += penalty;
-    cholesky(host_, L.data(), D);
+    cholesky(L.data(), D);
     std::vector<Line> lines;
     for (size_t k = 0; k < products_.size(); ++k) {
       std::vector<double> w = products_[k];
@@ -1900,13 +1891,12 @@ class Ridge {
   }
 
  private:
-  Device host_;
   std::vector<double> mean_, inverse_, gram_, intercepts_;
   Labels products_;
 };
 
-// Samples to fit with, then to choose the penalty with, then to test with. An image is one sample,
-// and the test ones come from the data set's held-out part.
+// How many samples are to fit with, then to choose the penalty with, then to test with. An image is
+// one sample.
 struct ProbeSplit {
   size_t fit, choose, test;
 
@@ -2055,9 +2045,9 @@ inline Dataset probe_images(const ProbeOptions& o) {
   size_t most = std::min(4 * held_out.images + 3, train.images * 4 / 3);
   if (o.images < 64 || o.images > most)
     fail(
-        "--images %zu: it must be at least 64, and at most %zu of %s's %zu training and %zu "
-        "held-out images",
-        o.images, most, o.data.c_str(), train.images, held_out.images);
+        "--images %zu: it must be at least 64, and at most %zu with the %zu training and %zu "
+        "held-out images of %s",
+        o.images, most, train.images, held_out.images, o.data.c_str());
   Dataset images = without_images(train);
   auto add = [&](const Dataset& from, size_t count) {
     std::vector<size_t> which = shuffled(from.images, o.seed, streams::probe_images);
@@ -2104,7 +2094,7 @@ int probe(Device& device, const ProbeOptions& o) {
         fail("the states at layer %s hold NaN or infinity: are these trained weights?",
              f.layer.c_str());
     std::vector<Probed> found = fit_and_test(f.x, labels, split);
-    rows.push_back({f.layer, f.name, found[0].r2, found[1].r2, found[0].penalty, found[1].penalty});
+    rows.push_back({f.layer, f.name, found[0].r2, found[1].r2, found[0].penalty});
   }
   std::printf(
       "R^2 of t on %zu held-out images, in brackets with t shuffled; %zu to fit, %zu for the "

@@ -178,35 +178,35 @@ inline std::string spike_report(const Spike& s) {
 // shuffled.
 struct ProbeRow {
   std::string layer, features;
-  double r2, shuffled_r2, penalty, shuffled_penalty;
+  double r2, shuffled_r2, penalty;
 };
 
 // probe.csv: a comment that says what the numbers are of, the names, a row a layer and kind.
 inline std::string probe_csv(const std::vector<ProbeRow>& rows, const Config& m, size_t fit,
                              size_t choose, size_t test) {
-  std::string text = text_of(
-      "# Ridge regression of the time t, uniform in [0, 1] (0: data, 1: noise), on features of a "
-      "state; one sample an image.\n"
-      "# Fit on %zu training images, penalty chosen on %zu others, then fit on both; tested on %zu "
-      "held-out images.\n",
+  std::string text =
+      "# The time t, uniform in [0, 1] (0: data, 1: noise), read off a state by ridge "
+      "regression.\n";
+  text += text_of(
+      "# Images, one sample each: %zu to fit, %zu to choose the penalty, then all of them "
+      "to fit; %zu held-out ones to test.\n",
       fit, choose, test);
+  text += text_of("# layer: the input of this block; %zu: the trunk's output; z: the noisy image\n",
+                  m.depth);
   text += text_of(
-      "# layer: of this block the input; %zu: the trunk's output; z: the noisy image itself, %zu "
-      "numbers\n",
-      m.depth, m.pixels());
-  text += text_of(
-      "# features: image_mean (%zu), of the %zu image tokens, by channel; image_rms (%zu), root "
-      "mean square about that mean; text_mean (%zu), of the %zu text tokens;\n"
-      "#   scalars (5): mean, root mean square, standard deviation, smallest and largest number\n",
+      "# image_mean (%zu): of the %zu image tokens, by channel; image_rms (%zu): root mean "
+      "square about it\n# text_mean (%zu): of the %zu text tokens\n",
       m.width, m.image_tokens(), m.width, m.width, m.text_tokens);
   text +=
-      "# r2: 1 - |t - read off|^2 / |t - mean|^2 on the held-out images; r2_shuffled: with t "
-      "permuted among all samples\n"
-      "# penalty: factor of |w|^2 beside the mean square error, features standardised\n"
-      "layer,features,r2,r2_shuffled,penalty,penalty_shuffled\n";
+      "# scalars (5): mean, root mean square, standard deviation, smallest, largest number of z\n"
+      "# r2: 1 - (squares of what is left of t) / (squares of t - its mean), of the held-out "
+      "images\n"
+      "# r2_shuffled: the same with t permuted among all samples\n"
+      "# penalty: of squared weights beside the mean squared error, features standardised\n"
+      "layer,features,r2,r2_shuffled,penalty\n";
   for (const ProbeRow& r : rows)
-    text += text_of("%s,%s,%.6g,%.6g,%g,%g\n", r.layer.c_str(), r.features.c_str(), r.r2,
-                    r.shuffled_r2, r.penalty, r.shuffled_penalty);
+    text += text_of("%s,%s,%.6g,%.6g,%g\n", r.layer.c_str(), r.features.c_str(), r.r2,
+                    r.shuffled_r2, r.penalty);
   return text;
 }
 
