@@ -156,7 +156,8 @@ announce() {
     fi
   done
   echo "$n runs to do, about $(duration "$total") on this machine ($name: $ms_layer ms a layer and step," \
-    "$ms_diagnosed more where diagnosed, $startup s a run besides; measured)"
+    "$ms_diagnosed more where diagnosed, $startup s a run besides:" \
+    "measured, remove $root/speed to measure again)"
 }
 
 # --- Running -----------------------------------------------------------------------------------
