@@ -156,7 +156,8 @@ announce() {
     fi
   done
   echo "$n runs to do, about $(duration "$total") on this machine ($name: $ms_layer ms a layer and step," \
-    "$ms_diagnosed more where diagnosed, $startup s a run besides; measured)"
+    "$ms_diagnosed more where diagnosed, $startup s a run besides:" \
+    "measured, remove $root/speed to measure again)"
 }
 
 # --- Running -----------------------------------------------------------------------------------
@@ -205,7 +206,8 @@ do_run() {
 # What became of a run, from the loss: predicting the mean costs 1.44 (`floor`). All means are over
 # 25 steps.
 #   trained     it ended below half of the way back from its best to the floor
-#   collapsed   it ended above, after having been clearly under the floor; the step is where it was half-way
+#   collapsed   it ended above, after having been clearly under the floor; the step is the first that
+#               is above, as is the mean from there on
 #   stuck       it never was clearly under the floor
 # Prints outcome, loss at the end, best loss, step of the collapse, largest norm after step 50 and its step.
 judge() {
@@ -218,7 +220,7 @@ judge() {
       half = (best + floor) / 2
       outcome = best > floor - 0.1 ? "stuck" : end > half ? "collapsed" : "trained"
       if (outcome == "collapsed") {
-        for (i = where; i <= n - 24 && mean(i) < half; i++);
+        for (i = where; i < n - 24 && (mean(i) < half || loss[i] < half); i++);
         step = i }
       printf "%s,%.4f,%.4f,%s,%.4g,%d\n", outcome, end, best, step, norm, at }' "$1"
 }

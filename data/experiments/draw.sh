@@ -92,20 +92,20 @@ results_table() {
   echo
 }
 
-# The step of the event in the run $1 of experiment $2: that of the largest gradient norm within 50
-# steps of the collapse; nothing if there was none.
+# The step of the event in the run $1 of experiment $2: that of the largest gradient norm from 10 steps
+# before the collapse to 25 after it; nothing if there was none.
 event() {
   local collapse
   collapse=$(unpacked runs "${2:-}" | awk -F, -v run="$1" '$1 == run { print $8 }')
   [ -z "$collapse" ] || unpacked losses "${2:-}" | awk -F, -v run="$1" -v c="$collapse" '
-    $1 == run && $2 >= c - 50 && $2 <= c + 50 && $4 > most { most = $4; at = $2 } END { print at }'
+    $1 == run && $2 >= c - 10 && $2 <= c + 25 && $4 > most { most = $4; at = $2 } END { print at }'
 }
 
 # The report of a spike that run $1 left, for the notes.
 spike_report() {
   local file=$csv/${experiment}_$1_spike.txt
   [ -e "$file" ] || { echo "The run $1 left no report of a spike."; echo; return 0; }
-  echo "The report that train left ($(basename "$file")), without its lists of single samples:"
+  echo "The report that train left ($(basename "$file")), its first lines:"
   echo
   echo '```'
   head -n 24 "$file"

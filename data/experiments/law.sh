@@ -49,7 +49,7 @@ fit() {
       if (n < 3) { printf "| %s | %s | %d | - | - | - | - |\n", writer, when, n; exit }
       cxx = xx - sx * sx / n; cxy = xy - sx * sy / n; cyy = yy - sy * sy / n
       printf "| %s | %s | %d | %.3f | %.3f | %.3f | %.1f |\n", writer, when, n, cxy / cxx,
-        cyy > 0 ? cxy * cxy / (cxx * cyy) : 0, quantile(share, n, 0.5), most }' "$1"
+        (cyy > 0 ? cxy * cxy / (cxx * cyy) : 0), quantile(share, n, 0.5), most }' "$1"
 }
 
 draw_law() {

@@ -35,13 +35,18 @@ rise_and_fall() {
   echo "| | before | at or after | factor |"
   echo "|---|---|---|---|"
   unpacked diagnostics | awk -F, -v at="$1" "$statistics"'
-    NR == 1 { for (i = 4; i <= NF; i++) name[i] = $i; columns = NF; next }
+    NR == 1 {
+      for (i = 4; i <= NF; i++) name[i] = $i
+      columns = NF
+      for (i = 4; i <= NF; i++) if ($i ~ /rho|tcs/) { name[++columns] = $i ", deepest layer"; from[columns] = i }
+      next }
     $2 != step { flush(); step = $2; n = 0 }
-    { n++; for (i = 4; i <= columns; i++) row[i, n] = $i + 0 }
+    { n++; for (i = 4; i <= columns; i++) row[i, n] = $(i in from ? from[i] : i) + 0 }
     function flush(  i, j, s, a) {
       if (!n) return
       for (i = 4; i <= columns; i++) {
         if (name[i] ~ /_g_|grad/) { s = 0; for (j = 1; j <= n; j++) s += row[i, j] ^ 2; s = sqrt(s) }
+        else if (i in from) s = row[i, n]
         else { for (j = 1; j <= n; j++) a[j] = row[i, j]; s = quantile(a, n, 0.5) }
         if (step >= at - 60 && step <= at - 20) before[i, ++b[i]] = s
         if (name[i] ~ /_g_/ && step >= at - 20 && step <= at + 20 && s > peak[i]) peak[i] = s
