@@ -459,19 +459,24 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
       Several<T, wide> x1[4], x2[4];
       Several<A, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
       Quad<A> norm = quad(A(0));  // |x|^2, then the r of each head
-      for (size_t j = own; j < half; j += step) UNROLL for (int k = 0; k < 4; ++k) {
+      for (size_t j = own; j < half; j += step) {
+        UNROLL
+        for (int k = 0; k < 4; ++k) {
           Several<T, wide> a = *first(k, j), b = *second(k, j);
           if (j == own) x1[k] = a, x2[k] = b;
           for (int i = 0; i < wide; ++i) norm[k] += A(a.v[i]) * A(a.v[i]) + A(b.v[i]) * A(b.v[i]);
         }
+      }
       norm = part.sum_rows(norm, 1);
-      UNROLL for (int k = 0; k < 4; ++k) norm[k] = inverse_rms(norm[k], h.dim, A(qk_eps));
+      UNROLL
+      for (int k = 0; k < 4; ++k) norm[k] = inverse_rms(norm[k], h.dim, A(qk_eps));
       for (size_t j = own; j < half; j += step) {
         Several<A, wide> c = j == own ? cosine : angle(rope.cosine, j);
         Several<A, wide> s = j == own ? sine : angle(rope.sine, j);
         if (!turned)
           for (int i = 0; i < wide; ++i) c.v[i] = 1, s.v[i] = 0;
-        UNROLL for (int k = 0; k < 4; ++k) {
+        UNROLL
+        for (int k = 0; k < 4; ++k) {
           if (head + size_t(k) >= heads) break;
           Several<T, wide> a = j == own ? x1[k] : *first(k, j),
                            b = j == own ? x2[k] : *second(k, j);
@@ -483,8 +488,9 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
           *first(k, j) = a, *second(k, j) = b;
         }
       }
-      UNROLL for (int k = 0; k < 4; ++k) if (part.rank == 0 && head + size_t(k) < heads)
-          r[row * heads + head + size_t(k)] = norm[k];
+      UNROLL
+      for (int k = 0; k < 4; ++k)
+        if (part.rank == 0 && head + size_t(k) < heads) r[row * heads + head + size_t(k)] = norm[k];
     }
   });
 }
@@ -731,7 +737,8 @@ struct Tile {
     int row = int(threadIdx.x) / chunks, column = int(threadIdx.x) % chunks * 8;
     const bf16* source = from + size_t(first + row) * stride + column;
     unsigned to = address(row, column);
-    UNROLL for (int i = 0; i < rows; i += step) {
+    UNROLL
+    for (int i = 0; i < rows; i += step) {
       bool inside = first + row + i < n;
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + unsigned(i) * 128),
                    "l"(inside ? source + size_t(i) * stride : from), "r"(inside ? 16 : 0));
@@ -743,9 +750,11 @@ struct Tile {
     int row = int(threadIdx.x / 32) * 16 + int(threadIdx.x % 32) / chunks;
     int column = int(threadIdx.x % 32) % chunks * 8;
     __syncwarp();
-    UNROLL for (int i = 0; i < 16; i += step) if (first + row + i < n) *
-        reinterpret_cast<uint4*>(to + size_t(first + row + i) * stride + column) =
-        *static_cast<const uint4*>(__cvta_shared_to_generic(address(row + i, column)));
+    UNROLL
+    for (int i = 0; i < 16; i += step)
+      if (first + row + i < n)
+        *reinterpret_cast<uint4*>(to + size_t(first + row + i) * stride + column) =
+            *static_cast<const uint4*>(__cvta_shared_to_generic(address(row + i, column)));
   }
 };
 
@@ -795,7 +804,8 @@ __device__ void wait() {
 }
 template <int n>
 __device__ void settled(float (&x)[n][4]) {
-  UNROLL for (int i = 0; i < n; ++i) asm volatile("" : QUAD(x[i])::"memory");
+  UNROLL
+  for (int i = 0; i < n; ++i) asm volatile("" : QUAD(x[i])::"memory");
 }
 // A tile, from `offset` bytes on, as the instruction is told of it: in units of 16 bytes, its
 // address, the distance of its panels and that of groups of eight rows; bit 62: 128-byte swizzle.
@@ -810,12 +820,16 @@ __device__ uint64_t described(Tile<dim, rows> tile, unsigned offset) {
 template <int dim>
 __device__ void product_of_rows(float (&x)[4][4], Tile<dim, block_rows> L,
                                 Tile<dim, tile_columns> C) {
-  UNROLL for (int k = 0; k < dim / 16; ++k) asm volatile(
-      "{.reg .pred add; setp.ne.u32 add, %18, 0; "
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
-      "%9, %10, %11, %12, %13, %14, %15}, %16, %17, add, 1, 1, 0, 0;}" : QUAD(x[0]),
-      QUAD(x[1]), QUAD(x[2]), QUAD(x[3]) : "l"(described(L, k / 4 * L.panel + k % 4 * 32)),
-      "l"(described(C, k / 4 * C.panel + k % 4 * 32)), "r"(k));
+  UNROLL
+  for (int k = 0; k < dim / 16; ++k)
+    asm volatile(
+        "{.reg .pred add; setp.ne.u32 add, %18, 0; "
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "%16, %17, add, 1, 1, 0, 0;}"
+        : QUAD(x[0]), QUAD(x[1]), QUAD(x[2]), QUAD(x[3])
+        : "l"(described(L, k / 4 * L.panel + k % 4 * 32)),
+          "l"(described(C, k / 4 * C.panel + k % 4 * 32)), "r"(k));
   end_product();
 }
 
@@ -824,17 +838,22 @@ __device__ void product_of_rows(float (&x)[4][4], Tile<dim, block_rows> L,
 template <int dim>
 __device__ void add_rows(float (&y)[dim / 8][4], const Fragment (&x)[2],
                          Tile<dim, tile_columns> C) {
-  UNROLL for (int k = 0; k < 2; ++k) UNROLL for (int panel = 0; panel < dim / 64; ++panel) {
-    float(*to)[4] = y + 8 * panel;
-    asm volatile(
-        "{.reg .pred add; setp.eq.u32 add, 0, 0; "
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
-        "%9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
-        "%27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;}"
-        : QUAD(to[0]), QUAD(to[1]), QUAD(to[2]), QUAD(to[3]), QUAD(to[4]), QUAD(to[5]), QUAD(to[6]),
-          QUAD(to[7])
-        : "r"(x[k].r[0]), "r"(x[k].r[1]), "r"(x[k].r[2]), "r"(x[k].r[3]),
-          "l"(described(C, unsigned(panel) * C.panel + unsigned(k) * 2048)));
+  UNROLL
+  for (int k = 0; k < 2; ++k) {
+    UNROLL
+    for (int panel = 0; panel < dim / 64; ++panel) {
+      float(*to)[4] = y + 8 * panel;
+      asm volatile(
+          "{.reg .pred add; setp.eq.u32 add, 0, 0; "
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+          "{%32, %33, %34, %35}, %36, add, 1, 1, 1;}"
+          : QUAD(to[0]), QUAD(to[1]), QUAD(to[2]), QUAD(to[3]), QUAD(to[4]), QUAD(to[5]),
+            QUAD(to[6]), QUAD(to[7])
+          : "r"(x[k].r[0]), "r"(x[k].r[1]), "r"(x[k].r[2]), "r"(x[k].r[3]),
+            "l"(described(C, unsigned(panel) * C.panel + unsigned(k) * 2048)));
+    }
   }
   end_product();
 }
@@ -862,23 +881,29 @@ __device__ Fragment gather(unsigned row_address) {
 }
 // x[0], x[1] += a b for the two 16 x 8 halves of b.
 __device__ inline void multiply(float (*x)[4], const Fragment& a, const Fragment& b) {
-  UNROLL for (int half = 0; half < 2; ++half) asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-      "{%8,%9}, {%0,%1,%2,%3};" : "+f"(x[half][0]),
-      "+f"(x[half][1]), "+f"(x[half][2]), "+f"(x[half][3]) : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]),
-      "r"(a.r[3]), "r"(b.r[2 * half]), "r"(b.r[2 * half + 1]));
+  UNROLL
+  for (int half = 0; half < 2; ++half)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(x[half][0]), "+f"(x[half][1]), "+f"(x[half][2]), "+f"(x[half][3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[2 * half]),
+          "r"(b.r[2 * half + 1]));
 }
 
 template <int dim>
 __device__ void product_of_rows(float (&x)[4][4], Tile<dim, block_rows> L,
                                 Tile<dim, tile_columns> C) {
   int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32) * 16;
-  UNROLL for (int i = 0; i < 16; ++i) x[i / 4][i % 4] = 0;
-  UNROLL for (int k = 0; k < dim / 16; ++k) {
+  UNROLL
+  for (int i = 0; i < 16; ++i) x[i / 4][i % 4] = 0;
+  UNROLL
+  for (int k = 0; k < dim / 16; ++k) {
     Fragment l = gather<false>(L.address(warp + lane % 16, 16 * k + lane / 16 * 8));
-    UNROLL for (int half = 0; half < 2; ++half) multiply(
-        x + 2 * half, l,
-        gather<false>(C.address(16 * half + lane / 16 * 8 + lane % 8, 16 * k + lane / 8 % 2 * 8)));
+    UNROLL
+    for (int half = 0; half < 2; ++half)
+      multiply(x + 2 * half, l,
+               gather<false>(
+                   C.address(16 * half + lane / 16 * 8 + lane % 8, 16 * k + lane / 8 % 2 * 8)));
   }
 }
 
@@ -886,8 +911,13 @@ template <int dim>
 __device__ void add_rows(float (&y)[dim / 8][4], const Fragment (&x)[2],
                          Tile<dim, tile_columns> C) {
   int lane = int(threadIdx.x % 32);
-  UNROLL for (int half = 0; half < 2; ++half) UNROLL for (int k = 0; k < dim / 16; ++k) multiply(
-      y + 2 * k, x[half], gather<true>(C.address(16 * half + lane % 16, 16 * k + lane / 16 * 8)));
+  UNROLL
+  for (int half = 0; half < 2; ++half) {
+    UNROLL
+    for (int k = 0; k < dim / 16; ++k)
+      multiply(y + 2 * k, x[half],
+               gather<true>(C.address(16 * half + lane % 16, 16 * k + lane / 16 * 8)));
+  }
 }
 #endif
 
@@ -960,7 +990,8 @@ __global__ void __launch_bounds__(block_threads, 4)
     begin_products();
     product_of_rows(P, Q, K);
     wait<0>(), settled(P);
-    UNROLL for (int i = 0; i < 16; ++i) {
+    UNROLL
+    for (int i = 0; i < 16; ++i) {
       int column = tile * tile_columns + i / 4 * 8 + 2 * p.t + i % 2;
       float& x = P[i / 4][i % 4];
       x = column < p.n ? power_of_2(x * log2_scale) : 0.f;
@@ -974,10 +1005,12 @@ __global__ void __launch_bounds__(block_threads, 4)
   }
   // Y leaves by way of Q's tile, what rounding takes from it by way of K's two.
   Rows rest{columns(0).at};
-  UNROLL for (int i = 0; i < 2; ++i) {
+  UNROLL
+  for (int i = 0; i < 2; ++i) {
     float total = row_sum(sum[i]), inverse = 1 / total;
     int row = p.warp + p.g + 8 * i;
-    UNROLL for (int k = 0; k < dim / 8; ++k) {
+    UNROLL
+    for (int k = 0; k < dim / 8; ++k) {
       float even = inverse * y[k][2 * i], odd = inverse * y[k][2 * i + 1];
       uint32_t both = packed(even, odd);
       Q.pair(row, 8 * k + 2 * p.t) = both;
@@ -1007,20 +1040,24 @@ __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim
                                    float scale, const float* r, size_t r_stride, Rope<float> rope,
                                    const AttentionPlace& p) {
   constexpr int half = dim / 2;
-  UNROLL for (int i = 0; i < 2; ++i) {
+  UNROLL
+  for (int i = 0; i < 2; ++i) {
     int row = p.warp + p.g + 8 * i;
     size_t token = size_t(min(p.first + row, p.n - 1));  // rows after the last are not stored
     float gy = 0, inverse = r[token * r_stride];
-    UNROLL for (int k = 0; k < dim / 8; ++k) {
+    UNROLL
+    for (int k = 0; k < dim / 8; ++k) {
       uint32_t both = y.pair(row, 8 * k + 2 * p.t);
       gy += d[k][2 * i] * first_of(both) + d[k][2 * i + 1] * second_of(both);
     }
     gy = scale * row_sum(gy) / dim;
-    UNROLL for (int k = 0; k < dim / 16; ++k) {
+    UNROLL
+    for (int k = 0; k < dim / 16; ++k) {
       int at = 8 * k + 2 * p.t;
       uint32_t &low = y.pair(row, at), &high = y.pair(row, at + half);
       float y1[2] = {first_of(low), second_of(low)}, y2[2] = {first_of(high), second_of(high)};
-      UNROLL for (int j = 0; j < 2; ++j) {
+      UNROLL
+      for (int j = 0; j < 2; ++j) {
         float cosine = rope.cos_of(token, size_t(at + j), half);
         float sine = rope.sin_of(token, size_t(at + j), half);
         float x1 = inverse * (scale * d[k][2 * i + j] - gy * y1[j]);
@@ -1064,10 +1101,13 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
   load_columns(0);
   end_of_loads();
   float d1[dim / 8][4] = {}, d2[keys ? dim / 8 : 1][4] = {}, row_log[2], row_inner[2];
-  if (!keys) UNROLL for (int i = 0; i < 2; ++i) {
+  if (!keys) {
+    UNROLL
+    for (int i = 0; i < 2; ++i) {
       int query = min(p.first + p.warp + p.g + 8 * i, p.n - 1);
       row_log[i] = log_sums[query], row_inner[i] = inner[query];
     }
+  }
   for (int tile = 0; tile * tile_columns < p.n; ++tile) {
     if ((tile + 1) * tile_columns < p.n) load_columns(tile + 1);
     end_of_loads();
@@ -1081,7 +1121,8 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
     product_of_rows(dA, L2, C2);
     wait<1>(), settled(P);
     // Rows and columns after the last are zero in every tile: P, finite, adds nothing.
-    UNROLL for (int i = 0; i < 16; ++i) {
+    UNROLL
+    for (int i = 0; i < 16; ++i) {
       float& x = P[i / 4][i % 4];
       x = power_of_2(log2_scale * x - (keys ? of_tile[column(i)] : row_log[i / 2 % 2]));
     }
@@ -1091,10 +1132,11 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
       begin_products();
       add_rows(d2, left, C2);
     }
-    UNROLL for (int i = 0; i < 16; ++i)  // dS, 4.2
-        dA[i / 4][i % 4] =
-            P[i / 4][i % 4] *
-            (dA[i / 4][i % 4] - (keys ? of_tile[tile_columns + column(i)] : row_inner[i / 2 % 2]));
+    UNROLL
+    for (int i = 0; i < 16; ++i)  // dS, 4.2
+      dA[i / 4][i % 4] =
+          P[i / 4][i % 4] *
+          (dA[i / 4][i % 4] - (keys ? of_tile[tile_columns + column(i)] : row_inner[i / 2 % 2]));
     const Fragment left[2] = {as_left(dA), as_left(dA + 2)};
     begin_products();
     add_rows(d1, left, C1);
@@ -1107,9 +1149,10 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
   leave_through_rope<dim>(L1, d1, scale, r, 2 * h.heads, c.rope, p);
   L1.store(dqkv + start + part * D, stride, p.first, p.n);
   if constexpr (keys) {
-    UNROLL for (int i = 0; i < dim / 4; ++i)
-        L2.pair(p.warp + p.g + i % 2 * 8, i / 2 * 8 + 2 * p.t) =
-        packed(d2[i / 2][i % 2 * 2], d2[i / 2][i % 2 * 2 + 1]);
+    UNROLL
+    for (int i = 0; i < dim / 4; ++i)
+      L2.pair(p.warp + p.g + i % 2 * 8, i / 2 * 8 + 2 * p.t) =
+          packed(d2[i / 2][i % 2 * 2], d2[i / 2][i % 2 * 2 + 1]);
     L2.store(dqkv + start + 2 * D, stride, p.first, p.n);
   }
 }
@@ -1519,7 +1562,8 @@ void add_rounded(const Device& device, G* to, const A* from, size_t n, bool accu
                  Dither dither, size_t first) {
   for_each(device, n / 8, [=] HD(size_t i) {
     Random4 bits = dither(first + i);
-    UNROLL for (int half = 0; half < 2; ++half) {
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
       size_t at = 8 * i + 4 * size_t(half);
       Quad<A> sum = load<A>(from + at);
       if (accumulate) sum = load<A>(to + at) + sum;

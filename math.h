@@ -582,7 +582,8 @@ inline int threads_for_fours(size_t D) { return std::min(4 * threads_for_row(D),
 template <class F>
 HD void each_quad(Team team, size_t D, const F& f) {
   size_t d = 4 * size_t(team.rank), step = 4 * size_t(team.size);
-  UNROLL for (int i = 0; i < 4; ++i, d += step) f(d < D ? d : D - 4, d < D);
+  UNROLL
+  for (int i = 0; i < 4; ++i, d += step) f(d < D ? d : D - 4, d < D);
   for (; d < D; d += step) f(d, true);
 }
 

@@ -105,9 +105,12 @@ void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, co
       if (d < D)
         for (size_t row = start + line.index; row < end; row += 4 * lines) {
           Sum terms[4];
-          UNROLL for (size_t k = 0; k < 4; ++k) terms[k] =
-              body(segment, min_(row + k * lines, end - 1), d);
-          UNROLL for (size_t k = 0; k < 4; ++k) if (row + k * lines < end) sum = sum + terms[k];
+          UNROLL
+          for (size_t k = 0; k < 4; ++k)
+            terms[k] = body(segment, min_(row + k * lines, end - 1), d);
+          UNROLL
+          for (size_t k = 0; k < 4; ++k)
+            if (row + k * lines < end) sum = sum + terms[k];
         }
       sum = team.sum_rows(sum, columns);
       if (d < D && line.index == 0) finish(segment, d, sum);
@@ -339,20 +342,25 @@ void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const
     // They are read before anything is written, so that all loads can be on their way at once.
     size_t own = 4 * size_t(team.rank), step = 4 * size_t(team.size);
     Quad<A> kept[4] = {}, r = quad(A(0));
-    for (size_t d = own; d < (again ? min_(own + 1, D) : D); d += step)
-      UNROLL for (int k = 0; k < 4; ++k) {
+    for (size_t d = own; d < (again ? min_(own + 1, D) : D); d += step) {
+      UNROLL
+      for (int k = 0; k < 4; ++k) {
         Quad<A> v = z(k, d);
         if (d == own) kept[k] = v;
         r[k] += dot(v, v);
       }
+    }
     if (!again) r = team.sum_rows(r, 1);
-    UNROLL for (int k = 0; k < 4; ++k) {
+    UNROLL
+    for (int k = 0; k < 4; ++k) {
       r[k] = again ? saved.r[rows.row(k)] : inverse_rms(r[k], D, A(eps));
       if (!again && team.rank == 0 && rows.has(k)) saved.r[rows.row(k)] = r[k];
     }
-    for (size_t d = own; d < D; d += step)
-      UNROLL for (int k = 0; k < 4; ++k) if (rows.has(k))
-          store(X_next + rows.row(k) * D + d, r[k] * (d == own ? kept[k] : z(k, d)));
+    for (size_t d = own; d < D; d += step) {
+      UNROLL
+      for (int k = 0; k < 4; ++k)
+        if (rows.has(k)) store(X_next + rows.row(k) * D + d, r[k] * (d == own ? kept[k] : z(k, d)));
+    }
   });
 }
 
@@ -510,15 +518,18 @@ void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>
       // All four are read before any is written: dX may be G, so the compiler could not move a
       // later load up by itself.
       Quad<A> dx[4], df[4];
-      UNROLL for (int k = 0; k < 4; ++k) {
+      UNROLL
+      for (int k = 0; k < 4; ++k) {
         Quad<A> delta_k = delta(rows.row(k), d);
         if (merge == Merge::prenorm) delta_k = load<A>(dX + rows.row(k) * D + d) + delta_k;
         merge_rule_backward<merge>(dx[k], df[k], delta_k, gates, dbar, d);
       }
-      UNROLL for (int k = 0; k < 4; ++k) if (rows.has(k)) {
-        store(dX + rows.row(k) * D + d, dx[k]);
-        store(dF + rows.row(k) * D + d, df[k]);
-      }
+      UNROLL
+      for (int k = 0; k < 4; ++k)
+        if (rows.has(k)) {
+          store(dX + rows.row(k) * D + d, dx[k]);
+          store(dF + rows.row(k) * D + d, df[k]);
+        }
     }
   });
 }
@@ -629,16 +640,19 @@ struct ClusterWalk {
   __device__ void sum_over_line(float (&x)[cluster_rows]) const {
     __shared__ float shared[cluster_threads / 32 * cluster_rows];
     int warp = int(threadIdx.x) / 32, first_warp = line * (columns / 32);
-    UNROLL for (int k = 0; k < cluster_rows; ++k) x[k] =
-        Team{0, int(threadIdx.x) % 32, 32}.sum(x[k]);
+    UNROLL
+    for (int k = 0; k < cluster_rows; ++k) x[k] = Team{0, int(threadIdx.x) % 32, 32}.sum(x[k]);
     if (columns == 32) return;
-    if (threadIdx.x % 32 == 0)
-      UNROLL for (int k = 0; k < cluster_rows; ++k) shared[warp * cluster_rows + k] = x[k];
+    if (threadIdx.x % 32 == 0) {
+      UNROLL
+      for (int k = 0; k < cluster_rows; ++k) shared[warp * cluster_rows + k] = x[k];
+    }
     __syncthreads();
-    UNROLL for (int k = 0; k < cluster_rows; ++k) {
+    UNROLL
+    for (int k = 0; k < cluster_rows; ++k) {
       x[k] = shared[first_warp * cluster_rows + k];
-      UNROLL for (int w = 1; w < columns / 32; ++w) x[k] +=
-          shared[(first_warp + w) * cluster_rows + k];
+      UNROLL
+      for (int w = 1; w < columns / 32; ++w) x[k] += shared[(first_warp + w) * cluster_rows + k];
     }
     __syncthreads();
   }
@@ -660,7 +674,8 @@ struct alignas(16) ClusterSums {
   __device__ void exchange(const Walk& walk, const QuadPair<float> (&sum)[2],
                            const Finish& finish) {
     auto cluster = cooperative_groups::this_cluster();
-    UNROLL for (int segment = 0; segment < 2; ++segment) {
+    UNROLL
+    for (int segment = 0; segment < 2; ++segment) {
       store(&of_lines[walk.line][segment][0][walk.d], sum[segment].a);
       store(&of_lines[walk.line][segment][1][walk.d], sum[segment].b);
     }
@@ -669,8 +684,8 @@ struct alignas(16) ClusterSums {
     if (Walk::lines > 1)
       for (int at = 4 * int(threadIdx.x); at < 4 * D; at += 4 * cluster_threads) {
         Quad<float> s = load<float>(own + at);
-        UNROLL for (int line = 1; line < Walk::lines; ++line) s =
-            s + load<float>(own + line * 4 * D + at);
+        UNROLL
+        for (int line = 1; line < Walk::lines; ++line) s = s + load<float>(own + line * 4 * D + at);
         store(own + at, s);
       }
     cluster.sync();
@@ -678,10 +693,12 @@ struct alignas(16) ClusterSums {
     for (int i = 4 * int(threadIdx.x); i < share; i += 4 * cluster_threads) {
       int at = walk.block * share + i;
       Quad<float> s = quad(0.f);
-      UNROLL for (int b = 0; b < cluster_blocks; ++b) s =
-          s + load<float>(cluster.map_shared_rank(own, b) + at);
+      UNROLL
+      for (int b = 0; b < cluster_blocks; ++b)
+        s = s + load<float>(cluster.map_shared_rank(own, b) + at);
       s = finish(at / (2 * D), at / D % 2, at % D, s);
-      UNROLL for (int b = 0; b < cluster_blocks; ++b) store(cluster.map_shared_rank(to, b) + at, s);
+      UNROLL
+      for (int b = 0; b < cluster_blocks; ++b) store(cluster.map_shared_rank(to, b) + at, s);
     }
     cluster.sync();
   }
@@ -699,36 +716,46 @@ __global__ void __launch_bounds__(cluster_threads, 3)
   __shared__ ClusterSums<D> sums;
   ClusterWalk<D> walk{tokens};
   QuadPair<float> sum[2] = {};
-  UNROLL for (int segment = 0; segment < 2; ++segment) walk.each(segment, [&](Rows rows) {
-    QuadPair<float> terms[n];
-    UNROLL for (int k = 0; k < n; ++k) {
-      size_t at = rows.at(k, walk.d);
-      terms[k] = {load<float>(X + at), load<float>(F + at)};
-    }
-    UNROLL for (int k = 0; k < n; ++k) if (rows.there(k)) sum[segment] = sum[segment] + terms[k];
-  });
+  UNROLL
+  for (int segment = 0; segment < 2; ++segment)
+    walk.each(segment, [&](Rows rows) {
+      QuadPair<float> terms[n];
+      UNROLL
+      for (int k = 0; k < n; ++k) {
+        size_t at = rows.at(k, walk.d);
+        terms[k] = {load<float>(X + at), load<float>(F + at)};
+      }
+      UNROLL
+      for (int k = 0; k < n; ++k)
+        if (rows.there(k)) sum[segment] = sum[segment] + terms[k];
+    });
   sums.exchange(walk, sum, [&](int segment, int which, int d, Quad<float> s) {
     Quad<float> mean = 1 / float(max_<size_t>(tokens.count(size_t(segment)), 1)) * s;
     float* to = which == 0 ? saved.xbar : saved.fbar;
     store(to + (2 * walk.sequence + size_t(segment)) * D + size_t(d), mean);
     return mean;
   });
-  UNROLL for (int segment = 0; segment < 2; ++segment) walk.each(segment, [&](Rows rows) {
-    const float *xbar = sums.total[segment][0], *fbar = sums.total[segment][1];
-    Quad<float> z[n];
-    float r[n];
-    UNROLL for (int k = 0; k < n; ++k) {
-      size_t d = size_t(walk.d), at = rows.at(k, walk.d);
-      z[k] = merge_rule<merge>(gates, load<float>(X + at), load<float>(F + at), xbar, fbar, d);
-      r[k] = dot(z[k], z[k]);
-    }
-    walk.sum_over_line(r);
-    UNROLL for (int k = 0; k < n; ++k) if (rows.there(k)) {
-      r[k] = inverse_rms(r[k], D, eps);
-      store(X_next + rows.at(k, walk.d), r[k] * z[k]);
-      if (walk.d == 0) saved.r[rows.row(k)] = r[k];
-    }
-  });
+  UNROLL
+  for (int segment = 0; segment < 2; ++segment)
+    walk.each(segment, [&](Rows rows) {
+      const float *xbar = sums.total[segment][0], *fbar = sums.total[segment][1];
+      Quad<float> z[n];
+      float r[n];
+      UNROLL
+      for (int k = 0; k < n; ++k) {
+        size_t d = size_t(walk.d), at = rows.at(k, walk.d);
+        z[k] = merge_rule<merge>(gates, load<float>(X + at), load<float>(F + at), xbar, fbar, d);
+        r[k] = dot(z[k], z[k]);
+      }
+      walk.sum_over_line(r);
+      UNROLL
+      for (int k = 0; k < n; ++k)
+        if (rows.there(k)) {
+          r[k] = inverse_rms(r[k], D, eps);
+          store(X_next + rows.at(k, walk.d), r[k] * z[k]);
+          if (walk.d == 0) saved.r[rows.row(k)] = r[k];
+        }
+    });
 #endif
 }
 
@@ -746,24 +773,28 @@ __global__ void __launch_bounds__(cluster_threads, 3)
   __shared__ ClusterSums<D> sums;
   ClusterWalk<D> walk{tokens};
   QuadPair<float> sum[2] = {};
-  UNROLL for (int segment = 0; segment < 2; ++segment) {
+  UNROLL
+  for (int segment = 0; segment < 2; ++segment) {
     const float* fbar = saved.fbar + (2 * walk.sequence + size_t(segment)) * D;
     Quad<float> f_mean = load<float>(fbar + walk.d);
     walk.each(segment, [&](Rows rows) {
       Quad<float> g[n], y[n], f[n];
       float h[n], r[n];
-      UNROLL for (int k = 0; k < n; ++k) {
+      UNROLL
+      for (int k = 0; k < n; ++k) {
         size_t at = rows.at(k, walk.d);
         g[k] = load<float>(G + at), y[k] = load<float>(Y + at), f[k] = load<float>(F + at);
         r[k] = saved.r[rows.row(k)], h[k] = dot(g[k], y[k]);
       }
       walk.sum_over_line(h);
-      UNROLL for (int k = 0; k < n; ++k) if (rows.there(k)) {
-        h[k] /= float(D);
-        if (walk.d == 0) scratch.h[rows.row(k)] = h[k];
-        Quad<float> delta = r[k] * (g[k] - h[k] * y[k]);  // (Delta')
-        sum[segment] = sum[segment] + QuadPair<float>{delta, delta * (f[k] - f_mean)};
-      }
+      UNROLL
+      for (int k = 0; k < n; ++k)
+        if (rows.there(k)) {
+          h[k] /= float(D);
+          if (walk.d == 0) scratch.h[rows.row(k)] = h[k];
+          Quad<float> delta = r[k] * (g[k] - h[k] * y[k]);  // (Delta')
+          sum[segment] = sum[segment] + QuadPair<float>{delta, delta * (f[k] - f_mean)};
+        }
     });
   }
   sums.exchange(walk, sum, [&](int segment, int which, int d, Quad<float> s) {
@@ -772,19 +803,24 @@ __global__ void __launch_bounds__(cluster_threads, 3)
     store(to + (2 * walk.sequence + size_t(segment)) * D + size_t(d), s);
     return s;
   });
-  UNROLL for (int segment = 0; segment < 2; ++segment) walk.each(segment, [&](Rows rows) {
-    Quad<float> dx[n], df[n];
-    UNROLL for (int k = 0; k < n; ++k) {
-      size_t d = size_t(walk.d), at = rows.at(k, walk.d);
-      float r = saved.r[rows.row(k)], h = scratch.h[rows.row(k)];
-      Quad<float> delta = r * (load<float>(G + at) - h * load<float>(Y + at));
-      merge_rule_backward<merge>(dx[k], df[k], delta, gates, sums.total[segment][0], d);
-    }
-    UNROLL for (int k = 0; k < n; ++k) if (rows.there(k)) {
-      size_t at = rows.at(k, walk.d);
-      store(dX + at, dx[k]), store(dF + at, df[k]);
-    }
-  });
+  UNROLL
+  for (int segment = 0; segment < 2; ++segment)
+    walk.each(segment, [&](Rows rows) {
+      Quad<float> dx[n], df[n];
+      UNROLL
+      for (int k = 0; k < n; ++k) {
+        size_t d = size_t(walk.d), at = rows.at(k, walk.d);
+        float r = saved.r[rows.row(k)], h = scratch.h[rows.row(k)];
+        Quad<float> delta = r * (load<float>(G + at) - h * load<float>(Y + at));
+        merge_rule_backward<merge>(dx[k], df[k], delta, gates, sums.total[segment][0], d);
+      }
+      UNROLL
+      for (int k = 0; k < n; ++k)
+        if (rows.there(k)) {
+          size_t at = rows.at(k, walk.d);
+          store(dX + at, dx[k]), store(dF + at, df[k]);
+        }
+    });
 #endif
 }
 
