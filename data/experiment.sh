@@ -2,13 +2,13 @@
 # Runs experiments and draws what came out of them: data/experiment.sh NAME... (or all). It is what
 # `make experiment NAME=scream` calls.
 #
-# data/experiments/NAME.sh is an experiment's recipe, of two functions: `runs` calls `run` for each of its
-# runs, with what sets that one apart from data/experiments/SCALE.ini; `draw` turns what came out
+# data/experiments/NAME.sh is an experiment's recipe, of two functions: `runs` calls `run` for each of
+# its runs, with what sets that one apart from data/experiments/SCALE.ini; `draw` turns what came out
 # into figures and Markdown. Both may use data/experiments/draw.sh.
 #
-# A run's folder, experiments/NAME/RUN, holds its config.ini (`mvsplit train --config` repeats it), what train writes,
-# train.log, and, once it is over, `result`: a run that has one is not run again, one without goes on
-# from its last save. To run one again, remove its folder.
+# A run's folder, experiments/NAME/RUN, holds its config.ini (`mvsplit train --config` repeats it),
+# what train writes, train.log, and, once it is over, `result`: a run that has one is not run again, one
+# without goes on from its last save. To run one again, remove its folder.
 #
 # When the runs are over, their losses, diagnostics and a line for each are packed into
 # data/figures/csv/NAME_*.csv.gz, and from these files alone the figures and tables are made:

@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# ablations: MV-Split a piece at a time, and two merges that the paper left out, all at cure's learning rate.
+# ablations: MV-Split a piece at a time, and two merges that the paper left out, all at cure's
+# learning rate.
 columns=""
 
 runs() {
@@ -7,8 +8,8 @@ runs() {
   if [ "$SCALE" = tiny ]; then seeds=1; fi
   layers=$(option depth)
   beta=$(awk -v l="$layers" 'BEGIN { printf "%.4g", l ^ -0.5 }')
-  # DeepNorm is norm(a X + F) with a = (2 L)^(1/4). RMSNorm does not see a common factor, so it is norm(X + F / a).
-  # (Its smaller start of the writers says nothing here: they start at zero.)
+  # DeepNorm is norm(a X + F) with a = (2 L)^(1/4). RMSNorm does not see a common factor, so it
+  # is norm(X + F / a). (Its smaller start of the writers says nothing here: they start at zero.)
   lambda=$(awk -v l="$layers" 'BEGIN { printf "%.4g", (2 * l) ^ -0.25 }')
   for seed in $seeds; do
     run "mvsplit_$seed" seed="$seed"

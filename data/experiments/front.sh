@@ -1,7 +1,8 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# front (App. B): 128 layers whose writers start at N(0, std^2) and join without gates are collapsed from the
-# start, as a front over depth. `paper` has the paper's standard deviation; at its width of 1024 a branch
-# is then larger than here, so `wide` has the one that is in the same proportion to 1/sqrt(width).
+# front (App. B): 128 layers whose writers start at N(0, std^2) and join without gates are
+# collapsed from the start, as a front over depth. `paper` has the paper's standard deviation;
+# at its width of 1024 a branch is then larger than here, so `wide` has the one that is in the
+# same proportion to 1/sqrt(width).
 columns="attention_tcs row_diversity retention attention_vargain attention_g_mean attention_g_ctr"
 
 runs() {

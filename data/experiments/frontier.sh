@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# frontier: the largest learning rate that holds, against depth, for each merge. Short runs: an event
-# that comes late is not seen.
+# frontier: the largest learning rate that holds, against depth, for each merge. Short runs:
+# an event that comes late is not seen.
 columns=""
 
 merges="postnorm layerscale rezero mvsplit"
@@ -13,8 +13,8 @@ runs() {
   for depth in $depths; do
     for merge in $merges; do
       for lr in $rates; do
-        # The paper's MV-Split has beta 1 at 400 layers and 0.03 at 1000. LayerScale has the lambda that is
-        # the best of the paper's range at 400 layers or near it.
+        # The paper's MV-Split has beta 1 at 400 layers and 0.03 at 1000. LayerScale
+        # has the largest of the paper's lambdas.
         set -- "residual=$merge"
         if [ "$merge" = layerscale ]; then set -- "$@" lambda=1e-2; fi
         if [ "$merge-$depth" = mvsplit-1000 ]; then set -- "$@" beta=0.03; fi
@@ -30,7 +30,8 @@ draw() {
   map
 }
 
-# A line for each merge and depth: the largest rate that trained, the best one and its loss, and what became of the others.
+# A line for each merge and depth: the largest rate that trained, the best one and its loss,
+# and what became of the others.
 edge_table() {
   echo "| merge | layers | largest rate that trains | best rate | its loss, last 25 steps | the others |"
   echo "|---|---|---|---|---|---|"
@@ -51,7 +52,8 @@ edge_table() {
   echo
 }
 
-# frontier.png: a cell for each run, coloured by its loss at the end; a cross where it did not train.
+# frontier.png: a cell for each run, coloured by its loss at the end; a cross where it did
+# not train.
 map() {
   local merge panels="" tics
   unpacked runs | awk -F, -v work="$work" -v depths="$depths" -v rates="$rates" '

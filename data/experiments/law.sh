@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# law (Fig. 4): the alignment amplification A of the writers' gradients against its envelope, A - 1 <=
-# (T - 1) khat, before and at the event of scream. It has no runs of its own.
+# law (Fig. 4): the alignment amplification A of the writers' gradients against its envelope,
+# A - 1 <= (T - 1) khat, before and at the event of scream. It has no runs of its own.
 runs() { :; }
 
 draw() {

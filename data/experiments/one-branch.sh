@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# one-branch (App. F): MV-Split on attention's merges only. The paper's spike moves to the FFN's writer.
+# one-branch (App. F): MV-Split on attention's merges only. The paper's spike moves to the
+# FFN's writer.
 columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_tcs attention_rho"
 spikes="mvsplit-attention_1 mvsplit-ffn_1"
 

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# pictures: what 400 layers draw (a row a class, guidance 2, 25 steps) when they have been trained for longer, and
-# when they have collapsed (the run of scream).
+# pictures: what 400 layers draw (a row a class, guidance 2, 25 steps) when they have been
+# trained for longer, and when they have collapsed (the run of scream).
 columns="" pictures=mvsplit
 
 runs() {

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# scream (Fig. 2, 3): a Post-Norm network trains, then its mean mode takes over. Every step is diagnosed from
-# some way before the event on.
+# scream (Fig. 2, 3): a Post-Norm network trains, then its mean mode takes over. Every step is
+# diagnosed from some way before the event on.
 columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_amplification attention_khat
   ffn_amplification ffn_khat attention_rho attention_tr ffn_tr attention_tcs mu_eff q_grad_rms k_grad_rms"
 bin=1 spikes=postnorm pictures=postnorm
@@ -26,9 +26,10 @@ draw() {
   spike_report postnorm
 }
 
-# What the event at step $1 changed. Before: medians over the steps from 60 to 20 before it. After: of writers'
-# gradients the largest value within 20 steps; of the rest the median of the last 20 steps of the run.
-# Gradients are norms over all diagnosed layers together, states medians over them.
+# What the event at step $1 changed. Before: medians over the steps from 60 to 20 before
+# it. After: of writers' gradients the largest value within 20 steps; of the rest the median
+# of the last 20 steps of the run. Gradients are norms over all diagnosed layers together,
+# states medians over them.
 rise_and_fall() {
   echo "The event is at step $1 (largest gradient norm near the collapse)."
   echo
