@@ -163,7 +163,7 @@ set key outside right top samplen 1.5
 set xrange [0:*]
 set yrange [*<0.4:1.8]
 set arrow from graph 0, first 1.44 to graph 1, first 1.44 nohead dt 3 lc rgb "#808080"
-set label "predicting the mean" at graph 0.99, first 1.47 right textcolor rgb "#808080" font ",9"
+set label "predicting the mean" at graph 0.45, first 1.47 center textcolor rgb "#808080" font ",9"
 plot ${plot%,}
 G
   echo "![$2]($figures/$1.png)"
@@ -231,7 +231,7 @@ set terminal pngcairo size 1200,820 font "sans,11"
 set output "$figures/$out.png"
 set logscale y
 set format y "10^{%L}"
-set yrange [1e-9<*:*]
+set yrange [1e-6<*:*]
 set multiplot layout 2,2 title "$title" font ",13"
 set key bottom left samplen 1.5
 $panels
