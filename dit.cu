@@ -1180,7 +1180,7 @@ void fused_attention_forward(Device& device, T* Y, T* Y_rest, Acc<T>* log_sums, 
     dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads));
     size_t rows = block_rows + 4 * tile_columns;
     auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, 1, block_threads, rows * h.dim * sizeof(T), Y, Y_rest,
+      launch(device, kernel, blocks, false, block_threads, rows * h.dim * sizeof(T), Y, Y_rest,
              log_sums, qkv, h);
     };
     return h.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
@@ -1202,7 +1202,7 @@ void fused_attention_backward(Device& device, T* dqkv, Acc<T>* inner, const T* d
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
     AttentionBackwardInputs c{dY, log_sums, inner, r, rope};
     auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, 1, block_threads,
+      launch(device, kernel, blocks, false, block_threads,
              rows * h.dim * sizeof(T) + floats * sizeof(float), dqkv, qkv, c, h);
     };
     return h.dim == 64 ? run(attention_backward_kernel<64>) : run(attention_backward_kernel<128>);

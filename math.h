@@ -158,6 +158,17 @@ QUAD_OPERATOR(-)
 QUAD_OPERATOR(*)
 #undef QUAD_OPERATOR
 
+// a * b + c, on a GPU always rounded once: left to the compiler, two kernels with the same formula may
+// round differently.
+template <class A>
+HD Quad<A> multiply_add(Quad<A> a, Quad<A> b, Quad<A> c) {
+#ifdef __CUDA_ARCH__
+  return {
+      {fma(a[0], b[0], c[0]), fma(a[1], b[1], c[1]), fma(a[2], b[2], c[2]), fma(a[3], b[3], c[3])}};
+#else
+  return a * b + c;
+#endif
+}
 template <class A>
 HD A dot(Quad<A> a, Quad<A> b) {
   return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
@@ -165,9 +176,12 @@ HD A dot(Quad<A> a, Quad<A> b) {
 
 // One wide load or store, converting between storage and sums.
 template <class A, class T>
-HD Quad<A> load(const T* p) {
-  Quad<T> q = *reinterpret_cast<const Quad<T>*>(p);
+HD Quad<A> widen(Quad<T> q) {
   return {{A(q[0]), A(q[1]), A(q[2]), A(q[3])}};
+}
+template <class A, class T>
+HD Quad<A> load(const T* p) {
+  return widen<A>(*reinterpret_cast<const Quad<T>*>(p));
 }
 template <class T, class A>
 HD void store(T* p, Quad<A> q) {
@@ -201,14 +215,13 @@ inline size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 // it wrote (but see beside()); the host waits only in synchronize(), upload() and download().
 struct Device {
   bool gpu = false;
-  bool clusters = false;  // thread blocks can read each other's shared memory
   std::string name = "CPU";
   size_t allocated = 0;    // bytes held by slabs now
   size_t allocations = 0;  // slabs ever taken: constant once training runs
 #ifdef __CUDACC__
   cudaStream_t stream = nullptr, side_stream = nullptr;
   cublasHandle_t blas = nullptr, side_blas = nullptr;
-  void* blas_workspace = nullptr;
+  void* workspace = nullptr;  // cuBLAS's, half a stream; behind it the meeting place
   cudaEvent_t event = nullptr;
   bool forked = false;  // something may still run beside
 #endif
@@ -226,8 +239,17 @@ struct Device {
     return count;
   }
   // cuBLAS gets its workspace from us: its own would be allocated out of the plan's sight, and a
-  // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph.
-  static size_t workspace_bytes(bool on_gpu) { return on_gpu ? size_t(64) << 20 : 0; }
+  // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph. The
+  // meeting place is where the blocks of one kernel leave what they have for each other: launch().
+  static constexpr size_t blas_bytes = size_t(64) << 20, meeting_bytes = size_t(8) << 20;
+  static size_t workspace_bytes(bool on_gpu) { return on_gpu ? blas_bytes + meeting_bytes : 0; }
+  float* meeting_place() const {
+#ifdef __CUDACC__
+    return reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + blas_bytes);
+#else
+    return nullptr;
+#endif
+  }
 
   // Bytes that could be taken now, and bytes in use now: on a GPU by everybody, on a CPU by us.
   size_t available() const;
@@ -304,22 +326,21 @@ inline Device::Device(bool on_gpu) : gpu(on_gpu) {
   if (cudaFuncGetAttributes(&attributes, empty_kernel) != cudaSuccess)
     fail("this binary has no kernels for the %s: build it with make ARCH=sm_%d%d", properties.name,
          properties.major, properties.minor);
-  clusters = built_for() >= 900;
   CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-  blas_workspace = allocate(workspace_bytes(true));
-  size_t half = workspace_bytes(true) / 2;
-  auto start = [&](cudaStream_t& own_stream, cublasHandle_t& own_blas, void* workspace) {
+  workspace = allocate(workspace_bytes(true));
+  constexpr size_t half = blas_bytes / 2;
+  auto start = [&](cudaStream_t& own_stream, cublasHandle_t& own_blas, void* own_workspace) {
     CUDA_CHECK(cudaStreamCreateWithFlags(&own_stream, cudaStreamNonBlocking));
     CUBLAS_CHECK(cublasCreate(&own_blas));
     CUBLAS_CHECK(cublasSetStream(own_blas, own_stream));
-    CUBLAS_CHECK(cublasSetWorkspace(own_blas, workspace, half));
+    CUBLAS_CHECK(cublasSetWorkspace(own_blas, own_workspace, half));
     // Partial sums of a bf16 product stay in fp32 even where cuBLAS splits the inner dimension.
     CUBLAS_CHECK(cublasSetMathMode(
         own_blas, static_cast<cublasMath_t>(CUBLAS_DEFAULT_MATH |
                                             CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
   };
-  start(stream, blas, blas_workspace);
-  start(side_stream, side_blas, static_cast<std::byte*>(blas_workspace) + half);
+  start(stream, blas, workspace);
+  start(side_stream, side_blas, static_cast<std::byte*>(workspace) + half);
 #else
   fail("this binary was built without CUDA: build with nvcc, or use --device cpu");
 #endif
@@ -329,7 +350,7 @@ inline Device::~Device() {
 #ifdef __CUDACC__
   if (!gpu) return;
   for (cublasHandle_t handle : {blas, side_blas}) cublasDestroy(handle);
-  release(blas_workspace, workspace_bytes(true));
+  release(workspace, workspace_bytes(true));
   for (cudaStream_t s : {stream, side_stream}) cudaStreamDestroy(s);
   cudaEventDestroy(event);
 #endif
@@ -624,22 +645,35 @@ void for_each_team(const Device& device, size_t teams, int threads, const Body& 
 
 #ifdef __CUDACC__
 // A kernel of the GPU's own, written where one source for both machines would be too slow: `blocks`
-// of `threads` threads that share `shared` bytes. Of these blocks, `cluster` neighbours in x can
-// read each other's shared memory (Hopper on).
+// of `threads` threads that share `shared` bytes. If they `meet`, they all run at once, and may wait
+// for each other (a cooperative launch): no more than blocks_at_once(), and one such kernel at a time.
 template <class... Parameters, class... Arguments>
-void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, unsigned cluster,
+void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, bool meet,
             unsigned threads, size_t shared, Arguments... arguments) {
   CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   cudaLaunchAttribute together;
-  together.id = cudaLaunchAttributeClusterDimension;
-  together.val.clusterDim = {cluster, 1, 1};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared;
-  config.stream = device.stream, config.attrs = &together, config.numAttrs = cluster > 1;
+  config.stream = device.stream, config.attrs = &together, config.numAttrs = meet;
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
+// How many such blocks the device can hold at once: none, if one asks for more than it has.
+template <class... Parameters>
+size_t blocks_at_once(void (*kernel)(Parameters...), unsigned threads, size_t shared) {
+  int processors = 0, each = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)) !=
+      cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, int(threads), shared));
+  return size_t(processors) * size_t(each);
+}
 #endif
 
 // Run body(i) for each i < n, independently.

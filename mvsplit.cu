@@ -24,6 +24,7 @@
 
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 #endif
 
 // ---------------------------------------------------------------------------------------------
@@ -284,21 +285,32 @@ struct MergeSaved {
   const A* r_X = nullptr;
 };
 
-// Z at four channels of one token: the only place where the merges differ on the way forward.
-// xbar and fbar point to the token's segment. For Pre-Norm x is that of X / r_X.
-template <Merge merge, class T, class A>
-HD Quad<A> merge_rule(Gates<const T> gates, Quad<A> x, Quad<A> f, const A* xbar, const A* fbar,
-                      size_t d) {
-  if (merge == Merge::plain || merge == Merge::prenorm) return x + f;
-  if (merge == Merge::layerscale) return x + load<A>(gates.lambda + d) * f;
-  if (merge == Merge::rezero) return x + A(gates.lambda[0]) * f;
-  Quad<A> f_mean = load<A>(fbar + d), to_mean = f_mean;
-  if (merge == Merge::mvsplit) to_mean = f_mean - load<A>(xbar + d);
-  return x + load<A>(gates.beta + d) * (f - f_mean) + load<A>(gates.alpha + d) * to_mean;
+// The gates at four channels: beta or lambda, and alpha, where the merge has them.
+template <class A>
+struct GateValues {
+  Quad<A> gain, alpha;
+};
+template <Merge merge, class T>
+HD GateValues<Acc<T>> gates_at(Gates<const T> gates, size_t d) {
+  using A = Acc<T>;
+  if (merge == Merge::layerscale) return {load<A>(gates.lambda + d), {}};
+  if (merge == Merge::rezero) return {quad(A(gates.lambda[0])), {}};
+  if (splits(merge)) return {load<A>(gates.beta + d), load<A>(gates.alpha + d)};
+  return {};
 }
 
-// All of a merge in one kernel (4.1), where there is one: on a GPU from Hopper on, for bf16, a
-// merge that splits and some D. Elsewhere it does nothing and returns false.
+// Z at four channels of one token: the only place where the merges differ on the way forward.
+// `mean` is that of X and F over the token's segment. For Pre-Norm x is that of X / r_X.
+template <Merge merge, class A>
+HD Quad<A> merge_rule(GateValues<A> gates, Quad<A> x, Quad<A> f, QuadPair<A> mean) {
+  if (merge == Merge::plain || merge == Merge::prenorm) return x + f;
+  if (merge == Merge::layerscale || merge == Merge::rezero) return multiply_add(gates.gain, f, x);
+  Quad<A> to_mean = merge == Merge::mvsplit ? mean.b - mean.a : mean.b;
+  return multiply_add(gates.alpha, to_mean, multiply_add(gates.gain, f - mean.b, x));
+}
+
+// All of a merge in one kernel (4.1), where there is one: on a GPU, for bf16, a merge that splits,
+// some D, and sequences that fit. Elsewhere it does nothing and returns false.
 template <class T>
 bool fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
                          const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps);
@@ -331,12 +343,14 @@ void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const
   using A = Acc<T>;
   for_each_team(device, tokens.fours(), threads_for_fours(D), [=] HD(Team team) {
     Tokens::Four rows = tokens.four(team.index);
-    const A *xbar = nullptr, *fbar = nullptr;
-    if (splits(merge)) xbar = saved.xbar + rows.segment * D, fbar = saved.fbar + rows.segment * D;
     auto z = [&](int k, size_t d) {
       Quad<A> x = load<A>(X + rows.row(k) * D + d), f = load<A>(F + rows.row(k) * D + d);
       if (merge == Merge::prenorm && saved.r_X) x = A(1) / saved.r_X[rows.row(k)] * x;
-      return merge_rule<merge>(gates, x, f, xbar, fbar, d);
+      QuadPair<A> mean = {};
+      if (splits(merge))
+        mean = {load<A>(saved.xbar + rows.segment * D + d),
+                load<A>(saved.fbar + rows.segment * D + d)};
+      return merge_rule<merge>(gates_at<merge>(gates, d), x, f, mean);
     };
     // kept[k]: Z of row k at the thread's first channels, on a GPU up to D = 1024 all that it has.
     // They are read before anything is written, so that all loads can be on their way at once.
@@ -492,18 +506,12 @@ void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, const 
 }
 
 // dX and dF at four channels of one token, from Delta there and its mean over the token's segment.
-template <Merge merge, class T, class A>
-HD void merge_rule_backward(Quad<A>& dx, Quad<A>& df, Quad<A> delta, Gates<const T> gates,
-                            const A* dbar, size_t d) {
-  dx = df = delta;
-  if (merge == Merge::layerscale) df = load<A>(gates.lambda + d) * delta;
-  if (merge == Merge::rezero) df = A(gates.lambda[0]) * delta;
-  if (splits(merge)) {
-    Quad<A> alpha = load<A>(gates.alpha + d), beta = load<A>(gates.beta + d);
-    Quad<A> mean = load<A>(dbar + d);
-    if (merge == Merge::mvsplit) dx = delta - alpha * mean;  // (dX)
-    df = beta * delta + (alpha - beta) * mean;               // (dF)
-  }
+template <Merge merge, class A>
+HD QuadPair<A> merge_rule_backward(GateValues<A> gates, Quad<A> delta, Quad<A> mean) {
+  if (!has_gates(merge)) return {delta, delta};
+  if (!splits(merge)) return {delta, gates.gain * delta};
+  return {merge == Merge::mvsplit ? delta - gates.alpha * mean : delta,  // (dX)
+          gates.gain * delta + (gates.alpha - gates.gain) * mean};       // (dF)
 }
 
 // The third pass: dX and dF.
@@ -513,22 +521,24 @@ void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>
   using A = Acc<T>;
   for_each_team(device, tokens.fours(), threads_for_fours(D), [=] HD(Team team) {
     Tokens::Four rows = tokens.four(team.index);
-    const A* dbar = scratch.dbar + rows.segment * D;
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
+      GateValues<A> values = gates_at<merge>(gates, d);
+      Quad<A> mean = {};
+      if (splits(merge)) mean = load<A>(scratch.dbar + rows.segment * D + d);
       // All four are read before any is written: dX may be G, so the compiler could not move a
       // later load up by itself.
-      Quad<A> dx[4], df[4];
+      QuadPair<A> out[4];
       UNROLL
       for (int k = 0; k < 4; ++k) {
         Quad<A> delta_k = delta(rows.row(k), d);
         if (merge == Merge::prenorm) delta_k = load<A>(dX + rows.row(k) * D + d) + delta_k;
-        merge_rule_backward<merge>(dx[k], df[k], delta_k, gates, dbar, d);
+        out[k] = merge_rule_backward<merge>(values, delta_k, mean);
       }
       UNROLL
       for (int k = 0; k < 4; ++k)
         if (rows.has(k)) {
-          store(dX + rows.row(k) * D + d, dx[k]);
-          store(dF + rows.row(k) * D + d, df[k]);
+          store(dX + rows.row(k) * D + d, out[k].a);
+          store(dF + rows.row(k) * D + d, out[k].b);
         }
     }
   });
@@ -585,262 +595,303 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, c
 // 4.1 Forward and backward, each in one kernel
 //
 // A segment's mean needs all its tokens, so between adding them up and using the sum all thread
-// blocks must meet: that is why there are several kernels above. Each costs some 5 us to begin and
-// to end, in which 20 MB could be read, as much as X of [32, 320, 1024] in bf16. A sequence does
-// not fit into one block, but the blocks of a cluster (Hopper on) can meet without a new kernel,
-// and read each other's shared memory. Eight blocks take a sequence:
+// blocks must meet: that is why there are several kernels above, and why each array is read once a
+// kernel. Here the blocks meet within one kernel, and keep what they have read in the meantime: a
+// multiprocessor has 64 K registers of 4 bytes and nearly as much shared memory, so that all 132 of
+// an H200 hold the 42 MB of X and F of [32, 320, 1024] in bf16 at once.
 //
-// 1. Each thread goes over its block's rows, a few at once, and sums in registers what is summed
-//    over tokens: X and F, or (with h from a sum over the row's threads) Delta and
-//    Delta * (F - Fbar).
-// 2. The sums are added up over a block's lines of threads, then over the cluster's blocks.
-// 3. Each thread goes over its rows once more, which the L2 cache still has, and writes.
+// 1. A line of D / 4 threads takes up to `held` neighbouring rows of one segment, a thread four
+//    channels. It reads them, all loads at once: one array into registers, the other into shared
+//    memory, where each thread has its own place and no other reads it.
+// 2. It adds up what is summed over tokens: X and F, or (with h from a sum over the row's threads)
+//    Delta and Delta * (F - Fbar). All lines leave their sums in global memory, meet, and add up
+//    those of their segment, in the same order.
+// 3. It writes its rows, from what it holds.
 //
 // The formulas are those above: merge_rule(), (Delta'), merge_rule_backward().
 
 #ifdef __CUDACC__
-constexpr int cluster_blocks = 8, cluster_threads = 256, cluster_rows = 4;
+// Where a line is, two to a block. A sequence's lines come one after the other, first those of the
+// image, then those of the text, and share the rows of their segment evenly. What a line reads is a
+// window of `held` rows, some of which may be others': so the addresses differ by constants, and no
+// load waits for a condition.
+template <int D, int held>
+struct HeldLine {
+  static constexpr int columns = D / 4, threads = 2 * columns, warps = columns / 32;
+  int place, number, first, end;  // of the block's two; in the sequence; its segment's lines
+  size_t mean;                    // its segment's number among the batch * 2
+  size_t window;                  // the first of the rows that are read,
+  int begin, rows;                // and which of them are the line's own
+  int d;                          // this thread's first channel
 
-// A block's 256 threads are `lines` of D / 4, a thread a quad of channels: 8 lines for D = 128, one
-// for D = 1024. The cluster has `places` = 8 * lines: line p takes rows p, p + places, p + 2
-// places, ... of a segment, four at a time.
-template <int D>
-struct ClusterWalk {
-  static constexpr int columns = D / 4, lines = cluster_threads / columns;
-  static constexpr int places = cluster_blocks * lines;
-  Tokens tokens;
-  size_t sequence = blockIdx.x / cluster_blocks;
-  int block = int(blockIdx.x) % cluster_blocks, line = int(threadIdx.x) / columns;
-  int d = 4 * (int(threadIdx.x) % columns);
+  // One at least: an empty segment's means are written like others.
+  HD static int lines(size_t count) { return int((max_<size_t>(count, 1) + held - 1) / held); }
+  static size_t blocks(Tokens tokens) {
+    return ceil_div(size_t(lines(tokens.image) + lines(tokens.text)), 2);
+  }
 
-  // Rows first + k * places of a segment whose first row is `start`. Where there is none, row(k) is
-  // the last one, so that all can be read without a branch.
-  struct Rows {
-    unsigned start;
-    int first, count;
-
-    __device__ bool there(int k) const { return first + k * places < count; }
-    __device__ unsigned row(int k) const {
-      return start + unsigned(min(first + k * places, count - 1));
-    }
-    __device__ size_t at(int k, int channel) const { return size_t(row(k)) * D + size_t(channel); }
-  };
-
-  // Call f(rows) until this line's rows of a segment are through. All lines of a block call it as
-  // often, since f may have a barrier in it.
-  template <class F>
-  __device__ void each(int segment, const F& f) const {
-    size_t start = sequence * tokens.length() + tokens.first(size_t(segment));
+  __device__ HeldLine(Tokens tokens, size_t first_sequence, int blocks) {
+    size_t sequence = first_sequence + blockIdx.x / unsigned(blocks);
+    place = int(threadIdx.x) / columns, d = 4 * (int(threadIdx.x) % columns);
+    number = 2 * (int(blockIdx.x) % blocks) + place;
+    int image = lines(tokens.image), text = lines(tokens.text), segment = number < image ? 0 : 1;
+    first = segment ? image : 0, end = segment ? image + text : image;
     int count = int(tokens.count(size_t(segment)));
-    for (int done = 0; done < count; done += cluster_rows * places)
-      f(Rows{unsigned(start), done + block * lines + line, count});
+    int share = (count + end - first - 1) / (end - first), skipped = (number - first) * share;
+    rows = max(min(share, count - skipped), 0);  // a line too many goes through the motions
+    mean = 2 * sequence + size_t(segment);
+    size_t start = sequence * tokens.length() + tokens.first(size_t(segment)) + size_t(skipped);
+    window = min_(start, tokens.rows() - held);
+    begin = int(start - window);
   }
+  __device__ bool has(int k) const { return unsigned(k - begin) < unsigned(rows); }
+  __device__ size_t row(int k) const { return window + size_t(k); }
+  __device__ size_t at() const { return window * D + size_t(d); }
+};
 
-  // x summed over the line, for each k.
-  __device__ void sum_over_line(float (&x)[cluster_rows]) const {
-    __shared__ float shared[cluster_threads / 32 * cluster_rows];
-    int warp = int(threadIdx.x) / 32, first_warp = line * (columns / 32);
-    UNROLL
-    for (int k = 0; k < cluster_rows; ++k) x[k] = Team{0, int(threadIdx.x) % 32, 32}.sum(x[k]);
-    if (columns == 32) return;
-    if (threadIdx.x % 32 == 0) {
-      UNROLL
-      for (int k = 0; k < cluster_rows; ++k) shared[warp * cluster_rows + k] = x[k];
-    }
+// A number a row and line, made from sums over the line's threads.
+template <int D, int held>
+struct RowNumbers {
+  using L = HeldLine<D, held>;
+  float partial[2][L::warps][held], value[2][held];
+
+  // Four rows' summands, from rows k to k + 3. In two exchanges a warp's lanes give away half of
+  // what they have, and are left with one row each; three more make its sum.
+  __device__ void add(const L& line, int k, const float (&x)[4]) {
+    int lane = int(threadIdx.x) % 32;
+    auto other = [](float v, int bit) { return __shfl_xor_sync(0xffffffffu, v, bit); };
+    bool upper = lane & 16, odd = lane & 8;
+    float a = (upper ? x[2] : x[0]) + other(upper ? x[0] : x[2], 16);
+    float b = (upper ? x[3] : x[1]) + other(upper ? x[1] : x[3], 16);
+    float sum = (odd ? b : a) + other(odd ? a : b, 8);
+    for (int bit = 4; bit > 0; bit /= 2) sum += other(sum, bit);
+    if (lane % 8 == 0) partial[line.place][line.d / 128][k + lane / 8] = sum;
+  }
+  // value = finish(row k, its sum). Afterwards every thread may read it.
+  template <class Finish>
+  __device__ void finish(const L& line, const Finish& finish) {
     __syncthreads();
-    UNROLL
-    for (int k = 0; k < cluster_rows; ++k) {
-      x[k] = shared[first_warp * cluster_rows + k];
+    for (int k = line.d / 4; k < held; k += L::columns) {
+      float sum = partial[line.place][0][k];
       UNROLL
-      for (int w = 1; w < columns / 32; ++w) x[k] += shared[(first_warp + w) * cluster_rows + k];
+      for (int w = 1; w < L::warps; ++w) sum += partial[line.place][w][k];
+      value[line.place][k] = finish(k, sum);
     }
     __syncthreads();
   }
 };
 
-// What the blocks of a cluster exchange: two sums over the tokens of each segment.
-template <int D>
-struct alignas(16) ClusterSums {
-  // (lines, segments, 2, D), (segments, 2, D). Line 0's become the block's.
-  float of_lines[ClusterWalk<D>::lines][2][2][D];
-  float total[2][2][D];
-
-#if __CUDA_ARCH__ >= 900
-  // total = finish(segment, which of the two, channel, sum over the cluster). `at` counts (segment,
-  // which, channel), 4 D floats. First the lines are added into line 0. Then every block's sums are
-  // there; block b adds up the b-th eighth of them from all eight blocks and writes it into all
-  // eight totals. Then these are there, and no block ends while another uses its shared memory.
-  template <class Walk, class Finish>
-  __device__ void exchange(const Walk& walk, const QuadPair<float> (&sum)[2],
-                           const Finish& finish) {
-    auto cluster = cooperative_groups::this_cluster();
+// The sums of all lines of this line's segment. The kernel's blocks meet here.
+template <class L>
+__device__ QuadPair<float> meet(const L& line, QuadPair<float> own, float* place, int blocks) {
+  constexpr int D = 4 * L::columns;
+  float* sums = place + blockIdx.x / unsigned(blocks) * size_t(4 * blocks * D);
+  auto of = [&](int number) { return sums + number * 2 * D + line.d; };
+  store(of(line.number), own.a), store(of(line.number) + D, own.b);
+  cooperative_groups::this_grid().sync();
+  QuadPair<float> total = {};
+  for (int i = line.first; i < line.end; i += 4) {
+    QuadPair<float> sums_of[4];
     UNROLL
-    for (int segment = 0; segment < 2; ++segment) {
-      store(&of_lines[walk.line][segment][0][walk.d], sum[segment].a);
-      store(&of_lines[walk.line][segment][1][walk.d], sum[segment].b);
+    for (int k = 0; k < 4; ++k) {
+      const float* from = of(min(i + k, line.end - 1));
+      sums_of[k] = {load<float>(from), load<float>(from + D)};
     }
-    __syncthreads();
-    float *own = &of_lines[0][0][0][0], *to = &total[0][0][0];
-    if (Walk::lines > 1)
-      for (int at = 4 * int(threadIdx.x); at < 4 * D; at += 4 * cluster_threads) {
-        Quad<float> s = load<float>(own + at);
-        UNROLL
-        for (int line = 1; line < Walk::lines; ++line) s = s + load<float>(own + line * 4 * D + at);
-        store(own + at, s);
-      }
-    cluster.sync();
-    constexpr int share = 4 * D / cluster_blocks;
-    for (int i = 4 * int(threadIdx.x); i < share; i += 4 * cluster_threads) {
-      int at = walk.block * share + i;
-      Quad<float> s = quad(0.f);
-      UNROLL
-      for (int b = 0; b < cluster_blocks; ++b)
-        s = s + load<float>(cluster.map_shared_rank(own, b) + at);
-      s = finish(at / (2 * D), at / D % 2, at % D, s);
-      UNROLL
-      for (int b = 0; b < cluster_blocks; ++b) store(cluster.map_shared_rank(to, b) + at, s);
-    }
-    cluster.sync();
+    UNROLL
+    for (int k = 0; k < 4; ++k)
+      if (i + k < line.end) total = total + sums_of[k];
   }
-#endif
-};
-
-// (Three blocks a multiprocessor: with two, only 30 clusters of a batch of 32 fit at once.)
-template <Merge merge, int D>
-__global__ void __launch_bounds__(cluster_threads, 3)
-    merge_forward_kernel(bf16* X_next, MergeSaved<float> saved, const bf16* X, const bf16* F,
-                         Gates<const bf16> gates, Tokens tokens, float eps) {
-#if __CUDA_ARCH__ >= 900
-  constexpr int n = cluster_rows;
-  using Rows = typename ClusterWalk<D>::Rows;
-  __shared__ ClusterSums<D> sums;
-  ClusterWalk<D> walk{tokens};
-  QuadPair<float> sum[2] = {};
-  UNROLL
-  for (int segment = 0; segment < 2; ++segment)
-    walk.each(segment, [&](Rows rows) {
-      QuadPair<float> terms[n];
-      UNROLL
-      for (int k = 0; k < n; ++k) {
-        size_t at = rows.at(k, walk.d);
-        terms[k] = {load<float>(X + at), load<float>(F + at)};
-      }
-      UNROLL
-      for (int k = 0; k < n; ++k)
-        if (rows.there(k)) sum[segment] = sum[segment] + terms[k];
-    });
-  sums.exchange(walk, sum, [&](int segment, int which, int d, Quad<float> s) {
-    Quad<float> mean = 1 / float(max_<size_t>(tokens.count(size_t(segment)), 1)) * s;
-    float* to = which == 0 ? saved.xbar : saved.fbar;
-    store(to + (2 * walk.sequence + size_t(segment)) * D + size_t(d), mean);
-    return mean;
-  });
-  UNROLL
-  for (int segment = 0; segment < 2; ++segment)
-    walk.each(segment, [&](Rows rows) {
-      const float *xbar = sums.total[segment][0], *fbar = sums.total[segment][1];
-      Quad<float> z[n];
-      float r[n];
-      UNROLL
-      for (int k = 0; k < n; ++k) {
-        size_t d = size_t(walk.d), at = rows.at(k, walk.d);
-        z[k] = merge_rule<merge>(gates, load<float>(X + at), load<float>(F + at), xbar, fbar, d);
-        r[k] = dot(z[k], z[k]);
-      }
-      walk.sum_over_line(r);
-      UNROLL
-      for (int k = 0; k < n; ++k)
-        if (rows.there(k)) {
-          r[k] = inverse_rms(r[k], D, eps);
-          store(X_next + rows.at(k, walk.d), r[k] * z[k]);
-          if (walk.d == 0) saved.r[rows.row(k)] = r[k];
-        }
-    });
-#endif
+  return total;
 }
 
-// h goes from the first walk to the second by way of scratch: the same line writes and reads it,
-// and the barriers of exchange() lie between. dX may be G: what a line reads in place of a row that
-// is not there may have been overwritten, but is not used.
-template <Merge merge, int D>
-__global__ void __launch_bounds__(cluster_threads, 3)
+// What a thread holds of a row, 16 bytes: half in registers, half at its place in shared memory.
+// First they are its four bf16 of two arrays, then the four floats that were made from them.
+template <class L, int held>
+struct Held {
+  static constexpr int group = 8, groups = (held + group - 1) / group;  // rows that arrive together
+  uint2 own[held];
+  uint2* shared;
+
+  // Send for the line's rows of both arrays.
+  __device__ void load(const bf16* to_own, const bf16* to_shared) {
+    UNROLL
+    for (int k = 0; k < held; ++k) {
+      __pipeline_memcpy_async(shared + k * L::threads, to_shared + k * 4 * L::columns,
+                              sizeof *shared);
+      own[k] = *reinterpret_cast<const uint2*>(to_own + k * 4 * L::columns);
+      if (k % group == group - 1 || k == held - 1) __pipeline_commit();
+    }
+  }
+  // Row k and those before it have come.
+  __device__ void wait(int k) const {
+    if (k % group == 0) __pipeline_wait_prior(size_t(groups - 1 - k / group));
+  }
+  // Row k of either array. A bf16 is the upper half of a float.
+  __device__ static Quad<float> floats(uint2 q) {
+    auto upper = [](uint32_t bits) { return __uint_as_float(bits & 0xffff0000u); };
+    return {{upper(q.x << 16), upper(q.x), upper(q.y << 16), upper(q.y)}};
+  }
+  __device__ Quad<float> first(int k) {
+    // The compiler would keep these floats for the next time, in registers that there are not. So
+    // it is told that the bf16 may have changed.
+    asm volatile("" : "+r"(own[k].x), "+r"(own[k].y));
+    return floats(own[k]);
+  }
+  __device__ Quad<float> second(int k) const { return floats(shared[k * L::threads]); }
+
+  __device__ void put(int k, Quad<float> q) {
+    own[k] = {__float_as_uint(q[0]), __float_as_uint(q[1])};
+    shared[k * L::threads] = {__float_as_uint(q[2]), __float_as_uint(q[3])};
+  }
+  __device__ Quad<float> get(int k) const {
+    uint2 q = shared[k * L::threads];
+    return {{__uint_as_float(own[k].x), __uint_as_float(own[k].y), __uint_as_float(q.x),
+             __uint_as_float(q.y)}};
+  }
+};
+
+template <Merge merge, int D, int held>
+__global__ void __launch_bounds__(D / 2, 1)
+    merge_forward_kernel(bf16* X_next, MergeSaved<float> saved, const bf16* X, const bf16* F,
+                         Gates<const bf16> gates, Tokens tokens, float eps, float* place,
+                         int blocks, size_t first_sequence) {
+  using L = HeldLine<D, held>;
+  extern __shared__ uint2 in_shared[];
+  __shared__ RowNumbers<D, held> r;
+  L line(tokens, first_sequence, blocks);
+  Held<L, held> rows{{}, in_shared + threadIdx.x};
+  rows.load(X + line.at(), F + line.at());
+  QuadPair<float> sum = {};
+  UNROLL
+  for (int k = 0; k < held; ++k) {
+    rows.wait(k);
+    QuadPair<float> terms = {rows.first(k), rows.second(k)};
+    if (line.has(k)) sum = sum + terms;
+  }
+  GateValues<float> values = gates_at<merge>(gates, size_t(line.d));
+  sum = meet(line, sum, place, blocks);
+  float scale = 1 / float(max_<size_t>(tokens.count(line.mean % 2), 1));
+  QuadPair<float> mean = {scale * sum.a, scale * sum.b};
+  if (line.number == line.first) {
+    store(saved.xbar + line.mean * D + size_t(line.d), mean.a);
+    store(saved.fbar + line.mean * D + size_t(line.d), mean.b);
+  }
+  UNROLL
+  for (int k = 0; k < held; k += 4) {
+    float squares[4];
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+      Quad<float> z = merge_rule<merge>(values, rows.first(k + i), rows.second(k + i), mean);
+      squares[i] = dot(z, z);
+      rows.put(k + i, z);
+    }
+    r.add(line, k, squares);
+  }
+  r.finish(line, [&](int k, float squares) {
+    float r_k = inverse_rms(squares, D, eps);
+    if (line.has(k)) saved.r[line.row(k)] = r_k;
+    return r_k;
+  });
+  UNROLL
+  for (int k = 0; k < held; ++k)
+    if (line.has(k)) store(X_next + line.at() + k * D, r.value[line.place][k] * rows.get(k));
+}
+
+// dX may be G: all of a line's rows are read before any is written. F is not held: it is read while
+// the sums are made, from the L2 cache, where it was asked for at the beginning.
+template <Merge merge, int D, int held>
+__global__ void __launch_bounds__(D / 2, 1)
     merge_backward_kernel(bf16* dX, bf16* dF, MergeScratch<float> scratch, const bf16* G,
                           const bf16* Y, const bf16* F, Gates<const bf16> gates,
-                          MergeSaved<float> saved, Tokens tokens) {
-#if __CUDA_ARCH__ >= 900
-  constexpr int n = cluster_rows;
-  using Rows = typename ClusterWalk<D>::Rows;
-  __shared__ ClusterSums<D> sums;
-  ClusterWalk<D> walk{tokens};
-  QuadPair<float> sum[2] = {};
-  UNROLL
-  for (int segment = 0; segment < 2; ++segment) {
-    const float* fbar = saved.fbar + (2 * walk.sequence + size_t(segment)) * D;
-    Quad<float> f_mean = load<float>(fbar + walk.d);
-    walk.each(segment, [&](Rows rows) {
-      Quad<float> g[n], y[n], f[n];
-      float h[n], r[n];
-      UNROLL
-      for (int k = 0; k < n; ++k) {
-        size_t at = rows.at(k, walk.d);
-        g[k] = load<float>(G + at), y[k] = load<float>(Y + at), f[k] = load<float>(F + at);
-        r[k] = saved.r[rows.row(k)], h[k] = dot(g[k], y[k]);
-      }
-      walk.sum_over_line(h);
-      UNROLL
-      for (int k = 0; k < n; ++k)
-        if (rows.there(k)) {
-          h[k] /= float(D);
-          if (walk.d == 0) scratch.h[rows.row(k)] = h[k];
-          Quad<float> delta = r[k] * (g[k] - h[k] * y[k]);  // (Delta')
-          sum[segment] = sum[segment] + QuadPair<float>{delta, delta * (f[k] - f_mean)};
-        }
-    });
+                          MergeSaved<float> saved, Tokens tokens, float* place, int blocks,
+                          size_t first_sequence) {
+  using L = HeldLine<D, held>;
+  extern __shared__ uint2 in_shared[];
+  __shared__ RowNumbers<D, held> h;
+  __shared__ float r[2][held];
+  L line(tokens, first_sequence, blocks);
+  Held<L, held> rows{{}, in_shared + threadIdx.x};
+  rows.load(G + line.at(), Y + line.at());
+  for (int k = line.d / 4; k < held; k += L::columns) {
+    r[line.place][k] = saved.r[line.row(k)];
+    UNROLL
+    for (int i = 0; i < D; i += 64)  // 128 bytes
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(F + line.row(k) * D + i));
   }
-  sums.exchange(walk, sum, [&](int segment, int which, int d, Quad<float> s) {
-    if (which == 0) s = 1 / float(max_<size_t>(tokens.count(size_t(segment)), 1)) * s;
-    float* to = which == 0 ? scratch.dbar : scratch.dgate;
-    store(to + (2 * walk.sequence + size_t(segment)) * D + size_t(d), s);
-    return s;
-  });
   UNROLL
-  for (int segment = 0; segment < 2; ++segment)
-    walk.each(segment, [&](Rows rows) {
-      Quad<float> dx[n], df[n];
-      UNROLL
-      for (int k = 0; k < n; ++k) {
-        size_t d = size_t(walk.d), at = rows.at(k, walk.d);
-        float r = saved.r[rows.row(k)], h = scratch.h[rows.row(k)];
-        Quad<float> delta = r * (load<float>(G + at) - h * load<float>(Y + at));
-        merge_rule_backward<merge>(dx[k], df[k], delta, gates, sums.total[segment][0], d);
-      }
-      UNROLL
-      for (int k = 0; k < n; ++k)
-        if (rows.there(k)) {
-          size_t at = rows.at(k, walk.d);
-          store(dX + at, dx[k]), store(dF + at, df[k]);
-        }
-    });
-#endif
+  for (int k = 0; k < held; k += 4) {
+    rows.wait(k);
+    float products[4];
+    UNROLL
+    for (int i = 0; i < 4; ++i) products[i] = dot(rows.first(k + i), rows.second(k + i));
+    h.add(line, k, products);
+  }
+  h.finish(line, [&](int, float product) { return product / float(D); });
+  Quad<float> fbar = load<float>(saved.fbar + line.mean * D + size_t(line.d));
+  QuadPair<float> sum = {};
+  UNROLL
+  for (int k = 0; k < held; k += 4) {
+    uint2 f[4];
+    UNROLL
+    for (int i = 0; i < 4; ++i) f[i] = *reinterpret_cast<const uint2*>(F + line.at() + (k + i) * D);
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+      Quad<float> delta =
+          r[line.place][k + i] *
+          (rows.first(k + i) - h.value[line.place][k + i] * rows.second(k + i));  // (Delta')
+      QuadPair<float> terms = {delta, delta * (rows.floats(f[i]) - fbar)};        // (dbeta)
+      if (line.has(k + i)) sum = sum + terms;
+      rows.put(k + i, delta);
+    }
+  }
+  GateValues<float> values = gates_at<merge>(gates, size_t(line.d));
+  sum = meet(line, sum, place, blocks);
+  Quad<float> mean = 1 / float(max_<size_t>(tokens.count(line.mean % 2), 1)) * sum.a;
+  if (line.number == line.first) {
+    store(scratch.dbar + line.mean * D + size_t(line.d), mean);
+    store(scratch.dgate + line.mean * D + size_t(line.d), sum.b);
+  }
+  UNROLL
+  for (int k = 0; k < held; ++k) {
+    QuadPair<float> out = merge_rule_backward<merge>(values, rows.get(k), mean);
+    if (line.has(k)) store(dX + line.at() + k * D, out.a), store(dF + line.at() + k * D, out.b);
+  }
 }
 
-// Call f with the kind of merge and D as compile-time constants and return true, if there are
-// kernels for them; they ask for clusters that the device can hold.
+// Call f with the kind of merge, D and `held` as compile-time constants, where there are kernels
+// for them. 44 rows of 1024 channels are what a multiprocessor can hold; 256 image and 64 text
+// tokens then take eight lines, and 32 such sequences 128 of 132 multiprocessors.
 template <class T, class F>
-bool with_cluster_kernels(const Device& device, Merge merge, size_t D, const F& f) {
-  if (!device.clusters || !std::is_same_v<T, bf16>) return false;
-  auto with_kind = [&](auto width) {
+bool with_held_rows(const Device& device, Merge merge, size_t D, const F& f) {
+  if (!device.gpu || !std::is_same_v<T, bf16>) return false;
+  auto with_width = [&](auto width, auto held) {
     using Split = std::integral_constant<Merge, Merge::mvsplit>;
     using NoLeak = std::integral_constant<Merge, Merge::mvsplit_noleak>;
-    if (merge == Merge::mvsplit) f(Split(), width);
-    if (merge == Merge::mvsplit_noleak) f(NoLeak(), width);
-    return splits(merge);
+    if (merge == Merge::mvsplit) return f(Split(), width, held);
+    if (merge == Merge::mvsplit_noleak) return f(NoLeak(), width, held);
+    return false;
   };
-  if (D == 128) return with_kind(std::integral_constant<int, 128>());
-  if (D == 256) return with_kind(std::integral_constant<int, 256>());
-  if (D == 512) return with_kind(std::integral_constant<int, 512>());
-  if (D == 1024) return with_kind(std::integral_constant<int, 1024>());
+  using std::integral_constant;
+  if (D == 128) return with_width(integral_constant<int, 128>(), integral_constant<int, 12>());
+  if (D == 256) return with_width(integral_constant<int, 256>(), integral_constant<int, 24>());
+  if (D == 512) return with_width(integral_constant<int, 512>(), integral_constant<int, 44>());
+  if (D == 1024) return with_width(integral_constant<int, 1024>(), integral_constant<int, 44>());
   return false;
+}
+
+// Launch one of the two kernels for as many sequences at once as the device can hold, until all are
+// through. False if it cannot hold one.
+template <class L, class... Parameters, class... Arguments>
+bool launch_held(const Device& device, void (*kernel)(Parameters...), Tokens tokens, int held,
+                 Arguments... arguments) {
+  size_t blocks = L::blocks(tokens), shared = size_t(held) * L::threads * sizeof(uint2);
+  size_t room = Device::meeting_bytes / (blocks * 4 * 4 * L::columns * sizeof(float));
+  size_t at_once = std::min(room, blocks_at_once(kernel, L::threads, shared) / blocks);
+  if (at_once == 0 || tokens.rows() < size_t(held)) return false;
+  for (size_t first = 0; first < tokens.batch; first += at_once)
+    launch(device, kernel, unsigned(std::min(at_once, tokens.batch - first) * blocks), true,
+           L::threads, shared, arguments..., device.meeting_place(), int(blocks), first);
+  return true;
 }
 #endif
 
@@ -849,10 +900,11 @@ bool fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> sav
                          const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>)
-    return with_cluster_kernels<T>(device, gates.merge, D, [&](auto kind, auto width) {
-      launch(device, merge_forward_kernel<decltype(kind)::value, decltype(width)::value>,
-             unsigned(tokens.batch) * cluster_blocks, cluster_blocks, cluster_threads, 0, X_next,
-             saved, X, F, gates, tokens, float(eps));
+    return with_held_rows<T>(device, gates.merge, D, [&](auto kind, auto width, auto held) {
+      constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
+      return launch_held<HeldLine<columns, rows>>(
+          device, merge_forward_kernel<decltype(kind)::value, columns, rows>, tokens, rows, X_next,
+          saved, X, F, gates, tokens, float(eps));
     });
 #endif
   (void)device, (void)X_next, (void)saved, (void)X, (void)F, (void)gates, (void)tokens, (void)D;
@@ -865,10 +917,11 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
                           MergeSaved<Acc<T>> saved, Tokens tokens, size_t D) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>)
-    return with_cluster_kernels<T>(device, gates.merge, D, [&](auto kind, auto width) {
-      launch(device, merge_backward_kernel<decltype(kind)::value, decltype(width)::value>,
-             unsigned(tokens.batch) * cluster_blocks, cluster_blocks, cluster_threads, 0, dX, dF,
-             scratch, G, Y, F, gates, saved, tokens);
+    return with_held_rows<T>(device, gates.merge, D, [&](auto kind, auto width, auto held) {
+      constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
+      return launch_held<HeldLine<columns, rows>>(
+          device, merge_backward_kernel<decltype(kind)::value, columns, rows>, tokens, rows, dX, dF,
+          scratch, G, Y, F, gates, saved, tokens);
     });
 #endif
   (void)device, (void)dX, (void)dF, (void)scratch, (void)G, (void)Y, (void)F, (void)gates;
