@@ -4,7 +4,8 @@
 #
 # data/experiments/NAME.sh is an experiment's recipe, of two functions: `runs` calls `run` for each of
 # its runs, with what sets that one apart from data/experiments/SCALE.ini; `draw` turns what came out
-# into figures and Markdown. Both may use data/experiments/draw.sh.
+# into figures and Markdown. Both may use data/experiments/draw.sh. A third, `after`, is for what has to
+# be done with a trained network before its run counts as over.
 #
 # A run's folder, experiments/NAME/RUN, holds its config.ini (`mvsplit train --config` repeats it),
 # what train writes, train.log, and, once it is over, `result`: a run that has one is not run again, one
@@ -20,7 +21,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 recipes=data/experiments
 program=build/mvsplit
-all="scream cure frontier thousand law front one-branch ablations pictures"
+all="scream cure frontier thousand law front one-branch probe ablations pictures"
 
 die() { echo "experiment: $*" >&2; exit 2; }
 # "1h02m", "3m20s", "12s" for a number of seconds.
@@ -87,10 +88,13 @@ run() {
 }
 
 # Sets what a recipe may: `columns` (of diagnostics.csv that the figures need), `bin` (steps a row of the
-# losses), `pictures` and `spikes` (runs whose samples and spike report are kept), and the
-# functions `runs` and `draw`.
+# losses), `pictures` and `spikes` (runs whose samples and spike report are kept), `tables` (further
+# csv files in the runs' folders, without the .csv), and the functions `runs`, `draw` and `after`;
+# `after` gets the folder of a run that has trained to its end, with its weights.safetensors, and its
+# exit status says whether that went well.
 read_recipe() {
-  experiment=$1 columns="" bin=5 pictures="" spikes=""
+  experiment=$1 columns="" bin=5 pictures="" spikes="" tables=""
+  after() { :; }
   [ -e "$recipes/$1.sh" ] || die "there is no experiment $1, but $all"
   # shellcheck source=/dev/null
   source "$recipes/$1.sh"
@@ -188,6 +192,10 @@ do_run() {
   if [ $status = 1 ] && grep -q 'training has diverged' "$dir/train.log"; then
     outcome=diverged status=0
   fi
+  if [ $status = 0 ] && [ $outcome = finished ]; then
+    read_recipe "$(basename "${dir%/*}")"
+    after "$dir" >>"$dir/train.log" 2>&1 || status=$?
+  fi
   case $status in
     0) ;;
     130 | 143) echo "stopped: the same command goes on"; exit 130 ;;
@@ -267,6 +275,14 @@ pack_runs() {
           print "" }' "$dir/diagnostics.csv"
     done
   } | pack diagnostics
+  local table
+  for table in $tables; do
+    for dir in "${listed[@]}"; do
+      [ ! -e "$dir/$table.csv" ] || awk -v run="${dir##*/}" '
+        /^#/ { next }
+        { print (named++ ? run : "run") "," $0 }' "$dir/$table.csv"
+    done | awk 'NR == 1 || !/^run,/' | pack "$table"
+  done
   keep_files "${listed[@]}"
 }
 

@@ -186,6 +186,7 @@ label() {
     rezero) echo "ReZero" ;;
     deepnorm) echo "DeepNorm" ;;
     mvsplit) echo "MV-Split" ;;
+    mvsplit-nobias) echo "MV-Split, no bias in the patch embedding" ;;
     mvsplit-*) echo "MV-Split, ${1#mvsplit-}" ;;
     *) echo "$1" ;;
   esac
