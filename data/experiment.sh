@@ -21,7 +21,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 recipes=data/experiments
 program=build/mvsplit
-all="scream cure frontier thousand law front one-branch probe ablations pictures"
+all="scream cure frontier thousand law front one-branch probe ablations pictures lean"
 
 die() { echo "experiment: $*" >&2; exit 2; }
 # "1h02m", "3m20s", "12s" for a number of seconds.
