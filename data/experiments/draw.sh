@@ -83,8 +83,13 @@ results_table() {
       printf "| %s | %d | %d | %s | %s | %s | %s |\n", g, n[g], trained[g], steps[g] == "" ? "-" : steps[g],
         shown(g, 1), shown(g, 2), shown(g, 3) } }'
   echo
-  unpacked runs | awk -F, 'NR > 1 { s += $12; on[$13] = 1; of[$14] = 1; n++ }
-    END { printf "%d runs, %.0f s in all, on", n, s
+  made_by
+}
+
+# Where, in what time and by which commit the runs were made. (Runs from before the driver have no time.)
+made_by() {
+  unpacked runs | awk -F, 'NR > 1 { s += $12; if ($12 == "") untimed = 1; on[$13] = 1; of[$14] = 1; n++ }
+    END { printf "%d runs, %son", n, untimed ? "" : sprintf("%.0f s in all, ", s)
       for (m in on) printf " %s", m
       printf "; commit"
       for (c in of) printf " %s", c
