@@ -128,7 +128,7 @@ spike_report() {
     on && !NF { exit }
     on { sub(/^blocks\.[0-9]+\./, "", $1); if (!n[$1]++) name[++k] = $1 }
     END { printf "Of the largest gradients above:"
-      for (i = 1; i <= k; i++) printf "%s %d of %s", i > 1 ? "," : "", n[name[i]], name[i]
+      for (i = 1; i <= k; i++) printf "%s %d of %s", (i > 1 ? "," : ""), n[name[i]], name[i]
       print "." }' "$file"
   echo
 }
