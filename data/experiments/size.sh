@@ -53,7 +53,7 @@ size_table() {
     NR > 1 { printf "| %s | %d | %s | %d | %s | %s | %s | %.3f | %.3f | %s | %s |\n", $1, $2, $3, $4,
       known($16), known($17), known($18, "%"), $6, $7, ($10 + 0 ? $9 " at step " $10 : "-"), known($11) }'
   echo
-  echo "ms, tokens/s, HFU (of the dense peak): medians over the lines of the log."
+  echo "HFU: of the dense peak that train knows for the card."
   echo
   made_by
 }
