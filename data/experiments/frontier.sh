@@ -5,7 +5,7 @@ columns=""
 
 merges="postnorm layerscale rezero mvsplit"
 depths="50 100 200 400 1000"
-rates="1.25e-4 2.5e-4 5e-4 1e-3 2e-3 4e-3 8e-3"
+rates="2.5e-4 5e-4 1e-3 2e-3 4e-3 8e-3"
 [ "$SCALE" != tiny ] || { depths="4 8" rates="1e-3 1e-2 1e-1"; }
 
 runs() {
@@ -18,7 +18,7 @@ runs() {
         set -- "residual=$merge"
         if [ "$merge" = layerscale ]; then set -- "$@" lambda=1e-2; fi
         if [ "$merge-$depth" = mvsplit-1000 ]; then set -- "$@" beta=0.03; fi
-        run "${merge}_${depth}_$lr" "$@" "depth=$depth" "lr=$lr" steps=300 warmup=100 save-every=0 \
+        run "${merge}_${depth}_$lr" "$@" "depth=$depth" "lr=$lr" steps=200 warmup=60 save-every=0 \
           save=weights columns=1
       done
     done
