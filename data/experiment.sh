@@ -4,7 +4,8 @@
 #
 # data/experiments/NAME.sh is an experiment's recipe, of two functions: `runs` calls `run` for each of
 # its runs, with what sets that one apart from data/experiments/SCALE.ini; `draw` turns what came out
-# into figures and Markdown. Both may use data/experiments/draw.sh.
+# into figures and Markdown. Both may use data/experiments/draw.sh. A third, `after`, is for what has to
+# be done with a trained network before its run counts as over.
 #
 # A run's folder, experiments/NAME/RUN, holds its config.ini (`mvsplit train --config` repeats it),
 # what train writes, train.log, and, once it is over, `result`: a run that has one is not run again, one
@@ -20,7 +21,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 recipes=data/experiments
 program=build/mvsplit
-all="scream cure frontier thousand law front one-branch ablations pictures"
+all="scream cure frontier thousand law front one-branch probe ablations pictures lean size"
 
 die() { echo "experiment: $*" >&2; exit 2; }
 # "1h02m", "3m20s", "12s" for a number of seconds.
@@ -87,10 +88,13 @@ run() {
 }
 
 # Sets what a recipe may: `columns` (of diagnostics.csv that the figures need), `bin` (steps a row of the
-# losses), `pictures` and `spikes` (runs whose samples and spike report are kept), and the
-# functions `runs` and `draw`.
+# losses), `pictures` and `spikes` (runs whose samples and spike report are kept), `tables` (further
+# csv files in the runs' folders, without the .csv), and the functions `runs`, `draw` and `after`;
+# `after` gets the folder of a run that has trained to its end, with its weights.safetensors, and its
+# exit status says whether that went well.
 read_recipe() {
-  experiment=$1 columns="" bin=5 pictures="" spikes=""
+  experiment=$1 columns="" bin=5 pictures="" spikes="" tables=""
+  after() { :; }
   [ -e "$recipes/$1.sh" ] || die "there is no experiment $1, but $all"
   # shellcheck source=/dev/null
   source "$recipes/$1.sh"
@@ -98,24 +102,29 @@ read_recipe() {
 
 # --- How long it will take --------------------------------------------------------------------
 
-# Milliseconds that a block takes a step, that diagnosing a block adds, and seconds that a run takes
-# besides: of two runs of a few steps of the scale's model at 16 blocks, measured once a machine.
+# For the run in folder $1, of two runs of a few steps of its width and batch at 16 blocks, measured
+# once a machine: milliseconds that a block takes a step, that diagnosing a block adds, and seconds that
+# a run takes besides.
 measure_speed() {
-  if [ ! -s "$root/speed" ] || [ "$(head -n 1 "$root/speed")" != "$name" ]; then
-    local dir=$root/speed.tmp plain diagnosed
-    local few=(--config "$base" --depth 16 --steps 16 --log-every 8 --save weights --columns 1)
+  local speeds=$root/speed dir=$root/speed.tmp size="" few plain diagnosed o
+  few=(--config "$base" --depth 16 --steps 16 --log-every 8 --save weights --columns 1)
+  for o in width heads ffn patch batch; do
+    size+="$o=$(option $o "$1/config.ini") " few+=("--$o" "$(option $o "$1/config.ini")")
+  done
+  if [ "$(head -n 1 "$speeds" 2>/dev/null)" != "$name" ]; then echo "$name" >"$speeds"; fi
+  if ! grep -q "^$size" "$speeds"; then
     rm -rf "$dir"
-    echo "measuring the speed of this machine: $name"
+    echo "measuring the speed of this machine, $name: $size"
     plain=$(timed "${few[@]}" --out "$dir/plain")
     diagnosed=$(timed "${few[@]}" --out "$dir/diagnosed" --diagnose-every 1 --diagnose-layers all)
     rm -rf "$dir"
-    awk -v name="$name" -v a="$plain" -v b="$diagnosed" 'BEGIN {
+    awk -v size="$size" -v a="$plain" -v b="$diagnosed" 'BEGIN {
       split(a, p); split(b, d)
       other = p[2] - 36 * p[1] / 1000  # drawing and validating cost about 20 steps
-      printf "%s\n%.4f %.4f %.1f\n", name, p[1] / 16, (d[1] > p[1] ? (d[1] - p[1]) / 16 : 0), (other > 0 ? other : 0) }' \
-      >"$root/speed"
+      printf "%s%.4f %.4f %.1f\n", size, p[1] / 16, (d[1] > p[1] ? (d[1] - p[1]) / 16 : 0), (other > 0 ? other : 0) }' \
+      >>"$speeds"
   fi
-  read -r ms_layer ms_diagnosed startup <<<"$(tail -n 1 "$root/speed")"
+  read -r ms_layer ms_diagnosed startup <<<"$(sed -n "s/^$size//p" "$speeds")"
 }
 # Milliseconds a step, and seconds of wall time, of a training run with these options.
 timed() {
@@ -125,7 +134,7 @@ timed() {
   awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN { print b - a }'
 }
 
-# Seconds that the run in folder $1 will take.
+# Seconds that the run in folder $1 will take, at the speed that was measured last.
 seconds_of() {
   awk -F= -v a="$ms_layer" -v b="$ms_diagnosed" -v other="$startup" '
     { sub(/^#/, ""); o[$1] = $2 }
@@ -149,15 +158,15 @@ announce() {
     if [ -s "$dir/result" ]; then
       printf '  %-44s done: %s\n' "${dir#"$root"/}" "$(result "$dir" result)"
     else
+      measure_speed "$dir"
       seconds=$(seconds_of "$dir")
       printf '  %-44s %5s steps of %4s layers  about %s\n' "${dir#"$root"/}" \
         "$(option steps "$dir/config.ini")" "$(option depth "$dir/config.ini")" "$(duration "$seconds")"
       total=$(awk -v a="$total" -v b="$seconds" 'BEGIN { print a + b }') n=$((n + 1))
     fi
   done
-  echo "$n runs to do, about $(duration "$total") on this machine ($name: $ms_layer ms a layer and step," \
-    "$ms_diagnosed more where diagnosed, $startup s a run besides:" \
-    "measured, remove $root/speed to measure again)"
+  echo "$n runs to do, about $(duration "$total") on this machine, $name (from the speeds in $root/speed, which" \
+    "were measured; remove it to measure again: ms a layer and step, ms more where diagnosed, s a run besides)"
 }
 
 # --- Running -----------------------------------------------------------------------------------
@@ -187,6 +196,10 @@ do_run() {
   echo $((before + SECONDS - start)) >"$dir/seconds"
   if [ $status = 1 ] && grep -q 'training has diverged' "$dir/train.log"; then
     outcome=diverged status=0
+  fi
+  if [ $status = 0 ] && [ $outcome = finished ]; then
+    read_recipe "$(basename "${dir%/*}")"
+    after "$dir" >>"$dir/train.log" 2>&1 || status=$?
   fi
   case $status in
     0) ;;
@@ -228,6 +241,19 @@ judge() {
 # Image and text tokens of a run on Fashion-MNIST, padded to 32 pixels a side.
 tokens_of() { local patch; patch=$(option patch "$1"); echo $(((32 / patch) * (32 / patch) + 8)); }
 
+# Medians over the lines of a train.log: milliseconds a step, tokens a second, HFU in percent of the
+# dense peak (on a GPU whose peak train knows), as "ms,tokens,hfu".
+pace() {
+  awk "$statistics"'
+    /ms\/step/ { n++; hfu[n] = ""
+      for (i = 2; i <= NF; i++) {
+        if ($i == "ms/step") ms[n] = $(i - 1)
+        if ($i == "tokens/s") tokens[n] = $(i - 1)
+        if ($(i - 1) == "HFU") hfu[n] = $i + 0 } }
+    END { if (!n) print ",,"
+      else printf "%.1f,%.0f,%s\n", quantile(ms, n, 0.5), quantile(tokens, n, 0.5), hfu[1] == "" ? "" : quantile(hfu, n, 0.5) }' "$1"
+}
+
 # Replaces $csv/$experiment_$1.csv.gz with standard input (the same bytes for the same numbers).
 pack() { gzip -9n >"$csv/${experiment}_$1.csv.gz.tmp"; mv "$csv/${experiment}_$1.csv.gz"{.tmp,}; }
 
@@ -238,14 +264,14 @@ pack_runs() {
     [ -s "$dir/result" ] || { echo "$experiment is not complete: nothing is drawn"; return 1; }
   done
   {
-    echo "run,depth,lr,steps,outcome,loss,best,collapse,norm,norm_step,validation,seconds,machine,commit,tokens"
+    echo "run,depth,lr,steps,outcome,loss,best,collapse,norm,norm_step,validation,seconds,machine,commit,tokens,ms,tokens_per_s,hfu"
     for dir in "${listed[@]}"; do
       local c=$dir/config.ini verdict
       verdict=$(judge "$dir/log.csv")
       [ "$(result "$dir" result)" = finished ] || verdict=diverged,${verdict#*,}
       echo "${dir##*/},$(option depth "$c"),$(option lr "$c"),$(option steps "$c"),$verdict,$(
         tail -n 1 "$dir/validation.csv" | awk -F, '$1 ~ /^[0-9]/ { printf "%.4f", $2 }'),$(
-        result "$dir" seconds),$(result "$dir" machine | tr ',' ';'),$(result "$dir" commit),$(tokens_of "$c")"
+        result "$dir" seconds),$(result "$dir" machine | tr ',' ';'),$(result "$dir" commit),$(tokens_of "$c"),$(pace "$dir/train.log")"
     done
   } | pack runs
   {
@@ -267,6 +293,14 @@ pack_runs() {
           print "" }' "$dir/diagnostics.csv"
     done
   } | pack diagnostics
+  local table
+  for table in $tables; do
+    for dir in "${listed[@]}"; do
+      [ ! -e "$dir/$table.csv" ] || awk -v run="${dir##*/}" '
+        /^#/ { next }
+        { print (named++ ? run : "run") "," $0 }' "$dir/$table.csv"
+    done | awk 'NR == 1 || !/^run,/' | pack "$table"
+  done
   keep_files "${listed[@]}"
 }
 
@@ -306,7 +340,6 @@ main() {
   done
   if [ -z "${REDRAW:-}" ] && anything_to_do; then
     [ -x "$program" ] || die "$program is missing: make"
-    measure_speed
     announce
     for one in "${listed[@]}"; do do_run "$one"; done
   fi

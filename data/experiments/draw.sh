@@ -83,8 +83,13 @@ results_table() {
       printf "| %s | %d | %d | %s | %s | %s | %s |\n", g, n[g], trained[g], steps[g] == "" ? "-" : steps[g],
         shown(g, 1), shown(g, 2), shown(g, 3) } }'
   echo
-  unpacked runs | awk -F, 'NR > 1 { s += $12; on[$13] = 1; of[$14] = 1; n++ }
-    END { printf "%d runs, %.0f s in all, on", n, s
+  made_by
+}
+
+# Where, in what time and by which commit the runs were made. (Runs from before the driver have no time.)
+made_by() {
+  unpacked runs | awk -F, 'NR > 1 { s += $12; if ($12 == "") untimed = 1; on[$13] = 1; of[$14] = 1; n++ }
+    END { printf "%d runs, %son", n, untimed ? "" : sprintf("%.0f s in all, ", s)
       for (m in on) printf " %s", m
       printf "; commit"
       for (c in of) printf " %s", c
@@ -101,7 +106,15 @@ event() {
     $1 == run && $2 >= c - 10 && $2 <= c + 25 && $4 > most { most = $4; at = $2 } END { print at }'
 }
 
-# The report of a spike that run $1 left, for the notes.
+# The losses of run $1 as means of 50 steps, to be held against another implementation's.
+trajectory() {
+  unpacked losses | awk -F, -v run="$1" '
+    $1 == run { sum += $3; n++
+      if ($2 % 50 == 0) { head = head " " $2 " |"; line = line "---|"; row = row sprintf(" %.3f |", sum / n); sum = n = 0 } }
+    END { if (head != "") printf "| %s: mean of the 50 steps to |%s\n|---|%s\n| loss |%s\n\n", run, head, line, row }'
+}
+
+# The report of a spike that run $1 left, for the notes, after a line that counts which gradients lead.
 spike_report() {
   local file=$csv/${experiment}_$1_spike.txt
   [ -e "$file" ] || { echo "The run $1 left no report of a spike."; echo; return 0; }
@@ -110,6 +123,13 @@ spike_report() {
   echo '```'
   head -n 24 "$file"
   echo '```'
+  echo
+  awk '/^Largest gradients/ { on = 1; next }
+    on && !NF { exit }
+    on { sub(/^blocks\.[0-9]+\./, "", $1); if (!n[$1]++) name[++k] = $1 }
+    END { printf "Of the largest gradients above:"
+      for (i = 1; i <= k; i++) printf "%s %d of %s", (i > 1 ? "," : ""), n[name[i]], name[i]
+      print "." }' "$file"
   echo
 }
 
@@ -186,6 +206,11 @@ label() {
     rezero) echo "ReZero" ;;
     deepnorm) echo "DeepNorm" ;;
     mvsplit) echo "MV-Split" ;;
+    mvsplit-noleak) echo "MV-Split, no leaky term" ;;
+    mvsplit-global) echo "MV-Split, one mean of all tokens" ;;
+    mvsplit-attention) echo "MV-Split on attention only" ;;
+    mvsplit-ffn) echo "MV-Split on the FFN only" ;;
+    mvsplit-nobias) echo "MV-Split, no bias in the patch embedding" ;;
     mvsplit-*) echo "MV-Split, ${1#mvsplit-}" ;;
     *) echo "$1" ;;
   esac

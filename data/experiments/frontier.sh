@@ -5,7 +5,7 @@ columns=""
 
 merges="postnorm layerscale rezero mvsplit"
 depths="50 100 200 400 1000"
-rates="1.25e-4 2.5e-4 5e-4 1e-3 2e-3 4e-3 8e-3"
+rates="2.5e-4 5e-4 1e-3 2e-3 4e-3 8e-3"
 [ "$SCALE" != tiny ] || { depths="4 8" rates="1e-3 1e-2 1e-1"; }
 
 runs() {
@@ -18,7 +18,7 @@ runs() {
         set -- "residual=$merge"
         if [ "$merge" = layerscale ]; then set -- "$@" lambda=1e-2; fi
         if [ "$merge-$depth" = mvsplit-1000 ]; then set -- "$@" beta=0.03; fi
-        run "${merge}_${depth}_$lr" "$@" "depth=$depth" "lr=$lr" steps=300 warmup=100 save-every=0 \
+        run "${merge}_${depth}_$lr" "$@" "depth=$depth" "lr=$lr" steps=200 warmup=60 save-every=0 \
           save=weights columns=1
       done
     done
@@ -26,8 +26,35 @@ runs() {
 }
 
 draw() {
+  best_table
   edge_table
   map
+}
+
+# What each merge reaches at its own best rate: a line a depth, the lowest loss in bold.
+best_table() {
+  local merge head="" line=""
+  for merge in $merges; do head+=" $(label "$merge") |" line+="---|"; done
+  echo "| layers |$head"
+  echo "|---|$line"
+  unpacked runs | awk -F, -v merges="$merges" -v depths="$depths" '
+    NR > 1 && $5 == "trained" { split($1, part, "_"); key = part[1] "_" part[2]
+      if (!(key in loss) || $6 + 0 < loss[key]) { loss[key] = $6 + 0; rate[key] = part[3] } }
+    END {
+      m = split(merges, merge, " "); d = split(depths, depth, " ")
+      for (j = 1; j <= d; j++) {
+        best = ""
+        for (i = 1; i <= m; i++) {
+          key = merge[i] "_" depth[j]
+          if (key in loss && (best == "" || loss[key] < loss[best])) best = key }
+        printf "| %d |", depth[j]
+        for (i = 1; i <= m; i++) {
+          key = merge[i] "_" depth[j]; mark = key == best ? "**" : ""
+          if (key in loss) printf " %s%.3f%s at %s |", mark, loss[key], mark, rate[key]
+          else printf " none trains |" }
+        print "" } }'
+  echo
+  made_by
 }
 
 # A line for each merge and depth: the largest rate that trained, the best one and its loss,

@@ -5,6 +5,10 @@ runs() { :; }
 
 draw() {
   local at tokens
+  if [ ! -e "$csv/scream_diagnostics.csv.gz" ]; then
+    echo "law is drawn from the runs of scream: make experiment NAME=scream"
+    return
+  fi
   at=$(event postnorm scream)
   tokens=$(unpacked runs scream | awk -F, 'NR == 2 { print $15 }')
   if [ -z "$at" ]; then

@@ -5,11 +5,11 @@ columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_tcs att
 spikes="mvsplit-attention_1 mvsplit-ffn_1"
 
 runs() {
-  local seed seeds="1 2"
-  if [ "$SCALE" = tiny ]; then seeds=1; fi
+  local seed seeds="1 2" steps=900  # as long as scream
+  if [ "$SCALE" = tiny ]; then seeds=1 steps=120; fi
   for seed in $seeds; do
     for branch in attention ffn; do
-      run "mvsplit-${branch}_$seed" "residual=mvsplit-$branch" "seed=$seed" diagnose-every=5 \
+      run "mvsplit-${branch}_$seed" "residual=mvsplit-$branch" "seed=$seed" "steps=$steps" diagnose-every=5 \
         diagnose-layers="$(layers 9)"
     done
   done

@@ -12,6 +12,7 @@ runs() {
 draw() {
   results_table
   draw_losses pictures_loss "400 layers, MV-Split"
-  echo "![samples]($figures/pictures_mvsplit.png) ![samples of a collapsed network]($figures/scream_postnorm.png)"
+  echo "![samples]($figures/pictures_mvsplit.png)"
+  if [ -e "$figures/scream_postnorm.png" ]; then echo "![samples of a collapsed network]($figures/scream_postnorm.png)"; fi
   echo
 }

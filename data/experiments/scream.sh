@@ -6,14 +6,18 @@ columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_amplifi
 bin=1 spikes=postnorm pictures=postnorm
 
 runs() {
-  local window=480
+  local window=480 steps
+  steps=$(option steps)
   case ${base##*/} in small.ini) window=200 ;; tiny.ini) window=80 ;; esac
-  run postnorm residual=postnorm diagnose-every=10 diagnose-layers="$(layers 17)" window=$window
+  # The reference collapses near step 570. Room for an event that comes 1.5 times earlier or later.
+  if [ "$SCALE" = full ]; then window=380 steps=900; fi
+  run postnorm residual=postnorm "steps=$steps" diagnose-every=10 diagnose-layers="$(layers 17)" window=$window
 }
 
 draw() {
   local at
   results_table
+  trajectory postnorm
   unpack postnorm
   diagnostics "$work/postnorm" scream
   at=$(event postnorm)
@@ -33,8 +37,8 @@ draw() {
 rise_and_fall() {
   echo "The event is at step $1 (largest gradient norm near the collapse)."
   echo
-  echo "| | before | at or after | factor |"
-  echo "|---|---|---|---|"
+  echo "| | before | at or after | factor | orders of magnitude |"
+  echo "|---|---|---|---|---|"
   unpacked diagnostics | awk -F, -v at="$1" "$statistics"'
     NR == 1 {
       for (i = 4; i <= NF; i++) name[i] = $i
@@ -54,12 +58,13 @@ rise_and_fall() {
         series[i, ++m[i]] = s } }
     END { flush()
       for (i = 4; i <= columns; i++) {
-        if (name[i] !~ /_g_|grad|rho|tcs/ || !b[i]) continue
+        if (name[i] ~ /amplification|khat/ || !b[i]) continue
         for (j = 1; j <= b[i]; j++) a[j] = before[i, j]
         x = quantile(a, b[i], 0.5)
         last = m[i] < 20 ? m[i] : 20
         for (j = 1; j <= last; j++) c[j] = series[i, m[i] - last + j]
         y = name[i] ~ /_g_/ ? peak[i] : quantile(c, last, 0.5)
-        printf "| %s | %.3g | %.3g | %.3g |\n", name[i], x, y, x ? y / x : 0 } }'
+        printf "| %s | %.3g | %.3g | %.3g | %s |\n", name[i], x, y, x ? y / x : 0,
+          (x > 0 && y > 0 ? sprintf("%+.1f", log(y / x) / log(10)) : "-") } }'
   echo
 }

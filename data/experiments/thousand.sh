@@ -12,9 +12,19 @@ runs() {
 
 draw() {
   results_table
+  largest_norm
   draw_losses thousand_loss "1000 layers, MV-Split"
   draw_modes thousand_modes "Gradients of the writers: median and quartiles over depth" mvsplit
   echo "![samples of 1000 layers]($figures/thousand_mvsplit.png)"
   echo
   spike_report mvsplit
+}
+
+# How far the gradient's norm ever was above its usual size.
+largest_norm() {
+  unpacked losses | awk -F, -v warmup="$(option warmup)" "$statistics"'
+    $2 > warmup { a[++n] = $4 + 0; if ($4 + 0 > most) { most = $4 + 0; at = $2 } }
+    END { m = quantile(a, n, 0.5)
+      printf "Largest gradient norm after the warm-up: %.3g, in the steps to %d, %.2g times the median %.3g (of the largest of 5 steps each).\n\n",
+        most, at, most / m, m }'
 }

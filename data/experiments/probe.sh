@@ -1,0 +1,84 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# probe (App. H): how well the time can be read off the states of a trained network, over depth. The
+# patch embedding has the paper's bias, but for one run: what tells a patch's magnitude is
+# lost without it. Post-Norm has a rate that it is far from collapsing at.
+tables=probe
+
+runs() {
+  local lr=2.5e-4
+  if [ "$SCALE" = tiny ]; then lr=5e-3; fi
+  run postnorm residual=postnorm "lr=$lr" no-patch-bias=false keep=weights
+  run layerscale residual=layerscale lambda=1e-2 no-patch-bias=false keep=weights
+  run mvsplit no-patch-bias=false keep=weights
+  run mvsplit-nobias keep=weights
+}
+
+# At nine depths, from the first block's input to the trunk's output.
+after() {
+  local depth images=4096
+  depth=$(option depth "$1/config.ini")
+  if [ "$SCALE" = tiny ]; then images=512; fi
+  "$program" probe --weights "$1/weights.safetensors" --layers "$(layers 9 $((depth + 1)))" \
+    --images $images --out "$1/probe.csv"
+}
+
+draw() {
+  results_table
+  echo "R^2 of t on held-out images. Layer 0 is the input of the first block, the last one the output of the trunk;"
+  echo "shuffled: with t permuted, the largest of the three. z: five scalars of the noisy image itself."
+  echo
+  echo "| run | layer | image mean | image rms | text mean | shuffled |"
+  echo "|---|---|---|---|---|---|"
+  unpacked probe | awk -F, '
+    NR == 1 { next }
+    $1 "," $2 != now { flush(); now = $1 "," $2; most = $5; split("", r) }
+    { r[$3] = $4; if ($5 > most) most = $5 }
+    function flush(  id) {
+      if (now == "") return
+      split(now, id, ",")
+      if ("scalars" in r) printf "| %s | z | %.3f (scalars) | | | %.3f |\n", id[1], r["scalars"], most
+      else printf "| %s | %s | %.3f | %.3f | %.3f | %.3f |\n", id[1], id[2], r["image_mean"], r["image_rms"],
+        r["text_mean"], most }
+    END { flush() }'
+  echo
+  depth_panels
+}
+
+# probe.png: a panel a run, R^2 over depth.
+depth_panels() {
+  local one panels="" runs
+  runs=$(unpacked runs | awk -F, 'NR > 1 { print $1 }')
+  for one in $runs; do
+    unpacked probe | awk -F, -v run="$one" -v work="$work" '
+      $1 != run { next }
+      $2 == "z" { scalars = $4; next }
+      { print $2, $4, $5 >(work "/" run "." $3); last = $2 }
+      END { printf "0 %s\n%s %s\n", scalars, last, scalars >(work "/" run ".scalars") }'
+    panels+="set title '$(label "$one")'
+plot '$work/$one.image_mean' with linespoints ls 4 pt 7 ps 0.8 title 'image mean', \\
+     '$work/$one.image_rms' with linespoints ls 3 pt 5 ps 0.8 title 'image rms', \\
+     '$work/$one.text_mean' with linespoints ls 2 pt 9 ps 0.9 title 'text mean', \\
+     '$work/$one.scalars' with lines lw 1.5 dt 2 lc rgb '#505050' title 'scalars of the image', \\
+     '$work/$one.image_mean' using 1:3 with linespoints ls 6 pt 7 ps 0.5 title 'shuffled times', \\
+     '$work/$one.image_rms' using 1:3 with linespoints ls 6 pt 5 ps 0.5 notitle, \\
+     '$work/$one.text_mean' using 1:3 with linespoints ls 6 pt 9 ps 0.5 notitle
+unset key
+"
+  done
+  gnuplot <<G
+$style
+set terminal pngcairo size 1200,820 font "sans,11" noenhanced
+set output "$figures/probe.png"
+set datafile separator whitespace
+set xlabel "layer"
+set ylabel "R² of the time"
+set encoding utf8
+set yrange [-0.15:1.05]
+set multiplot layout 2,2 title "The time read off token states by ridge regression" font ",13"
+set key center right samplen 1.5
+$panels
+unset multiplot
+G
+  echo "![probe]($figures/probe.png)"
+  echo
+}
