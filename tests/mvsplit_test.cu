@@ -99,7 +99,7 @@ MergeOp merge_op(Device& device, Merge merge, Shape shape, bool passes = false) 
   Tensor dgate = Tensor::of<A>(device, means), Y = op.output, G = op.cotangent;
   MergeSaved<A> saved{r.data<A>(), op.xbar.data<A>(), op.fbar.data<A>()};
   MergeScratch<A> scratch{h.data<A>(), op.dbar.data<A>(), dgate.data<A>()};
-  op.kept = {r, op.xbar, op.fbar, op.dbar, dgate};
+  op.kept = {r, op.xbar, op.fbar, op.dbar, dgate, h};
   Device* d = &device;
   Tensor dX = op.inputs[0].gradient, dF = op.inputs[1].gradient;
   auto forward = [=](bool again) {
@@ -168,7 +168,7 @@ TEST(Merge, OneKernelDoesWhatThePassesDo) {
       wrong.inputs[0].value.set(X);
       for (MergeOp* op : {&one, &passes, &wrong}) op->forward(), op->backward();
       double rejected = 0;
-      for (size_t i = 0; i < one.kept.size(); ++i) {
+      for (size_t i = 0; i + 1 < one.kept.size(); ++i) {  // all but h: 4.1 does not store it
         std::vector<double> expected = passes.kept[i].get();
         EXPECT_LE(relative_difference(one.kept[i].get(), expected), 1e-5) << "array " << i;
         rejected = std::max(rejected, relative_difference(wrong.kept[i].get(), expected));
