@@ -1310,7 +1310,8 @@ class Run {
     return false;
   }
 
-  // Write a report if there was a spike: five of a run, at least a hundred steps apart.
+  // Write a report if there was a spike: ten of a process, at least 25 steps apart. (A collapse can
+  // follow a first spike within 50 steps.)
   void report_spike() {
     std::optional<Spike> spike = trainer_.spike();
     if (!spike) return;
@@ -1320,7 +1321,7 @@ class Run {
     file.commit();
     std::printf("step %6zu  norm %.3g, %.3g times its median: %s\n", size_t(spike->step),
                 spike->norm, spike->norm / spike->median, path.c_str());
-    trainer_.watch_spikes_from(++reports_ < 5 ? spike->step + spike_window : ~uint64_t(0));
+    trainer_.watch_spikes_from(++reports_ < 10 ? spike->step + 25 : ~uint64_t(0));
   }
 
   double validate() {
