@@ -1199,7 +1199,6 @@ class Run {
     std::vector<float>().swap(data_.pixels);  // the device has them
     if (o_.resume && std::filesystem::exists(o_.out + "/state.safetensors")) {
       resume_run(trainer_);
-      saved_ = trainer_.step;
       std::printf("resumed %s after step %zu\n", o_.out.c_str(), size_t(trainer_.step));
     }
     logged_ = first_ = trainer_.step;

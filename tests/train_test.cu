@@ -1999,6 +1999,17 @@ TEST_F(CommandTest, AKillWhileSavingLosesNothing) {
   }
 }
 
+// Killed between the state and the weights, at the last step too.
+TEST_F(CommandTest, AFinishedRunWritesTheWeightsThatItLacks) {
+  const std::string flags = "--ema 0.9 --out " + at("done");
+  ASSERT_EQ(run("train", train_, flags).status, 0);
+  auto before = files();
+  fs::remove(at("done/ema.safetensors"));
+  std::ofstream(at("done/weights.safetensors")) << "stale";
+  ASSERT_EQ(run("train", train_, flags + " --resume").status, 0);
+  EXPECT_TRUE(files() == before);
+}
+
 TEST_F(CommandTest, SamplesAreTheSameForTheSameSeed) {
   auto samples = [&](const std::string& changes) {
     EXPECT_EQ(run("sample", sample_, changes).status, 0);
