@@ -1135,6 +1135,33 @@ void resume_run(Trainer<T, G>& t) {
   t.set_step(step == "0" ? 0 : positive_integer(step, path + ": metadata step"));
 }
 
+// The files in a folder that a run which begins there would write over, or add to as its own.
+inline std::vector<std::string> logs_in(const std::string& folder) {
+  std::vector<std::string> logs;
+  if (!std::filesystem::is_directory(folder)) return logs;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    std::string name = entry.path().filename(), extension = entry.path().extension();
+    bool numbered = name.rfind("spike_", 0) == 0 || name.rfind("samples_", 0) == 0;
+    if (name == "log.csv" || name == "validation.csv" || name == "diagnostics.csv" ||
+        (numbered && (extension == ".txt" || extension == ".png")))
+      logs.push_back(entry.path());
+  }
+  std::sort(logs.begin(), logs.end());
+  return logs;
+}
+
+// Rename them all to NAME.1, or to the first number that is free for each of them.
+inline void set_aside(const std::vector<std::string>& logs) {
+  size_t number = 1;
+  auto aside = [&](const std::string& log) { return log + "." + std::to_string(number); };
+  auto taken = [&](const std::string& log) { return std::filesystem::exists(aside(log)); };
+  while (std::any_of(logs.begin(), logs.end(), taken)) ++number;
+  for (const std::string& log : logs) {
+    std::filesystem::rename(log, aside(log));
+    std::printf("%s, of a run without a state, is %s now\n", log.c_str(), aside(log).c_str());
+  }
+}
+
 // ---------------------------------------------------------------------------------------------
 // 6. The run
 
@@ -1200,6 +1227,8 @@ class Run {
     if (o_.resume && std::filesystem::exists(o_.out + "/state.safetensors")) {
       resume_run(trainer_);
       std::printf("resumed %s after step %zu\n", o_.out.c_str(), size_t(trainer_.step));
+    } else {
+      set_aside(logs_in(o_.out));
     }
     logged_ = first_ = trainer_.step;
     log_ = std::make_unique<CsvLog>(o_.out + "/log.csv", "step,loss,gradient_norm,lr", logged_);
@@ -1430,6 +1459,11 @@ int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size
   for (const char* name : {"weights.safetensors", "ema.safetensors", "samples.png"})
     if (!state && there(name))
       fail("%s/%s exists, but no state to go on from: choose another --out", o.out.c_str(), name);
+  if (!state && !o.resume && !logs_in(o.out).empty())
+    fail(
+        "%s holds logs, but no state to go on from: choose another --out, or keep them under "
+        "other names and begin anew with --resume",
+        o.out.c_str());
   std::error_code error;
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());

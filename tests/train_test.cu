@@ -2010,6 +2010,31 @@ TEST_F(CommandTest, AFinishedRunWritesTheWeightsThatItLacks) {
   EXPECT_TRUE(files() == before);
 }
 
+// Nothing to go on from, as after a kill before the first save: what was logged is not lost.
+TEST_F(CommandTest, ARunWithoutAStateKeepsTheLogsThatWereThere) {
+  const std::string flags = "--diagnose-every 1 --out " + at("begun");
+  ASSERT_EQ(run("train", train_, flags).status, 0);
+  auto fresh = files();
+  const std::string logs[] = {"log.csv", "validation.csv", "diagnostics.csv", "spike_000002.txt"};
+  auto begin_again = [&] {
+    for (const char* name : {"state.safetensors", "weights.safetensors", "samples.png"})
+      fs::remove(at("begun/") + name);
+    for (const std::string& name : logs) std::ofstream(at("begun/") + name) << "old " << name;
+  };
+  for (const char* number : {".1", ".2"}) {
+    begin_again();
+    auto before = files();
+    expect_refused(run("train", train_, flags), at("begun") + " holds logs, but no state");
+    EXPECT_TRUE(files() == before);
+    EXPECT_EQ(run("train", train_, flags + " --resume").status, 0);
+    for (const std::string& name : logs) {
+      EXPECT_EQ(read_text(at("begun/") + name + number), "old " + name);
+      fresh[at("begun/") + name + number] = "old " + name;
+    }
+    EXPECT_TRUE(files() == fresh);
+  }
+}
+
 TEST_F(CommandTest, SamplesAreTheSameForTheSameSeed) {
   auto samples = [&](const std::string& changes) {
     EXPECT_EQ(run("sample", sample_, changes).status, 0);
