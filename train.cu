@@ -1403,6 +1403,7 @@ inline void check_options(const TrainOptions& o) {
        "--batch and --accumulate must be at least 1"},
       {o.log_every >= 1 && o.log_every <= records - spike_window,
        "--log-every must be from 1 to 924"},
+      {!o.out.empty(), "--out must name a folder"},
       {o.dropout >= 0 && o.dropout <= 1, "--dropout must be a probability, from 0 to 1"},
       {o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1"},
       {o.memory >= 0 && std::isfinite(o.memory), "--memory must be at least 0"},
@@ -2387,7 +2388,11 @@ inline int command(int argc, const char* const* argv) {
   } catch (const Error& e) {
     std::fprintf(stderr, "mvsplit: %s\n", e.what());
     return 2;
-  } catch (const std::exception& e) {  // memory, or the file system, at a moment not foreseen
+  } catch (const std::filesystem::filesystem_error& e) {
+    std::fprintf(stderr, "mvsplit: cannot use %s: %s\n", e.path1().c_str(),
+                 e.code().message().c_str());
+    return 2;
+  } catch (const std::exception& e) {  // memory
     std::fprintf(stderr, "mvsplit: %s\n", e.what());
     return 1;
   }

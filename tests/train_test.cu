@@ -1494,20 +1494,24 @@ struct Outcome {
   std::string out, err;
 };
 
-// The words of `mvsplit subcommand`; `changes` replace the flags of the same name.
+// The words of `mvsplit subcommand`; `changes` replace the flags of the same name. --flag= is one
+// whose value is empty.
 std::vector<std::string> arguments(const char* subcommand, const std::string& flags,
                                    const std::string& changes) {
   std::map<std::string, std::string> values;
   std::string name, word;
   for (std::istringstream in(flags + " " + changes); in >> word;)
-    if (word.rfind("--", 0) == 0)
+    if (word.rfind("--", 0) == 0 && word.back() == '=')
+      values.erase(word.substr(0, word.size() - 1)), values[word] = "";
+    else if (word.rfind("--", 0) == 0)
       values[name = word] = "";
     else
       values[name] = word;
   std::vector<std::string> words = {"mvsplit", subcommand};
   for (const auto& [flag, value] : values) {
     words.push_back(flag);
-    if (!value.empty()) words.push_back(value);
+    if (flag.back() == '=') words.back().pop_back();
+    if (!value.empty() || flag.back() == '=') words.push_back(value);
   }
   return words;
 }
@@ -1642,6 +1646,9 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--data " + weights, "cut.safetensors: truncated"},
       {"train", "--data " + at("nan.safetensors"), "nan.safetensors: latents[15, 0, 5, 0] is nan"},
       {"train", "--out " + at("data.safetensors/run"), "cannot create " + at("data.safetensors")},
+      {"train", "--out=", "--out must name a folder"},
+      {"train", "--out " + std::string(300, 'x'), "cannot use xxx"},
+      {"train", "--resume --out " + std::string(300, 'x'), "x/state.safetensors: File name too"},
       {"train", "--resume --out " + at("torn"), "torn/state.safetensors: truncated"},
       {"train", "--resume --depth 5", "was made with depth = 4, this run has 5"},
       {"train", "--resume --residual postnorm", "made with residual = mvsplit"},
