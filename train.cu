@@ -1049,6 +1049,12 @@ class Trainer {
 // averaged one. state.safetensors is all that a run needs to go on: master weights (lean: the
 // weights and the rests), moments, average, step.
 
+// As --precision has it.
+template <class T>
+constexpr const char* precision_name = std::is_same_v<T, double>  ? "fp64"
+                                       : std::is_same_v<T, float> ? "fp32"
+                                                                  : "bf16";
+
 // What must be the same for a resumed run to be the same run. The optimiser's settings are not
 // among them: a run may go on at another learning rate, but its bits are then not those of an
 // unbroken one.
@@ -1057,7 +1063,7 @@ Metadata describe_state(const Trainer<T, G>& t) {
   Metadata m = describe(t.o.model, t.o.time_shift);
   m["batch"] = std::to_string(t.o.batch), m["accumulate"] = std::to_string(t.o.accumulate);
   m["seed"] = std::to_string(t.o.seed), m["data_hash"] = std::to_string(t.data_hash);
-  m["precision"] = dtype_name<T>(), m["state"] = t.lean ? "lean" : "fp32";
+  m["precision"] = precision_name<T>, m["state"] = t.lean ? "lean" : "fp32";
   m["dropout"] = exact(t.o.dropout), m["ema"] = exact(t.o.ema);
   std::string& fixed = m["fix"];
   for (const std::string& gate : t.o.model.fix) fixed += (fixed.empty() ? "" : ",") + gate;
@@ -1065,11 +1071,20 @@ Metadata describe_state(const Trainer<T, G>& t) {
   return m;
 }
 
-// What a state says of itself. (The first ones did not say all: there was only one choice.)
-inline std::string described(const SafetensorsReader& file, const std::string& key) {
+// What a state says of itself.
+inline std::string described(const SafetensorsReader& file, const std::string& path,
+                             const std::string& key) {
   auto at = file.metadata().find(key);
-  if (at != file.metadata().end()) return at->second;
-  return key == "state" ? "fp32" : key == "means" ? "segment" : "nothing";
+  if (at == file.metadata().end()) fail("%s: metadata '%s' is missing", path.c_str(), key.c_str());
+  return at->second;
+}
+
+inline void require_described(const SafetensorsReader& file, const std::string& path,
+                              const std::string& key, const std::string& value) {
+  std::string found = described(file, path, key);
+  if (found != value)
+    fail("%s was made with %s = %s, this run has %s: resume with the same, or choose another --out",
+         path.c_str(), key.c_str(), found.c_str(), value.c_str());
 }
 
 inline Metadata describe_optimizer(const Optimizer& o) {
@@ -1115,22 +1130,13 @@ template <class T, class G>
 void resume_run(Trainer<T, G>& t) {
   std::string path = t.o.out + "/state.safetensors";
   SafetensorsReader file(path);
-  for (const auto& [key, value] : describe_state(t)) {
-    std::string found = described(file, key);
-    if (found != value)
-      fail(
-          "%s was made with %s = %s, this run has %s: resume with the same, or choose another "
-          "--out",
-          path.c_str(), key.c_str(), found.c_str(), value.c_str());
-  }
+  for (const auto& [key, value] : describe_state(t)) require_described(file, path, key, value);
   for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) {
-    auto at = file.metadata().find(key);
-    if (at != file.metadata().end() && at->second != value)
-      std::printf("note: %s was %s and goes on as %s\n", key.c_str(), at->second.c_str(),
-                  value.c_str());
+    std::string was = described(file, path, key);
+    if (was != value)
+      std::printf("note: %s was %s and goes on as %s\n", key.c_str(), was.c_str(), value.c_str());
   }
-  if (!file.metadata().count("step")) fail("%s: metadata 'step' is missing", path.c_str());
-  std::string step = file.metadata().at("step");
+  std::string step = described(file, path, "step");
   with_state(t, [&](auto... slabs) { load_tensors(file, path, t.device, t.net.table, slabs...); });
   t.set_step(step == "0" ? 0 : positive_integer(step, path + ": metadata step"));
 }
@@ -1445,8 +1451,11 @@ int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size
   double limit = memory_limit(device);
   if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
   std::string saved = o.out + "/state.safetensors";
-  if (o.resume && o.state == "auto" && std::filesystem::exists(saved))
-    o.state = described(SafetensorsReader(saved), "state");
+  if (o.resume && std::filesystem::exists(saved)) {
+    SafetensorsReader file(saved);
+    require_described(file, saved, "precision", precision_name<T>);
+    if (o.state == "auto") o.state = described(file, saved, "state");
+  }
   Choice choice = choose<T>(o, table, sizes, device.gpu, limit, true);
   o.recompute = choice.recompute;
   print_plan<T>(o, table, sizes, device.gpu, choice);

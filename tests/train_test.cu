@@ -1662,8 +1662,8 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--fix beta,gamma", "fix 'gamma': residual mvsplit has no such gate"},
       {"train", "--lambda nan", "must be finite"},
       {"train", "--resume --ema 0.9", "was made with ema = 0"},
-      {"train", "--resume --precision fp64", "was made with precision = F32"},
-      {"train", "--resume --precision bf16", "was made with precision = F32"},
+      {"train", "--resume --precision fp64", "was made with precision = fp32"},
+      {"train", "--resume --precision bf16", "was made with precision = fp32"},
       {"train", "--state lean", "--state lean is for --precision bf16 alone"},
       {"train", "--state tiny", "--state"},
       {"train", "--save nothing", "--save"},
@@ -1917,6 +1917,8 @@ TEST_F(CommandTest, AResumedRunKeepsItsState) {
     const char* other = state == std::string("lean") ? "fp32" : "lean";
     expect_refused(run("train", train_, flags + " --resume --steps 4 --state " + other),
                    std::string("was made with state = ") + state);
+    expect_refused(run("train", train_, flags + " --resume --precision fp32"),
+                   "was made with precision = bf16, this run has fp32: resume with the same");
     expect_refused(run("train", train_, flags + " --resume --steps 4 --save weights"),
                    "resume with --save all");
     fs::remove_all(at("kept"));
