@@ -1237,13 +1237,13 @@ class Run {
       set_aside(logs_in(o_.out));
     }
     logged_ = first_ = trainer_.step;
-    log_ = std::make_unique<CsvLog>(o_.out + "/log.csv", "step,loss,gradient_norm,lr", logged_);
-    validation_ = std::make_unique<CsvLog>(o_.out + "/validation.csv", "step,loss", logged_);
-    if (o_.diagnose_every) {
+    if (o_.diagnose_every) {  // first: it may refuse, before anything is written
       const Diagnostics<T>& d = trainer_.diagnostics;  // nothing is measured yet: for the names
       std::string header = diagnostics_header(d.read(device)[0], o_.model, d.samples);
       diagnostics_ = std::make_unique<CsvLog>(o_.out + "/diagnostics.csv", header, logged_, 2);
     }
+    log_ = std::make_unique<CsvLog>(o_.out + "/log.csv", "step,loss,gradient_norm,lr", logged_);
+    validation_ = std::make_unique<CsvLog>(o_.out + "/validation.csv", "step,loss", logged_);
   }
 
   int go() {

@@ -1786,6 +1786,12 @@ TEST_F(CommandTest, DiagnosticsAreARowAStepAndLayer) {
   }
   EXPECT_EQ(columns, 29u);
   EXPECT_EQ(steps, "2,1,2,3,4,1,4,3,");
+  auto before = files();
+  expect_refused(
+      run("train", train_,
+          "--resume --steps 6 --diagnose-every 1 --diagnose-samples 3 --out " + at("diagnosed")),
+      "diagnostics.csv describes other rows than this run's");
+  EXPECT_TRUE(files() == before);
 }
 
 TEST_F(CommandTest, ASpikeLeavesAReportAndACalmRunNone) {
