@@ -2412,8 +2412,8 @@ int main(int argc, char** argv) {
   // OpenMP threads that spin while they wait take the processor from each other on a busy machine
   // (up to nine times slower was seen). libgomp reads its policy when it is loaded: set it, and
   // start again.
-  if (setenv("OMP_WAIT_POLICY", "passive", 0) == 0 && !std::getenv("MVSPLIT_STARTED")) {
-    setenv("MVSPLIT_STARTED", "1", 1);
+  if (!std::getenv("OMP_WAIT_POLICY")) {
+    setenv("OMP_WAIT_POLICY", "passive", 1);
     execv("/proc/self/exe", argv);
   }
   return command(argc, argv);
