@@ -1500,9 +1500,11 @@ Plan network_plan(const Config& config, const Table& table, size_t batch, size_t
                   bool trains, bool gpu) {
   // Beyond any machine; below, no product of sizes overflows 64 bits.
   double D = double(config.width), rows = double(batch) * double(config.tokens());
-  double parameters_about = double(config.depth) * D * (4 * D + 3 * double(config.ffn));
-  if (parameters_about > 1e13 ||
-      rows * (double(config.heads * config.tokens()) + 20 * D + 6 * double(config.ffn)) > 1e14)
+  double parameters_about = D * (double(config.depth) * (4 * D + 3 * double(config.ffn)) +
+                                 2 * double(config.patch_dim()));
+  if (parameters_about > 1e13 || rows * (double(config.heads * config.tokens()) + 20 * D +
+                                         6 * double(config.ffn) + double(config.patch_dim())) >
+                                     1e14)
     fail("this model and batch are larger than any machine: check --depth, --width and --batch");
   Arrays<T> arrays;
   size_t span = trains ? span_length(config, recompute) : 1;

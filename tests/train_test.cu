@@ -1608,6 +1608,9 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--batch 0", "--batch"},
       {"train", "--batch four", "--batch = four"},
       {"train", "--batch 1000000 --width 4096", "the largest --batch that fits is"},
+      {"plan", "--depth 1 --patch 65536 --channels 4096", "larger than any machine"},
+      {"plan", "--depth 1 --patch 65536 --channels 4096 --batch 1000000 --width 8 --heads 1",
+       "larger than any machine"},
       {"train", "--accumulate 0", "--accumulate must be at least 1"},
       {"train", "--depth 0", "at least 1"},
       {"train", "--depth -1", "--depth: -1 is not a positive integer"},
@@ -1701,8 +1704,9 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
     textless.write(all_.pixels.data(), 64);
     textless.finish();
   }
+  const std::string huge = "--width 1048576 --height 65536 --image-width 65536 --memory 1";
   std::map<std::string, std::string> flags = {
-      {"train", train_}, {"sample", sample_}, {"probe", probe_}};
+      {"train", train_}, {"sample", sample_}, {"probe", probe_}, {"plan", huge}};
   auto before = files();
   for (const auto& row : rows) {
     expect_refused(run(row.subcommand, flags[row.subcommand], row.changes), row.words);
