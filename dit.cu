@@ -592,11 +592,11 @@ Matrix<T> head_square(T* a, Heads h) {
   return Matrix<T>(a, h.length).batch(h.heads * h.length * h.length, h.length * h.length);
 }
 
-// Y (B, T, D) from qkv (B, T, 3, H, hd). The probabilities P (B, H, T, T) are kept; the scores
-// (B, H, T, T) are scratch, in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by
-// sqrt(hd)) would be off by up to 0.016, and its probability by 1.6%.
-template <class T>
-void attention_forward(Device& device, T* Y, T* P, Acc<T>* scores, const T* qkv, Heads h) {
+// The probabilities P (B, H, T, T) from qkv (B, T, 3, H, hd). The scores (B, H, T, T) are scratch, in
+// Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd)) would be off by up
+// to 0.016, and its probability by 1.6%. P may be the same array.
+template <class T, class Probability>
+void attention_matrices(Device& device, Probability* P, Acc<T>* scores, const T* qkv, Heads h) {
   using A = Acc<T>;
   size_t n = h.length;
   gemm(device, head_square(scores, h), head_part(qkv, 0, h), head_part(qkv, 1, h).transpose(),
@@ -608,8 +608,16 @@ void attention_forward(Device& device, T* Y, T* P, Acc<T>* scores, const T* qkv,
     largest = team.max(largest);  // exp never overflows
     for (size_t j = team.rank; j < n; j += team.size) sum += s[j] = exp_(s[j] - largest);
     A scale = A(1) / team.sum(sum);
-    for (size_t j = team.rank; j < n; j += team.size) P[team.index * n + j] = T(scale * s[j]);
+    for (size_t j = team.rank; j < n; j += team.size)
+      P[team.index * n + j] = Probability(scale * s[j]);
   });
+}
+
+// Y (B, T, D) from qkv. P is kept, scores are scratch.
+template <class T>
+void attention_forward(Device& device, T* Y, T* P, Acc<T>* scores, const T* qkv, Heads h) {
+  size_t n = h.length;
+  attention_matrices(device, P, scores, qkv, h);
   gemm(device, head_slice(Y, h), head_square(P, h), head_part(qkv, 2, h),
        {n, h.dim, n, h.batch, h.heads});
 }
@@ -1843,24 +1851,6 @@ void initialise(const Device& device, const Table& table, A* slab, uint64_t seed
 // M finds from below: |M x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two parts,
 // c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A Z, the leakage (Prop. 1).
 
-// A (B, H, T, T), the attention matrices, in Acc<T>, from qkv (B, T, 3, H, hd).
-template <class T>
-void attention_matrices(Device& device, Acc<T>* matrices, const T* qkv, Heads h) {
-  using A = Acc<T>;
-  size_t n = h.length;
-  gemm(device, head_square(matrices, h), head_part(qkv, 0, h), head_part(qkv, 1, h).transpose(),
-       {n, n, h.dim, h.batch, h.heads}, A(1) / std::sqrt(A(h.dim)));
-  for_each_team(device, h.batch * h.heads * n, threads_for(n), [=] HD(Team team) {
-    A* a = matrices + team.index * n;
-    A largest = a[0], sum = 0;
-    for (size_t j = team.rank; j < n; j += team.size) largest = max_(largest, a[j]);
-    largest = team.max(largest);
-    for (size_t j = team.rank; j < n; j += team.size) sum += a[j] = exp_(a[j] - largest);
-    A scale = A(1) / team.sum(sum);
-    for (size_t j = team.rank; j < n; j += team.size) a[j] *= scale;
-  });
-}
-
 // out = P x for each x (n, D) of a batch: every column is centered.
 template <class A, class T>
 void center_columns(const Device& device, A* out, const T* x, size_t batch, size_t n, size_t D) {
@@ -2070,7 +2060,7 @@ class Diagnostics {
   void attention(Device& device, size_t slot, const BlockSaved<T>& s) {
     size_t n = config.tokens(), D = config.width, first = slot * samples * config.heads;
     Heads h{samples, n, config.heads, config.head_dim()};
-    attention_matrices(device, attention_, s.qkv, h);
+    attention_matrices(device, attention_, attention_, s.qkv, h);
     centered_norms(device, measured.norms + first, attention_, columns_, products_, vectors_,
                    samples * h.heads, n);
     matrix_energies(device, measured.attention + 2 * first, attention_, samples * h.heads, n, n);
