@@ -932,7 +932,7 @@ HD inline double gaussian(uint64_t seed, uint64_t stream, uint64_t index) {
 // Who draws from which stream. A tensor's initial values have one stream a tensor.
 namespace streams {
 constexpr uint64_t batch_index = 0, time = 1, noise = 2, dropout = 3;
-constexpr uint64_t validation_time = 4, validation_noise = 5, sampling_noise = 6, check = 7;
+constexpr uint64_t validation_noise = 5, sampling_noise = 6, check = 7;
 constexpr uint64_t probe_images = 8, probe_time = 9, probe_noise = 10, probe_shuffle = 11;
 constexpr uint64_t parameters = uint64_t(1) << 32;
 constexpr uint64_t gradient_rounding = uint64_t(2) << 32, moment_rounding = uint64_t(3) << 32;

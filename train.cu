@@ -1188,7 +1188,7 @@ inline std::string duration(double seconds) {
 
 // Dense bf16 matrix peak of the cards whose number we know, for the share that a run reaches.
 inline double peak_flops(const std::string& name) {
-  for (const char* hopper : {"H100", "H200", "GH200"})
+  for (const char* hopper : {"H100", "H200"})
     if (name.find(hopper) != std::string::npos) return 989e12;
   return name.find("A100") != std::string::npos ? 312e12 : 0;
 }
