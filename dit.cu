@@ -66,11 +66,10 @@ struct Config {
   bool projects_text() const { return text_dim != width; }
 
   const Residual& mode() const {
-    std::string known;
-    for (const Residual& r : residuals) {
+    for (const Residual& r : residuals)
       if (residual == r.name) return r;
-      known += std::string(known.empty() ? "" : ", ") + r.name;
-    }
+    std::string known;
+    for (const Residual& r : residuals) known += std::string(known.empty() ? "" : ", ") + r.name;
     fail("residual '%s' is not known: choose one of %s", residual.c_str(), known.c_str());
   }
   double lambda_init() const { return lambda.value_or(residual == "rezero" ? 0 : 1e-2); }

@@ -660,6 +660,15 @@ Choice way_to_run(TrainOptions o, bool lean, size_t recompute, const Table& tabl
   return {lean, recompute, plan.total(), step_flops(o)};
 }
 
+// Bytes of the network alone: what the length of spans changes.
+template <class T>
+size_t network_bytes(const TrainOptions& o, const Choice& way, const Table& table, bool on_gpu) {
+  auto plan = [&](auto kept) {
+    return network_plan<T, decltype(kept)>(o.model, table, o.batch, way.recompute, true, on_gpu);
+  };
+  return (way.lean ? plan(T{}) : plan(Acc<T>{})).total();
+}
+
 // The ways to run that the options leave open, best first. Of those with one state each takes less
 // memory than the one before it, and more work.
 template <class T>
@@ -677,8 +686,15 @@ std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes
   for (bool lean : {false, true}) {
     if (lean ? !can_be_lean || o.state == "fp32" : o.state == "lean") continue;
     std::vector<Choice> ways;
-    for (size_t length : lengths)
-      ways.push_back(way_to_run<T>(o, lean, length, table, data, on_gpu));
+    // The rest is the same for all lengths, of which there may be hundreds, and walks over the table.
+    Choice way = way_to_run<T>(o, lean, *lengths.begin(), table, data, on_gpu);
+    size_t rest = way.bytes - network_bytes<T>(o, way, table, on_gpu);
+    TrainOptions with = o;
+    for (size_t length : lengths) {
+      with.recompute = way.recompute = length;
+      way.bytes = rest + network_bytes<T>(o, way, table, on_gpu), way.flops = step_flops(with);
+      ways.push_back(way);
+    }
     std::sort(ways.begin(), ways.end(), [](const Choice& a, const Choice& b) {
       return std::pair(a.flops, a.bytes) < std::pair(b.flops, b.bytes);
     });
