@@ -335,6 +335,26 @@ inline Device::~Device() {
 #endif
 }
 
+// Bytes that the control group of `folder` (cgroup v2) may still take: its limit less what it has,
+// which does not count files that the kernel would drop. SIZE_MAX without a limit.
+inline size_t control_group_room(const std::string& folder) {
+  auto number = [&](const char* name, const char* format) {
+    size_t value = SIZE_MAX;
+    if (FILE* file = std::fopen((folder + "/" + name).c_str(), "r")) {
+      char line[128];
+      while (value == SIZE_MAX && std::fgets(line, sizeof line, file))
+        std::sscanf(line, format, &value);
+      std::fclose(file);
+    }
+    return value;
+  };
+  size_t limit = number("memory.max", "%zu"), used = number("memory.current", "%zu");
+  size_t files = number("memory.stat", "inactive_file %zu");
+  if (limit == SIZE_MAX || used == SIZE_MAX) return SIZE_MAX;
+  if (files != SIZE_MAX) used -= std::min(used, files);
+  return limit - std::min(limit, used);
+}
+
 inline size_t Device::available() const {
 #ifdef __CUDACC__
   if (gpu) {
@@ -350,7 +370,8 @@ inline size_t Device::available() const {
       if (std::sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
     std::fclose(file);
   }
-  return kib ? kib * 1024 : size_t(sysconf(_SC_AVPHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+  size_t all = kib ? kib * 1024 : size_t(sysconf(_SC_AVPHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+  return std::min(all, control_group_room("/sys/fs/cgroup"));
 }
 
 inline size_t Device::in_use() const {

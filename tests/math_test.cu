@@ -7,6 +7,8 @@
 #include "../math.h"
 #include "check.h"
 
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <limits>
 #include <random>
@@ -250,6 +252,26 @@ TEST(Slab, TooMuchIsAnError) {
   EXPECT_EQ(error_of([&] { Slab(device, size_t(1) << 55); }),
             "36028797.02 GB of memory could not be taken on CPU");
   EXPECT_EQ(device.allocated, 0u);
+}
+
+TEST(Device, KnowsWhatItsControlGroupMayStillTake) {
+  namespace fs = std::filesystem;
+  std::string folder = testing::TempDir() + "/math_test.XXXXXX";
+  ASSERT_TRUE(mkdtemp(folder.data()));
+  auto put = [&](const char* name, const char* text) {
+    std::ofstream(folder + "/" + name) << text;
+  };
+  EXPECT_EQ(control_group_room(folder), SIZE_MAX) << "none";
+  put("memory.max", "max\n"), put("memory.current", "700\n");
+  EXPECT_EQ(control_group_room(folder), SIZE_MAX) << "no limit";
+  put("memory.max", "1000\n");
+  EXPECT_EQ(control_group_room(folder), 300u);
+  put("memory.stat", "anon 1\nactive_file 80\ninactive_file 50\nslab 7\n");
+  EXPECT_EQ(control_group_room(folder), 350u);
+  put("memory.current", "1200\n");
+  EXPECT_EQ(control_group_room(folder), 0u);
+  EXPECT_LE(Device().available() / 2, control_group_room("/sys/fs/cgroup"));  // others take, too
+  fs::remove_all(folder);
 }
 
 // ---------------------------------------------------------------------------------------------
