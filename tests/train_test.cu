@@ -2117,6 +2117,7 @@ TEST(Gradcheck, PassesAtAThousandLayers) {
         flags += " --writer-std 0.02";
       Outcome outcome = run("gradcheck", flags);
       EXPECT_EQ(outcome.status, 0) << outcome.out;
+      EXPECT_EQ(outcome.out.find("vanishes"), std::string::npos) << "not checked:\n" << outcome.out;
     }
 }
 
@@ -2138,6 +2139,33 @@ TEST(Gradcheck, PassesForEveryResidualAndCanFail) {
       for (const char* input : {"\ninput z ", "\ninput text "})
         EXPECT_PRED_FORMAT2(testing::IsSubstring, input, good.out);
     }
+}
+
+// One part in ten thousand of one matrix of twelve of a family shows.
+TEST(Gradcheck, RejectsAWrongGradient) {
+  CLI::App app;
+  Machine machine;
+  GradcheckOptions o;
+  add_gradcheck(app, o, machine);
+  o.model.depth = 12;
+  Gradcheck check(*devices()[0], o);
+  auto worst = [&] {
+    testing::internal::CaptureStdout();
+    double error = check.run();
+    testing::internal::GetCapturedStdout();
+    return error;
+  };
+  EXPECT_LE(worst(), o.tolerance);
+  Network<double>& net = check.network();
+  std::set<std::string> seen;
+  for (const Parameter& p : net.table.parameters) {
+    if (!seen.insert(p.family()).second) continue;
+    std::vector<double> right = from(net.device, net.gradients(), net.table.size), wrong = right;
+    for (size_t i = p.offset; i < p.offset + p.count(); ++i) wrong[i] *= 1 + 1e-4;
+    net.device.upload(net.gradients(), wrong.data(), wrong.size() * sizeof(double));
+    EXPECT_GT(worst(), o.tolerance) << p.name;
+    net.device.upload(net.gradients(), right.data(), right.size() * sizeof(double));
+  }
 }
 
 }  // namespace
