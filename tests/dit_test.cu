@@ -464,6 +464,24 @@ TEST(Table, HasThePapersSizes) {
   EXPECT_NEAR(1e-9 * double(parameter_table(c).count()), 13.64, 0.01);
 }
 
+// 24 + 3 tokens of 16 channels in 2 heads of 8, patches and outputs of 8 numbers, text of 5, an FFN of
+// 24.
+TEST(Flops, AreThoseOfTheProducts) {
+  auto product = [](double m, double n, double k) { return 2 * m * n * k; };
+  double block = product(27, 3 * 16, 16)                // Q, K, V
+                 + 2 * product(27, 27, 8)               // S of two heads
+                 + 2 * product(27, 8, 27)               // A V
+                 + product(27, 16, 16)                  // W_O
+                 + product(27, 2 * 24, 16)              // gate and value
+                 + product(27, 16, 24);                 // W2
+  double ends = product(24, 16, 8) + product(3, 16, 5)  // patches and text
+                + product(24, 8, 16);                   // the image tokens' velocity
+  Config c;
+  c.depth = 3, c.width = 16, c.heads = 2, c.ffn = 24;
+  c.channels = 2, c.height = 8, c.image_width = 12, c.patch = 2, c.text_tokens = 3, c.text_dim = 5;
+  EXPECT_EQ(forward_flops(c, 7), 7 * (3 * block + ends));
+}
+
 // ---------------------------------------------------------------------------------------------
 // The network
 

@@ -286,6 +286,34 @@ TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
   });
 }
 
+// The images to validate on are spread over all that are held out, and times over [0, 1].
+TEST_F(TrainTest, ValidationIsOnImagesAndTimesSpreadEvenly) {
+  everywhere([&](Device& device, auto type) {
+    using T = decltype(type);
+    TrainOptions o = options(1);
+    o.val_images = o.batch = 32, o.time_shift = 4;
+    Trainer<T> t(device, o, data_, all_);
+    draw_validation_batch(t.net, t.a, t.held_out, o, 0, o.batch);
+    auto z = from(device, t.net.arrays.z, o.batch * 64);
+    auto target = from(device, t.a.target, o.batch * 64);
+    std::vector<double> times;
+    for (size_t i = 0; i < o.batch; ++i) {
+      const float* image = &all_.pixels[i * all_.images / o.batch * 64];
+      double up = 0, down = 0;
+      for (size_t p = 0; p < 64; ++p) {
+        double g = double(target[i * 64 + p]);
+        up += (image[p] - double(z[i * 64 + p])) * g, down += g * g;
+      }
+      double time = up / down;
+      for (size_t p = 0; p < 64; ++p)
+        ASSERT_NEAR(image[p] - time * double(target[i * 64 + p]), z[i * 64 + p], 1e-4) << i;
+      times.push_back(time / (4 - 3 * time));  // the shift undone
+    }
+    std::sort(times.begin(), times.end());
+    for (size_t i = 0; i < o.batch; ++i) EXPECT_NEAR(times[i], (double(i) + 0.5) / 32, 2.0 / 32);
+  });
+}
+
 // ---------------------------------------------------------------------------------------------
 // 2. AdamW
 
@@ -1592,6 +1620,9 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   Dataset longer = synthetic(1024);
   longer.text_tokens = 5, longer.text_dim = 3;
   save_latents(at("longer.safetensors"), longer);
+  Dataset other = all_;
+  other.pixels[0] += 1;
+  save_latents(at("other.safetensors"), other);
   struct {
     const char* subcommand;
     std::string changes;
@@ -1659,6 +1690,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--resume --batch 5", "was made with batch = 4"},
       {"train", "--resume --no-patch-bias", "unknown tensor \"master.patch_embed.patch_proj.bias"},
       {"train", "--resume --seed 2", "was made with seed = 1"},
+      {"train", "--resume --data " + at("other.safetensors"), "was made with data_hash ="},
       {"train", "--resume --fix beta,alpha", "made with fix = nothing, this run has alpha,beta"},
       {"train", "--fix lambda", "fix 'lambda': residual mvsplit has no such gate"},
       {"train", "--fix alpha --residual rezero", "fix 'alpha': residual rezero has no such gate"},
@@ -1680,6 +1712,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"sample", "--prompt 4", "has captions 0 to 3"},
       {"sample", "--prompt sneaker", "--prompt is 'sneaker', expected a positive integer"},
       {"sample", "--columns 0", "--columns"},
+      {"bare sample", "", "was trained on captions from a file: name it with --data"},
       {"sample", "--cfg nan", "--cfg finite"},
       {"sample", "--time-shift -1", "must be positive"},
       {"sample", "--out " + at("none/out.png"), "create its directory"},
@@ -1707,9 +1740,13 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   const std::string huge = "--width 1048576 --height 65536 --image-width 65536 --memory 1";
   std::map<std::string, std::string> flags = {
       {"train", train_}, {"sample", sample_}, {"probe", probe_}, {"plan", huge}};
+  flags["bare sample"] = "--device cpu --prompt 3 --weights " + at("run/weights.safetensors") +
+                         " --out " + at("out.png");
   auto before = files();
   for (const auto& row : rows) {
-    expect_refused(run(row.subcommand, flags[row.subcommand], row.changes), row.words);
+    std::string name = row.subcommand;
+    expect_refused(run(name.substr(name.find(' ') + 1).c_str(), flags[name], row.changes),
+                   row.words);
     ASSERT_TRUE(files() == before) << row.words;
   }
 }
@@ -2066,6 +2103,10 @@ TEST_F(CommandTest, SamplesAreTheSameForTheSameSeed) {
   EXPECT_EQ(samples(""), first);
   EXPECT_EQ(samples("--batch 1"), first);
   EXPECT_NE(samples("--seed 2"), first);
+  ASSERT_EQ(run("train", train_, "--time-shift 3 --out " + at("shifted")).status, 0);
+  std::string shifted = " --weights " + at("shifted/weights.safetensors");
+  EXPECT_EQ(samples(shifted), samples(shifted + " --time-shift 3")) << "as the weights say";
+  EXPECT_NE(samples(shifted), samples(shifted + " --time-shift 1"));
   EXPECT_EQ(run("sample", sample_, "--out " + at("out.png")).status, 0);
   size_t C, H, W;
   read_png(at("out.png"), &C, &H, &W);
