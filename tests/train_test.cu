@@ -1555,6 +1555,22 @@ Outcome run(const char* subcommand, const std::string& flags, const std::string&
   return {status, out, testing::internal::GetCapturedStderr()};
 }
 
+// The program as a process of its own, its console in a file.
+pid_t start_program(std::vector<std::string> words, const std::string& console) {
+  std::string program = fs::read_symlink("/proc/self/exe").parent_path() / "mvsplit";
+  EXPECT_TRUE(fs::exists(program)) << "build it first: make test does";
+  std::vector<char*> argv;
+  for (std::string& word : words) argv.push_back(word.data());
+  argv.push_back(nullptr);
+  pid_t child = fork();
+  if (child == 0) {
+    if (!std::freopen(console.c_str(), "w", stdout)) _exit(1);
+    execv(program.c_str(), argv.data());
+    _exit(1);
+  }
+  return child;
+}
+
 std::vector<std::string> device_flags() {
   if (Device::gpus() == 0) return {"--device cpu"};
   return {"--device cpu", "--device gpu"};
@@ -1886,9 +1902,31 @@ TEST_F(CommandTest, AConfigurationFileGivesWhatNoFlagDoes) {
   }
 }
 
-std::string total_of(const std::string& out) {
-  size_t begin = out.find("  total "), end = out.find('\n', begin);
+// The line of a plan that begins with this word.
+std::string line_of(const std::string& out, const std::string& word) {
+  size_t begin = out.find("  " + word + " "), end = out.find('\n', begin);
   return begin == std::string::npos ? "none" : out.substr(begin, end - begin);
+}
+std::string total_of(const std::string& out) { return line_of(out, "total"); }
+
+// A process of its own, whose resident set is the run's: some 400 MB.
+TEST_F(CommandTest, TakesWhatIsPlannedToOnePercent) {
+#ifdef __SANITIZE_ADDRESS__
+  GTEST_SKIP() << "the sanitizer takes memory of its own";
+#endif
+  pid_t child = start_program(
+      arguments("train", train_,
+                "--depth 48 --width 192 --ffn 576 --steps 1 --columns 1 --save weights --out " +
+                    at("large")),
+      at("console"));
+  int status = 1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_EQ(status, 0);
+  std::string console = read_text(at("console"));
+  double planned = std::stod(total_of(console).substr(8)),
+         taken = std::stod(line_of(console, "taken").substr(8));
+  EXPECT_GT(planned, 300) << "MB";
+  EXPECT_NEAR(taken / planned, 1, 0.01) << console;
 }
 
 TEST_F(CommandTest, PlanPrintsTheTotalThatTrainTakes) {
@@ -1988,26 +2026,14 @@ TEST_F(CommandTest, WeightsCanBeSavedAlone) {
 // beginning. Each time a whole state of some step is left, and what goes on from it ends as a run
 // never killed does.
 TEST_F(CommandTest, AKillWhileSavingLosesNothing) {
-  std::string program = fs::read_symlink("/proc/self/exe").parent_path() / "mvsplit";
-  ASSERT_TRUE(fs::exists(program)) << "build it first: make test does";
   for (const char* state : {"fp32", "lean"}) {
     std::string folder = at(std::string("killed_") + state), file = folder + "/state.safetensors";
     std::string changes =
         std::string("--resume --columns 1 --save-every 1 --width 128 --heads 2 ") +
         "--ffn 384 --precision bf16 --state " + state + " --out " + folder;
     auto start = [&](size_t last) {
-      std::vector<std::string> words =
-          arguments("train", train_, changes + " --steps " + std::to_string(last));
-      std::vector<char*> argv;
-      for (std::string& word : words) argv.push_back(word.data());
-      argv.push_back(nullptr);
-      pid_t child = fork();
-      if (child == 0) {
-        if (!std::freopen("/dev/null", "w", stdout)) _exit(1);
-        execv(program.c_str(), argv.data());
-        _exit(1);
-      }
-      return child;
+      return start_program(arguments("train", train_, changes + " --steps " + std::to_string(last)),
+                           "/dev/null");
     };
     auto step_of = [&](const std::string& path) {
       return fs::exists(path) ? std::stoul(SafetensorsReader(path).metadata().at("step")) : 0ul;
