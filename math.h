@@ -700,13 +700,22 @@ class Graph {
   void run(Device& device, const Sequence& sequence) {
 #ifdef __CUDACC__
     if (device.gpu) {
-      if (!executable_) record(device, sequence);
+      prepare(device, sequence);
       CUDA_CHECK(cudaGraphLaunch(executable_, device.stream));
       return;
     }
 #endif
     (void)device;
     sequence();
+  }
+  // Take what memory run() will need, and do nothing else.
+  template <class Sequence>
+  void prepare(Device& device, const Sequence& sequence) {
+#ifdef __CUDACC__
+    if (device.gpu && !executable_) record(device, sequence);
+#else
+    (void)device, (void)sequence;
+#endif
   }
 
 #ifdef __CUDACC__
@@ -722,6 +731,7 @@ class Graph {
     sequence();
     CUDA_CHECK(cudaStreamEndCapture(device.stream, &graph));
     CUDA_CHECK(cudaGraphInstantiate(&executable_, graph, 0));
+    CUDA_CHECK(cudaGraphUpload(executable_, device.stream));
     CUDA_CHECK(cudaGraphDestroy(graph));
   }
   cudaGraphExec_t executable_ = nullptr;

@@ -899,14 +899,11 @@ class Trainer {
   // One training step. The host only enqueues it: a graph for each pass, and in the last one's all
   // that follows. With `diagnose`, `diagnostics` can be read after it.
   void train_step(bool diagnose = false) {
-    for (size_t micro = 0; micro < o.accumulate; ++micro) {
-      bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
-      graphs_[4 * observe + 2 * last + first].run(device, [&] {
-        if (first) begin_step(device, a.clock, o.optimizer);
-        pass(first, last ? observer(diagnose) : Observer<T>());
-        if (last) update(diagnose);
-      });
-    }
+    if (!prepared_)  // nothing may be taken later: not by the first diagnosed step either
+      for (bool other : {false, o.diagnose_every > 0})
+        each_pass(other, [&](Graph& graph, const auto& f) { graph.prepare(device, f); });
+    prepared_ = true;
+    each_pass(diagnose, [&](Graph& graph, const auto& f) { graph.run(device, f); });
     ++step;
   }
 
@@ -975,7 +972,21 @@ class Trainer {
 
  private:
   std::vector<std::unique_ptr<Slab>> slabs_;
-  Graph graphs_[8];  // see train_step()
+  Graph graphs_[8];  // see each_pass()
+  bool prepared_ = false;
+
+  // Call act(graph, f) for each pass of a step: f() enqueues it.
+  template <class Act>
+  void each_pass(bool diagnose, const Act& act) {
+    for (size_t micro = 0; micro < o.accumulate; ++micro) {
+      bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
+      act(graphs_[4 * observe + 2 * last + first], [&] {
+        if (first) begin_step(device, a.clock, o.optimizer);
+        pass(first, last ? observer(diagnose) : Observer<T>());
+        if (last) update(diagnose);
+      });
+    }
+  }
 
   // Gradients of a batch: = for the step's first, += for the others.
   void pass(bool first, const Observer<T>& observe) {

@@ -431,9 +431,12 @@ TEST(Graph, EveryRunIsTheWholeSequence) {
     DeviceArray<double> x(device, std::vector<double>(500, 1)),
         clock(device, std::vector<double>{1});
     Graph graph;
+    auto sequence = [&] { clock_kernels(device, x.data(), x.size, clock.data()); };
+    graph.prepare(device, sequence);
+    EXPECT_EQ(x.host(), std::vector<double>(500, 1)) << "not run yet";
     double expected = 1;
     for (int run = 1; run <= 4; ++run) {
-      graph.run(device, [&] { clock_kernels(device, x.data(), x.size, clock.data()); });
+      graph.run(device, sequence);
       expected = expected * run + 1;
       EXPECT_EQ(x.host(), std::vector<double>(500, expected)) << "run " << run;
     }

@@ -933,8 +933,12 @@ TEST_F(TrainTest, TakesWhatThePlanSaysAndNothingLater) {
         Plan plan = training_plan<T, G>(o, t.net.table, sizes, device.gpu);
         EXPECT_EQ(device.allocated, plan.total());
         t.train_step();
-        size_t taken = device.allocations;
-        steps(t, 2);
+        size_t taken = device.allocations, in_use = device.in_use();
+        t.train_step();
+        t.train_step(o.diagnose_every > 0);
+        if (device.gpu) {
+          EXPECT_EQ(device.in_use(), in_use) << "by the driver's count";
+        }
         t.validate();
         t.samples(data_.text, data_.empty_text, 4, 2, 2);
         t.train_step(o.diagnose_every > 0);
