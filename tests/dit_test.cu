@@ -309,7 +309,7 @@ TEST(Patches, OrdersAreEachOthersBackward) {
 // The way over tensor cores, and 4.2 in bf16, against 4.2 in fp64 on the CPU from the same bf16 Q,
 // K, V and cotangent: Y, and through RoPE and QK-norm dQ, dK, dV. Values are vbar + spread times
 // noise, keys have a common part of size `mean`. `forget` drops the last token's cotangent from the
-// reference, and without `rest` the backward does not get what rounding took from Y: both show.
+// reference, and unless `with_rest` the backward does not get what rounding took from Y: both show.
 struct AttentionErrors {
   std::vector<double> fused, plain;  // of Y, dQ, dK, dV
 };
@@ -373,14 +373,23 @@ AttentionErrors attention_errors(Device& gpu, Heads h, double spread, double mea
   return {errors(Y, dqkv), errors(Y2, dqkv2)};
 }
 
+const char* const attention_parts[] = {"Y", "dQ", "dK", "dV"};
+
+// Not much further off than the readable version in bf16, which rounds more. One forgotten cotangent
+// in hundreds is, in each of dQ, dK and dV.
 TEST(Attention, OnTensorCoresAgreesWithTheReadableOne) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
   for (size_t dim : {64, 128})
     for (size_t length : {5, 16, 72, 130, 264, 320}) {
-      SCOPED_TRACE(testing::Message() << length << " tokens of " << dim);
       Heads h{2, length, 3, dim};
-      for (double error : attention_errors(*devices()[1], h, 1, 0).fused) EXPECT_LE(error, 1e-2);
-      EXPECT_GT(attention_errors(*devices()[1], h, 1, 0, true).fused[3], 2e-2);
+      AttentionErrors right = attention_errors(*devices()[1], h, 1, 0),
+                      wrong = attention_errors(*devices()[1], h, 1, 0, true);
+      for (size_t i = 0; i < 4; ++i) {
+        SCOPED_TRACE(testing::Message()
+                     << attention_parts[i] << ", " << length << " tokens of " << dim);
+        EXPECT_LE(right.fused[i], 1.5 * right.plain[i]);
+        EXPECT_TRUE(i == 0 || wrong.fused[i] > 1.5 * right.plain[i]);
+      }
     }
 }
 
@@ -392,9 +401,13 @@ TEST(Attention, OnTensorCoresIsAsExactNearCollapse) {
     for (double mean : {0.0, 3.0}) {
       Heads h{2, 264, 3, 64};
       AttentionErrors e = attention_errors(*devices()[1], h, spread, mean);
-      for (size_t i = 0; i < e.fused.size(); ++i)
+      for (size_t i = 0; i < 4; ++i)
         EXPECT_LE(e.fused[i], 2 * e.plain[i])
-            << "spread " << spread << " mean " << mean << " " << i;
+            << "spread " << spread << " mean " << mean << " " << attention_parts[i];
+      if (mean == 0) continue;  // <G, Y> goes into dQ with the mean key
+      AttentionErrors rounded = attention_errors(*devices()[1], h, spread, mean, false, false);
+      EXPECT_GT(rounded.fused[1], 2 * e.plain[1])
+          << "dQ of a Y that was rounded, spread " << spread;
     }
 }
 
@@ -624,18 +637,28 @@ void compare_networks(const Config& c, double tolerance) {
       std::pair{Filled<T>(*devices()[0], c, 2, 0).run(), Filled<T>(*devices()[1], c, 2, 0).run()};
   EXPECT_LE(relative_difference({gpu.begin(), gpu.end()}, {cpu.begin(), cpu.end()}), tolerance);
 }
+// bf16, with the GPU's own kernels, against fp64: not much further off than the readable bf16.
+void compare_rounded_networks(const Config& c) {
+  auto run = [&](Device* device, auto t) {
+    auto out = Filled<decltype(t)>(*device, c, 2, 0).run();
+    return std::vector<double>(out.begin(), out.end());
+  };
+  std::vector<double> exact = run(devices()[0], double()), plain = run(devices()[0], bf16()),
+                      fused = run(devices()[1], bf16());
+  EXPECT_LE(relative_difference(fused, exact), 2 * relative_difference(plain, exact));
+}
 TEST(Network, AgreesOnBothDevices) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
   for (const char* residual : {"mvsplit", "prenorm"}) {
     SCOPED_TRACE(residual);
     compare_networks<double>(small(6, residual), 1e-11);
     compare_networks<float>(small(6, residual), 1e-4);
-    compare_networks<bf16>(small(6, residual), 5e-2);
+    compare_rounded_networks(small(6, residual));
   }
   for (size_t width : {128, 256}) {  // the GPU's own kernels of merges and attention
     Config wide = small(2);
     wide.width = width;
-    compare_networks<bf16>(wide, 5e-2);
+    compare_rounded_networks(wide);
   }
 }
 
