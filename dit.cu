@@ -5,16 +5,14 @@
 // how a branch joins the trunk (mvsplit.cu). The model has no AdaLN and no timestep embedding: it
 // reads the noise level off its input. Blocks have no biases.
 //
-// How to read it: section 1 is the configuration and the parameters; sections 2 to 5 are the
-// operations, in the order of the forward pass (skip 4.3 at first: the same attention on tensor
-// cores); 6 is a block, 7 the memory, 8 the network, 9 what is measured in it.
+// How to read it: of section 1, the configuration and the parameters, take `residuals` and
+// BlockParameters and skim the rest; sections 2 to 5 are the operations, in the order of the
+// forward pass (skip 4.3 at first: the same attention on tensor cores); 6 is a block, 7 the memory,
+// 8 the network, 9 what is measured in it.
 //
 // Shapes: B sequences of T tokens (N image tokens, then L text tokens) of D channels; H heads of hd
 // = D/H channels; FFN width F. Rows (B T) of any array are its tokens; every weight is (out, in)
-// and acts as y = x W^T. In the derivations T is the number of tokens, A the attention matrix, J
-// and P the projectors, F a branch's output. In the code T is the storage type, A = Acc<T>, and a
-// lone P is the type of the parameters' gradients, or in attention the probabilities, the A of the
-// derivation.
+// and acts as y = x W^T. Letters that mean something else in the code are listed in mvsplit.cu.
 #pragma once
 
 #include "mvsplit.cu"
@@ -215,7 +213,7 @@ inline Table parameter_table(const Config& c) {
 // that the configuration does not have is null.
 template <class P>
 struct BlockParameters {
-  P *qkv, *proj, *w13, *w2;  // (3D, D), (D, D), (2F, D) gate half first, (D, F)
+  P *qkv, *proj, *w13, *w2;  // (3D, D); W_O, (D, D); (2F, D), gate half first; W2, (D, F)
   Gates<P> gates[2];         // after attention, after the FFN
 };
 
@@ -304,7 +302,7 @@ void bias_backward(const Device& device, P* dbias, const T* G, size_t rows, size
     for (size_t row = team.rank; row < rows; row += team.size)
       sum += Acc<T>(G[row * n + team.index]);
     sum = team.sum(sum);
-    if (team.rank == 0) dbias[team.index] = P(accumulate ? Acc<T>(dbias[team.index]) + sum : sum);
+    if (team.rank == 0) set_or_add(dbias + team.index, sum, accumulate);
   });
 }
 
@@ -372,12 +370,16 @@ struct Heads {
 
 // 4.1 Two-dimensional RoPE and QK-norm
 //
-// A head's channels are two halves x1, x2 of hd/2. Each pair (x1_j, x2_j) of an image token at
-// (row, col) of the patch grid is turned by minus the angle row w_j for j < hd/4, col w_(j - hd/4)
-// after that, w_j = 10000^(-2j/(hd/2)): R x = (x1 c + x2 s, x2 c - x1 s). That is the direction the
-// released weights were trained with; the commoner rotate-half turns the other way. Text tokens are
-// not turned. Then RMS-norm over the head, without gain. A rotation R keeps the norm and the norm
-// has no gain, so the two commute:
+// A head's channels are two halves x1, x2 of hd/2 each. Channel j of both halves is a point in a
+// plane, which is turned by where the token stands in the patch grid: by its row in the first half
+// of the planes, by its column in the others,
+//
+//     angle_j = row w_j  for j < hd/4,   col w_(j - hd/4)  after that,   w_j = 10000^(-2j/(hd/2)),
+//     R x = (x1 c + x2 s, x2 c - x1 s),   c and s the cosine and sine of the angles.
+//
+// That is by minus the angle, as the released weights were trained; the commoner rotate-half turns
+// the other way. Text tokens are not turned. Then RMS-norm over the head, without gain. A rotation
+// R keeps the norm and the norm has no gain, so the two commute:
 //
 //     y = r R x,     r = (|x|^2 / hd + eps)^(-1/2).
 //
@@ -552,8 +554,9 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
 //
 // Backward, with G the cotangent of Y. Y = A V is linear in each factor:
 //     dV = A^T G,     dA = G V^T.
-// A row a = softmax(s) has da_j = a_j (ds_j - sum_k a_k ds_k), that is da = (diag(a) - a a^T) ds.
-// The Jacobian is symmetric, so the gradient is the same matrix applied to dA's row:
+// A row a = softmax(s) has log a_j = s_j - log sum_k e^(s_k), so da_j / a_j = ds_j - sum_k a_k ds_k
+// or, for the whole row, da = (diag(a) - a a^T) ds. The Jacobian is symmetric, so the gradient is
+// the same matrix applied to dA's row:
 //
 //     dS_j = a_j (dA_j - <a, dA>).
 //
@@ -564,7 +567,8 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
 // Lemma 1. dA_ij = <g_i, V_j>, g_i being row i of G. If all tokens have the same value, V_j = vbar,
 // then row i of dA is <g_i, vbar> 1^T, in the null space: dS = 0 exactly, and with it dQ = dK = 0.
 // When token states collapse to their mean, queries and keys stop learning: in a collapsed network
-// their gradients fall by orders of magnitude at once. Meanwhile the writer's gradient dW_O = sum_i
+// their gradients fall by orders of magnitude at once. (In a whole collapsed network this is seen
+// in the last blocks; below them G itself vanishes.) Meanwhile the writer's gradient dW_O = sum_i
 // delta_i y_i^T (39), delta_i the adjoint of token i of F = Y W_O^T, is alive: with y_i = vbar for
 // all i it is (sum_i delta_i) vbar^T = T dbar vbar^T, all of it the dW_mu of section 5 in
 // mvsplit.cu, and dW_c = 0. So a collapsed block keeps writing into the mean while Q and K, which
@@ -676,15 +680,16 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 // dQ and dK leave through RoPE and QK-norm's backward (4.1), since a thread that holds channel j of
 // a row also holds channel j + hd/2.
 
-// Whether 4.3 applies.
+// Whether 4.3 applies. (A build without CUDA can only plan for a GPU: it takes it for an 8.0 or
+// later.)
 template <class T>
 bool fused_attention(bool gpu, size_t head_dim) {
 #ifdef __CUDACC__
-  return gpu && built_for() >= 800 && std::is_same_v<T, bf16> &&
-         (head_dim == 64 || head_dim == 128);
+  constexpr bool has_kernels = built_for() >= 800;
 #else
-  return (void)gpu, (void)head_dim, false;
+  constexpr bool has_kernels = true;
 #endif
+  return gpu && has_kernels && std::is_same_v<T, bf16> && (head_dim == 64 || head_dim == 128);
 }
 
 // inner (B, H, T), c_i = <G_i, Y_i> for each head, from dY and Y (B, T, D), given as Y and what
@@ -1067,9 +1072,9 @@ __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim
       for (int j = 0; j < 2; ++j) {
         float cosine = rope.cos_of(token, size_t(at + j), half);
         float sine = rope.sin_of(token, size_t(at + j), half);
-        float x1 = inverse * (scale * d[k][2 * i + j] - gy * y1[j]);
-        float x2 = inverse * (scale * d[k + dim / 16][2 * i + j] - gy * y2[j]);
-        y1[j] = x1 * cosine - x2 * sine, y2[j] = x2 * cosine + x1 * sine;
+        float d1 = inverse * (scale * d[k][2 * i + j] - gy * y1[j]);
+        float d2 = inverse * (scale * d[k + dim / 16][2 * i + j] - gy * y2[j]);
+        y1[j] = d1 * cosine - d2 * sine, y2[j] = d2 * cosine + d1 * sine;
       }
       low = packed(y1[0], y1[1]), high = packed(y2[0], y2[1]);
     }
@@ -1324,8 +1329,9 @@ void block_forward(Device& device, BlockSaved<T> s, BlockParameters<const T> w,
 // G holds dL/dX_next on entry and dL/dX on return; parameter gradients = (or += if `accumulate`).
 // Each line of block_forward has its backward here, last first; a linear map has two, its weight's
 // and its input's. The trunk's gradient stays in G: the merges replace it, and the branch's first
-// linear map adds its part. (Pre-Norm's trunk has G for itself, and the branch's part is in
-// scratch.g, on entry and on return, except that the first block's input is the trunk.)
+// linear map adds its part. (Pre-Norm uses the trunk twice, mvsplit.cu 3.1: G holds the gradient
+// that comes along the trunk, and what the branch gives back is kept apart in scratch.g, on entry
+// and on return. The first block reads the trunk itself: there it is added to G.)
 // `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of writer i: 1 (W2), then 0
 // (W_O).
 template <class T, class P>
@@ -1361,7 +1367,7 @@ void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
   device.beside([&] {
     linear_backward_weight(device, d.qkv, scratch.dqkv, s.X, rows, 3 * D, D, accumulate);
   });
-  if (!s.merge[0].r_X) g = G;
+  if (!s.merge[0].r_X) g = G;  // the first block reads the trunk itself
   linear_backward_input(device, g, scratch.dqkv, w.qkv, rows, 3 * D, D, g == G);
   device.join();  // before scratch, or what the block saved, is overwritten
 }
@@ -1482,10 +1488,31 @@ struct Arrays {
 struct Plan {
   std::vector<std::pair<std::string, size_t>> slabs;
 
+  // The slab `name`, whose arrays lay(Carver&) lays out.
+  template <class Lay>
+  void add(const char* name, const Lay& lay) {
+    Carver carver;
+    lay(carver);
+    slabs.emplace_back(name, carver.used);
+  }
   size_t total() const {
     size_t sum = 0;
     for (const auto& slab : slabs) sum += slab.second;
     return sum;
+  }
+};
+
+// Takes what a Plan counts.
+struct Slabs {
+  std::vector<std::unique_ptr<Slab>> slabs;
+
+  template <class Lay>
+  void add(Device& device, const Lay& lay, int fill_byte = 0xff) {
+    Carver count;
+    lay(count);
+    slabs.push_back(std::make_unique<Slab>(device, count.used, fill_byte));
+    Carver carver{slabs.back()->data};
+    lay(carver);
   }
 };
 
@@ -1501,8 +1528,30 @@ inline size_t span_length(const Config& config, size_t recompute) {
   return recompute == 0 ? config.depth : std::min(recompute, config.depth);
 }
 
-// G: what gradients are kept as, Acc<T> or T (see Network).
-template <class T, class G = Acc<T>>
+// All that a network takes. Kept: what gradients are kept as, Acc<T> or T (see Network).
+template <class T, class Kept>
+struct NetworkArrays : Arrays<T> {
+  T* weights = nullptr;
+  Kept* gradients = nullptr;
+  Acc<T>* unrounded = nullptr;  // gradients of one block, and of all that is outside the blocks
+
+  // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
+  template <class F>
+  void each_slab(const Config& m, const Table& table, size_t B, size_t span, bool trains, bool gpu,
+                 const F& slab) {
+    slab("weights", [&](Carver& c) { weights = c.take<T>(table.size); });
+    if (trains) slab("gradients", [&](Carver& c) { gradients = c.take<Kept>(table.size); });
+    if (trains && !std::is_same_v<Kept, Acc<T>>)
+      slab("a block's gradients",
+           [&](Carver& c) { unrounded = c.take<Acc<T>>(parameter_table(one_block(m)).size); });
+    slab("checkpoints", [&](Carver& c) { this->lay_checkpoints(c, m, B, span, trains); });
+    slab("activations", [&](Carver& c) { this->lay_blocks(c, m, B, span, trains, gpu); });
+    slab("scratch", [&](Carver& c) { this->lay_scratch(c, m, B, trains, gpu); });
+    slab("inputs, outputs", [&](Carver& c) { this->lay_ends(c, m, B, trains); });
+  }
+};
+
+template <class T, class Kept = Acc<T>>
 Plan network_plan(const Config& config, const Table& table, size_t batch, size_t recompute,
                   bool trains, bool gpu) {
   // Beyond any machine; below, no product of sizes overflows 64 bits.
@@ -1513,35 +1562,18 @@ Plan network_plan(const Config& config, const Table& table, size_t batch, size_t
                                          6 * double(config.ffn) + double(config.patch_dim())) >
                                      1e14)
     fail("this model and batch are larger than any machine: check --depth, --width and --batch");
-  Arrays<T> arrays;
-  size_t span = trains ? span_length(config, recompute) : 1;
-  auto bytes = [](auto lay) {
-    Carver carver;
-    lay(carver);
-    return carver.used;
-  };
   Plan plan;
-  plan.slabs.emplace_back("weights", table.size * sizeof(T));
-  if (trains) plan.slabs.emplace_back("gradients", table.size * sizeof(G));
-  if (trains && !std::is_same_v<G, Acc<T>>)
-    plan.slabs.emplace_back("a block's gradients",
-                            parameter_table(one_block(config)).size * sizeof(Acc<T>));
-  plan.slabs.emplace_back("checkpoints", bytes([&](Carver& c) {
-                            arrays.lay_checkpoints(c, config, batch, span, trains);
-                          }));
-  plan.slabs.emplace_back("activations", bytes([&](Carver& c) {
-                            arrays.lay_blocks(c, config, batch, span, trains, gpu);
-                          }));
-  plan.slabs.emplace_back(
-      "scratch", bytes([&](Carver& c) { arrays.lay_scratch(c, config, batch, trains, gpu); }));
-  plan.slabs.emplace_back("inputs, outputs",
-                          bytes([&](Carver& c) { arrays.lay_ends(c, config, batch, trains); }));
+  size_t span = trains ? span_length(config, recompute) : 1;
+  NetworkArrays<T, Kept>().each_slab(
+      config, table, batch, span, trains, gpu,
+      [&](const char* name, const auto& lay) { plan.add(name, lay); });
   return plan;
 }
 
 // Floating-point operations of one forward pass: 2 for each weight and token it acts on, and 4 T D
 // a token for the two products of attention. A backward has twice as many; a replay, once. (As in
-// 4.2: what 4.3 makes again is not counted.)
+// 4.2: what 4.3 makes again is not counted. Nor is the final projection of text tokens, which
+// nobody reads.)
 inline double forward_flops(const Config& m, size_t batch) {
   double D = double(m.width), T = double(m.tokens()), N = double(m.image_tokens());
   double block = 2 * T * (4 * D * D + 3 * D * double(m.ffn)) + 4 * T * T * D;
@@ -1566,8 +1598,8 @@ template <class T>
 using StateObserver = std::function<void(size_t layer, const T* X)>;
 
 // to (n) = from, or += if `accumulate`, rounded by the draws first, first + 1, ... of `dither`.
-template <class G, class A>
-void add_rounded(const Device& device, G* to, const A* from, size_t n, bool accumulate,
+template <class Kept, class A>
+void add_rounded(const Device& device, Kept* to, const A* from, size_t n, bool accumulate,
                  Dither dither, size_t first) {
   for_each(device, n / 8, [=] HD(size_t i) {
     Random4 bits = dither(first + i);
@@ -1581,22 +1613,22 @@ void add_rounded(const Device& device, G* to, const A* from, size_t n, bool accu
   });
 }
 
-// G is what gradients are kept as. With G = Acc<T> the kernels write or add to them in place. bf16
-// gradients (G = T, half the bytes) cannot be added to in place without loss. Then each block's are
-// made in Acc<T>, in an array for one block, and added to the kept ones with stochastic rounding
-// (6.1 of math.h): the same kernels, and one pass more over a block's gradients.
-template <class T, class G = Acc<T>>
+// Kept is what gradients are kept as. With Acc<T> the kernels write or add to them in place. bf16
+// gradients (Kept = T, half the bytes) cannot be added to in place without loss. Then each block's
+// are made in Acc<T>, in an array for one block, and added to the kept ones with stochastic
+// rounding (6.1 of math.h): the same kernels, and one pass more over a block's gradients.
+template <class T, class Kept = Acc<T>>
 class Network {
  public:
   using A = Acc<T>;
-  static constexpr bool rounds_gradients = !std::is_same_v<G, A>;
+  static constexpr bool rounds_gradients = !std::is_same_v<Kept, A>;
 
   Device& device;
   const Config config;
   const Table table;
   const size_t batch;  // the largest
   const bool trains;
-  Arrays<T> arrays;
+  NetworkArrays<T, Kept> arrays;
 
   Network(Device& on, const Config& c, size_t largest_batch, size_t recompute, bool training)
       : device(on),
@@ -1605,31 +1637,15 @@ class Network {
         batch(largest_batch),
         trains(training),
         span_(training ? span_length(c, recompute) : 1) {
-    Plan plan = network_plan<T, G>(c, table, batch, recompute, trains, device.gpu);
+    Plan plan = network_plan<T, Kept>(c, table, batch, recompute, trains, device.gpu);
     if (plan.total() > device.available())
       fail("the network needs %.2f GB and %s has %.2f GB free: use a smaller --batch",
            1e-9 * double(plan.total()), device.name.c_str(), 1e-9 * double(device.available()));
-    for (const auto& [name, bytes] : plan.slabs)
-      slabs_.push_back(std::make_unique<Slab>(device, bytes));
-    auto slab = slabs_.begin();
-    weights_ = reinterpret_cast<T*>((*slab++)->data);
-    if (trains) {
-      // Padding between tensors is never written: it must not be NaN when the slab is summed.
-      device.fill((*slab)->data, 0, (*slab)->bytes);
-      gradients_ = reinterpret_cast<G*>((*slab++)->data);
-    }
-    if (trains && rounds_gradients) {
-      device.fill((*slab)->data, 0, (*slab)->bytes);
-      unrounded_ = reinterpret_cast<A*>((*slab++)->data);
-    }
-    auto lay = [&](auto function) {
-      Carver carver{(*slab++)->data};
-      function(carver);
-    };
-    lay([&](Carver& x) { arrays.lay_checkpoints(x, config, batch, span_, trains); });
-    lay([&](Carver& x) { arrays.lay_blocks(x, config, batch, span_, trains, device.gpu); });
-    lay([&](Carver& x) { arrays.lay_scratch(x, config, batch, trains, device.gpu); });
-    lay([&](Carver& x) { arrays.lay_ends(x, config, batch, trains); });
+    arrays.each_slab(config, table, batch, span_, trains, device.gpu,
+                     [&](const char*, const auto& lay) { slabs_.add(device, lay); });
+    // Padding between tensors is never written: it must not be NaN when the slab is summed.
+    if (trains) device.fill(arrays.gradients, 0, table.size * sizeof(Kept));
+    if (arrays.unrounded) device.fill(arrays.unrounded, 0, block_table_.size * sizeof(A));
     std::vector<A> cosine, sine;
     rope_table(cosine, sine, config.height / config.patch, config.image_width / config.patch,
                config.head_dim());
@@ -1637,15 +1653,15 @@ class Network {
     device.upload(arrays.sine, sine.data(), sine.size() * sizeof(A));
   }
 
-  T* weights() { return weights_; }
-  G* gradients() { return gradients_; }
+  T* weights() { return arrays.weights; }
+  Kept* gradients() { return arrays.gradients; }
   // Compute with another copy of the weights (an average of them) until told otherwise; returns the
   // one used so far.
-  T* use_weights(T* slab) { return std::exchange(weights_, slab); }
+  T* use_weights(T* slab) { return std::exchange(arrays.weights, slab); }
 
   // velocity (b, C, H, W) from z (b, C, H, W) and text (b, L, d_text), all in `arrays`; b <= batch.
   void forward(size_t b, const StateObserver<T>& observe = {}) {
-    Parameters<const T> w = locate<const T>(config, table, weights_);
+    Parameters<const T> w = locate<const T>(config, table, arrays.weights);
     embed(b, w);
     for (size_t i = 0; i < config.depth; ++i) {
       if (observe) observe(i, input(i));
@@ -1664,7 +1680,7 @@ class Network {
   // the same inputs; with `inputs` also dz and dtext. `dither`: where gradients are rounded.
   void backward(size_t b, bool accumulate, bool inputs = false, const Observer<T>& observe = {},
                 Dither dither = {}) {
-    Parameters<const T> w = locate<const T>(config, table, weights_);
+    Parameters<const T> w = locate<const T>(config, table, arrays.weights);
     Parameters<A> d = gradient_targets();
     bool add = accumulate && !rounds_gradients;
     if (rounds_gradients && !dither.pass) fail("gradients that are rounded need a Dither");
@@ -1718,18 +1734,15 @@ class Network {
 
  private:
   size_t span_;
-  std::vector<std::unique_ptr<Slab>> slabs_;
-  T* weights_ = nullptr;
-  G* gradients_ = nullptr;
-  A* unrounded_ = nullptr;  // laid out as the next
-  const Table block_table_ = parameter_table(one_block(config));
+  Slabs slabs_;
+  const Table block_table_ = parameter_table(one_block(config));  // of arrays.unrounded
 
   size_t blocks_at() const { return table.at("blocks.0.operator.q_proj.weight").offset; }
 
   // Where the backward's kernels write.
   Parameters<A> gradient_targets() {
-    if constexpr (!rounds_gradients) return locate<A>(config, table, gradients_);
-    Parameters<A> d = locate<A>(one_block(config), block_table_, unrounded_);
+    if constexpr (!rounds_gradients) return locate<A>(config, table, arrays.gradients);
+    Parameters<A> d = locate<A>(one_block(config), block_table_, arrays.unrounded);
     d.block_stride = 0;  // every block's are the one block's
     return d;
   }
@@ -1739,7 +1752,8 @@ class Network {
   void round_gradients(size_t at, size_t from, size_t n, bool accumulate, Dither dither) {
     if constexpr (rounds_gradients)
       device.beside([&] {
-        add_rounded(device, gradients_ + at, unrounded_ + from, n, accumulate, dither, at / 8);
+        add_rounded(device, arrays.gradients + at, arrays.unrounded + from, n, accumulate, dither,
+                    at / 8);
       });
   }
 
@@ -1907,7 +1921,7 @@ void sum_squares(const Device& device, double* squares, const P* x, size_t count
 // n).
 //
 // After k steps of M the estimate is short by at most about ln(n) / 4k of itself, however close the
-// singular values are; after these 400, by less than 2e-5 for random matrices of 72 and 264 tokens.
+// singular values are; after these 400, by at most 1.2e-5 for random matrices of 72 and 264 tokens.
 // P A is brought to |P A|_F = 1 first: of one that is small, M^4 would vanish in fp32.
 constexpr int power_steps = 100;
 
@@ -2027,8 +2041,8 @@ class Diagnostics {
   }
 
   // After a backward, from the whole batch's gradients.
-  template <class G>
-  void gradients(Device& device, const Parameters<G>& d) {
+  template <class Kept>
+  void gradients(Device& device, const Parameters<Kept>& d) {
     size_t squares = config.width * config.width;
     for (size_t slot = 0; slot < layers.size(); ++slot)
       sum_squares(device, measured.gradient_squares + 2 * slot, d.block(layers[slot]).qkv, 2,

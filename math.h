@@ -93,8 +93,8 @@ struct Error : std::runtime_error {
 // ---------------------------------------------------------------------------------------------
 // 2. Numbers
 //
-// T is what is stored (double for gradient checks, float on a CPU, bf16 on a GPU). Acc<T> is what
-// sums are made in: double for double, float for the others.
+// T is what is stored: double for gradient checks, else as --precision says, by default float on a
+// CPU and bf16 on a GPU. Acc<T> is what sums are made in: double for double, float for the others.
 
 // bfloat16: the upper half of a float. Eight bits of exponent, seven of mantissa.
 struct bf16 {
@@ -788,7 +788,7 @@ struct HostGemm {
   static constexpr size_t tile_m = 96, tile_n = 256, tile_k = 256;
   typedef A Vector __attribute__((vector_size(vector_bytes)));
 
-  // acc(rows, columns) = a(k, rows)^T b(k, columns)
+  // acc (rows, columns) = a (k, rows)^T b (k, columns), added to what is there unless `first`.
   static void block(A* acc, size_t acc_stride, const A* a, const A* b, size_t k, bool first) {
     Vector c[rows][2];
     for (int i = 0; i < rows; ++i)

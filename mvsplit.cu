@@ -12,12 +12,28 @@
 // it; its last matrix (W_O, W2) is the residual writer; a merge joins F to X. Post-Norm: the norm
 // follows the sum. The leaky term is -alpha * J X in (7). Mean mode screaming is the paper's name
 // for the collapse: the mean part of the writers' gradients bursts, and all tokens become alike.
+// The adjoint of an array is the gradient of the loss by it, on its way back through the network;
+// where a backward begins, and it is given, it is called the cotangent. The adjoint of a linear map
+// is its transpose. <U, V> = tr(U^T V), the inner product of all numbers. The mean-coherent part of
+// a gradient that is a sum over tokens is what their means contribute: dW_mu in section 5.
+//
+// Letters that mean one thing in the derivations and another in the code:
+//
+//     T    the tokens of a sequence, N of image, then L of text   the type that is stored
+//     A    an attention matrix; alignment amplification (6)       Acc<T>, the type of sums
+//     P    I - J, which centers tokens                            the type of parameters'
+//                                                                 gradients; attention's matrix
+//     F    a branch's output                                      the same, or the FFN's width
+//     M    products of cosines (6); (P A)^T (P A) in dit.cu       the same
+//     L    text tokens; blocks in 3.1                             the same, or measured layers
+//
+// G is the cotangent that a backward begins with, D the channels of a token, B a batch.
 //
 // How to read it: section 1 defines J and P and proves the three facts that everything uses;
-// section 2 is RMSNorm; section 3 is one formula with all merges in it; section 4 derives its
-// backward down to the lines of code (skip 4.1 at first: the same formulas, for GPUs alone);
-// section 5 says what the split does to the gradient of a residual writer, and 6 measures both
-// parts. (n) is the equation's number in the paper.
+// section 2 is RMSNorm; section 3 is one formula with all merges in it (skip 3.1 at first: two that
+// are there for comparison); section 4 derives its backward down to the lines of code (skip 4.1 at
+// first: the same formulas, for GPUs alone); section 5 says what the split does to the gradient of
+// a residual writer, and 6 measures both parts. (n) is the equation's number in the paper.
 #pragma once
 
 #include "math.h"
@@ -47,15 +63,15 @@
 // what is centered in each segment is centered globally, and a gate on the segment means reaches
 // the global mean as well. (For comparison, --means global takes a sequence for one segment.)
 
-// How tokens lie in memory: `batch` sequences of `image` then `text` rows.
+// How tokens lie in memory: `batch` sequences of `image` then `text` rows. A kind is 0, image, or
+// 1, text; a batch has 2 * batch segments, number 2 * sequence + kind.
 struct Tokens {
   size_t batch, image, text;
 
   HD size_t length() const { return image + text; }
   HD size_t rows() const { return batch * length(); }
-  HD size_t first(size_t segment) const { return segment == 0 ? 0 : image; }
-  HD size_t count(size_t segment) const { return segment == 0 ? image : text; }
-  // The mean that belongs to a row: its number among the batch * 2 segment means.
+  HD size_t first(size_t kind) const { return kind == 0 ? 0 : image; }
+  HD size_t count(size_t kind) const { return kind == 0 ? image : text; }
   HD size_t segment_of(size_t row) const {
     return row / length() * 2 + (row % length() < image ? 0 : 1);
   }
@@ -68,23 +84,22 @@ struct Tokens {
     HD bool has(int k) const { return first + size_t(k) <= last; }
     HD size_t row(int k) const { return min_(first + size_t(k), last); }
   };
-  HD size_t fours(size_t segment) const { return (count(segment) + 3) / 4; }
+  HD size_t fours(size_t kind) const { return (count(kind) + 3) / 4; }
   HD size_t fours() const { return batch * (fours(0) + fours(1)); }
   HD Four four(size_t index) const {
     uint32_t each = uint32_t(fours(0) + fours(1)), i = uint32_t(index) % each;
-    size_t sequence = uint32_t(index) / each, segment = i < fours(0) ? 0 : 1;
-    size_t start = sequence * length() + first(segment), end = start + count(segment);
-    size_t row = start + 4 * (segment ? i - fours(0) : i);
-    return {2 * sequence + segment, row, min_(row + 3, end - 1)};
+    size_t sequence = uint32_t(index) / each, kind = i < fours(0) ? 0 : 1;
+    size_t start = sequence * length() + first(kind), end = start + count(kind);
+    size_t row = start + 4 * (kind ? i - fours(0) : i);
+    return {2 * sequence + kind, row, min_(row + 3, end - 1)};
   }
 };
 
 // Sum body(segment, row, d), which looks at the four channels d..d+3, over the rows of each
-// (sequence, segment), and call finish(segment, d, sum) with the result; `zero` fixes the type of
-// the sum. A team takes one segment and 16 to 128 channels, fewer while there are less than a
-// thousand teams. Its threads are a grid, a quad of channels a column, and each of its `lines`
-// takes every lines-th token. (On a CPU the grid is 1 x 1, and the loop over tiles goes through the
-// channels.)
+// segment, and call finish(segment, d, sum) with the result; `zero` fixes the type of the sum. A
+// team takes one segment and 16 to 128 channels, fewer while there are less than a thousand teams.
+// Its threads are a grid, a quad of channels a column, and each of its `lines` takes every lines-th
+// token. (On a CPU the grid is 1 x 1, and the loop over tiles goes through the channels.)
 template <class Sum, class Body, class Finish>
 void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, const Body& body,
                      const Finish& finish) {
@@ -160,8 +175,8 @@ void segment_means(const Device& device, Acc<T>* xbar, Acc<T>* fbar, const T* X,
 //     Delta = r g - q z,     q = (r^3 / D) <g, z>.                                        (Delta)
 //
 // Delta has, up to eps, no component along z, since y does not change when z is scaled: <Delta, z>
-// = r <g, z> (1 - r^2 |z|^2 / D) = eps r^3 <g, z>. A consequence for very deep networks: what one
-// layer adds can only turn a token.
+// = r <g, z> (1 - r^2 |z|^2 / D) = eps r^3 <g, z>. A consequence for very deep networks: y has
+// length sqrt(D) whatever z's is, so all that a layer can do to a token is to turn it.
 
 // r for one row, given the sum of its squares.
 template <class A>
@@ -211,7 +226,7 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 // 3. The merges
 //
 //     plain        Z = X + F                                   (Post-Norm)
-//     prenorm      Z = X / r_X + F                             (Pre-Norm, see below)
+//     prenorm      Z = X / r_X + F                             (Pre-Norm, see 3.1)
 //     layerscale   Z = X + lambda * F        lambda in R^D
 //     rezero       Z = X + lambda F          lambda a number
 //     mvsplit      Z = X + beta * P F + alpha * J (F - X)      alpha, beta in R^D             (7)
@@ -234,20 +249,6 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 // do. And the RMSNorm of (8) scales each token by its own r_i: the two parts mix a little, and a
 // state that is all mean gets its decay back at once. The leak makes the mean smaller against the
 // rest, not X_next smaller.
-//
-// Pre-Norm is here as a reference. Its branches read the trunk normalised, the trunk itself goes on
-// as it is: Z_next = Z + F(Y), Y = RMSNorm(Z) = r Z. What is stored is Y and r, as for the other
-// merges, and Y / r is the trunk again, whatever eps. (In bf16 it is rounded by each merge, as it
-// would be if it were stored itself.) So with r_X the r of the merge that made X,
-//
-//     Z = X / r_X + F,     X_next = RMSNorm(Z):                                        (Pre-Norm)
-//
-// Post-Norm with a weight on the trunk, its magnitude 1 / r_X, which grows with depth while the
-// branches' does not: the trunk turns less and less. (The first X is the trunk: there r_X = 1. The
-// RMSNorm of the last merge is the usual one before the final projection.)
-//
-// A ReZero whose lambda stays at 1 / a is DeepNorm: a X + F = a (X + F / a), and RMSNorm takes the
-// factor away (and divides its eps by a^2). DeepNet has a = (2 L)^(1/4) for L blocks.
 //
 // LayerScale is no such split, whatever its lambda (40):
 //
@@ -377,6 +378,30 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
   });
 }
 
+// 3.1 For comparison; skip at first
+//
+// Pre-Norm. The trunk Z is used twice: normalised, Y = RMSNorm(Z) = r Z, it is what the next branch
+// reads; as it is, it goes on along the trunk, Z_next = Z + F(Y). What is stored is Y and r, as for
+// the other merges, and Z = Y / r, whatever eps. (In bf16 it is rounded by each merge, as it would
+// be if it were stored itself.) So with r_X the r of the merge that made X,
+//
+//     Z = X / r_X + F,     X_next = RMSNorm(Z):                                        (Pre-Norm)
+//
+// Post-Norm with a weight on the trunk, its magnitude 1 / r_X, which grows with depth while the
+// branches' does not: the trunk turns less and less. (The first X is the trunk: there r_X = 1. The
+// RMSNorm of the last merge is the usual one before the final projection.)
+//
+// Backward. As Z is used twice, its gradient has two parts. G comes back from the branch alone, and
+// through the norm it is the Delta of section 2; from the trunk comes dL/dZ_next as it is. So
+//
+//     dL/dZ = dL/dZ_next + Delta,     dL/dF = dL/dZ,                                      (trunk)
+//
+// and as Z = Z_prev + F with Z_prev = X / r_X, dL/dZ is the dL/dZ_next of the merge before. No
+// norm stands in its way: all of it reaches the first block.
+//
+// DeepNorm is a ReZero whose lambda stays at 1 / a: a X + F = a (X + F / a), and RMSNorm takes the
+// factor away (and divides its eps by a^2). DeepNet has a = (2 L)^(1/4) for L blocks.
+
 // ---------------------------------------------------------------------------------------------
 // 4. The merges, backward: the paper's (49)-(54)
 //
@@ -384,9 +409,15 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 //
 //     Delta_i = r_i G_i - (r_i^3 / D) <G_i, Z_i> Z_i.
 //
-// Then <Delta, dZ> for MV-Split, with dZ = dX + beta * P dF + alpha * J (dF - dX) from (7). J and P
-// are symmetric and act on tokens, the gains on channels, so they move to the other side one by
-// one:
+// (Pre-Norm: 3.1.) Then dL = <Delta, dZ>, for MV-Split with dZ = dX + beta * P dF + alpha * J (dF -
+// dX) from (7). J and P are symmetric, so they may move to the other side of <,>; so may a gain,
+// which multiplies; and as J and P act on tokens and gains on channels, they commute:
+//
+//     <Delta, beta * P dF> = <beta * Delta, P dF> = <P (beta * Delta), dF> = <beta * P Delta, dF>,
+//
+// and alpha * J likewise. Hence dL = <Delta - alpha * J Delta, dX> + <beta * P Delta + alpha * J
+// Delta, dF>: what stands beside dX and dF are their gradients. A gain's is the sum over tokens of
+// Delta times what it multiplies:
 //
 //     dL/dX = Delta - alpha * J Delta
 //         token i:  Delta_i - alpha * Dbar_s                                                  (dX)
@@ -401,19 +432,12 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // costs no further pass. Without the leaky term, dX_i = Delta_i and Xbar drops out of dalpha.
 // LayerScale and ReZero: dX = Delta, dF = lambda * Delta, dlambda = sum_i Delta_i * F_i.
 //
-// Pre-Norm: Z goes on in two ways, as X_next to the branch, and G is the gradient that comes back
-// from there alone, and as itself along the trunk, Z_next = Z + F_next. So
-//
-//     dL/dZ = dL/dZ_next + Delta,     dL/dF = dL/dZ,                                      (trunk)
-//
-// and as Z = Z_prev + F with Z_prev = X / r_X, dL/dZ is the dL/dZ_next of the merge before. What
-// the trunk's gradient holds is not projected again: all of it reaches the first block.
-//
 // Consequence of (dF): the segment mean of dF is alpha * Dbar. At alpha = 0, where training starts,
 // the branch's adjoint has no mean at all, however large Dbar is.
 //
-// What it reads. Z is not stored, but its norm is: Z = Y / r with Y = X_next, the merge's output,
-// which the next layer kept as its input. In terms of Y
+// What it reads. Z is not stored, but r is, and so is Y = X_next = r Z, the merge's output, which
+// the next layer kept as its input. With Z = Y / r the second term of Delta is (r^3 / D) <G, Z> Z =
+// (r / D) <G, Y> Y:
 //
 //     Delta_i = r_i (G_i - h_i Y_i),        h_i = <G_i, Y_i> / D,                     (Delta')
 //
@@ -429,46 +453,56 @@ struct MergeScratch {
   A *h, *dbar, *dgate;
 };
 
+// *to = sum, or += if `accumulate`.
+template <class P, class A>
+HD void set_or_add(P* to, A sum, bool accumulate) {
+  *to = P(accumulate ? A(*to) + sum : sum);
+}
+
 // Gate gradients from the segments' sums, (dalpha), (dbeta): dalpha, dbeta or dlambda (=, or += if
 // `accumulate`).
 template <class T, class P>
 void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> saved,
                     MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
   using A = Acc<T>;
+  constexpr int columns = 8;  // channels that a team's threads have at once
+  size_t segments = 2 * tokens.batch;
+  if (dgates.merge == Merge::rezero) {  // one number: a sum over channels as well
+    for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
+      Team line = team.part(columns);
+      A total = 0;
+      for (size_t d = size_t(line.rank); d < D; d += size_t(line.size)) {
+        A sum = 0;
+        for (size_t s = line.index; s < segments; s += size_t(team.parts(columns)))
+          sum += scratch.dgate[s * D + d];
+        total += sum;
+      }
+      total = team.sum(total);
+      if (team.rank == 0) set_or_add(dgates.lambda, total, accumulate);
+    });
+    return;
+  }
   bool leak = dgates.merge == Merge::mvsplit, split = splits(dgates.merge);
-  bool scalar = dgates.merge == Merge::rezero;
   P *dalpha = dgates.alpha, *dgain = split ? dgates.beta : dgates.lambda;
-  constexpr int columns = 8;  // channels a team has; a scalar gate is one team's over all channels
-  size_t teams = scalar ? 1 : ceil_div(D, columns);
-  for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
-    auto put = [=](P* to, A sum) { *to = P(accumulate ? A(*to) + sum : sum); };
+  for_each_team(device, ceil_div(D, columns), Team::max_size, [=] HD(Team team) {
     Team line = team.part(columns);
-    size_t first = team.index * columns, last = scalar ? D : min_(first + columns, D);
-    A total = 0;
+    size_t first = team.index * columns, last = min_(first + columns, D);
     for (size_t tile = first; tile < last; tile += size_t(line.size)) {
       size_t d = tile + size_t(line.rank);
       A alpha_sum = 0, gain_sum = 0;
       if (d < last)
-        for (size_t s = line.index; s < 2 * tokens.batch; s += size_t(team.parts(columns))) {
+        for (size_t s = line.index; s < segments; s += size_t(team.parts(columns))) {
           gain_sum += scratch.dgate[s * D + d];
           if (!split) continue;
           A to_mean = saved.fbar[s * D + d] - (leak ? saved.xbar[s * D + d] : A(0));
           alpha_sum += A(tokens.count(s % 2)) * scratch.dbar[s * D + d] * to_mean;  // (dalpha)
         }
-      if (scalar) {
-        total += gain_sum;
-        continue;
-      }
       gain_sum = team.sum_rows(gain_sum, columns);
       if (split) alpha_sum = team.sum_rows(alpha_sum, columns);
-      if (d < last && line.index == 0) {
-        put(dgain + d, gain_sum);
-        if (split) put(dalpha + d, alpha_sum);
-      }
+      if (d >= last || line.index != 0) continue;
+      set_or_add(dgain + d, gain_sum, accumulate);
+      if (split) set_or_add(dalpha + d, alpha_sum, accumulate);
     }
-    if (!scalar) return;
-    total = team.sum(total);
-    if (team.rank == 0) put(dgain, total);
   });
 }
 
@@ -882,10 +916,12 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
 // Let delta (T, D) be the adjoint of F and y (T, n) the writer's input, for one sequence. Its
 // gradient is
 //
-//     dW = sum_t delta_t y_t^T = delta^T y = delta^T (J + P) y
-//        = (J delta)^T (J y) + (P delta)^T (P y)          since J P = 0 kills the cross terms
-//        = T dbar ybar^T  +  sum_t dtil_t ytil_t^T  =  dW_mu + dW_c.                      (5), (17)
+//     dW = sum_t delta_t y_t^T = delta^T y = (J delta + P delta)^T (J y + P y)
+//        = (J delta)^T (J y) + (P delta)^T (P y)
+//        = T dbar ybar^T  +  sum_t dtil_t ytil_t^T  =  dW_mu + dW_c,                      (5), (17)
 //
+// as the cross terms delta^T J P y and delta^T P J y are zero. Each of the T rows of J delta is
+// dbar^T and each of J y is ybar^T, the means; dtil_t and ytil_t are the rows of P delta and P y.
 // G_mean = ||dW_mu||_F, G_ctr = ||dW_c||_F. (As matrices the two are not orthogonal: G_mean^2 +
 // G_ctr^2 is not ||dW||^2.) dW_mu has rank one, and grows like T when tokens agree in delta and y.
 //
@@ -901,12 +937,16 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
 //
 // <delta_t, delta_s> <y_t, y_s> is the inner product of the matrices delta_t y_t^T and delta_s
 // y_s^T, so M is a Gram matrix (of these, each divided by w_t): positive semidefinite, with trace
-// T. Its eigenvalues lie between 0 and T, and so does A. With equal w_t,
+// T. Its eigenvalues lie between 0 and T, and so does A. M_tt = 1, so the pairs with s = t give 1:
 //
-//     A - 1 = (1/T) sum_(s != t) M_ts = (T - 1) kappa,    kappa the mean of M_ts over pairs; (30)
+//     A - 1 = sum_(s != t) w_t w_s M_ts / sum_t w_t^2.
 //
-// in general |A - 1| <= (T - 1) khat, khat the mean of |M_ts| with weights w_t w_s, as sum_(s != t)
-// w_t w_s = (sum w)^2 - sum w^2 <= (T - 1) sum w^2.                                      (31)-(32)
+// With equal w_t that is (1/T) sum_(s != t) M_ts = (T - 1) kappa, kappa the mean of M_ts over pairs
+// (30). In general let khat be the mean of |M_ts| over pairs with weights w_t w_s. Then
+//
+//     |A - 1| <= khat sum_(s != t) w_t w_s / sum_t w_t^2 <= (T - 1) khat,                (31)-(32)
+//
+// as sum_(s != t) w_t w_s = (sum w)^2 - sum w^2 and, by Cauchy-Schwarz, (sum w)^2 <= T sum w^2.
 // (The weights matter: two tokens that agree and outweigh the others give A = 2 for every T, while
 // the plain mean of |M_ts|, if no other pair agrees, falls like 1/T^2.) Hence two limits, for w_t
 // of a given size:
@@ -925,9 +965,13 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
 // their ratio in that row; nor can clipping, which multiplies all of dW by one number (App. J).
 //
 // Which mean? (17) holds for any such pair of projectors. With J_seg, dW_mu is one rank-one term a
-// segment; in terms of the global mean, for n_i image and n_t text tokens, these two are
+// segment. Let dbar_N and dbar_L be the means over the N image and the L text tokens. J J_seg = J:
+// the global mean of what J_seg left, N rows dbar_N and L rows dbar_L, is dbar, and (17) splits it
+// again. As dbar_N - dbar = (L/T) (dbar_N - dbar_L) and dbar_L - dbar = -(N/T) (dbar_N - dbar_L),
+// and so for y, and N (L/T)^2 + L (N/T)^2 = N L / T,
 //
-//     T dbar ybar^T + (n_i n_t / T) (dbar_i - dbar_t) (ybar_i - ybar_t)^T.
+//     N dbar_N ybar_N^T + L dbar_L ybar_L^T
+//         = T dbar ybar^T + (N L / T) (dbar_N - dbar_L) (ybar_N - ybar_L)^T.
 //
 // Diagnostics take the global J, as the paper does: they count the second term as centered, though
 // alpha governs it and it grows like T. At alpha = 0 the question is moot: J_seg delta = 0, hence J

@@ -4,9 +4,9 @@
 // that a run can be resumed from, Euler sampling with guidance, and one function a subcommand. What
 // it is not: a framework. There is one data set in memory, one device, one optimiser.
 //
-// How to read it: section 1 is the objective, 2 the optimiser and the watch over its gradients, 3
-// sampling, 4 the trainer, whose train_step() is the whole of a training step, 5 saving and
-// resuming, 6 the run with its log, 7 the other subcommands, 8 the command line.
+// How to read it: section 1 is the objective, 2 the optimiser (skip 2.1 at first: the watch over
+// its gradients), 3 sampling, 4 the trainer, whose train_step() in 4.3 is the whole of a training
+// step, 5 saving and resuming, 6 the run with its log, 7 the other subcommands, 8 the command line.
 
 #include "dit.cu"
 
@@ -95,7 +95,7 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
 //
 //                  weights   master   gradient   m   v
 //     fp32 state      2        4         4       4   4    18
-//     lean state      2       +2         2       2   2    10     G = T in the code
+//     lean state      2       +2         2       2   2    10     Kept = T in the code
 //
 // In the lean state the gradient and the moments are bf16, rounded stochastically (6.1 of math.h),
 // and the master is the bf16 weight and the 16 bits of the float that it lacks. Moments are rounded
@@ -132,10 +132,10 @@ HD inline float join(Halves h) {
 }
 
 // The weights that AdamW moves, and the network's rounded copy of them.
-template <class T, class G>
+template <class T, class Kept>
 struct Master {
   using A = Acc<T>;
-  static constexpr bool lean = !std::is_same_v<G, A>;
+  static constexpr bool lean = !std::is_same_v<Kept, A>;
   T* weights;
   std::conditional_t<lean, int16_t, A>* own;  // lean: the rests; where T is Acc<T>: the weights
 
@@ -168,8 +168,8 @@ struct Master {
 };
 
 // Draw all parameters as the table says into the master, and into `average` if it is not null.
-template <class T, class G>
-void initialise(const Device& device, const Table& table, Master<T, G> master, Acc<T>* average,
+template <class T, class Kept>
+void initialise(const Device& device, const Table& table, Master<T, Kept> master, Acc<T>* average,
                 uint64_t seed) {
   using A = Acc<T>;
   device.fill(master.weights, 0, table.size * sizeof(T));
@@ -230,14 +230,14 @@ inline void begin_step(const Device& device, Clock* clock, Optimizer o) {
 }
 
 // The gradient's norm and the clipping factor, from chunk sums of squares (partial: one a chunk).
-template <class G>
-void gradient_norm(const Device& device, Clock* clock, double* partial, const G* gradients,
+template <class Kept>
+void gradient_norm(const Device& device, Clock* clock, double* partial, const Kept* gradients,
                    const Chunk* chunks, size_t count, double clip) {
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     Chunk c = chunks[team.index];
-    Acc<G> sum = 0;
+    Acc<Kept> sum = 0;
     for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
-      Quad<Acc<G>> g = load<Acc<G>>(gradients + i);
+      Quad<Acc<Kept>> g = load<Acc<Kept>>(gradients + i);
       sum += dot(g, g);
     }
     sum = team.sum(sum);
@@ -253,12 +253,12 @@ void gradient_norm(const Device& device, Clock* clock, double* partial, const G*
   });
 }
 
-// One step of AdamW: updates the weights, m and v (G). `average`, if not null, follows the weights
-// exponentially at rate 1 - ema. `dither`: for moments that are rounded.
-template <class T, class G>
-void adamw(const Device& device, Master<T, G> master, G* m, G* v, Acc<T>* average, double ema,
-           const G* gradients, const Clock* clock, const Chunk* chunks, size_t count, Optimizer o,
-           Dither dither) {
+// One step of AdamW: updates the weights, m and v (Kept). `average`, if not null, follows the
+// weights exponentially at rate 1 - ema. `dither`: for moments that are rounded.
+template <class T, class Kept>
+void adamw(const Device& device, Master<T, Kept> master, Kept* m, Kept* v, Acc<T>* average,
+           double ema, const Kept* gradients, const Clock* clock, const Chunk* chunks, size_t count,
+           Optimizer o, Dither dither) {
   using A = Acc<T>;
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     Chunk c = chunks[team.index];
@@ -276,7 +276,7 @@ void adamw(const Device& device, Master<T, G> master, G* m, G* v, Acc<T>* averag
       w = w - lr * change;
       master.set(i, w);
       if (average) store(average + i, keep * load<A>(average + i) + follow * w);
-      Random4 bits = Master<T, G>::lean ? dither(i / 4) : Random4{};
+      Random4 bits = Master<T, Kept>::lean ? dither(i / 4) : Random4{};
       store_stochastically(m + i, m1, bits, 0);
       store_stochastically(v + i, v1, bits, 1);
     }
@@ -310,10 +310,11 @@ void end_step(const Device& device, Clock* clock, Record* history, const A* loss
 
 // 2.1 The watch for spikes
 //
-// A step stands out if its gradient's norm is not at most `factor` times the median of the steps
-// before it, up to 100 and at least 50 of them (so NaN stands out too). By the time the host reads
-// the norms that step's gradients are gone; so the device decides within the step, and copies what
-// a report needs. No step waits for the host, and none is changed.
+// A step stands out if its gradient's norm is above `factor` times the median over the 100 steps
+// before it, or as many as there are from 50 on. (The test is !(norm <= factor * median): NaN
+// stands out too.) By the time the host reads the norms that step's gradients are gone; so the
+// device decides within the step, and copies what a report needs. No step waits for the host, and
+// none is changed.
 
 constexpr size_t spike_window = 100, spike_least = 50;
 
@@ -376,8 +377,8 @@ inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
 }
 
 // At a spike, copy what the report needs. After the step, so that its weights are those looked at.
-template <class T, class G>
-void copy_spike(const Device& device, SpikeArrays a, const double* partial, const G* gradients,
+template <class T, class Kept>
+void copy_spike(const Device& device, SpikeArrays a, const double* partial, const Kept* gradients,
                 const T* weights, const Chunk* chunks, size_t count, const Acc<T>* losses,
                 size_t samples, const Acc<T>* dvelocity, size_t b, size_t n) {
   size_t teams = std::min<size_t>(count, 1024);
@@ -415,7 +416,8 @@ void copy_spike(const Device& device, SpikeArrays a, const double* partial, cons
 // ---------------------------------------------------------------------------------------------
 // 3. Sampling
 //
-// Euler steps from noise at t = 1 to data at t = 0, with classifier-free guidance:
+// Euler steps from noise at t = 1 to data at t = 0, with classifier-free guidance. On the line of
+// section 1, dz/dt = x1 - x0 = -v, so a step from t to t_next < t adds (t_next - t) (-v):
 //     z <- z + (t - t_next) v,     v = v_u + w (v_c - v_u),
 // v_c with the caption, v_u with the empty one.
 
@@ -448,8 +450,8 @@ void euler_step(const Device& device, Acc<T>* z, const Acc<T>* conditional,
 
 // Images (n, C, H, W) for captions (n, L, d_text), all on the host. Image i depends on seed and i
 // only.
-template <class T, class G>
-std::vector<float> sample_images(Network<T, G>& net, Sampler<T> sampler,
+template <class T, class Kept>
+std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
                                  const std::vector<float>& text,
                                  const std::vector<float>& empty_text, size_t n, size_t steps,
                                  double guidance, double shift, uint64_t seed) {
@@ -541,11 +543,11 @@ Diagnostics<T> chosen_diagnostics(const TrainOptions& o) {
 }
 
 // The arrays of a run besides the network's.
-template <class T, class G>
+template <class T, class Kept>
 struct TrainArrays {
   using A = Acc<T>;
-  Master<T, G> master;  // as the weights, like m, v and average
-  G *m, *v;
+  Master<T, Kept> master;  // as the weights, like m, v and average
+  Kept *m, *v;
   A* average;
   T* average_rounded;  // what the network evaluates with; the same where T is Acc<T>
   Chunk* chunks;
@@ -557,7 +559,7 @@ struct TrainArrays {
   void lay_optimizer(Carver& c, size_t parameters, size_t chunk_count, bool averages) {
     if (!std::is_same_v<T, A>)
       master.own = c.take<std::remove_pointer_t<decltype(master.own)>>(parameters);
-    m = c.take<G>(parameters), v = c.take<G>(parameters);
+    m = c.take<Kept>(parameters), v = c.take<Kept>(parameters);
     average = averages ? c.take<A>(parameters) : nullptr;
     average_rounded = averages && !std::is_same_v<T, A> ? c.take<T>(parameters) : nullptr;
     chunks = c.take<Chunk>(chunk_count), partial = c.take<double>(chunk_count);
@@ -597,29 +599,42 @@ inline void upload_data(const Device& device, const DeviceData& to, const Datase
   put(to.caption, from.caption, to.images);
 }
 
-// Everything a run will take, by slab, before it is taken.
-template <class T, class G = Acc<T>>
-Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bool on_gpu) {
-  Plan plan = network_plan<T, G>(o.model, table, o.batch, o.recompute, true, on_gpu);
-  auto add = [&](const char* name, auto lay) {
-    Carver c;
-    lay(c);
-    plan.slabs.emplace_back(name, c.used);
-  };
-  TrainArrays<T, G> a;
+// All that a run takes besides the network.
+template <class T, class Kept>
+struct RunArrays {
+  TrainArrays<T, Kept> a;
+  DeviceData train, held_out;
   Sampler<T> sampler;
-  add("optimizer",
-      [&](Carver& c) { a.lay_optimizer(c, table.size, count_chunks(table), o.ema > 0); });
-  add("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
-  if (o.observes())
-    add("diagnostics", [&](Carver& c) {
-      Diagnostics<T> diagnostics = chosen_diagnostics<T>(o);
-      diagnostics.lay(c);
-      SpikeArrays().lay(c, diagnostics.layers.size(), count_chunks(table), o.batch * o.accumulate);
-    });
-  add("data", [&](Carver& c) { lay_data(c, o.model, data.images, data.captions); });
-  add("held-out data", [&](Carver& c) { lay_data(c, o.model, data.held_out, data.captions); });
-  add("sampling", [&](Carver& c) { sampler.lay(c, o.model, o.batch); });
+  Diagnostics<T> diagnostics;
+  SpikeArrays spikes;
+
+  explicit RunArrays(const TrainOptions& o) : diagnostics(chosen_diagnostics<T>(o)) {}
+
+  // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
+  template <class F>
+  void each_slab(const TrainOptions& o, const Table& table, DataSizes data, const F& slab) {
+    const Config& m = o.model;
+    size_t chunks = count_chunks(table);
+    slab("optimizer", [&](Carver& c) { a.lay_optimizer(c, table.size, chunks, o.ema > 0); });
+    slab("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
+    if (o.observes())
+      slab("diagnostics", [&](Carver& c) {
+        diagnostics.lay(c);
+        spikes.lay(c, diagnostics.layers.size(), chunks, o.batch * o.accumulate);
+      });
+    slab("data", [&](Carver& c) { train = lay_data(c, m, data.images, data.captions); });
+    slab("held-out data",
+         [&](Carver& c) { held_out = lay_data(c, m, data.held_out, data.captions); });
+    slab("sampling", [&](Carver& c) { sampler.lay(c, m, o.batch); });
+  }
+};
+
+// Everything a run will take, by slab, before it is taken.
+template <class T, class Kept = Acc<T>>
+Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bool on_gpu) {
+  Plan plan = network_plan<T, Kept>(o.model, table, o.batch, o.recompute, true, on_gpu);
+  RunArrays<T, Kept>(o).each_slab(o, table, data,
+                                  [&](const char* name, const auto& lay) { plan.add(name, lay); });
   plan.slabs.emplace_back("cuBLAS workspace", Device::workspace_bytes(on_gpu));
   return plan;
 }
@@ -750,8 +765,8 @@ Choice choose(const TrainOptions& o, const Table& table, DataSizes data, bool on
 
 // 4.2 Batches
 
-template <class T, class G>
-void draw_training_batch(Network<T, G>& net, TrainArrays<T, G> a, DeviceData data,
+template <class T, class Kept>
+void draw_training_batch(Network<T, Kept>& net, TrainArrays<T, Kept> a, DeviceData data,
                          const TrainOptions& o) {
   uint64_t seed = o.seed, batch = o.batch;
   double dropout = o.dropout, shift = o.time_shift;
@@ -767,8 +782,8 @@ void draw_training_batch(Network<T, G>& net, TrainArrays<T, G> a, DeviceData dat
 }
 
 // Held-out images with fixed noise and times.
-template <class T, class G>
-void draw_validation_batch(Network<T, G>& net, TrainArrays<T, G> a, DeviceData data,
+template <class T, class Kept>
+void draw_validation_batch(Network<T, Kept>& net, TrainArrays<T, Kept> a, DeviceData data,
                            const TrainOptions& o, size_t first, size_t b) {
   double shift = o.time_shift;
   auto draw = [=] HD(size_t i) {
@@ -823,52 +838,34 @@ inline uint64_t hash_data(const Dataset& data) {
 
 // 4.3 A step: train_step(), pass(), update()
 
-// T: what the network computes with; G: what its gradients and AdamW's moments are kept as.
-template <class T, class G = Acc<T>>
-class Trainer {
+// T: what the network computes with; Kept: what its gradients and AdamW's moments are kept as.
+template <class T, class Kept = Acc<T>>
+class Trainer : public RunArrays<T, Kept> {
+  using Base = RunArrays<T, Kept>;
+
  public:
   using A = Acc<T>;
-  static constexpr bool mixed = !std::is_same_v<T, A>, lean = Master<T, G>::lean;
+  using Base::a, Base::train, Base::held_out, Base::sampler, Base::diagnostics, Base::spikes;
+  static constexpr bool mixed = !std::is_same_v<T, A>, lean = Master<T, Kept>::lean;
 
   const TrainOptions o;
   Device& device;
-  Network<T, G> net;
-  TrainArrays<T, G> a;
-  DeviceData train, held_out;
-  Sampler<T> sampler;
-  Diagnostics<T> diagnostics;
-  SpikeArrays spikes;
+  Network<T, Kept> net;
   size_t chunk_count;
   uint64_t step = 0;  // steps done
   uint64_t data_hash;
 
   Trainer(Device& on, const TrainOptions& options, const Dataset& data, const Dataset& validation)
-      : o(options),
+      : Base(options),
+        o(options),
         device(on),
         net(on, o.model, o.batch, o.recompute, true),
-        diagnostics(chosen_diagnostics<T>(o)),
         data_hash(hash_data(data)) {
     std::vector<Chunk> chunks = chunks_of(net.table);
     chunk_count = chunks.size();
     size_t V = std::min(o.val_images, validation.images);
-    Plan plan = training_plan<T, G>(o, net.table, {data.images, V, data.captions}, device.gpu);
-    auto take = [&](const char* name, auto lay) {
-      for (const auto& [slab, bytes] : plan.slabs)
-        if (slab == name) slabs_.push_back(std::make_unique<Slab>(device, bytes, 0));
-      Carver c{slabs_.back()->data};
-      lay(c);
-    };
-    take("optimizer",
-         [&](Carver& c) { a.lay_optimizer(c, net.table.size, chunk_count, o.ema > 0); });
-    take("batch", [&](Carver& c) { a.lay_batch(c, o, V); });
-    if (o.observes())
-      take("diagnostics", [&](Carver& c) {
-        diagnostics.lay(c);
-        spikes.lay(c, diagnostics.layers.size(), chunk_count, o.batch * o.accumulate);
-      });
-    take("data", [&](Carver& c) { train = lay_data(c, o.model, data.images, data.captions); });
-    take("held-out data", [&](Carver& c) { held_out = lay_data(c, o.model, V, data.captions); });
-    take("sampling", [&](Carver& c) { sampler.lay(c, o.model, o.batch); });
+    this->each_slab(o, net.table, {data.images, V, data.captions},
+                    [&](const char*, const auto& lay) { slabs_.add(device, lay, 0); });
     a.master.weights = net.weights();
     if constexpr (!mixed) a.master.own = net.weights(), a.average_rounded = a.average;
     upload_data(device, train, data);
@@ -971,8 +968,8 @@ class Trainer {
   }
 
  private:
-  std::vector<std::unique_ptr<Slab>> slabs_;
-  Graph graphs_[8];  // see each_pass()
+  Slabs slabs_;
+  Graph graphs_[2][2][2];  // see each_pass()
   bool prepared_ = false;
 
   // Call act(graph, f) for each pass of a step: f() enqueues it.
@@ -980,7 +977,7 @@ class Trainer {
   void each_pass(bool diagnose, const Act& act) {
     for (size_t micro = 0; micro < o.accumulate; ++micro) {
       bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
-      act(graphs_[4 * observe + 2 * last + first], [&] {
+      act(graphs_[observe][last][first], [&] {
         if (first) begin_step(device, a.clock, o.optimizer);
         pass(first, last ? observer(diagnose) : Observer<T>());
         if (last) update(diagnose);
@@ -1003,7 +1000,7 @@ class Trainer {
     size_t samples = o.batch * o.accumulate;
     gradient_norm(device, a.clock, a.partial, net.gradients(), a.chunks, chunk_count,
                   o.optimizer.clip);
-    if (diagnose) diagnostics.gradients(device, locate<G>(o.model, net.table, net.gradients()));
+    if (diagnose) diagnostics.gradients(device, locate<Kept>(o.model, net.table, net.gradients()));
     if (o.spike_factor > 0)
       watch_step(device, spikes, a.clock, a.history, diagnostics.measured.modes,
                  diagnostics.layers.size(), diagnostics.samples, o.spike_factor);
@@ -1085,8 +1082,8 @@ constexpr const char* precision_name = std::is_same_v<T, double>  ? "fp64"
 // What must be the same for a resumed run to be the same run. The optimiser's settings are not
 // among them: a run may go on at another learning rate, but its bits are then not those of an
 // unbroken one.
-template <class T, class G>
-Metadata describe_state(const Trainer<T, G>& t) {
+template <class T, class Kept>
+Metadata describe_state(const Trainer<T, Kept>& t) {
   Metadata m = describe(t.o.model, t.o.time_shift);
   m["batch"] = std::to_string(t.o.batch), m["accumulate"] = std::to_string(t.o.accumulate);
   m["seed"] = std::to_string(t.o.seed), m["data_hash"] = std::to_string(t.data_hash);
@@ -1122,8 +1119,8 @@ inline Metadata describe_optimizer(const Optimizer& o) {
 }
 
 // Call f with the slabs that a resumed run needs. (Wide types first, as files like it.)
-template <class T, class G, class F>
-void with_state(Trainer<T, G>& t, const F& f) {
+template <class T, class Kept, class F>
+void with_state(Trainer<T, Kept>& t, const F& f) {
   auto& a = t.a;
   Stored average{"ema.", a.average};
   Stored own{t.lean ? "rest." : "master.", a.master.own};
@@ -1133,8 +1130,8 @@ void with_state(Trainer<T, G>& t, const F& f) {
 
 // Write DIR/state.safetensors (unless only weights are wanted), weights.safetensors and
 // ema.safetensors (if any).
-template <class T, class G>
-void save_run(Trainer<T, G>& t) {
+template <class T, class Kept>
+void save_run(Trainer<T, Kept>& t) {
   std::string dir = t.o.out + "/";
   Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
   about["step"] = state["step"] = std::to_string(t.step);
@@ -1153,8 +1150,8 @@ void save_run(Trainer<T, G>& t) {
                  Stored{"", t.evaluated_weights()});
 }
 
-template <class T, class G>
-void resume_run(Trainer<T, G>& t) {
+template <class T, class Kept>
+void resume_run(Trainer<T, Kept>& t) {
   std::string path = t.o.out + "/state.safetensors";
   SafetensorsReader file(path);
   for (const auto& [key, value] : describe_state(t)) require_described(file, path, key, value);
@@ -1246,7 +1243,7 @@ void print_plan(TrainOptions o, const Table& table, DataSizes data, bool on_gpu,
 }
 
 // A run and its console: what is logged, validated, sampled and saved, and when.
-template <class T, class G>
+template <class T, class Kept>
 class Run {
  public:
   // `in_use`: bytes in use on the device before the data was read.
@@ -1261,6 +1258,7 @@ class Run {
       resume_run(trainer_);
       std::printf("resumed %s after step %zu\n", o_.out.c_str(), size_t(trainer_.step));
     } else {
+      if (o_.resume) std::printf("no state in %s: starting at step 1\n", o_.out.c_str());
       set_aside(logs_in(o_.out));
     }
     logged_ = first_ = trainer_.step;
@@ -1308,7 +1306,7 @@ class Run {
  private:
   using Time = std::chrono::steady_clock;
   const size_t in_use_before_;
-  Trainer<T, G> trainer_;
+  Trainer<T, Kept> trainer_;
   const TrainOptions& o_;
   Dataset data_;
   std::unique_ptr<CsvLog> log_, validation_, diagnostics_;
@@ -1433,7 +1431,7 @@ inline void check_options(const TrainOptions& o) {
     const char* what;
   } rules[] = {
       {o.batch >= 1 && o.accumulate >= 1 && o.batch < 1 << 20 && o.accumulate < 1 << 20,
-       "--batch and --accumulate must be at least 1"},
+       "--batch and --accumulate must be from 1 to 1,048,575"},
       {o.log_every >= 1 && o.log_every <= records - spike_window,
        "--log-every must be from 1 to 924"},
       {!o.out.empty(), "--out must name a folder"},
@@ -1462,10 +1460,10 @@ inline double memory_limit(const Device& device) {
   return 0.99 * double(device.available() + Device::workspace_bytes(device.gpu));
 }
 
-template <class T, class G>
+template <class T, class Kept>
 int start_run(Device& device, const TrainOptions& o, Dataset data, Dataset validation,
               size_t in_use) {
-  Run<T, G> run(device, o, std::move(data), validation, in_use);
+  Run<T, Kept> run(device, o, std::move(data), validation, in_use);
   validation = {};
   return run.go();
 }
@@ -1485,7 +1483,6 @@ int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size
   }
   Choice choice = choose<T>(o, table, sizes, device.gpu, limit, true);
   o.recompute = choice.recompute;
-  print_plan<T>(o, table, sizes, device.gpu, choice);
   auto there = [&](const char* name) { return std::filesystem::exists(o.out + "/" + name); };
   bool state = there("state.safetensors");
   if (state && o.resume && o.save == "weights")
@@ -1504,6 +1501,7 @@ int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size
   std::error_code error;
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
+  print_plan<T>(o, table, sizes, device.gpu, choice);
   if constexpr (std::is_same_v<T, bf16>)
     if (choice.lean)
       return start_run<T, T>(device, o, std::move(data), std::move(validation), in_use);
@@ -1577,6 +1575,9 @@ inline std::pair<std::vector<float>, std::vector<float>> prompt_text(const Sampl
 
 template <class T>
 int sample(Device& device, const SampleOptions& o) {
+  std::string extension = std::filesystem::path(o.out).extension();
+  if (extension != ".png" && extension != ".safetensors")
+    fail("--out %s: the name must end in .png or .safetensors", o.out.c_str());
   SafetensorsReader file(o.weights);
   Config m;
   m.heads = o.heads, m.height = m.image_width = o.size, m.text_tokens = o.text_tokens;
@@ -1605,7 +1606,7 @@ int sample(Device& device, const SampleOptions& o) {
       sample_images(net, sampler, text, empty, n, o.steps, o.guidance, shift, o.seed);
   for (float x : images)
     if (!std::isfinite(x)) fail("the samples hold NaN or infinity: are these trained weights?");
-  if (std::filesystem::path(o.out).extension() == ".safetensors") {
+  if (extension == ".safetensors") {
     SafetensorsWriter out(o.out);
     out.declare("samples", "F32", {n, m.channels, m.height, m.image_width});
     out.write(images.data(), images.size());
@@ -1849,6 +1850,10 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
   bool good = worst <= o.tolerance;
   std::printf("largest relative error %.2e: %s (limit %.0e)\n", worst, good ? "ok" : "WRONG",
               o.tolerance);
+  const Residual& mode = o.model.mode();
+  bool bare = mode.attention == Merge::plain || mode.ffn == Merge::plain;
+  if (!good && bare && o.model.writer_std > 0.02)
+    std::printf("without gates a deep network is too chaotic for differences: --writer-std 0.02\n");
   return good ? 0 : 1;
 }
 
@@ -2052,8 +2057,8 @@ inline void add_model_options(CLI::App* app, Config& m) {
                   "that MV-Split takes: segment, of image and of text tokens; global, of all");
   app->add_option("--alpha", m.alpha, "MV-Split's mean gate at the start");
   app->add_option("--beta", m.beta, "MV-Split's centered gate at the start");
-  app->add_option("--lambda", m.lambda,
-                  "LayerScale's or ReZero's gate at the start; default: 1e-2, 0");
+  app->add_option("--lambda", m.lambda, "LayerScale's or ReZero's gate at the start")
+      ->default_str("1e-2, 0");
   app->add_option("--writer-std", m.writer_std,
                   "W_O and W2 start as N(0, std^2); -1: the mode's own");
   app->add_option("--final-std", m.final_std, "so does the final projection");
@@ -2185,6 +2190,7 @@ inline CLI::App* add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& mach
   o.model.writer_std = 0.25, o.model.final_std = 0.25;
   CLI::App* sub = app.add_subcommand("gradcheck", "gradients of the whole network by differences");
   add_model_options(sub, o.model);
+  sub->get_option("--lambda")->default_str("0.1");
   add_data_sizes(sub, o.model);
   sub->add_option("--batch", o.batch)->check(CLI::Range(1, 1024));
   sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks");
@@ -2243,12 +2249,28 @@ inline int command(int argc, const char* const* argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
     if (e.get_exit_code() == 0) return app.exit(e);  // --help
-    std::string what = e.what();
+    std::string what = e.what(), names;
+    for (const CLI::App* sub : app.get_subcommands({}))
+      names += (names.empty() ? "" : ", ") + sub->get_name();
+    std::vector<std::string> unknown = app.remaining(true);
+    if (app.get_subcommands().empty())
+      what = (unknown.empty() ? "no subcommand" : "'" + unknown[0] + "' is not a subcommand") +
+             std::string(": choose one of ") + names;
+    else if (!unknown.empty())
+      what = "'" + unknown[0] + "' was not expected";
     std::replace(what.begin(), what.end(), '\n', ' ');
     std::fprintf(stderr, "mvsplit: %s (--help lists the options)\n", what.c_str());
     return 2;
   }
   try {
+    // A gate that is asked for by hand and not there would be passed over in silence.
+    const Config& model = *gradcheck_sub ? gradcheck_options.model
+                          : *plan_sub    ? plan_options.model
+                                         : train_options.model;
+    for (std::string gate : {"alpha", "beta", "lambda"})
+      for (int i = 1; i < argc; ++i)
+        if (std::string(argv[i]).rfind("--" + gate, 0) == 0 && !model.has_gate(gate))
+          fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
     if (*plan_sub)
       return machine.with_precision([&](auto t) {
         if (plan_options.data != "fashion-mnist") {
@@ -2282,6 +2304,7 @@ inline int command(int argc, const char* const* argv) {
                          : forward<decltype(t)>(device, forward_options);
     });
   } catch (const Error& e) {
+    std::fflush(stdout);  // what led to it comes first, in a file too
     std::fprintf(stderr, "mvsplit: %s\n", e.what());
     return 2;
   } catch (const std::filesystem::filesystem_error& e) {

@@ -381,6 +381,7 @@ int main(int argc, char** argv) {
         parts.push_back(argv[i]);
       else if (++i == argc || !(tsv = std::fopen(argv[i], "w")))
         fail("--tsv needs a file that can be written");
+    if (Device::gpus() == 0) fail("it measures a GPU, and there is none");
     bench(parts);
     if (tsv) std::fclose(tsv);
   } catch (const Error& error) {

@@ -631,6 +631,13 @@ TEST(Network, PlanIsWhatIsTaken) {
       }
 }
 
+// Whether this build has CUDA or not.
+TEST(Network, PlansForAGpuWithoutAttentionsMatrices) {
+  EXPECT_TRUE(fused_attention<bf16>(true, 64) && fused_attention<bf16>(true, 128));
+  EXPECT_FALSE(fused_attention<bf16>(false, 64) || fused_attention<bf16>(true, 32) ||
+               fused_attention<float>(true, 64));
+}
+
 template <class T>
 void compare_networks(const Config& c, double tolerance) {
   auto [cpu, gpu] =

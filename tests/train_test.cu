@@ -1654,15 +1654,17 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--patch 3", "image of 8x8 cannot be cut into patches of 3x3"},
       {"train", "--residual magic", "residual 'magic' is not known: choose one of postnorm"},
       {"train", "--means no", "means 'no' is not known: choose segment or global"},
-      {"train", "--magic 1", "--magic"},
+      {"train", "--magic 1", "'--magic' was not expected"},
+      {"magic", "", "'magic' is not a subcommand: choose one of train, sample"},
       {"train", "--batch -4", "--batch"},
       {"train", "--batch 0", "--batch"},
+      {"train", "--batch 2000000", "must be from 1 to 1,048,575"},
       {"train", "--batch four", "--batch = four"},
       {"train", "--batch 1000000 --width 4096", "the largest --batch that fits is"},
       {"plan", "--depth 1 --patch 65536 --channels 4096", "larger than any machine"},
       {"plan", "--depth 1 --patch 65536 --channels 4096 --batch 1000000 --width 8 --heads 1",
        "larger than any machine"},
-      {"train", "--accumulate 0", "--accumulate must be at least 1"},
+      {"train", "--accumulate 0", "--batch and --accumulate must be from 1"},
       {"train", "--depth 0", "at least 1"},
       {"train", "--depth -1", "--depth: -1 is not a positive integer"},
       {"train", "--steps -5", "--steps: -5 is not a positive integer"},
@@ -1715,7 +1717,11 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--fix lambda", "fix 'lambda': residual mvsplit has no such gate"},
       {"train", "--fix alpha --residual rezero", "fix 'alpha': residual rezero has no such gate"},
       {"train", "--fix beta,gamma", "fix 'gamma': residual mvsplit has no such gate"},
-      {"train", "--lambda nan", "must be finite"},
+      {"train", "--lambda nan --residual rezero", "must be finite"},
+      {"train", "--lambda 1", "--lambda: residual mvsplit has no such gate"},
+      {"train", "--alpha 0 --residual postnorm", "--alpha: residual postnorm has no such gate"},
+      {"plan", "--beta 1 --residual layerscale", "--beta: residual layerscale has no such gate"},
+      {"gradcheck", "--beta 1 --residual prenorm", "--beta: residual prenorm has no such gate"},
       {"train", "--resume --ema 0.9", "was made with ema = 0"},
       {"train", "--resume --precision fp64", "was made with precision = fp32"},
       {"train", "--resume --precision bf16", "was made with precision = fp32"},
@@ -1733,6 +1739,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"sample", "--prompt sneaker", "--prompt is 'sneaker', expected a positive integer"},
       {"sample", "--columns 0", "--columns"},
       {"bare sample", "", "was trained on captions from a file: name it with --data"},
+      {"sample", "--out " + at("out.jpg"), "out.jpg: the name must end in .png or .safetensors"},
       {"sample", "--cfg nan", "--cfg finite"},
       {"sample", "--time-shift -1", "must be positive"},
       {"sample", "--out " + at("none/out.png"), "create its directory"},
@@ -1788,6 +1795,15 @@ TEST_F(CommandTest, AFullDiskLeavesWhatWasThere) {
   EXPECT_TRUE(numbers() == before);
   EXPECT_EQ(run("train", train_, "--resume --steps 3").status, 0) << "with room";
   EXPECT_EQ(run("sample", sample_).status, 0);
+}
+
+TEST_F(CommandTest, ResumingNothingSaysSo) {
+  const std::string fresh = "--resume --out " + at("fresh"), words = "no state in " + at("fresh");
+  for (const char* steps : {" --steps 1", " --steps 2"}) {
+    Outcome outcome = run("train", train_, fresh + steps);
+    EXPECT_EQ(outcome.status, 0) << outcome.err;
+    EXPECT_EQ(outcome.out.find(words) != std::string::npos, steps[9] == '1') << outcome.out;
+  }
 }
 
 TEST_F(CommandTest, ARunThatDivergesIsNotSaved) {
@@ -2177,6 +2193,13 @@ TEST_F(CommandTest, ProbeReadsTimeOffTheStates) {
     EXPECT_EQ(std::count(all.begin(), all.end(), '\n'),
               std::count(csv.begin(), csv.end(), '\n') + 3 * 3);
   }
+}
+
+// What fails for want of gates says what helps.
+TEST(Gradcheck, SaysWhatAChaoticNetworkNeeds) {
+  const std::string flags = "--device cpu --depth 3 --tolerance 1e-30 --residual ";
+  EXPECT_NE(run("gradcheck", flags + "postnorm").out.find("--writer-std 0.02"), std::string::npos);
+  EXPECT_EQ(run("gradcheck", flags + "mvsplit").out.find("--writer-std"), std::string::npos);
 }
 
 // Through a thousand layers and their recomputation: every residual mode, family and input.
