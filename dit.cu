@@ -64,11 +64,10 @@ struct Config {
   bool projects_text() const { return text_dim != width; }
 
   const Residual& mode() const {
-    std::string known;
-    for (const Residual& r : residuals) {
+    for (const Residual& r : residuals)
       if (residual == r.name) return r;
-      known += std::string(known.empty() ? "" : ", ") + r.name;
-    }
+    std::string known;
+    for (const Residual& r : residuals) known += std::string(known.empty() ? "" : ", ") + r.name;
     fail("residual '%s' is not known: choose one of %s", residual.c_str(), known.c_str());
   }
   double lambda_init() const { return lambda.value_or(residual == "rezero" ? 0 : 1e-2); }
@@ -596,11 +595,11 @@ Matrix<T> head_square(T* a, Heads h) {
   return Matrix<T>(a, h.length).batch(h.heads * h.length * h.length, h.length * h.length);
 }
 
-// Y (B, T, D) from qkv (B, T, 3, H, hd). The probabilities P (B, H, T, T) are kept; the scores
-// (B, H, T, T) are scratch, in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by
-// sqrt(hd)) would be off by up to 0.016, and its probability by 1.6%.
-template <class T>
-void attention_forward(Device& device, T* Y, T* P, Acc<T>* scores, const T* qkv, Heads h) {
+// The probabilities P (B, H, T, T) from qkv (B, T, 3, H, hd). The scores (B, H, T, T) are scratch, in
+// Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd)) would be off by up
+// to 0.016, and its probability by 1.6%. P may be the same array.
+template <class T, class Probability>
+void attention_matrices(Device& device, Probability* P, Acc<T>* scores, const T* qkv, Heads h) {
   using A = Acc<T>;
   size_t n = h.length;
   gemm(device, head_square(scores, h), head_part(qkv, 0, h), head_part(qkv, 1, h).transpose(),
@@ -612,8 +611,16 @@ void attention_forward(Device& device, T* Y, T* P, Acc<T>* scores, const T* qkv,
     largest = team.max(largest);  // exp never overflows
     for (size_t j = team.rank; j < n; j += team.size) sum += s[j] = exp_(s[j] - largest);
     A scale = A(1) / team.sum(sum);
-    for (size_t j = team.rank; j < n; j += team.size) P[team.index * n + j] = T(scale * s[j]);
+    for (size_t j = team.rank; j < n; j += team.size)
+      P[team.index * n + j] = Probability(scale * s[j]);
   });
+}
+
+// Y (B, T, D) from qkv. P is kept, scores are scratch.
+template <class T>
+void attention_forward(Device& device, T* Y, T* P, Acc<T>* scores, const T* qkv, Heads h) {
+  size_t n = h.length;
+  attention_matrices(device, P, scores, qkv, h);
   gemm(device, head_slice(Y, h), head_square(P, h), head_part(qkv, 2, h),
        {n, h.dim, n, h.batch, h.heads});
 }
@@ -1549,9 +1556,11 @@ Plan network_plan(const Config& config, const Table& table, size_t batch, size_t
                   bool trains, bool gpu) {
   // Beyond any machine; below, no product of sizes overflows 64 bits.
   double D = double(config.width), rows = double(batch) * double(config.tokens());
-  double parameters_about = double(config.depth) * D * (4 * D + 3 * double(config.ffn));
-  if (parameters_about > 1e13 ||
-      rows * (double(config.heads * config.tokens()) + 20 * D + 6 * double(config.ffn)) > 1e14)
+  double parameters_about = D * (double(config.depth) * (4 * D + 3 * double(config.ffn)) +
+                                 2 * double(config.patch_dim()));
+  if (parameters_about > 1e13 || rows * (double(config.heads * config.tokens()) + 20 * D +
+                                         6 * double(config.ffn) + double(config.patch_dim())) >
+                                     1e14)
     fail("this model and batch are larger than any machine: check --depth, --width and --batch");
   Plan plan;
   size_t span = trains ? span_length(config, recompute) : 1;
@@ -1855,24 +1864,6 @@ void initialise(const Device& device, const Table& table, A* slab, uint64_t seed
 // M finds from below: |M x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two parts,
 // c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A Z, the leakage (Prop. 1).
 
-// A (B, H, T, T), the attention matrices, in Acc<T>, from qkv (B, T, 3, H, hd).
-template <class T>
-void attention_matrices(Device& device, Acc<T>* matrices, const T* qkv, Heads h) {
-  using A = Acc<T>;
-  size_t n = h.length;
-  gemm(device, head_square(matrices, h), head_part(qkv, 0, h), head_part(qkv, 1, h).transpose(),
-       {n, n, h.dim, h.batch, h.heads}, A(1) / std::sqrt(A(h.dim)));
-  for_each_team(device, h.batch * h.heads * n, threads_for(n), [=] HD(Team team) {
-    A* a = matrices + team.index * n;
-    A largest = a[0], sum = 0;
-    for (size_t j = team.rank; j < n; j += team.size) largest = max_(largest, a[j]);
-    largest = team.max(largest);
-    for (size_t j = team.rank; j < n; j += team.size) sum += a[j] = exp_(a[j] - largest);
-    A scale = A(1) / team.sum(sum);
-    for (size_t j = team.rank; j < n; j += team.size) a[j] *= scale;
-  });
-}
-
 // out = P x for each x (n, D) of a batch: every column is centered.
 template <class A, class T>
 void center_columns(const Device& device, A* out, const T* x, size_t batch, size_t n, size_t D) {
@@ -1931,7 +1922,7 @@ void sum_squares(const Device& device, double* squares, const P* x, size_t count
 //
 // After k steps of M the estimate is short by at most about ln(n) / 4k of itself, however close the
 // singular values are; after these 400, by at most 1.2e-5 for random matrices of 72 and 264 tokens.
-// (M^4 in fp32 vanishes below a norm of 2e-5, which reads 0.)
+// P A is brought to |P A|_F = 1 first: of one that is small, M^4 would vanish in fp32.
 constexpr int power_steps = 100;
 
 template <class A>
@@ -1943,6 +1934,15 @@ void centered_norms(Device& device, double* norms, const A* matrices, A* C, A* M
          {n, n, n, batch});
   };
   center_columns(device, C, matrices, batch, n, n);
+  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
+    A* c = C + team.index * n * n;
+    double squares = 0;
+    for (size_t i = team.rank; i < n * n; i += team.size) squares += double(c[i]) * double(c[i]);
+    double length = std::sqrt(team.sum(squares));
+    A inverse = length > 0 ? A(1 / length) : A(0);
+    for (size_t i = team.rank; i < n * n; i += team.size) c[i] *= inverse;
+    if (team.rank == 0) norms[team.index] = length;
+  });
   square(M, C, true);                        // (P A)^T (P A)
   square(C, M, false), square(M, C, false);  // its 2nd and 4th power
   for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
@@ -1965,7 +1965,7 @@ void centered_norms(Device& device, double* norms, const A* matrices, A* C, A* M
       A inverse = scale > 0 ? A(1) / scale : A(0);
       for (size_t j = team.rank; j < n; j += team.size) v[j] = inverse * next[j];
     }
-    if (team.rank == 0) norms[team.index] = pow(double(scale), 0.125);  // |M^4 x|^(1/8)
+    if (team.rank == 0) norms[team.index] *= pow(double(scale), 0.125);  // |M^4 x|^(1/8)
   });
 }
 
@@ -2073,7 +2073,7 @@ class Diagnostics {
   void attention(Device& device, size_t slot, const BlockSaved<T>& s) {
     size_t n = config.tokens(), D = config.width, first = slot * samples * config.heads;
     Heads h{samples, n, config.heads, config.head_dim()};
-    attention_matrices(device, attention_, s.qkv, h);
+    attention_matrices(device, attention_, attention_, s.qkv, h);
     centered_norms(device, measured.norms + first, attention_, columns_, products_, vectors_,
                    samples * h.heads, n);
     matrix_energies(device, measured.attention + 2 * first, attention_, samples * h.heads, n, n);

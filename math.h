@@ -356,6 +356,26 @@ inline Device::~Device() {
 #endif
 }
 
+// Bytes that the control group of `folder` (cgroup v2) may still take: its limit less what it has,
+// which does not count files that the kernel would drop. SIZE_MAX without a limit.
+inline size_t control_group_room(const std::string& folder) {
+  auto number = [&](const char* name, const char* format) {
+    size_t value = SIZE_MAX;
+    if (FILE* file = std::fopen((folder + "/" + name).c_str(), "r")) {
+      char line[128];
+      while (value == SIZE_MAX && std::fgets(line, sizeof line, file))
+        std::sscanf(line, format, &value);
+      std::fclose(file);
+    }
+    return value;
+  };
+  size_t limit = number("memory.max", "%zu"), used = number("memory.current", "%zu");
+  size_t files = number("memory.stat", "inactive_file %zu");
+  if (limit == SIZE_MAX || used == SIZE_MAX) return SIZE_MAX;
+  if (files != SIZE_MAX) used -= std::min(used, files);
+  return limit - std::min(limit, used);
+}
+
 inline size_t Device::available() const {
 #ifdef __CUDACC__
   if (gpu) {
@@ -371,7 +391,8 @@ inline size_t Device::available() const {
       if (std::sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
     std::fclose(file);
   }
-  return kib ? kib * 1024 : size_t(sysconf(_SC_AVPHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+  size_t all = kib ? kib * 1024 : size_t(sysconf(_SC_AVPHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+  return std::min(all, control_group_room("/sys/fs/cgroup"));
 }
 
 inline size_t Device::in_use() const {
@@ -713,13 +734,22 @@ class Graph {
   void run(Device& device, const Sequence& sequence) {
 #ifdef __CUDACC__
     if (device.gpu) {
-      if (!executable_) record(device, sequence);
+      prepare(device, sequence);
       CUDA_CHECK(cudaGraphLaunch(executable_, device.stream));
       return;
     }
 #endif
     (void)device;
     sequence();
+  }
+  // Take what memory run() will need, and do nothing else.
+  template <class Sequence>
+  void prepare(Device& device, const Sequence& sequence) {
+#ifdef __CUDACC__
+    if (device.gpu && !executable_) record(device, sequence);
+#else
+    (void)device, (void)sequence;
+#endif
   }
 
 #ifdef __CUDACC__
@@ -735,6 +765,7 @@ class Graph {
     sequence();
     CUDA_CHECK(cudaStreamEndCapture(device.stream, &graph));
     CUDA_CHECK(cudaGraphInstantiate(&executable_, graph, 0));
+    CUDA_CHECK(cudaGraphUpload(executable_, device.stream));
     CUDA_CHECK(cudaGraphDestroy(graph));
   }
   cudaGraphExec_t executable_ = nullptr;
@@ -966,7 +997,7 @@ HD inline double gaussian(uint64_t seed, uint64_t stream, uint64_t index) {
 // Who draws from which stream. A tensor's initial values have one stream a tensor.
 namespace streams {
 constexpr uint64_t batch_index = 0, time = 1, noise = 2, dropout = 3;
-constexpr uint64_t validation_time = 4, validation_noise = 5, sampling_noise = 6, check = 7;
+constexpr uint64_t validation_noise = 5, sampling_noise = 6, check = 7;
 constexpr uint64_t probe_images = 8, probe_time = 9, probe_noise = 10, probe_shuffle = 11;
 constexpr uint64_t parameters = uint64_t(1) << 32;
 constexpr uint64_t gradient_rounding = uint64_t(2) << 32, moment_rounding = uint64_t(3) << 32;

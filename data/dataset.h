@@ -16,10 +16,9 @@ struct Dataset {
   size_t images = 0, channels = 0, height = 0, width = 0;
   std::vector<float> pixels;  // (N,C,H,W)
   size_t captions = 0, text_tokens = 0, text_dim = 0;
-  std::vector<float> text;                 // (M,L,d_text)
-  std::vector<float> empty_text;           // (L,d_text), what guidance calls unconditional
-  std::vector<int32_t> caption;            // (N), which of the M captions an image has
-  std::vector<std::string> caption_names;  // (M)
+  std::vector<float> text;        // (M,L,d_text)
+  std::vector<float> empty_text;  // (L,d_text), what guidance calls unconditional
+  std::vector<int32_t> caption;   // (N), which of the M captions an image has
 
   size_t image_size() const { return channels * height * width; }
 };
@@ -83,7 +82,6 @@ inline std::string caption_of(const std::string& prompt) {
 inline void set_captions(Dataset& data, const std::vector<std::string>& names, size_t tokens,
                          size_t dim) {
   data.captions = names.size(), data.text_tokens = tokens, data.text_dim = dim;
-  data.caption_names = names;
   for (const std::string& name : names) {
     std::vector<float> text = encode_text(caption_of(name), tokens, dim);
     data.text.insert(data.text.end(), text.begin(), text.end());
@@ -220,7 +218,6 @@ inline Dataset load_latents(const std::string& path) {
     data.empty_text =
         read_finite(file, path, file.require("empty", {data.text_tokens, data.text_dim}));
   data.pixels = read_finite(file, path, *file.find("latents"));
-  for (size_t m = 0; m < data.captions; ++m) data.caption_names.push_back(std::to_string(m));
   return data;
 }
 

@@ -15,12 +15,19 @@ inline std::string read_text(const std::string& path) {
 
 // A csv of a run that goes on: rows of steps that will be done again are dropped. A row begins with
 // its step; of a step with several rows, `keys` = 2, each has a number of its own behind that, in
-// rising order. The header is the names of the columns, after lines of comment, if any.
+// rising order. The header is the names of the columns, after lines of comment, if any. Fails if the
+// file has rows under another header.
 class CsvLog {
  public:
   CsvLog(const std::string& path, const std::string& header, uint64_t steps_done, int keys = 1)
       : path_(path) {
-    std::istringstream old(steps_done ? read_text(path) : "");
+    std::string text = steps_done ? read_text(path) : "";
+    if (!text.empty() && text.rfind(header + "\n", 0) != 0)
+      fail(
+          "%s describes other rows than this run's: resume with the same --diagnose-samples, or "
+          "move it away",
+          path.c_str());
+    std::istringstream old(text);
     std::string line, kept = header + "\n", names = header.substr(header.rfind('\n') + 1);
     auto fields = [](const std::string& s) { return std::count(s.begin(), s.end(), ','); };
     std::pair<uint64_t, uint64_t> last{0, ~uint64_t(0)};

@@ -309,7 +309,7 @@ TEST(Patches, OrdersAreEachOthersBackward) {
 // The way over tensor cores, and 4.2 in bf16, against 4.2 in fp64 on the CPU from the same bf16 Q,
 // K, V and cotangent: Y, and through RoPE and QK-norm dQ, dK, dV. Values are vbar + spread times
 // noise, keys have a common part of size `mean`. `forget` drops the last token's cotangent from the
-// reference, and without `rest` the backward does not get what rounding took from Y: both show.
+// reference, and unless `with_rest` the backward does not get what rounding took from Y: both show.
 struct AttentionErrors {
   std::vector<double> fused, plain;  // of Y, dQ, dK, dV
 };
@@ -373,14 +373,23 @@ AttentionErrors attention_errors(Device& gpu, Heads h, double spread, double mea
   return {errors(Y, dqkv), errors(Y2, dqkv2)};
 }
 
+const char* const attention_parts[] = {"Y", "dQ", "dK", "dV"};
+
+// Not much further off than the readable version in bf16, which rounds more. One forgotten cotangent
+// in hundreds is, in each of dQ, dK and dV.
 TEST(Attention, OnTensorCoresAgreesWithTheReadableOne) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
   for (size_t dim : {64, 128})
     for (size_t length : {5, 16, 72, 130, 264, 320}) {
-      SCOPED_TRACE(testing::Message() << length << " tokens of " << dim);
       Heads h{2, length, 3, dim};
-      for (double error : attention_errors(*devices()[1], h, 1, 0).fused) EXPECT_LE(error, 1e-2);
-      EXPECT_GT(attention_errors(*devices()[1], h, 1, 0, true).fused[3], 2e-2);
+      AttentionErrors right = attention_errors(*devices()[1], h, 1, 0),
+                      wrong = attention_errors(*devices()[1], h, 1, 0, true);
+      for (size_t i = 0; i < 4; ++i) {
+        SCOPED_TRACE(testing::Message()
+                     << attention_parts[i] << ", " << length << " tokens of " << dim);
+        EXPECT_LE(right.fused[i], 1.5 * right.plain[i]);
+        EXPECT_TRUE(i == 0 || wrong.fused[i] > 1.5 * right.plain[i]);
+      }
     }
 }
 
@@ -392,9 +401,13 @@ TEST(Attention, OnTensorCoresIsAsExactNearCollapse) {
     for (double mean : {0.0, 3.0}) {
       Heads h{2, 264, 3, 64};
       AttentionErrors e = attention_errors(*devices()[1], h, spread, mean);
-      for (size_t i = 0; i < e.fused.size(); ++i)
+      for (size_t i = 0; i < 4; ++i)
         EXPECT_LE(e.fused[i], 2 * e.plain[i])
-            << "spread " << spread << " mean " << mean << " " << i;
+            << "spread " << spread << " mean " << mean << " " << attention_parts[i];
+      if (mean == 0) continue;  // <G, Y> goes into dQ with the mean key
+      AttentionErrors rounded = attention_errors(*devices()[1], h, spread, mean, false, false);
+      EXPECT_GT(rounded.fused[1], 2 * e.plain[1])
+          << "dQ of a Y that was rounded, spread " << spread;
     }
 }
 
@@ -462,6 +475,24 @@ TEST(Table, HasThePapersSizes) {
   EXPECT_NEAR(1e-9 * double(parameter_table(c).count()), 5.45, 0.01);
   c.depth = 1000;
   EXPECT_NEAR(1e-9 * double(parameter_table(c).count()), 13.64, 0.01);
+}
+
+// 24 + 3 tokens of 16 channels in 2 heads of 8, patches and outputs of 8 numbers, text of 5, an FFN of
+// 24.
+TEST(Flops, AreThoseOfTheProducts) {
+  auto product = [](double m, double n, double k) { return 2 * m * n * k; };
+  double block = product(27, 3 * 16, 16)                // Q, K, V
+                 + 2 * product(27, 27, 8)               // S of two heads
+                 + 2 * product(27, 8, 27)               // A V
+                 + product(27, 16, 16)                  // W_O
+                 + product(27, 2 * 24, 16)              // gate and value
+                 + product(27, 16, 24);                 // W2
+  double ends = product(24, 16, 8) + product(3, 16, 5)  // patches and text
+                + product(24, 8, 16);                   // the image tokens' velocity
+  Config c;
+  c.depth = 3, c.width = 16, c.heads = 2, c.ffn = 24;
+  c.channels = 2, c.height = 8, c.image_width = 12, c.patch = 2, c.text_tokens = 3, c.text_dim = 5;
+  EXPECT_EQ(forward_flops(c, 7), 7 * (3 * block + ends));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -613,18 +644,28 @@ void compare_networks(const Config& c, double tolerance) {
       std::pair{Filled<T>(*devices()[0], c, 2, 0).run(), Filled<T>(*devices()[1], c, 2, 0).run()};
   EXPECT_LE(relative_difference({gpu.begin(), gpu.end()}, {cpu.begin(), cpu.end()}), tolerance);
 }
+// bf16, with the GPU's own kernels, against fp64: not much further off than the readable bf16.
+void compare_rounded_networks(const Config& c) {
+  auto run = [&](Device* device, auto t) {
+    auto out = Filled<decltype(t)>(*device, c, 2, 0).run();
+    return std::vector<double>(out.begin(), out.end());
+  };
+  std::vector<double> exact = run(devices()[0], double()), plain = run(devices()[0], bf16()),
+                      fused = run(devices()[1], bf16());
+  EXPECT_LE(relative_difference(fused, exact), 2 * relative_difference(plain, exact));
+}
 TEST(Network, AgreesOnBothDevices) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
   for (const char* residual : {"mvsplit", "prenorm"}) {
     SCOPED_TRACE(residual);
     compare_networks<double>(small(6, residual), 1e-11);
     compare_networks<float>(small(6, residual), 1e-4);
-    compare_networks<bf16>(small(6, residual), 5e-2);
+    compare_rounded_networks(small(6, residual));
   }
   for (size_t width : {128, 256}) {  // the GPU's own kernels of merges and attention
     Config wide = small(2);
     wide.width = width;
-    compare_networks<bf16>(wide, 5e-2);
+    compare_rounded_networks(wide);
   }
 }
 
@@ -1325,18 +1366,21 @@ std::vector<double> centered_norms_of(Device& device, const std::vector<double>&
 TEST(Diagnostics, PowerIterationFindsTheNormOfPAP) {
   for (Device* device : devices())
     for (size_t n : {5, 40, 72})
-      for (double spread : {0.1, 1.0, 3.0})
+      for (double spread : {1e-3, 0.1, 1.0, 3.0})
         for (bool sink : {false, true}) {
           std::vector<double> a = stochastic(3, n, spread, sink);
           std::vector<double> norms = centered_norms_of<double>(*device, a, 3, n);
           std::vector<double> rough = centered_norms_of<float>(*device, a, 3, n);
+          std::vector<float> rounded(a.begin(), a.end());  // which alone costs up to 1e-3
+          std::vector<double> same =
+              centered_norms_of<double>(*device, {rounded.begin(), rounded.end()}, 3, n);
           for (size_t b = 0; b < 3; ++b) {
             const double* matrix = &a[b * n * n];
             double exact = spectral_norm(projected(matrix, n, true, true), n);
             double error = norms[b] / exact - 1;
             EXPECT_LE(error, 1e-12) << "a lower bound";
             EXPECT_GE(error, -1e-4) << n << " tokens, spread " << spread << " sink " << sink;
-            EXPECT_NEAR(rough[b] / norms[b], 1, 1e-4);
+            EXPECT_NEAR(rough[b] / same[b], 1, 1e-4);
             EXPECT_NEAR(spectral_norm(projected(matrix, n, true, false), n) / exact, 1, 1e-12)
                 << "P A = P A P";
             if (!sink) continue;

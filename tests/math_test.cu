@@ -7,6 +7,8 @@
 #include "../math.h"
 #include "check.h"
 
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <limits>
 #include <random>
@@ -252,6 +254,26 @@ TEST(Slab, TooMuchIsAnError) {
   EXPECT_EQ(device.allocated, 0u);
 }
 
+TEST(Device, KnowsWhatItsControlGroupMayStillTake) {
+  namespace fs = std::filesystem;
+  std::string folder = testing::TempDir() + "/math_test.XXXXXX";
+  ASSERT_TRUE(mkdtemp(folder.data()));
+  auto put = [&](const char* name, const char* text) {
+    std::ofstream(folder + "/" + name) << text;
+  };
+  EXPECT_EQ(control_group_room(folder), SIZE_MAX) << "none";
+  put("memory.max", "max\n"), put("memory.current", "700\n");
+  EXPECT_EQ(control_group_room(folder), SIZE_MAX) << "no limit";
+  put("memory.max", "1000\n");
+  EXPECT_EQ(control_group_room(folder), 300u);
+  put("memory.stat", "anon 1\nactive_file 80\ninactive_file 50\nslab 7\n");
+  EXPECT_EQ(control_group_room(folder), 350u);
+  put("memory.current", "1200\n");
+  EXPECT_EQ(control_group_room(folder), 0u);
+  EXPECT_LE(Device().available() / 2, control_group_room("/sys/fs/cgroup"));  // others take, too
+  fs::remove_all(folder);
+}
+
 // ---------------------------------------------------------------------------------------------
 // 4. Teams
 
@@ -409,9 +431,12 @@ TEST(Graph, EveryRunIsTheWholeSequence) {
     DeviceArray<double> x(device, std::vector<double>(500, 1)),
         clock(device, std::vector<double>{1});
     Graph graph;
+    auto sequence = [&] { clock_kernels(device, x.data(), x.size, clock.data()); };
+    graph.prepare(device, sequence);
+    EXPECT_EQ(x.host(), std::vector<double>(500, 1)) << "not run yet";
     double expected = 1;
     for (int run = 1; run <= 4; ++run) {
-      graph.run(device, [&] { clock_kernels(device, x.data(), x.size, clock.data()); });
+      graph.run(device, sequence);
       expected = expected * run + 1;
       EXPECT_EQ(x.host(), std::vector<double>(500, expected)) << "run " << run;
     }

@@ -461,61 +461,17 @@ TEST(Tokens, KnowTheirSegments) {
 // ---------------------------------------------------------------------------------------------
 // Measuring
 
-// A (T, D) array in plain doubles, with the operations of section 1 spelled out.
-struct Plain {
-  size_t T, D;
-  std::vector<double> x;
-
-  double at(size_t t, size_t d) const { return x[t * D + d]; }
-  // J X over tokens [begin, end), X elsewhere.
-  Plain averaged(size_t begin, size_t end) const {
-    Plain out = *this;
-    for (size_t d = 0; d < D; ++d) {
-      double sum = 0;
-      for (size_t t = begin; t < end; ++t) sum += at(t, d);
-      for (size_t t = begin; t < end; ++t) out.x[t * D + d] = sum / double(end - begin);
-    }
-    return out;
-  }
-  Plain operator-(const Plain& other) const {
-    Plain out = *this;
-    for (size_t i = 0; i < x.size(); ++i) out.x[i] -= other.x[i];
-    return out;
-  }
-  double squares() const {
-    double sum = 0;
-    for (double v : x) sum += v * v;
-    return sum;
-  }
-};
-
 // |sum_t delta_t y_t^T|_F, through the (D, n) matrix.
-double writer_norm(const Plain& delta, const Plain& y) {
-  double squares = 0;
-  for (size_t d = 0; d < delta.D; ++d)
-    for (size_t i = 0; i < y.D; ++i) {
-      double sum = 0;
-      for (size_t t = 0; t < y.T; ++t) sum += delta.at(t, d) * y.at(t, i);
-      squares += sum * sum;
-    }
-  return std::sqrt(squares);
-}
+double writer_norm(const Dense& delta, const Dense& y) { return norm(transpose(delta) * y); }
 
 // WriterModes by the definitions: dW = delta^T y with J and P put in, cosines token by token.
-WriterModes plain_modes(const Plain& y, const Plain& delta, size_t image) {
-  size_t T = y.T;
-  auto global = [&](const Plain& x) { return x.averaged(0, T); };
-  auto segments = [&](const Plain& x) { return x.averaged(0, image).averaged(image, T); };
+WriterModes plain_modes(const Dense& y, const Dense& delta, size_t image) {
+  size_t T = y.rows;
+  const Dense J = mean_over({T}), by_segment = mean_over({image, T - image});
   std::vector<double> w(T);
-  auto row_norm = [](const Plain& x, size_t t) {
-    double sum = 0;
-    for (size_t d = 0; d < x.D; ++d) sum += x.at(t, d) * x.at(t, d);
-    return std::sqrt(sum);
-  };
-  auto cosine = [&](const Plain& x, size_t t, size_t s) {
-    double sum = 0;
-    for (size_t d = 0; d < x.D; ++d) sum += x.at(t, d) * x.at(s, d);
-    return sum / (row_norm(x, t) * row_norm(x, s));
+  auto row_norm = [](const Dense& x, size_t t) { return norm(rows_of(x, t, 1)); };
+  auto cosine = [&](const Dense& x, size_t t, size_t s) {
+    return inner(rows_of(x, t, 1), rows_of(x, s, 1)) / (row_norm(x, t) * row_norm(x, s));
   };
   double w2 = 0, above = 0, below = 0;
   for (size_t t = 0; t < T; ++t) w[t] = row_norm(y, t) * row_norm(delta, t), w2 += w[t] * w[t];
@@ -526,10 +482,10 @@ WriterModes plain_modes(const Plain& y, const Plain& delta, size_t image) {
         below += w[t] * w[s];
       }
   WriterModes m;
-  m.mean = writer_norm(global(delta), global(y));
-  m.centered = writer_norm(delta - global(delta), y - global(y));
-  m.segment_mean = writer_norm(segments(delta), segments(y));
-  m.segment_centered = writer_norm(delta - segments(delta), y - segments(y));
+  m.mean = writer_norm(J * delta, J * y);
+  m.centered = writer_norm(delta - J * delta, y - J * y);
+  m.segment_mean = writer_norm(by_segment * delta, by_segment * y);
+  m.segment_centered = writer_norm(delta - by_segment * delta, y - by_segment * y);
   m.amplification = std::pow(writer_norm(delta, y), 2) / w2;
   m.coherence = above / below;
   return m;
@@ -571,7 +527,7 @@ struct Writer {
     };
     fill(y, n, 20), fill(delta, D, 30);
   }
-  Plain plain(const Tensor& x, size_t channels, size_t b) const {
+  Dense plain(const Tensor& x, size_t channels, size_t b) const {
     std::vector<double> all = x.get();
     auto from = all.begin() + ptrdiff_t(b * tokens.length() * channels);
     return {tokens.length(), channels, {from, from + ptrdiff_t(tokens.length() * channels)}};
@@ -600,7 +556,7 @@ void check_modes(Device& device, double offset, double tolerance) {
     Writer<T> writer(device, tokens, 24, 12, offset);
     std::vector<WriterModes> got = writer.modes(device);
     for (size_t b = 0; b < tokens.batch; ++b) {
-      Plain y = writer.plain(writer.y, 24, b), delta = writer.plain(writer.delta, 12, b);
+      Dense y = writer.plain(writer.y, 24, b), delta = writer.plain(writer.delta, 12, b);
       EXPECT_LE(worst_difference(got[b], plain_modes(y, delta, tokens.image)), tolerance)
           << device.name << ", " << tokens.image << " image tokens, offset " << offset;
     }
@@ -622,7 +578,7 @@ TEST(WriterModes, WrongDefinitionsAreRejected) {
   Tokens tokens{1, 37, 11};
   Writer<double> writer(device, tokens, 24, 12, 0.5);
   WriterModes got = writer.modes(device)[0];
-  Plain y = writer.plain(writer.y, 24, 0), delta = writer.plain(writer.delta, 12, 0);
+  Dense y = writer.plain(writer.y, 24, 0), delta = writer.plain(writer.delta, 12, 0);
   WriterModes right = plain_modes(y, delta, tokens.image);
   ASSERT_LE(worst_difference(got, right), 1e-12);
   auto rejects = [&](double WriterModes::*field, double wrong, const char* what) {
@@ -630,31 +586,23 @@ TEST(WriterModes, WrongDefinitionsAreRejected) {
     changed.*field = wrong;
     EXPECT_GT(worst_difference(got, changed), 1e-3) << what;
   };
-  size_t T = y.T;
-  Plain ym = y.averaged(0, T), dm = delta.averaged(0, T);
+  size_t T = y.rows;
   rejects(&WriterModes::mean, right.segment_mean, "a mean a segment for the global one");
   rejects(&WriterModes::segment_mean, right.mean, "the global mean for one a segment");
   rejects(&WriterModes::centered, right.segment_centered, "centered by segment");
   rejects(&WriterModes::mean, right.mean / double(T), "T forgotten");
   rejects(&WriterModes::centered, writer_norm(delta, y), "nothing centered");
-  auto feature_mean = [](Plain x) {
-    Plain turned{x.D, x.T, std::vector<double>(x.x.size())};
-    for (size_t i = 0; i < x.x.size(); ++i) turned.x[i % x.D * x.T + i / x.D] = x.x[i];
-    turned = turned.averaged(0, x.D);
-    for (size_t i = 0; i < x.x.size(); ++i) x.x[i] = turned.x[i % x.D * x.T + i / x.D];
-    return x;
-  };
+  auto feature_mean = [](const Dense& x) { return x * mean_over({x.cols}); };
   rejects(&WriterModes::mean, writer_norm(feature_mean(delta), feature_mean(y)),
           "a mean over channels");
   rejects(&WriterModes::amplification,
-          std::pow(writer_norm(delta, y), 2) / (delta.squares() * y.squares()),
+          std::pow(writer_norm(delta, y), 2) / (inner(delta, delta) * inner(y, y)),
           "A against all pairs of tokens");
-  Plain unit_y = y, unit_delta = delta;  // all magnitudes alike: khat without weights
-  for (Plain* x : {&unit_y, &unit_delta})
+  Dense unit_y = y, unit_delta = delta;  // all magnitudes alike: khat without weights
+  for (Dense* x : {&unit_y, &unit_delta})
     for (size_t t = 0; t < T; ++t) {
-      double squares = 0;
-      for (size_t d = 0; d < x->D; ++d) squares += x->at(t, d) * x->at(t, d);
-      for (size_t d = 0; d < x->D; ++d) x->x[t * x->D + d] /= std::sqrt(squares);
+      double length = norm(rows_of(*x, t, 1));
+      for (size_t d = 0; d < x->cols; ++d) (*x)(t, d) /= length;
     }
   rejects(&WriterModes::coherence, plain_modes(unit_y, unit_delta, tokens.image).coherence,
           "khat without weights");
@@ -689,11 +637,11 @@ void check_energies(Device& device, double tolerance) {
   const T* data = x.data<T>();
   matrix_energies(device, out.data<double>(), data, batch, n, D);
   for (size_t b = 0; b < batch; ++b) {
-    Plain X{
+    Dense X{
         n, D, {values.begin() + ptrdiff_t(b * n * D), values.begin() + ptrdiff_t((b + 1) * n * D)}};
-    Plain mean = X.averaged(0, n);
-    EXPECT_NEAR(out.get()[2 * b], mean.squares(), tolerance * X.squares());
-    EXPECT_NEAR(out.get()[2 * b + 1], (X - mean).squares(), tolerance * X.squares());
+    Dense mean = mean_over({n}) * X;
+    EXPECT_NEAR(out.get()[2 * b], inner(mean, mean), tolerance * inner(X, X));
+    EXPECT_NEAR(out.get()[2 * b + 1], inner(X - mean, X - mean), tolerance * inner(X, X));
   }
 }
 TEST(SplitEnergies, AreThoseOfTheProjections) {

@@ -24,7 +24,7 @@ check_cell() {
   named=0
   while read -r item; do
     case $item in
-      *.cu | *.h) file=$item ;;
+      *.cu | *.h) file=$item; [ -f "$file" ] || file=data/$item ;;
       *_test) file=tests/$item.cu ;;
     esac
     if [ ! -f "$file" ]; then
