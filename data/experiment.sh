@@ -15,8 +15,9 @@
 # data/figures/csv/NAME_*.csv.gz, and from these files alone the figures and tables are made:
 # `make experiment NAME=scream REDRAW=1` draws again on a machine that has none of the runs.
 #
-# QUICK=1 is a reduced version (of scream and cure), SCALE=tiny a trial of the scripts; both leave
-# everything in experiments/SCALE.
+# QUICK=1 is a reduced version (of scream, cure and law), SCALE=tiny a trial of the scripts; both leave
+# everything in experiments/SCALE. JOBS=4 makes four runs at a time, several GPUs by turns; on one GPU they
+# overlap only under CUDA's MPS. MINUTES=60 begins no run that would not be over by then.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 recipes=data/experiments
@@ -178,7 +179,8 @@ result() { sed -n "s/^$2=//p" "$1/result"; }
 train() {
   local dir=$1 status=0
   shift
-  "$program" train --config "$dir/config.ini" --resume --out "$dir" "$@" >>"$dir/train.log" 2>&1 || status=$?
+  "$program" train --config "$dir/config.ini" --resume --out "$dir" "${share[@]}" "$@" >>"$dir/train.log" 2>&1 ||
+    status=$?
   return $status
 }
 
@@ -205,13 +207,58 @@ do_run() {
     0) ;;
     130 | 143) echo "stopped: the same command goes on"; exit 130 ;;
     *) echo "FAILED: $(tail -n 1 "$dir/train.log")" >&2
-       failures+=("$dir")
+       echo "$dir" >>"$root/failed"
        return ;;
   esac
   printf '%s\n' "result=$outcome" "seconds=$(cat "$dir/seconds")" "machine=$name" \
     "commit=$(git describe --always --dirty 2>/dev/null || echo unknown)" >"$dir/result"
   rm -f "$dir/state.safetensors" "$dir/seconds"
   [ "$(option '#keep' "$dir/config.ini")" = weights ] || rm -f "$dir/weights.safetensors"
+}
+
+# All that is listed, JOBS runs at a time.
+run_all() {
+  local i pid pids=() status=0
+  gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l) at_once=${JOBS:-1} share=()
+  rm -rf "$root/claims" "$root/failed"
+  mkdir "$root/claims"
+  if [ "$at_once" = 1 ]; then
+    worker 0
+    return
+  fi
+  trap : INT  # the runs have it too: they save and end
+  for ((i = 0; i < at_once; i++)); do
+    worker $i &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do
+    until wait "$pid" || status=$?; ! kill -0 "$pid" 2>/dev/null; do :; done  # a signal ends a wait
+  done
+  trap - INT
+  [ $status = 0 ] || exit $status
+}
+
+# The $1-th of those that take the next run until there is none. Each has its share of a GPU or of the processors.
+worker() {
+  local dir side_by_side=$at_once
+  if [ "$machine" = GPU ]; then side_by_side=$(((at_once + gpus - 1) / gpus)); fi
+  if [ "$at_once" -gt 1 ] && [ "$machine" = GPU ]; then
+    export CUDA_VISIBLE_DEVICES=$(($1 % gpus))
+    share=(--memory "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits -i $(($1 % gpus)) |
+      awk -v n="$side_by_side" '{ print ($1 * 1.048576e-3 - 1) / n - 0.6 }')")
+  elif [ "$at_once" -gt 1 ]; then
+    export OMP_NUM_THREADS=$((($(nproc) + at_once - 1) / at_once))
+  fi
+  for dir in "${listed[@]}"; do
+    [ ! -s "$dir/result" ] || continue
+    if [ -n "${MINUTES:-}" ]; then
+      measure_speed "$dir"
+      awk -v s="$(seconds_of "$dir")" -v n="$side_by_side" -v left=$((60 * MINUTES - SECONDS)) \
+        'BEGIN { exit (s * n > left) }' || continue
+    fi
+    mkdir "$root/claims/$(echo "${dir#"$root"/}" | tr / _)" 2>/dev/null || continue
+    do_run "$dir"
+  done
 }
 
 # --- Packing what came out ----------------------------------------------------------------------
@@ -330,7 +377,7 @@ main() {
   choose_scale
   # shellcheck source=data/experiments/draw.sh
   source "$recipes/draw.sh"
-  local names=("$@") one listed=() failures=()
+  local names=("$@") one listed=()
   if [ "${names[*]}" = all ]; then
     if [ "$SCALE" = quick ]; then names=(scream cure law); else read -ra names <<<"$all"; fi
   fi
@@ -341,7 +388,7 @@ main() {
   if [ -z "${REDRAW:-}" ] && anything_to_do; then
     [ -x "$program" ] || die "$program is missing: make"
     announce
-    for one in "${listed[@]}"; do do_run "$one"; done
+    run_all
   fi
   for one in "${names[@]}"; do
     listed=()
@@ -349,7 +396,7 @@ main() {
     runs
     if [ ${#listed[@]} = 0 ] || pack_runs; then draw_all; fi
   done
-  [ ${#failures[@]} -eq 0 ] || die "these runs failed: ${failures[*]}"
+  [ ! -s "$root/failed" ] || die "these runs failed: $(xargs <"$root/failed")"
 }
 
 # The figures and the Markdown of an experiment, the latter also into $root/NAME.md.
