@@ -158,8 +158,8 @@ QUAD_OPERATOR(-)
 QUAD_OPERATOR(*)
 #undef QUAD_OPERATOR
 
-// a * b + c, on a GPU always rounded once: left to the compiler, two kernels with the same formula may
-// round differently.
+// a * b + c, on a GPU always rounded once: left to the compiler, two kernels with the same formula
+// may round differently.
 template <class A>
 HD Quad<A> multiply_add(Quad<A> a, Quad<A> b, Quad<A> c) {
 #ifdef __CUDA_ARCH__
@@ -666,8 +666,9 @@ void for_each_team(const Device& device, size_t teams, int threads, const Body& 
 
 #ifdef __CUDACC__
 // A kernel of the GPU's own, written where one source for both machines would be too slow: `blocks`
-// of `threads` threads that share `shared` bytes. If they `meet`, they all run at once, and may wait
-// for each other (a cooperative launch): no more than blocks_at_once(), and one such kernel at a time.
+// of `threads` threads that share `shared` bytes. If they `meet`, they all run at once, and may
+// wait for each other (a cooperative launch): no more than blocks_at_once(), and one such kernel at
+// a time.
 template <class... Parameters, class... Arguments>
 void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, bool meet,
             unsigned threads, size_t shared, Arguments... arguments) {

@@ -460,7 +460,7 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // last two from G and Y. To store it would write one array and read one in the third pass; this
 // reads two, writes none, takes no (B, T, D) array and rounds no Delta to bf16.
 
-// Scratch of the backward: h (B, T); and (B, 2, D): dbar, Delta's segment means, and dgate, a
+// Scratch of the backward: h (B, T), of the passes alone; and (B, 2, D): dbar, Delta's segment means, and dgate, a
 // segment's sums of Delta * (F - Fbar_s), or of Delta * F where nothing is split.
 template <class A>
 struct MergeScratch {
@@ -629,8 +629,8 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, c
 // 4.1 Forward and backward, each in one kernel
 //
 // A segment's mean needs all its tokens, so between adding them up and using the sum all thread
-// blocks must meet: that is why there are several kernels above, and why each array is read once a
-// kernel. Here the blocks meet within one kernel, and keep what they have read in the meantime: a
+// blocks must meet: that is why there are several kernels above, each of which reads X and F (or G
+// and Y) again. Here the blocks meet within one kernel, and keep what they have read: a
 // multiprocessor has 64 K registers of 4 bytes and nearly as much shared memory, so that all 132 of
 // an H200 hold the 42 MB of X and F of [32, 320, 1024] in bf16 at once.
 //
