@@ -596,8 +596,8 @@ Matrix<T> head_square(T* a, Heads h) {
 }
 
 // The probabilities P (B, H, T, T) from qkv (B, T, 3, H, hd). The scores (B, H, T, T) are scratch,
-// in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd)) would be off by up
-// to 0.016, and its probability by 1.6%. P may be the same array.
+// in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd)) would be off by
+// up to 0.016, and its probability by 1.6%. P may be the same array.
 template <class T, class Probability>
 void attention_matrices(Device& device, Probability* P, Acc<T>* scores, const T* qkv, Heads h) {
   using A = Acc<T>;

@@ -460,8 +460,9 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // last two from G and Y. To store it would write one array and read one in the third pass; this
 // reads two, writes none, takes no (B, T, D) array and rounds no Delta to bf16.
 
-// Scratch of the backward: h (B, T), of the passes alone; and (B, 2, D): dbar, Delta's segment means, and dgate, a
-// segment's sums of Delta * (F - Fbar_s), or of Delta * F where nothing is split.
+// Scratch of the backward: h (B, T), of the passes alone; and (B, 2, D): dbar, Delta's segment
+// means, and dgate, a segment's sums of Delta * (F - Fbar_s), or of Delta * F where nothing is
+// split.
 template <class A>
 struct MergeScratch {
   A *h, *dbar, *dgate;

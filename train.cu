@@ -1698,8 +1698,8 @@ int forward(Device& device, const ForwardOptions& o) {
 //     ( 45 (L(h) - L(-h)) - 9 (L(2h) - L(-2h)) + L(3h) - L(-3h) ) / 60 h
 // (error O(h^6) + rounding / h). At a thousand layers the loss is rough: at steps of 3e-4 of the
 // values rounding alone makes 1e-7 of the gradient where one branch in two has no gates. Six points
-// rather than four allow a step five times as large: from 1.3e-3 to 2.5e-3 no mode is off by more than
-// 4e-8.
+// rather than four allow a step five times as large: from 1.3e-3 to 2.5e-3 no mode is off by more
+// than 4e-8.
 // Writers, gates and the final projection start at random values: at their zeros most gradients
 // vanish.
 
