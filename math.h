@@ -864,13 +864,24 @@ struct HostGemm {
     }
   }
 
+  // What one thread packs and adds up in: made at its first product, as a thread's static storage
+  // is zeroed, hence taken, by every thread for every type.
+  struct Workspace {
+    alignas(64) A a[tile_m * tile_k], b[tile_n * tile_k], acc[tile_m * tile_n];
+  };
+  static Workspace& workspace() {
+    static thread_local std::unique_ptr<Workspace> own(new Workspace);
+    return *own;
+  }
+  static size_t workspace_bytes() { return size_t(omp_get_max_threads()) * sizeof(Workspace); }
+
   // C[m0.., n0..] = alpha op(A) op(B) + beta C for one tile.
   template <class T, class TC>
   static void tile(TC* C, size_t ldc, const T* Am, size_t a_row, size_t a_k, const T* Bm,
                    size_t b_col, size_t b_k, size_t m, size_t n, size_t k, A alpha, A beta) {
-    alignas(64) static thread_local A pa[tile_m * tile_k], pb[tile_n * tile_k],
-        acc[tile_m * tile_n];
     static_assert(tile_m % rows == 0 && tile_n % columns == 0, "panels are whole strips");
+    Workspace& own = workspace();
+    A *pa = own.a, *pb = own.b, *acc = own.acc;
     for (size_t k0 = 0; k0 < k; k0 += tile_k) {
       size_t kk = std::min(tile_k, k - k0);
       pack(pa, Am + k0 * a_k, a_row, a_k, m, kk, rows);

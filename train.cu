@@ -635,7 +635,9 @@ Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bo
   Plan plan = network_plan<T, Kept>(o.model, table, o.batch, o.recompute, true, on_gpu);
   RunArrays<T, Kept>(o).each_slab(o, table, data,
                                   [&](const char* name, const auto& lay) { plan.add(name, lay); });
-  plan.slabs.emplace_back("cuBLAS workspace", Device::workspace_bytes(on_gpu));
+  plan.slabs.emplace_back(on_gpu ? "cuBLAS workspace" : "products' workspace",
+                          on_gpu ? Device::workspace_bytes(true)
+                                 : HostGemm<Acc<T>>::workspace_bytes());
   return plan;
 }
 

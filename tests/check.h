@@ -38,6 +38,7 @@ class Tensor {
     t.count_ = count;
     t.get_ = [](const Tensor& s) {
       std::vector<X> host(s.count_);
+      s.slab_->device.synchronize();  // what was made beside() too
       s.slab_->device.download(host.data(), s.slab_->data, s.count_ * sizeof(X));
       return std::vector<double>(host.begin(), host.end());
     };
