@@ -320,7 +320,7 @@ constexpr size_t spike_window = 100, spike_least = 50;
 
 struct SpikeWatch {
   uint64_t first;        // steps before this one are not in `history`
-  uint64_t quiet_until;  // no spike is looked for before this step
+  uint64_t quiet_until;  // before this step only what exceeds the last spike by `factor` is one
   uint32_t fired;        // at the step under way
   uint32_t pending;      // at `step`, and the host has not read it yet: none is looked for
   uint64_t step, window;
@@ -369,8 +369,8 @@ inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
     median = team.sum(median);
     if (team.rank != 0) return;
     SpikeWatch& w = *a.watch;
-    w.fired =
-        n >= spike_least && !w.pending && now >= w.quiet_until && !(clock->norm <= factor * median);
+    bool armed = now >= w.quiet_until || clock->norm > factor * w.norm;
+    w.fired = n >= spike_least && !w.pending && armed && !(clock->norm <= factor * median);
     if (!w.fired) return;
     w.pending = 1, w.step = now + 1, w.window = n, w.norm = clock->norm, w.median = median;
   });
@@ -635,9 +635,9 @@ Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bo
   Plan plan = network_plan<T, Kept>(o.model, table, o.batch, o.recompute, true, on_gpu);
   RunArrays<T, Kept>(o).each_slab(o, table, data,
                                   [&](const char* name, const auto& lay) { plan.add(name, lay); });
-  plan.slabs.emplace_back(on_gpu ? "cuBLAS workspace" : "products' workspace",
-                          on_gpu ? Device::workspace_bytes(true)
-                                 : HostGemm<Acc<T>>::workspace_bytes());
+  plan.slabs.emplace_back(
+      on_gpu ? "cuBLAS workspace" : "products' workspace",
+      on_gpu ? Device::workspace_bytes(true) : HostGemm<Acc<T>>::workspace_bytes());
   return plan;
 }
 
@@ -887,7 +887,7 @@ class Trainer : public RunArrays<T, Kept> {
     if (o.spike_factor > 0) device.upload(spikes.watch, &watch, sizeof watch);
   }
 
-  // Forget the spike that was found and look for the next from step `quiet_until` on.
+  // The spike that was found has been read: look for the next, fully from step `quiet_until` on.
   void watch_spikes_from(uint64_t quiet_until) {
     SpikeWatch watch{};
     device.download(&watch, spikes.watch, sizeof watch);

@@ -35,7 +35,7 @@ duration() {
 
 # --- What to run -----------------------------------------------------------------------------
 
-# The scale's folders and sizes. A quick version on a GPU has the full sizes and fewer runs.
+# The scale's folders and sizes. A quick version on a GPU has the full depth, fewer and shorter runs.
 choose_scale() {
   SCALE=${SCALE:-$([ -n "${QUICK:-}" ] && echo quick || echo full)}
   machine=CPU name="CPU, $(nproc) threads"
@@ -46,7 +46,7 @@ choose_scale() {
   case $SCALE in
     full) root=experiments figures=data/figures base=$recipes/full.ini ;;
     quick) root=experiments/quick figures=$root/figures
-           base=$recipes/$([ $machine = GPU ] && echo full || echo small).ini ;;
+           base=$recipes/$([ $machine = GPU ] && echo quick || echo small).ini ;;
     tiny) root=experiments/tiny figures=$root/figures base=$recipes/tiny.ini ;;
     *) die "SCALE is full, quick or tiny, not $SCALE" ;;
   esac
@@ -66,9 +66,8 @@ layers() {
 
 # run RUN KEY=VALUE...: one run of the experiment, called by `runs` in a recipe. RUN ends in _SEED if
 # there are several seeds. A key is an option of `mvsplit train`, or
-#   window=STEP   from this step on, diagnose every step
 #   keep=weights  leave weights.safetensors in place when the run is over
-# Writes the run's config.ini, which starts with those two, as comments.
+# Writes the run's config.ini, with the latter as a comment.
 run() {
   [ -z "${REDRAW:-}" ] || return 0
   local dir=$root/$experiment/$1 new
@@ -78,7 +77,7 @@ run() {
     /^#/ { next }
     $1 in value { print $1 "=" value[$1]; delete value[$1]; next }
     { print }
-    /^\[train\]/ { for (k in value) if (k ~ /^(window|keep)$/) { print "#" k "=" value[k]; delete value[k] } }
+    /^\[train\]/ && "keep" in value { print "#keep=" value["keep"]; delete value["keep"] }
     END { for (k in value) print k "=" value[k] | "sort" }' - "$base")
   if [ -e "$dir/config.ini" ] && [ "$new" != "$(cat "$dir/config.ini")" ]; then
     die "$dir was made with another config.ini than $recipes has now: remove it"
@@ -141,8 +140,8 @@ seconds_of() {
     { sub(/^#/, ""); o[$1] = $2 }
     END {
       measured = o["diagnose-layers"] == "" ? 5 : o["diagnose-layers"] == "all" ? o["depth"] : split(o["diagnose-layers"], l, ",")
-      every = o["diagnose-every"]; steps = o["steps"]; window = o["window"]
-      times = window ? (every ? window / every : 0) + steps - window : every ? steps / every : 0
+      every = o["diagnose-every"]; steps = o["steps"]
+      times = every ? steps / every : 0
       print other + (a * o["depth"] * (steps + 20) + b * measured * times) / 1000 }' "$1/config.ini"
 }
 
@@ -186,15 +185,13 @@ train() {
 
 # Runs what is listed, or goes on with it.
 do_run() {
-  local dir=$1 window status=0 outcome=finished start=$SECONDS before=0
+  local dir=$1 status=0 outcome=finished start=$SECONDS before=0
   [ -s "$dir/result" ] && return
   # Without a state there is nothing to go on from: afresh.
   [ -e "$dir/state.safetensors" ] || find "$dir" -type f ! -name config.ini -delete
   [ -s "$dir/seconds" ] && before=$(cat "$dir/seconds")
   echo "$(date +%H:%M:%S) $dir (tail -f $dir/train.log)"
-  window=$(option '#window' "$dir/config.ini")
-  if [ -n "$window" ]; then train "$dir" --steps "$window" || status=$?; fi
-  if [ $status = 0 ]; then train "$dir" ${window:+--diagnose-every 1} || status=$?; fi
+  train "$dir" || status=$?
   echo $((before + SECONDS - start)) >"$dir/seconds"
   if [ $status = 1 ] && grep -q 'training has diverged' "$dir/train.log"; then
     outcome=diverged status=0

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Draws RUN/figures/diagnostics.png, the panels of the paper's Fig. 3, and RUN/figures/tcs.png, the
 # likeness of tokens over depth and time, from RUN/log.csv and RUN/diagnostics.csv, with gnuplot; from
-# step FROM (default 0) on.   figures.sh RUN [FROM]
+# step FROM (default 0) to step TO (default: the last).   figures.sh RUN [FROM [TO]]
 set -euo pipefail
-run=$1 csv=$1/diagnostics.csv from=${2:-0}
+run=$1 csv=$1/diagnostics.csv from=${2:-0} to=${3:-}
 if ! command -v gnuplot >/dev/null; then
   echo "gnuplot is missing: nothing was drawn" >&2
   exit 0
@@ -82,7 +82,7 @@ set format y "%g"
 set style fill solid 1.0 noborder
 plot "'$work'/map" using 1:2:3:4:5:6:7 with boxxyerror fc palette notitle
 '
-style+="set xrange [$from:$(awk -F, '!/^#/ { last = $1 } END { print last }' "$csv")]"
+style+="set xrange [$from:${to:-$(awk -F, '!/^#/ { last = $1 } END { print last }' "$csv")}]"
 gnuplot <<G
 $style
 set terminal pngcairo size 1400,1640 font "sans,10"

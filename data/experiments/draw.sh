@@ -97,6 +97,11 @@ made_by() {
   echo
 }
 
+# The run of scream that trained longest before it collapsed; nothing if none did.
+screamed() {
+  unpacked runs scream | awk -F, '$5 == "collapsed" && $8 > at { at = $8; run = $1 } END { print run }'
+}
+
 # The step of the event in the run $1 of experiment $2: that of the largest gradient norm from 10 steps
 # before the collapse to 25 after it; nothing if there was none.
 event() {
@@ -135,9 +140,9 @@ spike_report() {
 
 # --- Figures -----------------------------------------------------------------------------------------
 
-# $figures/$2.png: the panels of data/figures.sh for the run unpacked at $1, from step $3 on.
+# $figures/$2.png: the panels of data/figures.sh for the run unpacked at $1, from step $3 to step $4.
 diagnostics() {
-  bash data/figures.sh "$1" "${3:-0}" >/dev/null
+  bash data/figures.sh "$1" "${3:-0}" "${4:-}" >/dev/null
   [ ! -e "$1/figures/diagnostics.png" ] || cp "$1/figures/diagnostics.png" "$figures/$2.png"
   echo "![$2]($figures/$2.png)"
   echo
@@ -183,7 +188,7 @@ set key outside right top samplen 1.5
 set xrange [0:*]
 set yrange [*<0.4:1.8]
 set arrow from graph 0, first 1.44 to graph 1, first 1.44 nohead dt 3 lc rgb "#808080"
-set label "predicting the mean" at graph 0.45, first 1.47 center textcolor rgb "#808080" font ",9"
+set label "predicting the mean" at graph 0.99, first 1.47 right textcolor rgb "#808080" font ",9"
 plot ${plot%,}
 G
   echo "![$2]($figures/$1.png)"
@@ -200,6 +205,7 @@ number() {
 label() {
   case $1 in
     postnorm) echo "Post-Norm" ;;
+    postnorm_*) echo "Post-Norm, lr ${1#postnorm_}" ;;
     prenorm) echo "Pre-Norm" ;;
     layerscale-*) echo "LayerScale ${1#layerscale-}" ;;
     layerscale) echo "LayerScale" ;;
@@ -258,7 +264,7 @@ set logscale y
 set format y "10^{%L}"
 set yrange [1e-6<*:*]
 set multiplot layout 2,2 title "$title" font ",13"
-set key bottom left samplen 1.5
+set key bottom right samplen 1.5
 $panels
 unset multiplot
 G

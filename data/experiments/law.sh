@@ -4,18 +4,19 @@
 runs() { :; }
 
 draw() {
-  local at tokens
+  local run at tokens
   if [ ! -e "$csv/scream_diagnostics.csv.gz" ]; then
     echo "law is drawn from the runs of scream: make experiment NAME=scream"
     return
   fi
-  at=$(event postnorm scream)
-  tokens=$(unpacked runs scream | awk -F, 'NR == 2 { print $15 }')
-  if [ -z "$at" ]; then
+  run=$(screamed)
+  if [ -z "$run" ]; then
     echo "There was no collapse in scream."
     return
   fi
-  points "$at" "$tokens"
+  at=$(event "$run" scream)
+  tokens=$(unpacked runs scream | awk -F, 'NR == 2 { print $15 }')
+  points "$run" "$at" "$tokens"
   echo "A point is a layer at a step. Before: 60 to 20 steps before the event at step $at; at it: within 5 steps. Least"
   echo "squares with an intercept; largest: of A - 1; T = $tokens."
   echo
@@ -29,14 +30,15 @@ draw() {
   draw_law
 }
 
-# $work/WRITER.WHEN: (T - 1) khat and A - 1 of each layer and step.
+# $work/WRITER.WHEN: (T - 1) khat and A - 1 of each layer and step of run $1.
 points() {
   local writer when
   for writer in attention ffn; do
     for when in before at; do : >"$work/$writer.$when"; done
   done
-  unpacked diagnostics scream | awk -F, -v at="$1" -v tokens="$2" -v work="$work" '
+  unpacked diagnostics scream | awk -F, -v run="$1" -v at="$2" -v tokens="$3" -v work="$work" '
     NR == 1 { for (i = 1; i <= NF; i++) c[$i] = i; next }
+    $1 != run { next }
     { when = $2 >= at - 60 && $2 <= at - 20 ? "before" : $2 >= at - 5 && $2 <= at + 5 ? "at" : ""
       if (when == "") next
       for (w = 0; w < 2; w++) {

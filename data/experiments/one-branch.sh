@@ -1,15 +1,15 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# one-branch (App. F): MV-Split on attention's merges only. The paper's spike moves to the
-# FFN's writer.
+# one-branch (App. F): MV-Split on attention's merges only, at the rate at which Post-Norm collapses. The
+# paper's spike moves to the FFN's writer.
 columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_tcs attention_rho"
 spikes="mvsplit-attention_1 mvsplit-ffn_1"
 
 runs() {
-  local seed seeds="1 2" steps=900  # as long as scream
-  if [ "$SCALE" = tiny ]; then seeds=1 steps=120; fi
+  local seed seeds="1 2" lr=1e-3
+  if [ "$SCALE" = tiny ]; then seeds=1 lr=1e-2; fi
   for seed in $seeds; do
     for branch in attention ffn; do
-      run "mvsplit-${branch}_$seed" "residual=mvsplit-$branch" "seed=$seed" "steps=$steps" diagnose-every=5 \
+      run "mvsplit-${branch}_$seed" "residual=mvsplit-$branch" "seed=$seed" "lr=$lr" diagnose-every=5 \
         diagnose-layers="$(layers 9)"
     done
   done

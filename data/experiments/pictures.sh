@@ -13,6 +13,8 @@ draw() {
   results_table
   draw_losses pictures_loss "400 layers, MV-Split"
   echo "![samples]($figures/pictures_mvsplit.png)"
-  if [ -e "$figures/scream_postnorm.png" ]; then echo "![samples of a collapsed network]($figures/scream_postnorm.png)"; fi
+  local collapsed
+  collapsed=$figures/scream_$(screamed 2>/dev/null).png
+  if [ -e "$collapsed" ]; then echo "![samples of a collapsed network]($collapsed)"; fi
   echo
 }
