@@ -1313,6 +1313,7 @@ class Run {
   Dataset data_;
   std::unique_ptr<CsvLog> log_, validation_, diagnostics_;
   uint64_t first_, logged_, saved_ = ~uint64_t(0);
+  static constexpr size_t most_reports = 10;
   size_t reports_ = 0;
   Time::time_point start_, last_;
 
@@ -1371,9 +1372,11 @@ class Run {
     return false;
   }
 
-  // Write a report if there was a spike: ten of a process, at least 25 steps apart. (A collapse can
-  // follow a first spike within 50 steps.)
+  // Write a report if there was a spike: ten of a process, at least 25 steps apart unless one
+  // outgrows the last. (A collapse can follow a first spike within 50 steps.) After the tenth the
+  // spike stays pending, so that the device looks for no other.
   void report_spike() {
+    if (reports_ == most_reports) return;
     std::optional<Spike> spike = trainer_.spike();
     if (!spike) return;
     std::string path = o_.out + "/spike_" + padded(spike->step) + ".txt";
@@ -1382,7 +1385,7 @@ class Run {
     file.commit();
     std::printf("step %6zu  norm %.3g, %.3g times its median: %s\n", size_t(spike->step),
                 spike->norm, spike->norm / spike->median, path.c_str());
-    trainer_.watch_spikes_from(++reports_ < 10 ? spike->step + 25 : ~uint64_t(0));
+    if (++reports_ < most_reports) trainer_.watch_spikes_from(spike->step + 25);
   }
 
   double validate() {

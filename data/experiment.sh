@@ -192,7 +192,6 @@ do_run() {
   [ -s "$dir/seconds" ] && before=$(cat "$dir/seconds")
   echo "$(date +%H:%M:%S) $dir (tail -f $dir/train.log)"
   train "$dir" || status=$?
-  echo $((before + SECONDS - start)) >"$dir/seconds"
   if [ $status = 1 ] && grep -q 'training has diverged' "$dir/train.log"; then
     outcome=diverged status=0
   fi
@@ -200,6 +199,7 @@ do_run() {
     read_recipe "$(basename "${dir%/*}")"
     after "$dir" >>"$dir/train.log" 2>&1 || status=$?
   fi
+  echo $((before + SECONDS - start)) >"$dir/seconds"
   case $status in
     0) ;;
     130 | 143) echo "stopped: the same command goes on"; exit 130 ;;

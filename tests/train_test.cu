@@ -1889,7 +1889,7 @@ TEST_F(CommandTest, ASpikeLeavesAReportAndACalmRunNone) {
   EXPECT_TRUE(reports("").empty());
   EXPECT_TRUE(reports("--spike-factor 0").empty());
   auto found = reports("--spike-factor 1.01");  // a step above the median is enough
-  ASSERT_EQ(found.size(), 1u);
+  ASSERT_FALSE(found.empty());
   for (const char* words : {"Verdict: ", "blocks.", "Writers, largest G_mean first",
                             "layer     3 W2", "Gradients with NaN or infinity: 0",
                             "dL/dvelocity, last pass: mean", "Losses, largest first"})
@@ -1897,10 +1897,17 @@ TEST_F(CommandTest, ASpikeLeavesAReportAndACalmRunNone) {
   // A collapse can follow within a hundred steps of a first spike, which it need not have to do with.
   found = reports("--spike-factor 1.01 --log-every 1 --steps 450");
   EXPECT_EQ(found.size(), 10u) << "ten of a process";
+  auto norm = [](const std::string& report) {
+    return std::stod(report.substr(report.find("norm ") + 5));
+  };
+  size_t soon = 0;
   for (auto next = found.begin(), last = next++; next != found.end(); last = next++) {
-    EXPECT_GT(next->first, last->first + 25);
     EXPECT_LT(next->first, last->first + 100);
+    if (next->first > last->first + 25) continue;
+    ++soon;  // only because it outgrew the last one
+    EXPECT_GT(norm(next->second), norm(last->second));
   }
+  EXPECT_LT(soon, 9u);
 }
 
 TEST_F(CommandTest, AConfigurationFileGivesWhatNoFlagDoes) {

@@ -18,7 +18,7 @@ runs() {
         set -- "residual=$merge"
         if [ "$merge" = layerscale ]; then set -- "$@" lambda=1e-2; fi
         if [ "$merge-$depth" = mvsplit-1000 ]; then set -- "$@" beta=0.03; fi
-        run "${merge}_${depth}_$lr" "$@" "depth=$depth" "lr=$lr" steps=200 warmup=60 save-every=0 \
+        run "${merge}_${depth}_$lr" "$@" "depth=$depth" "lr=$lr" steps=150 warmup=50 save-every=0 \
           save=weights columns=1
       done
     done

@@ -4,7 +4,7 @@
 columns="" pictures=mvsplit
 
 runs() {
-  local steps=4000
+  local steps=3000
   if [ "$SCALE" = tiny ]; then steps=60; fi
   run mvsplit "steps=$steps" lr=1e-3 warmup=100 no-patch-bias=false ema=0.999 columns=8 keep=weights
 }
