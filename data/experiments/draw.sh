@@ -152,14 +152,14 @@ diagnostics() {
 # smoothed over 25 steps. The groups are listed in $groups.
 loss_bands() {
   groups=$(unpacked runs | awk -F, "$group"'NR > 1 { g = group($1); if (!seen[g]++) print g }')
-  unpacked losses | awk -F, -v work="$work" "$group$statistics"'
+  unpacked losses | awk -F, -v work="$work" -v smooth=$((25 / bin)) "$group$statistics"'
     NR == 1 || $3 !~ /^[0-9]/ { next }
     $1 != run { run = $1; rows = 0; g = group(run) }
-    { recent[rows++ % 5] = $3
-      if (rows < 5) next
+    { recent[rows++ % smooth] = $3
+      if (rows < smooth) next
       sum = 0
-      for (i = 0; i < 5; i++) sum += recent[i]
-      value[g, $2, ++n[g, $2]] = sum / 5
+      for (i = 0; i < smooth; i++) sum += recent[i]
+      value[g, $2, ++n[g, $2]] = sum / smooth
       if (n[g, $2] == 1) { if (!(g in last)) groups[++k] = g; at[g, ++last[g]] = $2 } }
     END { for (j = 1; j <= k; j++) { g = groups[j]
       for (i = 1; i <= last[g]; i++) { s = at[g, i]; m = n[g, s]

@@ -116,7 +116,7 @@ set cbrange [0.3:1.44]
 set cblabel "loss at the end"
 set style fill solid 1 border rgb "white"
 $tics
-set multiplot layout 2,2 title "Loss after 300 steps; ×: collapsed or diverged, o: never left the mean" font ",13"
+set multiplot layout 2,2 title "Loss after 150 steps; ×: collapsed or diverged, o: never left the mean" font ",13"
 $panels
 unset multiplot
 G
