@@ -894,8 +894,8 @@ __global__ void __launch_bounds__(D / 2, 1)
 }
 
 // Call f with the kind of merge, D and `held` as compile-time constants, where there are kernels
-// for them. 44 rows of 1024 channels are what a multiprocessor can hold; 256 image and 64 text
-// tokens then take eight lines, and 32 such sequences 128 of 132 multiprocessors.
+// for them. Two lines of 44 rows of 1024 channels are what a multiprocessor can hold; 256 image and
+// 64 text tokens then take eight lines, and 32 such sequences 128 of 132 multiprocessors.
 template <class T, class F>
 bool with_held_rows(const Device& device, Merge merge, size_t D, const F& f) {
   if (!device.gpu || !std::is_same_v<T, bf16>) return false;
@@ -1093,7 +1093,8 @@ void matrix_energies(const Device& device, double* energies, const T* x, size_t 
 }
 
 // Of one sequence. |dW_mu| and |dW_c| with the global mean, as in the paper, and with a mean a
-// segment, as in the merges; A; khat. A and khat are NaN where delta or y is zero.
+// segment, as in the merges; A; khat. A and khat are NaN where delta or y is zero, and mean nothing
+// where delta is so small (in fp32 below about 1e-19) that its square underflows.
 struct WriterModes {
   double mean, centered, segment_mean, segment_centered, amplification, coherence;
 };
