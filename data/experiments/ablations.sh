@@ -19,7 +19,7 @@ runs() {
     ablated mvsplit-alpha=0.1 alpha=0.1 fix=alpha
     ablated "mvsplit-beta=${beta}" beta="$beta"
     ablated mvsplit-global means=global
-    ablated deepnorm residual=rezero lambda="$lambda" fix=lambda
+    ablated deepnorm residual=rezero lambda="$lambda" fix=lambda writer-std=0
     ablated prenorm residual=prenorm
   done
 }
