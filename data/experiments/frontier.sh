@@ -82,7 +82,8 @@ edge_table() {
 # frontier.png: a cell for each run, coloured by its loss at the end; a cross where it did
 # not train.
 map() {
-  local merge panels="" tics
+  local merge panels="" tics steps
+  steps=$(unpacked runs | awk -F, 'NR == 2 { print $4 }')
   unpacked runs | awk -F, -v work="$work" -v depths="$depths" -v rates="$rates" '
     BEGIN { d = split(depths, depth, " "); r = split(rates, rate, " ")
       for (i = 1; i <= d; i++) y[depth[i]] = i
@@ -116,7 +117,7 @@ set cbrange [0.3:1.44]
 set cblabel "loss at the end"
 set style fill solid 1 border rgb "white"
 $tics
-set multiplot layout 2,2 title "Loss after 150 steps; ×: collapsed or diverged, o: never left the mean" font ",13"
+set multiplot layout 2,2 title "Loss after $steps steps; ×: collapsed or diverged, o: never left the mean" font ",13"
 $panels
 unset multiplot
 G
