@@ -2109,16 +2109,15 @@ std::vector<Reading> Diagnostics<T>::readings(const Measurements& m, size_t slot
       return mean(S, [&](size_t i) { return modes[i].*field; });
     };
     add(branch + "g_mean", "|dW_mu|_F of " + writer + " " + shape + ", global mean (5)",
-        mode(&WriterModes::mean));
-    add(branch + "g_ctr", "|dW_c|_F of " + writer + ", global mean (5)",
-        mode(&WriterModes::centered));
+        mode(&WriterModes::g_mean));
+    add(branch + "g_ctr", "|dW_c|_F of " + writer + ", global mean (5)", mode(&WriterModes::g_ctr));
     add(branch + "g_mean_seg", "the same with a mean for image and one for text tokens",
-        mode(&WriterModes::segment_mean));
-    add(branch + "g_ctr_seg", "the same", mode(&WriterModes::segment_centered));
+        mode(&WriterModes::g_mean_seg));
+    add(branch + "g_ctr_seg", "the same", mode(&WriterModes::g_ctr_seg));
     add(branch + "amplification", "A = |dW|_F^2 / sum_t |delta_t|^2 |y_t|^2 (26)",
         mode(&WriterModes::amplification));
     add(branch + "khat", "weighted mean |cos(y_t, y_s) cos(delta_t, delta_s)|, s != t (32)",
-        mode(&WriterModes::coherence));
+        mode(&WriterModes::khat));
     // Energies of X, F and X's unit tokens; e(kind, i, 0) of the mean, e(kind, i, 1) of the rest.
     const double* states = m.states + (slot * 2 + w) * 3 * S * 2;
     auto e = [&](size_t kind, size_t i, size_t part) { return states[(kind * S + i) * 2 + part]; };

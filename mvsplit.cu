@@ -1051,6 +1051,9 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
 //
 // Centered tokens are made first and K, C from them. To center K itself is the same on paper, but
 // takes the small difference of large numbers once the mean dominates, which is what is looked for.
+// And once the network has collapsed delta is so small that its squares underflow in fp32: so each
+// sequence is taken over a power of two near its largest number, which rounds nothing, and G_ctr
+// gets it back in fp64.
 //
 // Alignment. In section 5's letters w_t w_s M_ts = K_ts C_ts, hence
 //
@@ -1093,23 +1096,25 @@ void matrix_energies(const Device& device, double* energies, const T* x, size_t 
 }
 
 // Of one sequence. |dW_mu| and |dW_c| with the global mean, as in the paper, and with a mean a
-// segment, as in the merges; A; khat. A and khat are NaN where delta or y is zero, and mean nothing
-// where delta is so small (in fp32 below about 1e-19) that its square underflows.
+// segment, as in the merges; A; khat. A and khat are NaN where delta or y is zero, khat also where
+// all but one token are.
 struct WriterModes {
-  double mean, centered, segment_mean, segment_centered, amplification, coherence;
+  double g_mean, g_ctr, g_mean_seg, g_ctr_seg, amplification, khat;
 };
 
-// Scratch for a batch of B sequences: segment means; tokens as they are, globally centered and
-// centered by segment; their Gram matrices.
+// Scratch for a batch of B sequences: segment means; powers of two; tokens as they are, globally
+// centered and centered by segment, over these; their Gram matrices.
 template <class A>
 struct WriterScratch {
-  A *ybar, *dbar;  // (B, 2, n), (B, 2, D)
-  A *y, *delta;    // (3, B, T, n), (3, B, T, D)
-  A *K, *C;        // (3, B, T, T)
+  A *ybar, *dbar;            // (B, 2, n), (B, 2, D)
+  A *y_scale, *delta_scale;  // (B)
+  A *y, *delta;              // (3, B, T, n), (3, B, T, D)
+  A *K, *C;                  // (3, B, T, T)
 
   void lay(Carver& c, Tokens tokens, size_t n, size_t D) {
     size_t squares = 3 * tokens.rows() * tokens.length();
     ybar = c.take<A>(2 * tokens.batch * n), dbar = c.take<A>(2 * tokens.batch * D);
+    y_scale = c.take<A>(tokens.batch), delta_scale = c.take<A>(tokens.batch);
     y = c.take<A>(3 * tokens.rows() * n), delta = c.take<A>(3 * tokens.rows() * D);
     K = c.take<A>(squares), C = c.take<A>(squares);
   }
@@ -1146,21 +1151,42 @@ void token_spreads(const Device& device, Acc<T>* spreads, const T* x, const Acc<
       });
 }
 
-// out (3, B, T, n): x (B, T, n) as it is, less the global mean, less its segment's mean.
+// scales (B): the largest number of each sequence of x (B, T, n), down to a power of two.
+template <class T>
+void token_scales(const Device& device, Acc<T>* scales, const T* x, Tokens tokens, size_t n) {
+  using A = Acc<T>;
+  size_t count = tokens.length() * n;
+  for_each_team(device, tokens.batch, Team::max_size, [=] HD(Team team) {
+    A largest = 0;
+    for (size_t i = 4 * team.rank; i < count; i += 4 * team.size) {
+      Quad<A> v = load<A>(x + team.index * count + i);
+      for (int k = 0; k < 4; ++k) largest = max_(largest, A(fabs(v[k])));
+    }
+    largest = team.max(largest);
+    // Within what the scale and one over it can be in fp32.
+    int exponent = largest > 0 ? max_(min_(int(ilogb(largest)), 126), -126) : 0;
+    if (team.rank == 0) scales[team.index] = A(ldexp(1.0, exponent));
+  });
+}
+
+// out (3, B, T, n): x (B, T, n) as it is, less the global mean, less its segment's mean; each over
+// its sequence's scale.
 template <class T>
 void center_tokens(const Device& device, Acc<T>* out, const T* x, const Acc<T>* means,
-                   Tokens tokens, size_t n) {
+                   const Acc<T>* scales, Tokens tokens, size_t n) {
   using A = Acc<T>;
   size_t rows = tokens.rows();
   A image = A(tokens.image) / A(tokens.length()), text = A(tokens.text) / A(tokens.length());
   for_each(device, rows * n / 4, [=] HD(size_t i) {
-    size_t row = i / (n / 4), d = i % (n / 4) * 4;
-    const A* mean = means + row / tokens.length() * 2 * n + d;
+    size_t row = i / (n / 4), d = i % (n / 4) * 4, sequence = row / tokens.length();
+    const A* mean = means + sequence * 2 * n + d;
     Quad<A> value = load<A>(x + row * n + d);
     Quad<A> global = image * load<A>(mean) + text * load<A>(mean + n);
-    store(out + row * n + d, value);
-    store(out + (rows + row) * n + d, value - global);
-    store(out + (2 * rows + row) * n + d, value - load<A>(means + tokens.segment_of(row) * n + d));
+    Quad<A> own = load<A>(means + tokens.segment_of(row) * n + d);
+    A over = A(1) / scales[sequence];
+    store(out + row * n + d, over * value);
+    store(out + (rows + row) * n + d, over * (value - global));
+    store(out + (2 * rows + row) * n + d, over * (value - own));
   });
 }
 
@@ -1190,8 +1216,10 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<Acc<T>> scra
   };
   token_means(device, scratch.ybar, y, tokens, n);
   token_means(device, scratch.dbar, delta, tokens, D);
-  center_tokens(device, scratch.y, y, scratch.ybar, tokens, n);
-  center_tokens(device, scratch.delta, delta, scratch.dbar, tokens, D);
+  token_scales(device, scratch.y_scale, y, tokens, n);
+  token_scales(device, scratch.delta_scale, delta, tokens, D);
+  center_tokens(device, scratch.y, y, scratch.ybar, scratch.y_scale, tokens, n);
+  center_tokens(device, scratch.delta, delta, scratch.dbar, scratch.delta_scale, tokens, D);
   gram(scratch.K, scratch.y, n);
   gram(scratch.C, scratch.delta, D);
   for_each_team(device, tokens.batch, Team::max_size, [=] HD(Team team) {
@@ -1220,13 +1248,15 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<Acc<T>> scra
     double N = max_(double(tokens.image), 1.0), L = max_(double(tokens.text), 1.0);
     double by_segment =
         yy[0] * dd[0] / (N * N) + 2 * yy[1] * dd[1] / (N * L) + yy[2] * dd[2] / (L * L);
+    double scale = double(scratch.y_scale[b]) * double(scratch.delta_scale[b]);
+    double pairs = w1 * w1 - w2;  // what rounding leaves of it, if one token has all, is no weight
     WriterModes m;
-    m.mean = sqrt(max_(y_sum, 0.0) * max_(d_sum, 0.0)) / double(length);
-    m.centered = sqrt(max_(energy[1], 0.0));
-    m.segment_mean = sqrt(max_(by_segment, 0.0));
-    m.segment_centered = sqrt(max_(energy[2], 0.0));
+    m.g_mean = sqrt(max_(y_sum, 0.0) * max_(d_sum, 0.0)) / double(length);
+    m.g_ctr = scale * sqrt(max_(energy[1], 0.0));
+    m.g_mean_seg = sqrt(max_(by_segment, 0.0));
+    m.g_ctr_seg = scale * sqrt(max_(energy[2], 0.0));
     m.amplification = energy[0] / w2;
-    m.coherence = (magnitudes - w2) / (w1 * w1 - w2);
+    m.khat = pairs > 1e-12 * w1 * w1 ? (magnitudes - w2) / pairs : NAN;
     modes[b] = m;
   });
 }

@@ -311,8 +311,7 @@ void end_step(const Device& device, Clock* clock, Record* history, const A* loss
 // 2.1 The watch for spikes
 //
 // A step stands out if its gradient's norm is above `factor` times the median over the 100 steps
-// before it, or as many as there are from 50 on. (The test is !(norm <= factor * median): NaN
-// stands out too.) By the time the host reads the norms that step's gradients are gone; so the
+// before it, or as many as there are from 50 on. By the time the host reads the norms that step's gradients are gone; so the
 // device decides within the step, and copies what a report needs. No step waits for the host, and
 // none is changed.
 
@@ -326,6 +325,11 @@ struct SpikeWatch {
   uint64_t step, window;
   double norm, median;
 };
+
+// Is a norm beyond `factor` times what is usual? NaN is, but not beside NaN.
+HD inline bool stands_out(double norm, double factor, double usual) {
+  return !(norm <= factor * usual) && usual == usual;
+}
 
 // What is copied at a spike, and the writers' modes of every step.
 struct SpikeArrays {
@@ -352,8 +356,8 @@ inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
     double* out = a.modes + (clock->step % records * layers * 2 + i) * 2;
     out[0] = out[1] = 0;
     for (size_t s = 0; s < samples; ++s) {
-      out[0] += modes[i * samples + s].mean / double(samples);
-      out[1] += modes[i * samples + s].centered / double(samples);
+      out[0] += modes[i * samples + s].g_mean / double(samples);
+      out[1] += modes[i * samples + s].g_ctr / double(samples);
     }
   });
   for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
@@ -369,8 +373,8 @@ inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
     median = team.sum(median);
     if (team.rank != 0) return;
     SpikeWatch& w = *a.watch;
-    bool armed = now >= w.quiet_until || clock->norm > factor * w.norm;
-    w.fired = n >= spike_least && !w.pending && armed && !(clock->norm <= factor * median);
+    bool armed = now >= w.quiet_until || stands_out(clock->norm, factor, w.norm);
+    w.fired = n >= spike_least && !w.pending && armed && stands_out(clock->norm, factor, median);
     if (!w.fired) return;
     w.pending = 1, w.step = now + 1, w.window = n, w.norm = clock->norm, w.median = median;
   });

@@ -482,20 +482,19 @@ WriterModes plain_modes(const Dense& y, const Dense& delta, size_t image) {
         below += w[t] * w[s];
       }
   WriterModes m;
-  m.mean = writer_norm(J * delta, J * y);
-  m.centered = writer_norm(delta - J * delta, y - J * y);
-  m.segment_mean = writer_norm(by_segment * delta, by_segment * y);
-  m.segment_centered = writer_norm(delta - by_segment * delta, y - by_segment * y);
+  m.g_mean = writer_norm(J * delta, J * y);
+  m.g_ctr = writer_norm(delta - J * delta, y - J * y);
+  m.g_mean_seg = writer_norm(by_segment * delta, by_segment * y);
+  m.g_ctr_seg = writer_norm(delta - by_segment * delta, y - by_segment * y);
   m.amplification = std::pow(writer_norm(delta, y), 2) / w2;
-  m.coherence = above / below;
+  m.khat = above / below;
   return m;
 }
 
 double worst_difference(const WriterModes& a, const WriterModes& b) {
   double worst = 0;
-  for (auto field :
-       {&WriterModes::mean, &WriterModes::centered, &WriterModes::segment_mean,
-        &WriterModes::segment_centered, &WriterModes::amplification, &WriterModes::coherence}) {
+  for (auto field : {&WriterModes::g_mean, &WriterModes::g_ctr, &WriterModes::g_mean_seg,
+                     &WriterModes::g_ctr_seg, &WriterModes::amplification, &WriterModes::khat}) {
     double difference = std::abs(a.*field - b.*field) / std::abs(b.*field);
     worst = std::isfinite(difference) ? std::max(worst, difference) : HUGE_VAL;
   }
@@ -549,11 +548,14 @@ struct Writer {
 
 const Tokens some_tokens[] = {{2, 5, 3}, {3, 37, 11}, {1, 6, 0}};
 
-// In bf16 too: the reference starts from the rounded numbers.
+// In bf16 too: the reference starts from the rounded numbers. `size`: of delta.
 template <class T>
-void check_modes(Device& device, double offset, double tolerance) {
+void check_modes(Device& device, double offset, double tolerance, double size = 1) {
   for (Tokens tokens : some_tokens) {
     Writer<T> writer(device, tokens, 24, 12, offset);
+    std::vector<double> delta = writer.delta.get();
+    for (double& x : delta) x *= size;
+    writer.delta.set(delta);
     std::vector<WriterModes> got = writer.modes(device);
     for (size_t b = 0; b < tokens.batch; ++b) {
       Dense y = writer.plain(writer.y, 24, b), delta = writer.plain(writer.delta, 12, b);
@@ -570,6 +572,24 @@ TEST(WriterModes, AgreeWithTheMatrices) {
     // Tokens that are alike to one part in 300: centering the Gram matrices would lose G_ctr.
     check_modes<double>(*device, 300, 1e-9);
     check_modes<float>(*device, 300, 1e-3);
+    // Behind a collapse: squares of delta are below what fp32 has.
+    for (double size : {1e-25, 1e25}) {
+      check_modes<float>(*device, 0.5, 1e-5, size);
+      check_modes<bf16>(*device, 0.5, 1e-5, size);
+    }
+  }
+}
+
+// One token that is not zero has no other to agree with.
+TEST(WriterModes, OneTokenHasNoPartner) {
+  for (Device* device : devices()) {
+    Writer<float> writer(*device, {1, 6, 2}, 24, 12, 0.5);
+    std::vector<double> delta = writer.delta.get();
+    std::fill(delta.begin() + 12, delta.end(), 0.0);
+    writer.delta.set(delta);
+    WriterModes m = writer.modes(*device)[0];
+    EXPECT_NEAR(m.amplification, 1, 1e-6);
+    EXPECT_TRUE(std::isnan(m.khat)) << m.khat;
   }
 }
 
@@ -587,13 +607,13 @@ TEST(WriterModes, WrongDefinitionsAreRejected) {
     EXPECT_GT(worst_difference(got, changed), 1e-3) << what;
   };
   size_t T = y.rows;
-  rejects(&WriterModes::mean, right.segment_mean, "a mean a segment for the global one");
-  rejects(&WriterModes::segment_mean, right.mean, "the global mean for one a segment");
-  rejects(&WriterModes::centered, right.segment_centered, "centered by segment");
-  rejects(&WriterModes::mean, right.mean / double(T), "T forgotten");
-  rejects(&WriterModes::centered, writer_norm(delta, y), "nothing centered");
+  rejects(&WriterModes::g_mean, right.g_mean_seg, "a mean a segment for the global one");
+  rejects(&WriterModes::g_mean_seg, right.g_mean, "the global mean for one a segment");
+  rejects(&WriterModes::g_ctr, right.g_ctr_seg, "centered by segment");
+  rejects(&WriterModes::g_mean, right.g_mean / double(T), "T forgotten");
+  rejects(&WriterModes::g_ctr, writer_norm(delta, y), "nothing centered");
   auto feature_mean = [](const Dense& x) { return x * mean_over({x.cols}); };
-  rejects(&WriterModes::mean, writer_norm(feature_mean(delta), feature_mean(y)),
+  rejects(&WriterModes::g_mean, writer_norm(feature_mean(delta), feature_mean(y)),
           "a mean over channels");
   rejects(&WriterModes::amplification,
           std::pow(writer_norm(delta, y), 2) / (inner(delta, delta) * inner(y, y)),
@@ -604,7 +624,7 @@ TEST(WriterModes, WrongDefinitionsAreRejected) {
       double length = norm(rows_of(*x, t, 1));
       for (size_t d = 0; d < x->cols; ++d) (*x)(t, d) /= length;
     }
-  rejects(&WriterModes::coherence, plain_modes(unit_y, unit_delta, tokens.image).coherence,
+  rejects(&WriterModes::khat, plain_modes(unit_y, unit_delta, tokens.image).khat,
           "khat without weights");
 }
 
@@ -622,7 +642,7 @@ TEST(WriterModes, AlignmentStaysUnderItsEnvelope) {
     WriterModes m = writer.modes(*devices()[0])[0];
     double w = magnitude * magnitude;  // the two; the others' is 1
     EXPECT_NEAR(m.amplification - 1, 2 * w * w / (2 * w * w + 10), 1e-12);
-    EXPECT_LE(m.amplification - 1, double(T - 1) * m.coherence * (1 + 1e-12));
+    EXPECT_LE(m.amplification - 1, double(T - 1) * m.khat * (1 + 1e-12));
     double plain = 2 / double(T * (T - 1));  // one pair of 66 has |M_ts| = 1, the others 0
     EXPECT_EQ(m.amplification - 1 <= double(T - 1) * plain + 1e-12, magnitude == 1);
   }

@@ -1021,7 +1021,10 @@ TEST(Spike, FiresAboveAMultipleOfTheRunningMedian) {
     EXPECT_TRUE(fires(201, 1000, resumed));
     EXPECT_FALSE(fires(200, 1000, quiet));
     EXPECT_TRUE(fires(200, 1501, quiet)) << "five times the last spike";
+    EXPECT_TRUE(fires(200, NAN, quiet));
     EXPECT_TRUE(fires(201, 1000, quiet));
+    quiet.norm = NAN;
+    EXPECT_FALSE(fires(200, NAN, quiet)) << "it was reported";
     EXPECT_FALSE(fires(200, 1000, unread));
   }
 }
