@@ -262,9 +262,10 @@ worker() {
 
 # What became of a run, from the loss: predicting the mean costs 1.44 (`floor`). All means are over
 # 25 steps.
-#   trained     it ended below half of the way back from its best to the floor
-#   collapsed   it ended above, after having been clearly under the floor; the step is the first that
-#               is above, as is the mean from there on
+#   trained     it ended at most 0.1 above its best
+#   relapsed    it ended further above its best, but not half of the way back from there to the floor
+#   collapsed   it ended above that half; the step is the first that is above, as is the mean from
+#               there on
 #   stuck       it never was clearly under the floor
 # Prints outcome, loss at the end, best loss, step of the collapse, largest norm after step 50 and its step.
 judge() {
@@ -275,7 +276,7 @@ judge() {
       best = mean(1); where = 1; end = mean(n - 24)
       for (i = 2; i <= n - 24; i++) if ((m = mean(i)) < best) { best = m; where = i }
       half = (best + floor) / 2
-      outcome = best > floor - 0.1 ? "stuck" : end > half ? "collapsed" : "trained"
+      outcome = best > floor - 0.1 ? "stuck" : end > half ? "collapsed" : end - best > 0.1 ? "relapsed" : "trained"
       if (outcome == "collapsed") {
         for (i = where; i < n - 24 && (mean(i) < half || loss[i] < half); i++);
         step = i }

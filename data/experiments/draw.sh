@@ -55,9 +55,10 @@ set title font ",12"
 
 # --- Tables ----------------------------------------------------------------------------------------
 
-# A line for each group of runs: how many seeds, what became of them, losses as mean and range.
+# A line for each group of runs: how many seeds, how many of them trained and what became of the
+# others, losses as mean and range.
 results_table() {
-  echo "| run | seeds | trained | collapse at step | loss, last 25 steps | best of 25 steps | validation loss |"
+  echo "| run | seeds | trained | collapse at step, or other outcome | loss, last 25 steps | best of 25 steps | validation loss |"
   echo "|---|---|---|---|---|---|---|"
   unpacked runs | awk -F, "$group"'
     NR == 1 { next }
@@ -65,8 +66,7 @@ results_table() {
       if (!(g in n)) order[++groups] = g
       n[g]++
       trained[g] += $5 == "trained"
-      if ($5 == "collapsed") steps[g] = steps[g] " " $8
-      else if ($5 != "trained") steps[g] = steps[g] " " $5
+      if ($5 != "trained") others[g] = others[g] (others[g] == "" ? "" : ", ") ($5 == "collapsed" ? $8 : $5)
       add(g, 1, $6); add(g, 2, $7); add(g, 3, $11) }
     function add(g, i, x) {
       if (x !~ /^[0-9]/) return
@@ -79,8 +79,7 @@ results_table() {
       if (count[g, i] == 1) return sprintf("%.3f", sum[g, i])
       return sprintf("%.3f (%.3f to %.3f)", sum[g, i] / count[g, i], low[g, i], high[g, i]) }
     END { for (k = 1; k <= groups; k++) { g = order[k]
-      sub(/^ /, "", steps[g]); gsub(/ /, ", ", steps[g])
-      printf "| %s | %d | %d | %s | %s | %s | %s |\n", g, n[g], trained[g], steps[g] == "" ? "-" : steps[g],
+      printf "| %s | %d | %d | %s | %s | %s | %s |\n", g, n[g], trained[g], others[g] == "" ? "-" : others[g],
         shown(g, 1), shown(g, 2), shown(g, 3) } }'
   echo
   made_by

@@ -31,7 +31,8 @@ draw() {
   map
 }
 
-# What each merge reaches at its own best rate: a line a depth, the lowest loss in bold.
+# What each merge reaches at its own best rate, of those at which it trains: a line a depth, the lowest
+# loss in bold.
 best_table() {
   local merge head="" line=""
   for merge in $merges; do head+=" $(label "$merge") |" line+="---|"; done
@@ -57,30 +58,31 @@ best_table() {
   made_by
 }
 
-# A line for each merge and depth: the largest rate that trained, the best one and its loss,
-# and what became of the others.
+# A line for each merge and depth: the largest rate that trained (the edge), the best one and its loss,
+# and what became of the rates that did not train, those below the edge (holes) and those above it.
 edge_table() {
-  echo "| merge | layers | largest rate that trains | best rate | its loss, last 25 steps | the others |"
-  echo "|---|---|---|---|---|---|"
+  echo "| merge | layers | largest rate that trains | best rate | its loss, last 25 steps | smaller rates that do not train (holes) | larger rates |"
+  echo "|---|---|---|---|---|---|---|"
   unpacked runs | awk -F, -v merges="$merges" -v depths="$depths" -v rates="$rates" '
     NR > 1 { outcome[$1] = $5; loss[$1] = $6 }
+    function known(x, otherwise) { return x == "" ? otherwise : x }
     END {
       m = split(merges, merge, " "); d = split(depths, depth, " "); r = split(rates, rate, " ")
       for (i = 1; i <= m; i++) for (j = 1; j <= d; j++) {
-        edge = best = above = ""; gap = 0
-        for (k = 1; k <= r; k++) {
+        edge = best = holes = above = least = ""
+        for (k = 1; k <= r; k++) {  # from the smallest rate on
           key = merge[i] "_" depth[j] "_" rate[k]
-          if (outcome[key] == "trained") {
-            edge = rate[k]
-            if (best == "" || loss[key] < loss[merge[i] "_" depth[j] "_" best]) best = rate[k] }
-          else above = above (above == "" ? "" : ", ") outcome[key] " at " rate[k] }
-        printf "| %s | %d | %s | %s | %s | %s |\n", merge[i], depth[j], edge == "" ? "none" : edge, best == "" ? "-" : best,
-          best == "" ? "-" : loss[merge[i] "_" depth[j] "_" best], above == "" ? "-" : above } }'
+          if (outcome[key] != "trained") { above = above (above == "" ? "" : ", ") outcome[key] " at " rate[k]; continue }
+          if (above != "") { holes = holes (holes == "" ? "" : ", ") above; above = "" }
+          edge = rate[k]
+          if (least == "" || loss[key] + 0 < least + 0) { best = rate[k]; least = loss[key] } }
+        printf "| %s | %d | %s | %s | %s | %s | %s |\n", merge[i], depth[j], known(edge, "none"), known(best, "-"),
+          known(least, "-"), known(holes, "-"), known(above, "-") } }'
   echo
 }
 
-# frontier.png: a cell for each run, coloured by its loss at the end; a cross where it did
-# not train.
+# frontier.png: a cell for each run that has its loss at the end, with a mark if it relapsed; where it
+# did worse, a mark instead.
 map() {
   local merge panels="" tics steps
   steps=$(unpacked runs | awk -F, 'NR == 2 { print $4 }')
@@ -89,9 +91,10 @@ map() {
       for (i = 1; i <= d; i++) y[depth[i]] = i
       for (i = 1; i <= r; i++) x[rate[i]] = i }
     NR > 1 { split($1, part, "_")
-      shown = $5 == "trained" ? $6 : 1.44
-      text = $5 == "trained" ? sprintf("%.2f", $6) : $5 == "stuck" ? "o" : "×"
-      print x[part[3]], y[part[2]], shown, text >(work "/" part[1]) }'
+      holds = $5 == "trained" || $5 == "relapsed"
+      text = $5 == "stuck" ? "o" : "×"
+      if (holds) text = sprintf("%.2f", $6) ($5 == "relapsed" ? "↑" : "")
+      print x[part[3]], y[part[2]], holds ? $6 : 1.44, text >(work "/" part[1]) }'
   tics=$(awk -v depths="$depths" -v rates="$rates" 'BEGIN {
     d = split(depths, depth, " "); r = split(rates, rate, " ")
     printf "set xtics ("; for (i = 1; i <= r; i++) printf "%s\"%s\" %d", (i > 1 ? ", " : ""), rate[i], i
@@ -114,10 +117,11 @@ set xlabel "learning rate"
 set ylabel "layers"
 set palette defined (0 "#2166ac", 0.35 "#92c5de", 0.7 "#f7f7f7", 1 "#d6604d")
 set cbrange [0.3:1.44]
-set cblabel "loss at the end"
+set cblabel "loss at the end (marks: 1.44)"
 set style fill solid 1 border rgb "white"
 $tics
-set multiplot layout 2,2 title "Loss after $steps steps; ×: collapsed or diverged, o: never left the mean" font ",13"
+set multiplot layout 2,2 title "Loss of the last 25 of $steps steps; ↑: relapsed by more than 0.1,\
+ ×: collapsed or diverged, o: never left the mean" font ",13"
 $panels
 unset multiplot
 G
