@@ -89,12 +89,14 @@ run() {
 
 # Sets what a recipe may: `columns` (of diagnostics.csv that the figures need), `bin` (steps a row of the
 # losses), `pictures` and `spikes` (runs whose samples and spike report are kept), `tables` (further
-# csv files in the runs' folders, without the .csv), and the functions `runs`, `draw` and `after`;
+# csv files in the runs' folders, without the .csv), and the functions `runs`, `draw`, `after` and `packed`;
 # `after` gets the folder of a run that has trained to its end, with its weights.safetensors, and its
-# exit status says whether that went well.
+# exit status says whether that went well; `packed` is called when the csv files are there, and may
+# choose `pictures` and `spikes` by them.
 read_recipe() {
   experiment=$1 columns="" bin=5 pictures="" spikes="" tables=""
   after() { :; }
+  packed() { :; }
   [ -e "$recipes/$1.sh" ] || die "there is no experiment $1, but $all"
   # shellcheck source=/dev/null
   source "$recipes/$1.sh"
@@ -346,6 +348,7 @@ pack_runs() {
         { print (named++ ? run : "run") "," $0 }' "$dir/$table.csv"
     done | awk 'NR == 1 || !/^run,/' | pack "$table"
   done
+  packed
   keep_files "${listed[@]}"
 }
 

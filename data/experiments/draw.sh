@@ -101,11 +101,14 @@ screamed() {
   unpacked runs scream | awk -F, '$5 == "collapsed" && $8 > at { at = $8; run = $1 } END { print run }'
 }
 
+# The step of the collapse of run $1 of experiment $2, by default the present one; nothing if there was none.
+collapse_of() { unpacked runs "${2:-}" | awk -F, -v run="$1" '$1 == run { print $8 }'; }
+
 # The step of the event in the run $1 of experiment $2: that of the largest gradient norm from 10 steps
 # before the collapse to 25 after it; nothing if there was none.
 event() {
   local collapse
-  collapse=$(unpacked runs "${2:-}" | awk -F, -v run="$1" '$1 == run { print $8 }')
+  collapse=$(collapse_of "$1" "${2:-}")
   [ -z "$collapse" ] || unpacked losses "${2:-}" | awk -F, -v run="$1" -v c="$collapse" '
     $1 == run && $2 >= c - 10 && $2 <= c + 25 && $4 > most { most = $4; at = $2 } END { print at }'
 }
@@ -139,9 +142,10 @@ spike_report() {
 
 # --- Figures -----------------------------------------------------------------------------------------
 
-# $figures/$2.png: the panels of data/figures.sh for the run unpacked at $1, from step $3 to step $4.
+# $figures/$2.png: the panels of data/figures.sh for the run unpacked at $1, from step $3 to step $4,
+# under the title $5.
 diagnostics() {
-  bash data/figures.sh "$1" "${3:-0}" "${4:-}" >/dev/null
+  bash data/figures.sh "$1" "$3" "$4" "$5" >/dev/null
   [ ! -e "$1/figures/diagnostics.png" ] || cp "$1/figures/diagnostics.png" "$figures/$2.png"
   echo "![$2]($figures/$2.png)"
   echo

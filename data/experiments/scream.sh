@@ -7,7 +7,7 @@ bin=1
 rates=$(option lr)
 # The reference collapses near step 570 of the lowest rate: 900 steps are room for an event 1.5 times later.
 if [ "$SCALE" = full ]; then rates="7e-4 1e-3 1.4e-3 2e-3"; fi
-pictures="postnorm_${rates// / postnorm_}" spikes=$pictures
+spikes="postnorm_${rates// / postnorm_}"
 
 runs() {
   local lr steps
@@ -36,8 +36,11 @@ after() {
 # The diagnostics of the run in folder $1 from step $2 to step $3.
 rows() { awk -F, -v from="$2" -v to="$3" '/^[0-9]/ && $1 >= from && $1 <= to' "$1/diagnostics.csv"; }
 
+# The samples are those of the run that screamed.
+packed() { pictures=$(screamed); }
+
 draw() {
-  local run at
+  local run at collapse
   results_table
   draw_losses scream_loss "Post-Norm at several learning rates"
   run=$(screamed)
@@ -45,23 +48,26 @@ draw() {
     echo "There was no collapse."
     return
   fi
-  at=$(event "$run")
+  at=$(event "$run") collapse=$(collapse_of "$run")
   trajectory "$run"
   unpack "$run"
-  diagnostics "$work/$run" scream
-  diagnostics "$work/$run" scream_event $((at > 60 ? at - 60 : 0)) $((at + 60))
+  echo "Two steps of $run have names. The collapse is at $collapse: from there on the loss, and its mean over 25"
+  echo "steps, are above half of the way from the best mean back to 1.44. The event is at $at: the largest gradient"
+  echo "norm from 10 steps before the collapse to 25 after it."
+  echo
+  diagnostics "$work/$run" scream_event $((at > 20 ? at - 20 : 0)) $((at + 10)) \
+    "$(label "$run"): steps $((at > 20 ? at - 20 : 0)) to $((at + 10)); collapse at $collapse, largest gradient at $at"
   rise_and_fall "$run" "$at"
   spike_report "$run"
 }
 
-# What the event at step $2 changed in run $1. Before: medians over the steps from 60 to 20 before
-# it. After: of writers' gradients the largest value within 20 steps; of the rest the median
-# of the last 20 steps of the run. Gradients are norms over all diagnosed layers together,
-# states medians over them.
+# What the event at step $2 changed in run $1.
 rise_and_fall() {
-  echo "$1: the event is at step $2 (largest gradient norm near the collapse)."
+  echo "What the event at $2 changes. Gradients are norms over all diagnosed layers together, states medians over them."
+  echo "Before: medians over the steps from 60 to 20 before the event. After: of the writers' gradients the largest"
+  echo "within 20 steps of it, of the rest the median of the last 20 diagnosed steps of the run."
   echo
-  echo "| | before | at or after | factor | orders of magnitude |"
+  echo "| | before | at the event, or after | factor | orders of magnitude |"
   echo "|---|---|---|---|---|"
   unpacked diagnostics | awk -F, -v run="$1" -v at="$2" "$statistics"'
     NR > 1 && $1 != run { next }
