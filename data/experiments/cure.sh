@@ -20,8 +20,7 @@ draw() {
   results_table
   draw_losses cure_loss "The same network, the same learning rate"
   modes_table
-  draw_modes cure_modes "Gradients of the writers: median and quartiles over depth" \
-    postnorm_1 "$(best_layerscale)" rezero_1 mvsplit_1
+  draw_modes cure_modes "depth and seeds" postnorm layerscale-1e-2 rezero mvsplit
 }
 
 # Medians over depth, the steps after the warm-up and seeds; of a run that collapsed until 20 steps
@@ -42,12 +41,4 @@ modes_table() {
       printf "| %s | %.3g | %.3g | %.3g | %.3g | %.3g | %.3g |\n", g, m[4], m[5], m[5] ? m[4] / m[5] : 0,
         m[6], m[7], m[7] ? m[6] / m[7] : 0 } }'
   echo
-}
-
-# The LayerScale run of seed 1 whose group has the lowest validation loss.
-best_layerscale() {
-  unpacked runs | awk -F, "$group"'
-    $1 ~ /^layerscale/ && $11 != "" { g = group($1); sum[g] += $11; n[g]++ }
-    END { for (g in n) if (best == "" || sum[g] / n[g] < sum[best] / n[best]) best = g
-      print (best == "" ? "layerscale-1e-2" : best) "_1" }'
 }

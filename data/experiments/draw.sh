@@ -124,7 +124,7 @@ trajectory() {
 # The report of a spike that run $1 left, for the notes, after a line that counts which gradients lead.
 spike_report() {
   local file=$csv/${experiment}_$1_spike.txt
-  [ -e "$file" ] || { echo "The run $1 left no report of a spike."; echo; return 0; }
+  [ -e "$file" ] || { echo "No report of a spike of the run $1 is kept."; echo; return 0; }
   echo "The report that train left ($(basename "$file")), its first lines:"
   echo
   echo '```'
@@ -151,48 +151,38 @@ diagnostics() {
   echo
 }
 
-# $work/GROUP.loss: step, median, smallest and largest loss over the seeds of a group, each
-# smoothed over 25 steps. The groups are listed in $groups.
-loss_bands() {
-  groups=$(unpacked runs | awk -F, "$group"'NR > 1 { g = group($1); if (!seen[g]++) print g }')
-  unpacked losses | awk -F, -v work="$work" -v smooth=$((25 / bin)) "$group$statistics"'
+# $work/RUN.loss: step and the mean loss of the 25 steps that end there.
+smooth_losses() {
+  unpacked losses | awk -F, -v work="$work" -v smooth=$((25 / bin)) '
     NR == 1 || $3 !~ /^[0-9]/ { next }
-    $1 != run { run = $1; rows = 0; g = group(run) }
-    { recent[rows++ % smooth] = $3
-      if (rows < smooth) next
-      sum = 0
-      for (i = 0; i < smooth; i++) sum += recent[i]
-      value[g, $2, ++n[g, $2]] = sum / smooth
-      if (n[g, $2] == 1) { if (!(g in last)) groups[++k] = g; at[g, ++last[g]] = $2 } }
-    END { for (j = 1; j <= k; j++) { g = groups[j]
-      for (i = 1; i <= last[g]; i++) { s = at[g, i]; m = n[g, s]
-        for (l = 1; l <= m; l++) a[l] = value[g, s, l]
-        middle = quantile(a, m, 0.5)
-        printf "%d,%.4f,%.4f,%.4f\n", s, middle, a[1], a[m] >(work "/" g ".loss") } } }'
+    $1 != run { run = $1; rows = sum = 0 }
+    { i = rows++ % smooth
+      sum += $3 - (rows > smooth ? recent[i] : 0)
+      recent[i] = $3
+      if (rows >= smooth) printf "%d,%.4f\n", $2, sum / smooth >(work "/" run ".loss") }'
 }
 
-# $figures/$1.png: losses of all groups, the median and the range of seeds. $2: title.
+# $figures/$1.png: losses of all runs, a line each; seeds of a group have the same colour. $2: title.
 draw_losses() {
-  local plot="" g n
-  loss_bands
-  for g in $groups; do
-    n=$(number "$g")
-    [ -s "$work/$g.loss" ] || continue
-    plot+=" '$work/$g.loss' using 1:3:4 with filledcurves ls $n fs transparent solid 0.18 noborder notitle,"
-    plot+=" '' using 1:2 with lines ls $n title '$(label "$g")',"
+  local plot="" run g title before="" seeds=""
+  smooth_losses
+  for run in $(unpacked runs | awk -F, 'NR > 1 { print $1 }'); do
+    [ -s "$work/$run.loss" ] || continue
+    g=$(awk "$group"'BEGIN { print group(ARGV[1]) }' "$run") title="title '$(label "$g")'"
+    case " $before " in *" $g "*) title=notitle seeds=" (a line a seed)" ;; esac
+    before+=" $g"
+    plot+=" '$work/$run.loss' with lines ls $(number "$g") $title,"
   done
   gnuplot <<G
 $style
 set terminal pngcairo size 1000,560 font "sans,11" noenhanced
 set output "$figures/$1.png"
-set title "$2"
-set ylabel "training loss (mean of 25 steps)"
+set title "$2$seeds"
+set ylabel "training loss (mean of 25 steps, up to the one shown)"
 set key outside right top samplen 1.5
 set xrange [0:*]
-set yrange [*<0.4:1.8]
-set arrow from graph 0, first 1.44 to graph 1, first 1.44 nohead dt 3 lc rgb "#808080"
-set label "predicting the mean" at graph 0.99, first 1.47 right textcolor rgb "#808080" font ",9"
-plot ${plot%,}
+set yrange [*<0.4:1.8<*<4]
+plot $plot 1.44 with lines dt 3 lc rgb "#505050" title "predicting the mean"
 G
   echo "![$2]($figures/$1.png)"
   echo
@@ -225,32 +215,38 @@ label() {
   esac
 }
 
-# $work/$2.band for a column $3 of the diagnostics of run $1: step, median, quartiles over depth.
+# Where the file of a band is: column $2 of the runs $1.
+band() { echo "$work/$1.$2.band"; }
+# Makes it, for a run or a group of them: step, median, quartiles over depth and seeds.
 depth_band() {
-  unpacked diagnostics | awk -F, -v run="$1" -v want="$3" "$statistics"'
+  unpacked diagnostics | awk -F, -v run="$1" -v want="$2" "$group$statistics"'
     NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i; next }
-    $1 != run || $c == "nan" { next }
-    $2 != step { flush(); step = $2 }
-    { a[++n] = $c + 0 }
-    function flush(  m) {
-      if (n) { m = quantile(a, n, 0.5); printf "%d,%.4g,%.4g,%.4g\n", step, m, quantile(a, n, 0.25), quantile(a, n, 0.75) }
-      n = 0 }
-    END { flush() }' >"$work/$2.band"
+    ($1 != run && group($1) != run) || $c == "nan" { next }
+    !($2 in n) { step[++steps] = $2 }
+    { value[$2, ++n[$2]] = $c + 0 }
+    END {
+      for (i = 1; i <= steps; i++) {
+        s = step[i]; m = n[s]
+        for (j = 1; j <= m; j++) a[j] = value[s, j]
+        printf "%d,%.4g,%.4g,%.4g\n", s, quantile(a, m, 0.5), quantile(a, m, 0.25), quantile(a, m, 0.75) } }' >"$(band "$@")"
 }
 
-# $figures/$1.png: G_mean and G_ctr of both writers, median and quartiles over depth, for the runs $3...
+# $figures/$1.png: G_mean and G_ctr of both writers, median and quartiles over what $2 says, for the runs or groups $3...;
+# seeds after the first are dashed.
 draw_modes() {
-  local out=$1 title=$2 panels="" writer mode column plot run n
+  local out=$1 title="Gradients of the writers: median and quartiles over $2" panels="" writer mode one g plot files=() name
   shift 2
   for writer in attention ffn; do
     for mode in g_mean g_ctr; do
-      column=${writer}_$mode plot=""
-      for run in "$@"; do
-        n=$(number "${run%_*}")
-        depth_band "$run" "$run.$column" "$column"
-        [ -s "$work/$run.$column.band" ] || continue
-        plot+=" '$work/$run.$column.band' using 1:3:4 with filledcurves ls $n fs transparent solid 0.2 noborder notitle,"
-        plot+=" '' using 1:2 with lines ls $n title '$(label "${run%_*}")',"
+      plot=""
+      for one in "$@"; do
+        depth_band "$one" "${writer}_$mode"
+        files+=("$(band "$one" "${writer}_$mode")")
+        [ -s "${files[-1]}" ] || continue
+        g=$(awk "$group"'BEGIN { print group(ARGV[1]) }' "$one") name=$(label "$g")
+        [ "$g" = "$one" ] || name+=", seed ${one##*_}"
+        plot+=" '${files[-1]}' using 1:3:4 with filledcurves ls $(number "$g") fs transparent solid 0.2 noborder notitle,"
+        plot+=" '' using 1:2 with lines ls $(number "$g") $(case $one in *_[2-9]) echo "dt '-'" ;; esac) title '$name',"
       done
       panels+="set title '$([ $writer = attention ] && echo 'W_O of attention' || echo 'W_2 of the FFN'): $(
         [ $mode = g_mean ] && echo 'G_{mean}' || echo 'G_{ctr}')'
@@ -259,15 +255,18 @@ unset key
 "
     done
   done
+  # One range for the four panels, down to 1e-7: a collapse takes gradients down to where numbers end.
   gnuplot <<G
 $style
-set terminal pngcairo size 1200,820 font "sans,11"
+set terminal pngcairo size 1200,860 font "sans,11"
 set output "$figures/$out.png"
 set logscale y
 set format y "10^{%L}"
-set yrange [1e-6<*:*]
-set multiplot layout 2,2 title "$title" font ",13"
-set key bottom right samplen 1.5
+set ylabel "Frobenius norm"
+$(awk -F, '{ if ($4 > most) most = $4 + 0; if (!least || $3 < least) least = $3 + 0 }
+  END { printf "set yrange [%g:%g]\n", (least > 1e-7 ? least / 1.3 : 1e-7), most * 1.3 }' "${files[@]}")
+set multiplot layout 2,2 margins 0.08,0.98,0.07,0.86 spacing 0.1,0.12 title "$title" font ",13"
+set key at screen 0.5,0.965 center top maxrows 2 samplen 1.5
 $panels
 unset multiplot
 G

@@ -21,8 +21,6 @@ draw() {
   results_table
   trajectory fp32_1
   differences
-  # The rows of draw_losses are means of 25 steps, a difference is of 20.
-  draw_losses lean_loss "The state of the optimiser: 18 bytes a parameter (two seeds) and 10"
   draw_differences
 }
 

@@ -14,7 +14,7 @@ draw() {
   results_table
   largest_norm
   draw_losses thousand_loss "1000 layers, MV-Split"
-  draw_modes thousand_modes "Gradients of the writers: median and quartiles over depth" mvsplit
+  draw_modes thousand_modes depth mvsplit
   echo "![samples of 1000 layers]($figures/thousand_mvsplit.png)"
   echo
   spike_report mvsplit
