@@ -17,11 +17,12 @@ draw() {
   at=$(event "$run" scream)
   tokens=$(unpacked runs scream | awk -F, 'NR == 2 { print $15 }')
   points "$run" "$at" "$tokens"
-  echo "A point is a layer at a step. Before: 60 to 20 steps before the event at step $at; at it: within 5 steps. Least"
-  echo "squares with an intercept; largest: of A - 1; T = $tokens."
+  echo "A point is a layer at a step. Before: 60 to 20 steps before the event at step $at; at it: within 5 steps. The fit"
+  echo "is a straight line, A - 1 = slope (T - 1) khat + intercept, by least squares on the numbers as they are, not on their"
+  echo "logarithms: the slope is no exponent. T = $tokens."
   echo
-  echo "| writer | when | points | slope | R^2 | median of (A - 1) / ((T - 1) khat) | largest A - 1 |"
-  echo "|---|---|---|---|---|---|---|"
+  echo "| writer | when | points | of them A < 1 | slope | intercept | R^2 | median of (A - 1) / ((T - 1) khat) | largest A - 1 |"
+  echo "|---|---|---|---|---|---|---|---|---|"
   local writer when
   for writer in attention ffn; do
     for when in before at; do fit "$work/$writer.$when" "$writer" "$when"; done
@@ -49,34 +50,42 @@ points() {
 
 fit() {
   awk -v writer="$2" -v when="$3" "$statistics"'
-    { n++; sx += $1; sy += $2; xx += $1 * $1; xy += $1 * $2; yy += $2 * $2
+    { n++; less += $2 < 0; sx += $1; sy += $2; xx += $1 * $1; xy += $1 * $2; yy += $2 * $2
       share[n] = $2 / $1; if (n == 1 || $2 > most) most = $2 }
     END {
-      if (n < 3) { printf "| %s | %s | %d | - | - | - | - |\n", writer, when, n; exit }
+      if (n < 3) { printf "| %s | %s | %d | %d | - | - | - | - | - |\n", writer, when, n, less; exit }
       cxx = xx - sx * sx / n; cxy = xy - sx * sy / n; cyy = yy - sy * sy / n
-      printf "| %s | %s | %d | %.3f | %.3f | %.3f | %.1f |\n", writer, when, n, cxy / cxx,
+      slope = cxy / cxx
+      printf "| %s | %s | %d | %d | %.3f | %.1f | %.3f | %.3f | %.1f |\n", writer, when, n, less, slope, (sy - slope * sx) / n,
         (cyy > 0 ? cxy * cxy / (cxx * cyy) : 0), quantile(share, n, 0.5), most }' "$1"
 }
 
+# law.png: |A - 1|, with a mark of its own where A < 1; nothing closer to 0 than 0.001, the last digit of A.
 draw_law() {
+  local size="(abs(\$2) > 1e-3 ? abs(\$2) : 1e-3)"
+  points_of() {
+    echo "'$work/$1' using 1:(\$2 < 0 ? NaN : $size) with points pt 7 ps 0.5 lc rgb '$2' title '$3'," \
+      "'' using 1:(\$2 < 0 ? $size : NaN) with points pt 6 ps 0.6 lc rgb '$2' title '$3, A < 1'"
+  }
   gnuplot <<G
 $style
-set terminal pngcairo size 1200,560 font "sans,11"
+set terminal pngcairo size 1200,600 font "sans,11"
 set output "$figures/law.png"
 set datafile separator whitespace
 set logscale xy
+set xrange [$(cat "$work"/{attention,ffn}.{before,at} | sort -g | awk 'NR == 1 { print $1 / 1.3 ":" } END { print $1 * 1.3 }' | xargs | tr -d ' ')]
+set yrange [7e-4:*]
 set xlabel "(T - 1) κ̂"
-set ylabel "A - 1"
-set key top left samplen 1
-set multiplot layout 1,2 title "Amplification against its envelope: a point a layer and step" font ",13"
+set ylabel "|A - 1|"
+set multiplot layout 1,2 margins 0.08,0.98,0.1,0.8 spacing 0.1 title "Amplification against its envelope: a point a layer and step" font ",13"
+set key at screen 0.5,0.93 center top maxrows 2 samplen 2
 set title "W_O of attention"
-plot x with lines lc rgb "#808080" dt 2 title "envelope", \
-     '$work/attention.before' with points pt 7 ps 0.4 lc rgb "#5ab4d6" title "before", \
-     '$work/attention.at' with points pt 7 ps 0.5 lc rgb "#c0392b" title "at the event"
+plot $(points_of attention.before "#5ab4d6" before), $(points_of attention.at "#c0392b" "at the event"), \
+     x with lines lc rgb "#505050" dt 2 title "envelope, A - 1 = (T - 1) κ̂"
+unset key
 set title "W_2 of the FFN"
-plot x with lines lc rgb "#808080" dt 2 notitle, \
-     '$work/ffn.before' with points pt 7 ps 0.4 lc rgb "#5ab4d6" notitle, \
-     '$work/ffn.at' with points pt 7 ps 0.5 lc rgb "#c0392b" notitle
+plot $(points_of ffn.before "#5ab4d6" before), $(points_of ffn.at "#c0392b" "at the event"), \
+     x with lines lc rgb "#505050" dt 2
 unset multiplot
 G
   echo "![law]($figures/law.png)"
