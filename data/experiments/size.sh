@@ -60,12 +60,12 @@ size_table() {
 
 # paper_size.png: losses of 1000 and of 400 layers, means of 20 steps.
 draw_sizes() {
-  local run left="" right="" n dash
+  local run left="" right="" n dash mean="1.44 with lines dt 3 lc rgb '#505050' title 'predicting the mean'"
   for run in $(unpacked runs | awk -F, 'NR > 1 { print $1 }'); do
     unpacked losses | awk -F, -v run="$run" '
       $1 == run { sum += $3 - recent[++n % 20]; recent[n % 20] = $3; print $2, sum / (n < 20 ? n : 20) }' >"$work/$run"
     case $run in *postnorm*) n=1 ;; *layerscale*) n=4 ;; *beta*) n=3 ;; *) n=5 ;; esac
-    case $run in *_6.24e-4) dash="dt 3" ;; *) dash="" ;; esac
+    case $run in *_6.24e-4) dash="dt '-'" ;; *) dash="" ;; esac
     case $run in
       1000-*) left+=" '$work/$run' with lines ls $n $dash title '$(size_label "$run")'," ;;
       *) right+=" '$work/$run' with lines ls $n $dash title '$(size_label "$run")'," ;;
@@ -73,34 +73,33 @@ draw_sizes() {
   done
   gnuplot <<G
 $style
-set terminal pngcairo size 1200,500 font "sans,11" noenhanced
+set terminal pngcairo size 1400,540 font "sans,11" noenhanced
 set output "$figures/paper_size.png"
 set datafile separator whitespace
 set encoding utf8
 set ylabel "training loss (mean of 20 steps)"
 set xrange [0:*]
 set yrange [0:1.95]
-set key top right samplen 1.5 font ",9"
-set arrow from graph 0, first 1.44 to graph 1, first 1.44 nohead dt 3 lc rgb "#808080"
-set multiplot layout 1,2
+set multiplot layout 1,2 margins 0.05,0.77,0.11,0.91 spacing 0.06
+set key top right samplen 2 font ",9"
 set title "1000 layers, D 1024: 13.64 billion parameters, batch 32"
-plot ${left%,}
-set key at graph 1, graph 0.62
+plot $left $mean
+set key at screen 0.995,0.91 right top
 set title "400 layers, D 1024: 5.45 billion parameters, batch 4"
-plot ${right%,}
+plot $right $mean
 unset multiplot
 G
   echo "![training at the paper's sizes]($figures/paper_size.png)"
   echo
 }
 size_label() {
+  local lr=${1##*_}
   case ${1#*-} in
-    *_6.24e-4) echo "4 times that" ;;
-    postnorm_*) echo "Post-Norm, lr 1.56e-4" ;;
-    layerscale_*) echo "LayerScale 1e-2, lr 1.56e-4" ;;
-    mvsplit-beta0.05_*) echo "MV-Split, β 0.05, lr 1.56e-4" ;;
-    mvsplit-beta0.03) echo "MV-Split, β 0.03 at the start" ;;
-    mvsplit_*) echo "MV-Split, β 1, lr 1.56e-4" ;;
-    mvsplit) echo "MV-Split, β 1" ;;
+    postnorm_*) echo "Post-Norm, lr $lr" ;;
+    layerscale_*) echo "LayerScale 1e-2, lr $lr" ;;
+    mvsplit-beta0.05_*) echo "MV-Split, β 0.05 at the start, lr $lr" ;;
+    mvsplit-beta0.03) echo "MV-Split, β 0.03 at the start, lr 1.56e-4" ;;
+    mvsplit_*) echo "MV-Split, β 1 at the start, lr $lr" ;;
+    mvsplit) echo "MV-Split, β 1 at the start, lr 1.56e-4 (a shorter run)" ;;
   esac
 }
