@@ -44,23 +44,25 @@ front_table() {
   echo
 }
 
-# front_RUN.png: four quantities over depth and step.
+# front_RUN.png: four quantities over depth and step. A box reaches halfway to the next steps and layers,
+# and a little over that, which hides the seams.
 heat_maps() {
-  local end
+  local end deepest std=0.02
+  if [ "$1" = wide ]; then std=0.0566; fi
   unpacked diagnostics | awk -F, -v run="$1" '$1 == run' >"$work/map"
-  end=$(tail -n 1 "$work/map" | cut -d, -f2)
-  local cells="'$work/map' using (\$2 - 5):3:(5.2):(0.55)"
+  IFS=, read -r _ end deepest _ <<<"$(tail -n 1 "$work/map")"
+  local cells="'$work/map' using 2:3:(\$2 - 5):(\$2 + 6):(\$3 - 0.5):(\$3 + 1)"
   gnuplot <<G
 $style
 set terminal pngcairo size 1200,820 font "sans,11"
 set output "$figures/front_$1.png"
-set autoscale noextend
 unset grid
 set palette defined (0 "#f7fbff", 0.25 "#9ecae1", 0.5 "#4292c6", 0.75 "#7a4fa3", 1 "#c0392b")
 set style fill solid 1 noborder
-set xrange [0:$end]
+set xrange [5:$((end + 5))]
+set yrange [-0.5:$deepest.5]
 set ylabel "layer"
-set multiplot layout 2,2 title "Gaussian writers, no gates: $1" font ",13"
+set multiplot layout 2,2 title "Post-Norm, writers start at N(0, s^2), s = $std" font ",13"
 set cbrange [0:1]
 set title "TCS: mean cosine of two token states"
 plot $cells:4 with boxxyerror fc palette notitle
@@ -68,7 +70,7 @@ set title "RowDiv = |A - J A| / |A|"
 plot $cells:5 with boxxyerror fc palette notitle
 set title "Ret = |c(A c(X))| / |c(X)|"
 plot $cells:6 with boxxyerror fc palette notitle
-set cbrange [*:*]
+set cbrange [0.01:0.5]
 set logscale cb
 set cbtics (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 set title "VarGain = |c(F)| / |c(X)|, attention"

@@ -54,7 +54,7 @@ depth_panels() {
       $2 == "z" { scalars = $4; next }
       { print $2, $4, $5 >(work "/" run "." $3); last = $2 }
       END { printf "0 %s\n%s %s\n", scalars, last, scalars >(work "/" run ".scalars") }'
-    panels+="set title '$(label "$one")'
+    panels+="set title '$(label "$one"), lr $(unpacked runs | awk -F, -v run="$one" '$1 == run { print $3 }')'
 plot '$work/$one.image_mean' with linespoints ls 4 pt 7 ps 0.8 title 'image mean', \\
      '$work/$one.image_rms' with linespoints ls 3 pt 5 ps 0.8 title 'image rms', \\
      '$work/$one.text_mean' with linespoints ls 2 pt 9 ps 0.9 title 'text mean', \\
