@@ -51,9 +51,9 @@ draw() {
   at=$(event "$run") collapse=$(collapse_of "$run")
   trajectory "$run"
   unpack "$run"
-  echo "Two steps of $run have names. The collapse is at $collapse: from there on the loss, and its mean over 25"
-  echo "steps, are above half of the way from the best mean back to 1.44. The event is at $at: the largest gradient"
-  echo "norm from 10 steps before the collapse to 25 after it."
+  echo "Two steps of $run have names. The collapse is at $collapse: the first step whose loss, and the mean of the 25 losses"
+  echo "from it on, is above half of the way from the best mean of 25 back to 1.44. The event is at $at: the largest"
+  echo "gradient norm from 10 steps before the collapse to 25 after it."
   echo
   diagnostics "$work/$run" scream_event $((at > 20 ? at - 20 : 0)) $((at + 10)) \
     "$(label "$run"): steps $((at > 20 ? at - 20 : 0)) to $((at + 10)); collapse at $collapse, largest gradient at $at"
