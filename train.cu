@@ -1271,7 +1271,9 @@ class Run {
     if (o_.diagnose_every) {  // first: it may refuse, before anything is written
       const Diagnostics<T>& d = trainer_.diagnostics;  // nothing is measured yet: for the names
       std::string header = diagnostics_header(d.read(device)[0], o_.model, d.samples);
-      diagnostics_ = std::make_unique<CsvLog>(o_.out + "/diagnostics.csv", header, logged_, 2);
+      diagnostics_ =
+          std::make_unique<CsvLog>(o_.out + "/diagnostics.csv", header, logged_, 2,
+                                   "resume with the same --diagnose-samples, or move it away");
     }
     log_ = std::make_unique<CsvLog>(o_.out + "/log.csv", "step,loss,gradient_norm,lr", logged_);
     validation_ = std::make_unique<CsvLog>(o_.out + "/validation.csv", "step,loss", logged_);
@@ -1289,14 +1291,15 @@ class Run {
                           diagnostics_rows(trainer_.step, d.layers, d.read(trainer_.device)));
       }
       if (trainer_.step == first_ + 1) print_memory();
-      bool save = due(o_.save_every), check = due(o_.val_every), draw = due(o_.sample_every);
-      if ((due(o_.log_every) || save || check || draw) && !log()) return 1;
-      if (save) save_run(trainer_), saved_ = trainer_.step;
+      bool keep = due(o_.save_every), check = due(o_.val_every), draw = due(o_.sample_every);
+      if ((due(o_.log_every) || keep || check || draw) && !log()) return 1;
+      // The state last: what a resumed run goes on from has left all that belongs to its steps.
       if (check) validate();
       if (draw) grid("samples_" + padded(trainer_.step) + ".png");
+      if (keep) save();
     }
     if (!log()) return 1;
-    if (saved_ != trainer_.step) save_run(trainer_);
+    if (saved_ != trainer_.step) save();  // what follows, a run that is resumed at its end makes
     if (interrupted) {
       std::printf("\nstopped at step %zu and saved%s\n", size_t(trainer_.step),
                   o_.save == "all" ? ": go on with --resume" : " the weights");
@@ -1374,6 +1377,13 @@ class Run {
         "nothing was saved since then. Lower --lr or use --residual mvsplit.\n",
         size_t(trainer_.step));
     return false;
+  }
+
+  void save() {
+    for (CsvLog* log : {log_.get(), validation_.get(), diagnostics_.get()})
+      if (log) log->sync();
+    save_run(trainer_);
+    saved_ = trainer_.step;
   }
 
   // Write a report if there was a spike: ten of a process, at least 25 steps apart unless one

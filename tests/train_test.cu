@@ -12,9 +12,17 @@
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 namespace fs = std::filesystem;
+
+// The names of the files that were flushed to the disk, in order: this takes the place of libc's.
+std::vector<std::string> flushed;
+extern "C" int fsync(int file) {
+  flushed.push_back(fs::read_symlink("/proc/self/fd/" + std::to_string(file)).filename());
+  return int(syscall(SYS_fsync, file));
+}
 
 namespace {
 
@@ -1801,6 +1809,47 @@ TEST_F(CommandTest, AFullDiskLeavesWhatWasThere) {
   EXPECT_TRUE(numbers() == before);
   EXPECT_EQ(run("train", train_, "--resume --steps 3").status, 0) << "with room";
   EXPECT_EQ(run("sample", sample_).status, 0);
+}
+
+// What a resumed run will not do again is on the disk when a state says that it is done.
+TEST_F(CommandTest, AStateIsSavedAfterAllThatBelongsToItsSteps) {
+  const std::string flags =
+      "--resume --steps 3 --columns 1 --diagnose-every 1 --save-every 1 --val-every 1 "
+      "--sample-every 1";
+  {
+    FullDisk full(16384);  // for the state alone
+    expect_refused(run("train", train_, flags), "cannot write " + at("run") + "/state.safetensors");
+  }
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "\n3,", read_text(at("run/validation.csv")));
+  EXPECT_TRUE(fs::exists(at("run/samples_000003.png")));
+  flushed.clear();
+  EXPECT_EQ(run("train", train_, flags).status, 0);
+  auto last = [&](const char* name) {
+    return std::find(flushed.rbegin(), flushed.rend(), name).base() - flushed.begin();
+  };
+  for (const char* name :
+       {"log.csv", "validation.csv", "diagnostics.csv", "samples_000003.png.tmp"})
+    EXPECT_LT(last(name), last("state.safetensors.tmp")) << name;
+  for (const char* log : {"log.csv", "validation.csv", "diagnostics.csv"})
+    EXPECT_EQ(std::count(flushed.begin(), flushed.end(), log), 1) << log;
+}
+
+TEST_F(TrainTest, ALogKeepsWholeRowsOfStepsThatAreDone) {
+  struct {
+    const char *before, *after;
+  } rows[] = {{"1,0.5\n2,0.25\n", "1,0.5\n2,0.25\n"},
+              {"1,0.5\n2,0.25\n3,0.125\n", "1,0.5\n2,0.25\n"},
+              {"1,0.5\n2,0.2", "1,0.5\n"},  // of 0.25, maybe
+              {"1,0.5\n2", "1,0.5\n"},
+              {"1,0.5\n\n2,0.25,9\n", "1,0.5\n"},
+              {"1,0.5\n1,0.75\n2,0.25\n", "1,0.5\n2,0.25\n"}};
+  for (auto [before, after] : rows) {
+    const std::string header = "step,loss\n";
+    std::ofstream(at("log.csv")) << header << before;
+    CsvLog(at("log.csv"), "step,loss", 2);
+    EXPECT_EQ(read_text(at("log.csv")), header + after) << before;
+  }
+  EXPECT_ERROR(CsvLog(at("log.csv"), "step,norm", 2), "describes other rows than this run's: move");
 }
 
 TEST_F(CommandTest, ResumingNothingSaysSo) {
