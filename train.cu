@@ -828,18 +828,18 @@ inline Dataset every_nth(const Dataset& from, size_t V) {
   return some;
 }
 
-// What a resumed run knows its data by: FNV-1a over the numbers.
+// What a resumed run knows its data by.
 inline uint64_t hash_data(const Dataset& data) {
-  uint64_t hash = 0xcbf29ce484222325u;
+  Fnv1a fnv;
   auto mix = [&](const auto& values) {
     for (auto value : values) {
       uint32_t bits;
       std::memcpy(&bits, &value, 4);
-      hash = (hash ^ bits) * 0x100000001b3u;
+      fnv.mix(bits);
     }
   };
   mix(data.pixels), mix(data.text), mix(data.empty_text), mix(data.caption);
-  return hash;
+  return fnv.hash;
 }
 
 // 4.3 A step: train_step(), pass(), update()
