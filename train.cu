@@ -2286,10 +2286,11 @@ inline int command(int argc, const char* const* argv) {
     const Config& model = *gradcheck_sub ? gradcheck_options.model
                           : *plan_sub    ? plan_options.model
                                          : train_options.model;
-    for (std::string gate : {"alpha", "beta", "lambda"})
-      for (int i = 1; i < argc; ++i)
-        if (std::string(argv[i]).rfind("--" + gate, 0) == 0 && !model.has_gate(gate))
-          fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
+    for (std::string gate : {"alpha", "beta", "lambda"}) {
+      const CLI::Option* given = app.get_subcommands()[0]->get_option_no_throw("--" + gate);
+      if (given && given->count() > 0 && !model.has_gate(gate))
+        fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
+    }
     if (*plan_sub)
       return machine.with_precision([&](auto t) {
         if (plan_options.data != "fashion-mnist") {

@@ -1648,6 +1648,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   fs::rename(cut("run/state.safetensors"), at("torn/state.safetensors"));
   const std::string weights = cut("run/weights.safetensors");
   std::ofstream(at("typo.ini")) << "[train]\ndpth = 3\n";
+  std::ofstream(at("lambda.ini")) << "[train]\nlambda = 1\n[plan]\nlambda = 1\n";
   fs::create_directories(at("foreign"));
   std::ofstream(at("foreign/weights.safetensors")) << "somebody's";
   std::ofstream(at("probe.csv")) << "an earlier probe";
@@ -1734,6 +1735,10 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--lambda nan --residual rezero", "must be finite"},
       {"train", "--lambda 1", "--lambda: residual mvsplit has no such gate"},
       {"train", "--alpha 0 --residual postnorm", "--alpha: residual postnorm has no such gate"},
+      {"train", "--config " + at("lambda.ini"), "--lambda: residual mvsplit has no such gate"},
+      {"train", "--resume --config " + at("lambda.ini") + " --residual prenorm",
+       "--lambda: residual prenorm has no such gate"},
+      {"plan", "--config " + at("lambda.ini"), "--lambda: residual mvsplit has no such gate"},
       {"plan", "--beta 1 --residual layerscale", "--beta: residual layerscale has no such gate"},
       {"gradcheck", "--beta 1 --residual prenorm", "--beta: residual prenorm has no such gate"},
       {"train", "--resume --ema 0.9", "was made with ema = 0"},
