@@ -875,7 +875,9 @@ class Trainer : public RunArrays<T, Kept> {
     a.master.weights = net.weights();
     if constexpr (!mixed) a.master.own = net.weights(), a.average_rounded = a.average;
     upload_data(device, train, data);
-    upload_data(device, held_out, every_nth(validation, V));
+    Dataset validated_on = every_nth(validation, V);
+    validated_hash = hash_data(validated_on);
+    upload_data(device, held_out, validated_on);
     device.upload(a.chunks, chunks.data(), chunk_count * sizeof(Chunk));
     initialise(device, net.table, a.master, a.average, o.seed);
     set_step(0);
@@ -1093,6 +1095,8 @@ Metadata describe_state(const Trainer<T, Kept>& t) {
   Metadata m = describe(t.o.model, t.o.time_shift);
   m["batch"] = std::to_string(t.o.batch), m["accumulate"] = std::to_string(t.o.accumulate);
   m["seed"] = std::to_string(t.o.seed), m["data_hash"] = std::to_string(t.data_hash);
+  m["val_images"] = std::to_string(t.held_out.images);
+  m["val_images_hash"] = std::to_string(t.validated_hash);
   m["precision"] = precision_name<T>, m["state"] = t.lean ? "lean" : "fp32";
   m["dropout"] = exact(t.o.dropout), m["ema"] = exact(t.o.ema);
   std::string& fixed = m["fix"];
@@ -1160,7 +1164,11 @@ template <class T, class Kept>
 void resume_run(Trainer<T, Kept>& t) {
   std::string path = t.o.out + "/state.safetensors";
   SafetensorsReader file(path);
-  for (const auto& [key, value] : describe_state(t)) require_described(file, path, key, value);
+  for (const auto& [key, value] : describe_state(t)) {
+    // A state may not say what it was validated on: no bit of it depends on that.
+    bool optional = key == "val_images" || key == "val_images_hash";
+    if (!optional || file.metadata().count(key)) require_described(file, path, key, value);
+  }
   for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) {
     std::string was = described(file, path, key);
     if (was != value)

@@ -1658,6 +1658,8 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   Dataset other = all_;
   other.pixels[0] += 1;
   save_latents(at("other.safetensors"), other);
+  other = all_, other.pixels[15 * 64] += 1;  // held out
+  save_latents(at("other_validation.safetensors"), other);
   struct {
     const char* subcommand;
     std::string changes;
@@ -1728,6 +1730,9 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--resume --no-patch-bias", "unknown tensor \"master.patch_embed.patch_proj.bias"},
       {"train", "--resume --seed 2", "was made with seed = 1"},
       {"train", "--resume --data " + at("other.safetensors"), "was made with data_hash ="},
+      {"train", "--resume --data " + at("other_validation.safetensors"),
+       "was made with val_images_hash ="},
+      {"train", "--resume --val-images 3", "was made with val_images = 4, this run has 3"},
       {"train", "--resume --fix beta,alpha", "made with fix = nothing, this run has alpha,beta"},
       {"train", "--fix lambda", "fix 'lambda': residual mvsplit has no such gate"},
       {"train", "--fix alpha --residual rezero", "fix 'alpha': residual rezero has no such gate"},
@@ -2095,6 +2100,16 @@ TEST_F(CommandTest, AResumedRunKeepsItsState) {
                    "resume with --save all");
     fs::remove_all(at("kept"));
   }
+}
+
+// A state that does not say it goes on, and what is saved then does.
+TEST_F(CommandTest, AStateNeedNotSayWhatItWasValidatedOn) {
+  std::string path = at("run/state.safetensors"), bytes = read_text(path);
+  for (const char* key : {"\"val_images\"", "\"val_images_hash\""})
+    bytes[bytes.find(key) + 1] = '_';
+  std::ofstream(path, std::ios::binary) << bytes;
+  EXPECT_EQ(run("train", train_, "--resume --steps 3 --val-images 3").status, 0);
+  expect_refused(run("train", train_, "--resume --steps 4"), "made with val_images = 3");
 }
 
 // Weights alone, without the state: half a file, and nothing to resume from.
