@@ -859,7 +859,7 @@ class Trainer : public RunArrays<T, Kept> {
   Network<T, Kept> net;
   size_t chunk_count;
   uint64_t step = 0;  // steps done
-  uint64_t data_hash;
+  uint64_t data_hash, validated_hash;
 
   Trainer(Device& on, const TrainOptions& options, const Dataset& data, const Dataset& validation)
       : Base(options),
@@ -1570,6 +1570,7 @@ struct SampleOptions {
   std::vector<std::string> prompts;
   size_t steps = 25, columns = 8, seed = 1, heads = 4, size = 32, text_tokens = 8, batch = 64;
   double guidance = 2, time_shift = 0;
+  std::optional<double> norm_eps;
 };
 
 // Rows of captions as (rows * columns, L, d_text) and the empty caption.
@@ -1608,7 +1609,7 @@ int sample(Device& device, const SampleOptions& o) {
   SafetensorsReader file(o.weights);
   Config m;
   m.heads = o.heads, m.height = m.image_width = o.size, m.text_tokens = o.text_tokens;
-  read_config(file, o.weights, m);
+  read_config(file, o.weights, m, o.norm_eps);
   double shift = 1;
   if (file.metadata().count("time_shift"))
     shift = finite_number(file.metadata().at("time_shift"), o.weights + ": metadata time_shift");
@@ -1649,7 +1650,7 @@ int sample(Device& device, const SampleOptions& o) {
 struct ForwardOptions {
   std::string weights, inputs, out;
   size_t heads = 4, recompute = 0;
-  double norm_eps = 0;
+  std::optional<double> norm_eps;
 };
 
 // Read tensor `name` into a device array of T, through numbers that must be finite.
@@ -1676,9 +1677,8 @@ int forward(Device& device, const ForwardOptions& o) {
   size_t b = z->shape[0];
   Config m;
   m.heads = o.heads;
-  read_config(weights, o.weights, m);
+  read_config(weights, o.weights, m, o.norm_eps);
   m.height = z->shape[2], m.image_width = z->shape[3], m.text_tokens = text->shape[1];
-  if (o.norm_eps > 0) m.norm_eps = o.norm_eps;
   m.check();
   std::vector<size_t> image{b, m.channels, m.height, m.image_width};
   std::vector<size_t> caption{b, m.text_tokens, m.text_dim};
@@ -1997,6 +1997,7 @@ std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& dat
 struct ProbeOptions {
   std::string weights, data = "fashion-mnist", out = "probe.csv";
   size_t images = 4096, seed = 1, batch = 64, heads = 4;
+  std::optional<double> norm_eps;
   std::vector<std::string> layers;
 };
 
@@ -2027,7 +2028,7 @@ int probe(Device& device, const ProbeOptions& o) {
   Dataset data = probe_images(o);
   Config m;
   m.heads = o.heads, fit_to_data(m, data);
-  read_config(file, o.weights, m);
+  read_config(file, o.weights, m, o.norm_eps);
   if (m.channels != data.channels || m.height != data.height || m.image_width != data.width ||
       m.text_tokens != data.text_tokens || m.text_dim != data.text_dim)
     fail(
@@ -2161,6 +2162,10 @@ inline CLI::App* add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
   return sub;
 }
 
+inline void add_norm_eps(CLI::App* sub, std::optional<double>& norm_eps) {
+  sub->add_option("--norm-eps", norm_eps, "default: as in the weights, or 1e-6");
+}
+
 inline CLI::App* add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
   CLI::App* sub = app.add_subcommand("sample", "draw images, a row a prompt");
   sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
@@ -2177,6 +2182,7 @@ inline CLI::App* add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
   sub->add_option("--heads", o.heads, "if the file does not say");
   sub->add_option("--size", o.size, "pixels a side, if the file does not say");
   sub->add_option("--text-tokens", o.text_tokens, "if the file does not say");
+  add_norm_eps(sub, o.norm_eps);
   add_machine_options(sub, machine);
   return sub;
 }
@@ -2187,7 +2193,7 @@ inline void add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
   sub->add_option("--inputs", o.inputs, "z, text and optionally cotangent")->required();
   sub->add_option("--out", o.out, "velocity, grad.*")->required();
   sub->add_option("--heads", o.heads, "if the weights do not say");
-  sub->add_option("--norm-eps", o.norm_eps, "default: as in the weights, or 1e-6");
+  add_norm_eps(sub, o.norm_eps);
   sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks; 0: keep all");
   add_machine_options(sub, machine);
 }
@@ -2205,6 +2211,7 @@ inline CLI::App* add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
   sub->add_option("--seed", o.seed, "of the choice of images, the times and the noise");
   sub->add_option("--batch", o.batch, "images at once")->check(CLI::Range(1, 100000));
   sub->add_option("--heads", o.heads, "if the weights do not say");
+  add_norm_eps(sub, o.norm_eps);
   add_machine_options(sub, machine);
   return sub;
 }

@@ -1243,7 +1243,9 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
       save_tensors(path, about, device, table, Stored{"", weights.data()});
       Config read;
       if (silent) read.heads = 3, read.height = 6, read.image_width = 9, read.text_tokens = 5;
+      testing::internal::CaptureStderr();
       read_config(SafetensorsReader(path), path, read);
+      EXPECT_EQ(testing::internal::GetCapturedStderr().empty(), !silent) << "a note";
       // Some have the same tensors: only the metadata can tell.
       std::string looks_like = c.residual == "mvsplit-noleak" ? "mvsplit"
                                : c.residual == "prenorm"      ? "postnorm"
@@ -1765,6 +1767,8 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"bare sample", "", "was trained on captions from a file: name it with --data"},
       {"sample", "--out " + at("out.jpg"), "out.jpg: the name must end in .png or .safetensors"},
       {"sample", "--cfg nan", "--cfg finite"},
+      {"sample", "--norm-eps 0", "norm-eps 0 is not in"},
+      {"probe", "--norm-eps -1", "norm-eps -1 is not in"},
       {"sample", "--time-shift -1", "must be positive"},
       {"sample", "--out " + at("none/out.png"), "create its directory"},
       {"probe", "--weights " + at("none"), "none: No such file"},
@@ -2239,6 +2243,45 @@ TEST_F(CommandTest, SamplesAreTheSameForTheSameSeed) {
   size_t C, H, W;
   read_png(at("out.png"), &C, &H, &W);
   EXPECT_GE(W, 16u);
+}
+
+// Weights that do not say how they were trained, as of others, are told so, in one line.
+TEST_F(CommandTest, WhatTheWeightsDoNotSayIsToldOrAFlag) {
+  const std::string trained = "--norm-eps 0.25 --residual prenorm --out " + at("other");
+  ASSERT_EQ(run("train", train_, trained).status, 0);
+  const std::string path = at("other/weights.safetensors"), bytes = read_text(path);
+  auto without = [&](const std::vector<std::string>& keys) {
+    std::string changed = bytes;
+    for (const std::string& key : keys) changed[changed.find("\"" + key + "\"") + 1] = '_';
+    std::ofstream(at("silent.safetensors"), std::ios::binary) << changed;
+  };
+  auto sample = [&](const std::string& weights, const std::string& changes, size_t notes) {
+    Outcome outcome = run("sample", sample_, "--weights " + weights + " " + changes);
+    EXPECT_EQ(outcome.status, 0) << outcome.err;
+    EXPECT_EQ(size_t(std::count(outcome.err.begin(), outcome.err.end(), '\n')), notes);
+    return read_text(at("out.safetensors")) + outcome.err;
+  };
+  std::string said = sample(path, "", 0), silent = at("silent.safetensors");
+  without({"norm_eps"});
+  EXPECT_NE(sample(silent, "", 1), said);
+  EXPECT_EQ(sample(silent, "--norm-eps 0.25", 0), said);
+  EXPECT_NE(sample(path, "--norm-eps 1e-6", 0), said);
+  auto probe = [&](const std::string& weights, const std::string& changes) {
+    EXPECT_EQ(run("probe", probe_, "--weights " + weights + " " + changes).status, 0);
+    return read_text(at("probe.csv"));
+  };
+  EXPECT_NE(probe(silent, ""), probe(path, ""));
+  EXPECT_EQ(probe(silent, "--norm-eps 0.25"), probe(path, ""));
+  for (const char* key : {"residual", "means"}) {
+    without({key});
+    sample(silent, "", 1);
+  }
+  without({"residual", "means", "norm_eps"});
+  EXPECT_PRED_FORMAT2(testing::IsSubstring,
+                      "note: the metadata of " + silent +
+                          " does not say all of residual, means and norm_eps: they are taken to be "
+                          "postnorm, segment and 1e-06\n",
+                      sample(silent, "", 1));
 }
 
 // A row a layer and kind of features, the time where it must be and not where it cannot be; the
