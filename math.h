@@ -376,6 +376,25 @@ inline size_t control_group_room(const std::string& folder) {
   return limit - std::min(limit, used);
 }
 
+// The same for a group below `root`, "/a/b", and those that it is in: the least of them counts.
+inline size_t control_groups_room(const std::string& root, std::string group) {
+  size_t room = control_group_room(root);
+  for (; group.find('/') != std::string::npos; group.resize(group.rfind('/')))
+    room = std::min(room, control_group_room(root + group));
+  return room;
+}
+
+// This process's group, as a line "0::/a/b" of /proc/self/cgroup says; "" if there is none.
+inline std::string control_group(const char* list = "/proc/self/cgroup") {
+  std::string group;
+  if (FILE* file = std::fopen(list, "r")) {
+    for (char line[4096]; std::fgets(line, sizeof line, file);)
+      if (std::strncmp(line, "0::", 3) == 0) group.assign(line + 3, std::strcspn(line + 3, "\n"));
+    std::fclose(file);
+  }
+  return group;
+}
+
 inline size_t Device::available() const {
 #ifdef __CUDACC__
   if (gpu) {
@@ -392,7 +411,7 @@ inline size_t Device::available() const {
     std::fclose(file);
   }
   size_t all = kib ? kib * 1024 : size_t(sysconf(_SC_AVPHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
-  return std::min(all, control_group_room("/sys/fs/cgroup"));
+  return std::min(all, control_groups_room("/sys/fs/cgroup", control_group()));
 }
 
 inline size_t Device::in_use() const {
@@ -946,7 +965,7 @@ void device_gemm(Device& device, Matrix<TC> C, Matrix<const T> A, Matrix<const T
 #endif
 
 // C = alpha op(A) op(B) + beta C for each matrix of the batch; C (m,n), op(A) (m,k), op(B) (k,n).
-// Sums in Acc<T>; C may be stored as T or as Acc<T>.
+// Sums in Acc<T>; C may be stored as T or as Acc<T>. With k = 0 the product is zero.
 template <class TC, class TA, class TB>
 void gemm(Device& device, Matrix<TC> C, Matrix<TA> A, Matrix<TB> B, Sizes s,
           Acc<std::remove_const_t<TA>> alpha = 1, Acc<std::remove_const_t<TA>> beta = 0) {
@@ -957,10 +976,16 @@ void gemm(Device& device, Matrix<TC> C, Matrix<TA> A, Matrix<TB> B, Sizes s,
     v.transposed = m.transposed, v.outer = m.outer, v.inner = m.inner;
     return v;
   };
+  // A sum of nothing: HostGemm would leave what its thread added up last, and cuBLAS says nothing.
+  if (s.k == 0)
+    return for_each(device, s.outer * s.inner * s.m * s.n, [=] HD(size_t i) {
+      size_t row = i / s.n % s.m, product = i / s.n / s.m;
+      TC& c = C.at(product / s.inner, product % s.inner)[row * C.stride + i % s.n];
+      c = beta == 0 ? TC(0) : TC(beta * Acc<T>(c));
+    });
 #ifdef __CUDACC__
   if (device.gpu) return device_gemm<T, TC>(device, C, view(A), view(B), s, alpha, beta);
 #endif
-  (void)device;
   HostGemm<Acc<T>>::template run<T, TC>(C, view(A), view(B), s, alpha, beta);
 }
 

@@ -828,18 +828,18 @@ inline Dataset every_nth(const Dataset& from, size_t V) {
   return some;
 }
 
-// What a resumed run knows its data by: FNV-1a over the numbers.
+// What a resumed run knows its data by.
 inline uint64_t hash_data(const Dataset& data) {
-  uint64_t hash = 0xcbf29ce484222325u;
+  Fnv1a fnv;
   auto mix = [&](const auto& values) {
     for (auto value : values) {
       uint32_t bits;
       std::memcpy(&bits, &value, 4);
-      hash = (hash ^ bits) * 0x100000001b3u;
+      fnv.mix(bits);
     }
   };
   mix(data.pixels), mix(data.text), mix(data.empty_text), mix(data.caption);
-  return hash;
+  return fnv.hash;
 }
 
 // 4.3 A step: train_step(), pass(), update()
@@ -859,7 +859,7 @@ class Trainer : public RunArrays<T, Kept> {
   Network<T, Kept> net;
   size_t chunk_count;
   uint64_t step = 0;  // steps done
-  uint64_t data_hash;
+  uint64_t data_hash, validated_hash;
 
   Trainer(Device& on, const TrainOptions& options, const Dataset& data, const Dataset& validation)
       : Base(options),
@@ -875,7 +875,9 @@ class Trainer : public RunArrays<T, Kept> {
     a.master.weights = net.weights();
     if constexpr (!mixed) a.master.own = net.weights(), a.average_rounded = a.average;
     upload_data(device, train, data);
-    upload_data(device, held_out, every_nth(validation, V));
+    Dataset validated_on = every_nth(validation, V);
+    validated_hash = hash_data(validated_on);
+    upload_data(device, held_out, validated_on);
     device.upload(a.chunks, chunks.data(), chunk_count * sizeof(Chunk));
     initialise(device, net.table, a.master, a.average, o.seed);
     set_step(0);
@@ -1093,6 +1095,8 @@ Metadata describe_state(const Trainer<T, Kept>& t) {
   Metadata m = describe(t.o.model, t.o.time_shift);
   m["batch"] = std::to_string(t.o.batch), m["accumulate"] = std::to_string(t.o.accumulate);
   m["seed"] = std::to_string(t.o.seed), m["data_hash"] = std::to_string(t.data_hash);
+  m["val_images"] = std::to_string(t.held_out.images);
+  m["val_images_hash"] = std::to_string(t.validated_hash);
   m["precision"] = precision_name<T>, m["state"] = t.lean ? "lean" : "fp32";
   m["dropout"] = exact(t.o.dropout), m["ema"] = exact(t.o.ema);
   std::string& fixed = m["fix"];
@@ -1160,7 +1164,11 @@ template <class T, class Kept>
 void resume_run(Trainer<T, Kept>& t) {
   std::string path = t.o.out + "/state.safetensors";
   SafetensorsReader file(path);
-  for (const auto& [key, value] : describe_state(t)) require_described(file, path, key, value);
+  for (const auto& [key, value] : describe_state(t)) {
+    // A state may not say what it was validated on: no bit of it depends on that.
+    bool optional = key == "val_images" || key == "val_images_hash";
+    if (!optional || file.metadata().count(key)) require_described(file, path, key, value);
+  }
   for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) {
     std::string was = described(file, path, key);
     if (was != value)
@@ -1271,7 +1279,9 @@ class Run {
     if (o_.diagnose_every) {  // first: it may refuse, before anything is written
       const Diagnostics<T>& d = trainer_.diagnostics;  // nothing is measured yet: for the names
       std::string header = diagnostics_header(d.read(device)[0], o_.model, d.samples);
-      diagnostics_ = std::make_unique<CsvLog>(o_.out + "/diagnostics.csv", header, logged_, 2);
+      diagnostics_ =
+          std::make_unique<CsvLog>(o_.out + "/diagnostics.csv", header, logged_, 2,
+                                   "resume with the same --diagnose-samples, or move it away");
     }
     log_ = std::make_unique<CsvLog>(o_.out + "/log.csv", "step,loss,gradient_norm,lr", logged_);
     validation_ = std::make_unique<CsvLog>(o_.out + "/validation.csv", "step,loss", logged_);
@@ -1289,14 +1299,15 @@ class Run {
                           diagnostics_rows(trainer_.step, d.layers, d.read(trainer_.device)));
       }
       if (trainer_.step == first_ + 1) print_memory();
-      bool save = due(o_.save_every), check = due(o_.val_every), draw = due(o_.sample_every);
-      if ((due(o_.log_every) || save || check || draw) && !log()) return 1;
-      if (save) save_run(trainer_), saved_ = trainer_.step;
+      bool keep = due(o_.save_every), check = due(o_.val_every), draw = due(o_.sample_every);
+      if ((due(o_.log_every) || keep || check || draw) && !log()) return 1;
+      // The state last: what a resumed run goes on from has left all that belongs to its steps.
       if (check) validate();
       if (draw) grid("samples_" + padded(trainer_.step) + ".png");
+      if (keep) save();
     }
     if (!log()) return 1;
-    if (saved_ != trainer_.step) save_run(trainer_);
+    if (saved_ != trainer_.step) save();  // what follows, a run that is resumed at its end makes
     if (interrupted) {
       std::printf("\nstopped at step %zu and saved%s\n", size_t(trainer_.step),
                   o_.save == "all" ? ": go on with --resume" : " the weights");
@@ -1374,6 +1385,13 @@ class Run {
         "nothing was saved since then. Lower --lr or use --residual mvsplit.\n",
         size_t(trainer_.step));
     return false;
+  }
+
+  void save() {
+    for (CsvLog* log : {log_.get(), validation_.get(), diagnostics_.get()})
+      if (log) log->sync();
+    save_run(trainer_);
+    saved_ = trainer_.step;
   }
 
   // Write a report if there was a spike: ten of a process, at least 25 steps apart unless one
@@ -1552,6 +1570,7 @@ struct SampleOptions {
   std::vector<std::string> prompts;
   size_t steps = 25, columns = 8, seed = 1, heads = 4, size = 32, text_tokens = 8, batch = 64;
   double guidance = 2, time_shift = 0;
+  std::optional<double> norm_eps;
 };
 
 // Rows of captions as (rows * columns, L, d_text) and the empty caption.
@@ -1590,7 +1609,7 @@ int sample(Device& device, const SampleOptions& o) {
   SafetensorsReader file(o.weights);
   Config m;
   m.heads = o.heads, m.height = m.image_width = o.size, m.text_tokens = o.text_tokens;
-  read_config(file, o.weights, m);
+  read_config(file, o.weights, m, o.norm_eps);
   double shift = 1;
   if (file.metadata().count("time_shift"))
     shift = finite_number(file.metadata().at("time_shift"), o.weights + ": metadata time_shift");
@@ -1631,7 +1650,7 @@ int sample(Device& device, const SampleOptions& o) {
 struct ForwardOptions {
   std::string weights, inputs, out;
   size_t heads = 4, recompute = 0;
-  double norm_eps = 0;
+  std::optional<double> norm_eps;
 };
 
 // Read tensor `name` into a device array of T, through numbers that must be finite.
@@ -1658,9 +1677,8 @@ int forward(Device& device, const ForwardOptions& o) {
   size_t b = z->shape[0];
   Config m;
   m.heads = o.heads;
-  read_config(weights, o.weights, m);
+  read_config(weights, o.weights, m, o.norm_eps);
   m.height = z->shape[2], m.image_width = z->shape[3], m.text_tokens = text->shape[1];
-  if (o.norm_eps > 0) m.norm_eps = o.norm_eps;
   m.check();
   std::vector<size_t> image{b, m.channels, m.height, m.image_width};
   std::vector<size_t> caption{b, m.text_tokens, m.text_dim};
@@ -1979,6 +1997,7 @@ std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& dat
 struct ProbeOptions {
   std::string weights, data = "fashion-mnist", out = "probe.csv";
   size_t images = 4096, seed = 1, batch = 64, heads = 4;
+  std::optional<double> norm_eps;
   std::vector<std::string> layers;
 };
 
@@ -2009,7 +2028,7 @@ int probe(Device& device, const ProbeOptions& o) {
   Dataset data = probe_images(o);
   Config m;
   m.heads = o.heads, fit_to_data(m, data);
-  read_config(file, o.weights, m);
+  read_config(file, o.weights, m, o.norm_eps);
   if (m.channels != data.channels || m.height != data.height || m.image_width != data.width ||
       m.text_tokens != data.text_tokens || m.text_dim != data.text_dim)
     fail(
@@ -2143,6 +2162,10 @@ inline CLI::App* add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
   return sub;
 }
 
+inline void add_norm_eps(CLI::App* sub, std::optional<double>& norm_eps) {
+  sub->add_option("--norm-eps", norm_eps, "default: as in the weights, or 1e-6");
+}
+
 inline CLI::App* add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
   CLI::App* sub = app.add_subcommand("sample", "draw images, a row a prompt");
   sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
@@ -2159,6 +2182,7 @@ inline CLI::App* add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
   sub->add_option("--heads", o.heads, "if the file does not say");
   sub->add_option("--size", o.size, "pixels a side, if the file does not say");
   sub->add_option("--text-tokens", o.text_tokens, "if the file does not say");
+  add_norm_eps(sub, o.norm_eps);
   add_machine_options(sub, machine);
   return sub;
 }
@@ -2169,7 +2193,7 @@ inline void add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
   sub->add_option("--inputs", o.inputs, "z, text and optionally cotangent")->required();
   sub->add_option("--out", o.out, "velocity, grad.*")->required();
   sub->add_option("--heads", o.heads, "if the weights do not say");
-  sub->add_option("--norm-eps", o.norm_eps, "default: as in the weights, or 1e-6");
+  add_norm_eps(sub, o.norm_eps);
   sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks; 0: keep all");
   add_machine_options(sub, machine);
 }
@@ -2187,6 +2211,7 @@ inline CLI::App* add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
   sub->add_option("--seed", o.seed, "of the choice of images, the times and the noise");
   sub->add_option("--batch", o.batch, "images at once")->check(CLI::Range(1, 100000));
   sub->add_option("--heads", o.heads, "if the weights do not say");
+  add_norm_eps(sub, o.norm_eps);
   add_machine_options(sub, machine);
   return sub;
 }
@@ -2276,10 +2301,11 @@ inline int command(int argc, const char* const* argv) {
     const Config& model = *gradcheck_sub ? gradcheck_options.model
                           : *plan_sub    ? plan_options.model
                                          : train_options.model;
-    for (std::string gate : {"alpha", "beta", "lambda"})
-      for (int i = 1; i < argc; ++i)
-        if (std::string(argv[i]).rfind("--" + gate, 0) == 0 && !model.has_gate(gate))
-          fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
+    for (std::string gate : {"alpha", "beta", "lambda"}) {
+      const CLI::Option* given = app.get_subcommands()[0]->get_option_no_throw("--" + gate);
+      if (given && given->count() > 0 && !model.has_gate(gate))
+        fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
+    }
     if (*plan_sub)
       return machine.with_precision([&](auto t) {
         if (plan_options.data != "fashion-mnist") {

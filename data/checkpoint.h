@@ -59,8 +59,11 @@ inline double finite_number(const std::string& text, const std::string& what) {
 
 // The configuration of a weights file: sizes from the shapes, the rest from its metadata where it
 // has any. Sizes that no shape knows (heads, image, text tokens) stay as in `c` if the file is
-// silent.
-inline void read_config(const SafetensorsReader& file, const std::string& path, Config& c) {
+// silent. So do means and norm_eps, and the residual is guessed from the tensors' names, but not
+// without a note: a wrong one would go unnoticed. `norm_eps`, if any, is taken whatever the file
+// says.
+inline void read_config(const SafetensorsReader& file, const std::string& path, Config& c,
+                        std::optional<double> norm_eps = {}) {
   auto shape = [&](const std::string& name, size_t rank) {
     const TensorInfo* t = file.find(name);
     if (!t || t->shape.size() != rank)
@@ -105,7 +108,13 @@ inline void read_config(const SafetensorsReader& file, const std::string& path, 
   if (m.count("means")) c.means = m.at("means");
   if (m.count("norm_eps"))
     c.norm_eps = finite_number(m.at("norm_eps"), path + ": metadata norm_eps");
+  if (norm_eps) c.norm_eps = *norm_eps;
   c.check();
+  if (!m.count("residual") || !m.count("means") || !(norm_eps || m.count("norm_eps")))
+    std::fprintf(stderr,
+                 "note: the metadata of %s does not say all of residual, means and norm_eps: they "
+                 "are taken to be %s, %s and %g\n",
+                 path.c_str(), c.residual.c_str(), c.means.c_str(), c.norm_eps);
 }
 
 // One slab of numbers, one for each parameter, and what goes before their names in a file. A null

@@ -29,11 +29,18 @@ struct Dataset {
 // A stand-in for a large frozen one: it knows nothing, but equal words get equal vectors, different
 // words nearly orthogonal ones, and that is all a network needs to tell ten captions apart.
 
-// 64-bit FNV-1a: the word decides its vector, on every machine and in every build.
-inline uint64_t hash_word(const std::string& word) {
+// 64-bit FNV-1a: the same on every machine and in every build.
+struct Fnv1a {
   uint64_t hash = 0xcbf29ce484222325u;
-  for (unsigned char c : word) hash = (hash ^ c) * 0x100000001b3u;
-  return hash;
+
+  void mix(uint32_t x) { hash = (hash ^ x) * 0x100000001b3u; }
+};
+
+// The word decides its vector.
+inline uint64_t hash_word(const std::string& word) {
+  Fnv1a fnv;
+  for (unsigned char c : word) fnv.mix(c);
+  return fnv.hash;
 }
 
 // The words of a text between white space, in lower case.

@@ -16,22 +16,21 @@ inline std::string read_text(const std::string& path) {
 // A csv of a run that goes on: rows of steps that will be done again are dropped. A row begins with
 // its step; of a step with several rows, `keys` = 2, each has a number of its own behind that, in
 // rising order. The header is the names of the columns, after lines of comment, if any. Fails if the
-// file has rows under another header.
+// file has rows under another header; `remedy` is what to do then.
 class CsvLog {
  public:
-  CsvLog(const std::string& path, const std::string& header, uint64_t steps_done, int keys = 1)
+  CsvLog(const std::string& path, const std::string& header, uint64_t steps_done, int keys = 1,
+         const char* remedy = "move it away")
       : path_(path) {
     std::string text = steps_done ? read_text(path) : "";
     if (!text.empty() && text.rfind(header + "\n", 0) != 0)
-      fail(
-          "%s describes other rows than this run's: resume with the same --diagnose-samples, or "
-          "move it away",
-          path.c_str());
+      fail("%s describes other rows than this run's: %s", path.c_str(), remedy);
     std::istringstream old(text);
     std::string line, kept = header + "\n", names = header.substr(header.rfind('\n') + 1);
     auto fields = [](const std::string& s) { return std::count(s.begin(), s.end(), ','); };
     std::pair<uint64_t, uint64_t> last{0, ~uint64_t(0)};
-    while (std::getline(old, line)) {
+    // A line without its end was cut off, and so may be its last number.
+    while (std::getline(old, line) && !old.eof()) {
       char* end = nullptr;
       uint64_t step = std::strtoull(line.c_str(), &end, 10);
       uint64_t key = keys > 1 && *end ? std::strtoull(end + 1, nullptr, 10) : ~uint64_t(0);
@@ -53,6 +52,12 @@ class CsvLog {
     if (step <= last_) return;
     last_ = step;
     if (std::fprintf(file_.get(), "%s\n", text.c_str()) < 0 || std::fflush(file_.get()) != 0)
+      fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
+  }
+  // Flush to the disk, before a state is there that says these steps are done: a run that resumes
+  // does not do them again.
+  void sync() {
+    if (fsync(fileno(file_.get())) != 0)
       fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
   }
 

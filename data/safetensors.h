@@ -176,6 +176,8 @@ inline std::optional<size_t> tensor_bytes(const std::string& dtype,
 // ---------------------------------------------------------------------------------------------
 // 3. Reading
 
+constexpr size_t largest_header = 100'000'000;  // bytes, as the authors of the format have it
+
 struct TensorInfo {
   std::string name, dtype;
   std::vector<size_t> shape;
@@ -299,15 +301,14 @@ class SafetensorsReader {
 
   // The header's text. Its length comes from the file, so it is believed only within bounds.
   std::string read_header(size_t size) {
-    constexpr size_t limit = 100'000'000;
     uint64_t length = 0;
     if (size < sizeof length)
       reject("not a safetensors file: it has " + std::to_string(size) +
              " bytes, expected 8 or more");
     read_bytes(0, &length, sizeof length);
-    if (length > limit)
+    if (length > largest_header)
       reject("not a safetensors file: its header claims " + std::to_string(length) +
-             " bytes, expected at most " + std::to_string(limit));
+             " bytes, expected at most " + std::to_string(largest_header));
     if (length > size - sizeof length)
       reject("truncated: its header claims " + std::to_string(length) + " bytes, but only " +
              std::to_string(size - sizeof length) + " follow");
@@ -477,6 +478,9 @@ class SafetensorsWriter {
     }
     text.resize(round_up(text.size(), 8), ' ');  // so that the data begins at a multiple of 8
     uint64_t length = text.size();
+    if (length > largest_header)
+      reject("its header has " + std::to_string(length) + " bytes and readers take at most " +
+             std::to_string(largest_header) + ": declare fewer tensors, or shorter names");
     file_.emplace(path_, sizeof length + length + total_);
     file_->write(&length, sizeof length);
     file_->write(text);

@@ -300,6 +300,19 @@ TEST_F(DataTest, TheDataBeginsAtAMultipleOfEight) {
   }
 }
 
+TEST_F(DataTest, TheWriterRefusesAHeaderThatNoReaderTakes) {
+  const size_t around = std::string(R"({"__metadata__":{"x":""}})").size();
+  auto write = [&](size_t header) {
+    SafetensorsWriter writer(at("file"), {{"x", std::string(header - around, 'x')}});
+    writer.finish();
+  };
+  EXPECT_ERROR(write(largest_header + 1),
+               "its header has 100000008 bytes and readers take at most");
+  EXPECT_EQ(files(), 0u);
+  write(largest_header);
+  EXPECT_EQ(SafetensorsReader(at("file")).metadata().at("x").size(), largest_header - around);
+}
+
 TEST_F(DataTest, WriterRefusesMisuseAndLeavesNothing) {
   const float two[2] = {1, 2};
   auto writing = [&](auto use) {

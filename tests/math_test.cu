@@ -270,7 +270,26 @@ TEST(Device, KnowsWhatItsControlGroupMayStillTake) {
   EXPECT_EQ(control_group_room(folder), 350u);
   put("memory.current", "1200\n");
   EXPECT_EQ(control_group_room(folder), 0u);
-  EXPECT_LE(Device().available() / 2, control_group_room("/sys/fs/cgroup"));  // others take, too
+  // A group is within those above it, and the process's own may be any.
+  fs::create_directories(folder + "/a/b");
+  put("memory.current", "700\n"), put("a/memory.current", "60\n"), put("a/b/memory.current", "5\n");
+  put("a/memory.max", "max\n"), put("a/b/memory.max", "100\n");
+  EXPECT_EQ(control_groups_room(folder, ""), 350u);
+  EXPECT_EQ(control_groups_room(folder, "/"), 350u);
+  EXPECT_EQ(control_groups_room(folder, "/a"), 350u);
+  EXPECT_EQ(control_groups_room(folder, "/a/b"), 95u);
+  put("a/memory.max", "80\n");
+  EXPECT_EQ(control_groups_room(folder, "/a/b"), 20u);
+  EXPECT_EQ(control_groups_room(folder, "/a/gone"), 20u);
+  put("memory.max", "660\n");
+  EXPECT_EQ(control_groups_room(folder, "/a/b"), 10u);
+  put("cgroup", "4:memory:/c\n0::/a/b\n");
+  EXPECT_EQ(control_group((folder + "/cgroup").c_str()), "/a/b");
+  put("cgroup", "4:memory:/c\n");
+  EXPECT_EQ(control_group((folder + "/cgroup").c_str()), "");
+  EXPECT_EQ(control_group((folder + "/none").c_str()), "");
+  // Others take, too.
+  EXPECT_LE(Device().available() / 2, control_groups_room("/sys/fs/cgroup", control_group()));
   fs::remove_all(folder);
 }
 
@@ -527,8 +546,8 @@ void check_gemm(Device& device, Sizes s, bool ta, bool tb, double alpha, double 
 
 template <class T, class TC>
 void check_gemms(Device& device) {
-  const Sizes sizes[] = {{1, 1, 1},     {5, 7, 97},   {7, 259, 1},  {97, 5, 259},   {130, 97, 7},
-                         {259, 130, 5}, {1, 130, 97}, {97, 1, 600}, {130, 259, 513}};
+  const Sizes sizes[] = {{5, 7, 0},    {1, 1, 1},     {5, 7, 97},   {7, 259, 1},  {97, 5, 259},
+                         {130, 97, 7}, {259, 130, 5}, {1, 130, 97}, {97, 1, 600}, {130, 259, 513}};
   for (Sizes s : sizes)
     for (int t = 0; t < 4; ++t) check_gemm<T, TC>(device, s, t & 1, t & 2, 1, 0, false);
   const std::pair<double, double> factors[] = {{-0.5, 0}, {1, 1}, {0.75, -1.5}};
@@ -539,6 +558,7 @@ void check_gemms(Device& device) {
     for (int t = 0; t < 4; ++t) {
       check_gemm<T, TC>(device, {72, 72, 16, 3, 4}, t & 1, t & 2, 0.25, 0, heads);
       check_gemm<T, TC>(device, {33, 20, 65, 2, 3}, t & 1, t & 2, 1, 1, heads);
+      check_gemm<T, TC>(device, {33, 20, 0, 2, 3}, t & 1, t & 2, 1, 0.5, heads);
     }
 }
 

@@ -12,9 +12,17 @@
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 namespace fs = std::filesystem;
+
+// The names of the files that were flushed to the disk, in order: this takes the place of libc's.
+std::vector<std::string> flushed;
+extern "C" int fsync(int file) {
+  flushed.push_back(fs::read_symlink("/proc/self/fd/" + std::to_string(file)).filename());
+  return int(syscall(SYS_fsync, file));
+}
 
 namespace {
 
@@ -1235,7 +1243,9 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
       save_tensors(path, about, device, table, Stored{"", weights.data()});
       Config read;
       if (silent) read.heads = 3, read.height = 6, read.image_width = 9, read.text_tokens = 5;
+      testing::internal::CaptureStderr();
       read_config(SafetensorsReader(path), path, read);
+      EXPECT_EQ(testing::internal::GetCapturedStderr().empty(), !silent) << "a note";
       // Some have the same tensors: only the metadata can tell.
       std::string looks_like = c.residual == "mvsplit-noleak" ? "mvsplit"
                                : c.residual == "prenorm"      ? "postnorm"
@@ -1640,6 +1650,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   fs::rename(cut("run/state.safetensors"), at("torn/state.safetensors"));
   const std::string weights = cut("run/weights.safetensors");
   std::ofstream(at("typo.ini")) << "[train]\ndpth = 3\n";
+  std::ofstream(at("lambda.ini")) << "[train]\nlambda = 1\n[plan]\nlambda = 1\n";
   fs::create_directories(at("foreign"));
   std::ofstream(at("foreign/weights.safetensors")) << "somebody's";
   std::ofstream(at("probe.csv")) << "an earlier probe";
@@ -1649,6 +1660,8 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   Dataset other = all_;
   other.pixels[0] += 1;
   save_latents(at("other.safetensors"), other);
+  other = all_, other.pixels[15 * 64] += 1;  // held out
+  save_latents(at("other_validation.safetensors"), other);
   struct {
     const char* subcommand;
     std::string changes;
@@ -1719,6 +1732,9 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--resume --no-patch-bias", "unknown tensor \"master.patch_embed.patch_proj.bias"},
       {"train", "--resume --seed 2", "was made with seed = 1"},
       {"train", "--resume --data " + at("other.safetensors"), "was made with data_hash ="},
+      {"train", "--resume --data " + at("other_validation.safetensors"),
+       "was made with val_images_hash ="},
+      {"train", "--resume --val-images 3", "was made with val_images = 4, this run has 3"},
       {"train", "--resume --fix beta,alpha", "made with fix = nothing, this run has alpha,beta"},
       {"train", "--fix lambda", "fix 'lambda': residual mvsplit has no such gate"},
       {"train", "--fix alpha --residual rezero", "fix 'alpha': residual rezero has no such gate"},
@@ -1726,6 +1742,10 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--lambda nan --residual rezero", "must be finite"},
       {"train", "--lambda 1", "--lambda: residual mvsplit has no such gate"},
       {"train", "--alpha 0 --residual postnorm", "--alpha: residual postnorm has no such gate"},
+      {"train", "--config " + at("lambda.ini"), "--lambda: residual mvsplit has no such gate"},
+      {"train", "--resume --config " + at("lambda.ini") + " --residual prenorm",
+       "--lambda: residual prenorm has no such gate"},
+      {"plan", "--config " + at("lambda.ini"), "--lambda: residual mvsplit has no such gate"},
       {"plan", "--beta 1 --residual layerscale", "--beta: residual layerscale has no such gate"},
       {"gradcheck", "--beta 1 --residual prenorm", "--beta: residual prenorm has no such gate"},
       {"train", "--resume --ema 0.9", "was made with ema = 0"},
@@ -1747,6 +1767,8 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"bare sample", "", "was trained on captions from a file: name it with --data"},
       {"sample", "--out " + at("out.jpg"), "out.jpg: the name must end in .png or .safetensors"},
       {"sample", "--cfg nan", "--cfg finite"},
+      {"sample", "--norm-eps 0", "norm-eps 0 is not in"},
+      {"probe", "--norm-eps -1", "norm-eps -1 is not in"},
       {"sample", "--time-shift -1", "must be positive"},
       {"sample", "--out " + at("none/out.png"), "create its directory"},
       {"probe", "--weights " + at("none"), "none: No such file"},
@@ -1801,6 +1823,47 @@ TEST_F(CommandTest, AFullDiskLeavesWhatWasThere) {
   EXPECT_TRUE(numbers() == before);
   EXPECT_EQ(run("train", train_, "--resume --steps 3").status, 0) << "with room";
   EXPECT_EQ(run("sample", sample_).status, 0);
+}
+
+// What a resumed run will not do again is on the disk when a state says that it is done.
+TEST_F(CommandTest, AStateIsSavedAfterAllThatBelongsToItsSteps) {
+  const std::string flags =
+      "--resume --steps 3 --columns 1 --diagnose-every 1 --save-every 1 --val-every 1 "
+      "--sample-every 1";
+  {
+    FullDisk full(16384);  // for the state alone
+    expect_refused(run("train", train_, flags), "cannot write " + at("run") + "/state.safetensors");
+  }
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "\n3,", read_text(at("run/validation.csv")));
+  EXPECT_TRUE(fs::exists(at("run/samples_000003.png")));
+  flushed.clear();
+  EXPECT_EQ(run("train", train_, flags).status, 0);
+  auto last = [&](const char* name) {
+    return std::find(flushed.rbegin(), flushed.rend(), name).base() - flushed.begin();
+  };
+  for (const char* name :
+       {"log.csv", "validation.csv", "diagnostics.csv", "samples_000003.png.tmp"})
+    EXPECT_LT(last(name), last("state.safetensors.tmp")) << name;
+  for (const char* log : {"log.csv", "validation.csv", "diagnostics.csv"})
+    EXPECT_EQ(std::count(flushed.begin(), flushed.end(), log), 1) << log;
+}
+
+TEST_F(TrainTest, ALogKeepsWholeRowsOfStepsThatAreDone) {
+  struct {
+    const char *before, *after;
+  } rows[] = {{"1,0.5\n2,0.25\n", "1,0.5\n2,0.25\n"},
+              {"1,0.5\n2,0.25\n3,0.125\n", "1,0.5\n2,0.25\n"},
+              {"1,0.5\n2,0.2", "1,0.5\n"},  // of 0.25, maybe
+              {"1,0.5\n2", "1,0.5\n"},
+              {"1,0.5\n\n2,0.25,9\n", "1,0.5\n"},
+              {"1,0.5\n1,0.75\n2,0.25\n", "1,0.5\n2,0.25\n"}};
+  for (auto [before, after] : rows) {
+    const std::string header = "step,loss\n";
+    std::ofstream(at("log.csv")) << header << before;
+    CsvLog(at("log.csv"), "step,loss", 2);
+    EXPECT_EQ(read_text(at("log.csv")), header + after) << before;
+  }
+  EXPECT_ERROR(CsvLog(at("log.csv"), "step,norm", 2), "describes other rows than this run's: move");
 }
 
 TEST_F(CommandTest, ResumingNothingSaysSo) {
@@ -2043,6 +2106,16 @@ TEST_F(CommandTest, AResumedRunKeepsItsState) {
   }
 }
 
+// A state that does not say it goes on, and what is saved then does.
+TEST_F(CommandTest, AStateNeedNotSayWhatItWasValidatedOn) {
+  std::string path = at("run/state.safetensors"), bytes = read_text(path);
+  for (const char* key : {"\"val_images\"", "\"val_images_hash\""})
+    bytes[bytes.find(key) + 1] = '_';
+  std::ofstream(path, std::ios::binary) << bytes;
+  EXPECT_EQ(run("train", train_, "--resume --steps 3 --val-images 3").status, 0);
+  expect_refused(run("train", train_, "--resume --steps 4"), "made with val_images = 3");
+}
+
 // Weights alone, without the state: half a file, and nothing to resume from.
 TEST_F(CommandTest, WeightsCanBeSavedAlone) {
   for (const char* state : {"fp32", "lean"}) {
@@ -2170,6 +2243,45 @@ TEST_F(CommandTest, SamplesAreTheSameForTheSameSeed) {
   size_t C, H, W;
   read_png(at("out.png"), &C, &H, &W);
   EXPECT_GE(W, 16u);
+}
+
+// Weights that do not say how they were trained, as of others, are told so, in one line.
+TEST_F(CommandTest, WhatTheWeightsDoNotSayIsToldOrAFlag) {
+  const std::string trained = "--norm-eps 0.25 --residual prenorm --out " + at("other");
+  ASSERT_EQ(run("train", train_, trained).status, 0);
+  const std::string path = at("other/weights.safetensors"), bytes = read_text(path);
+  auto without = [&](const std::vector<std::string>& keys) {
+    std::string changed = bytes;
+    for (const std::string& key : keys) changed[changed.find("\"" + key + "\"") + 1] = '_';
+    std::ofstream(at("silent.safetensors"), std::ios::binary) << changed;
+  };
+  auto sample = [&](const std::string& weights, const std::string& changes, size_t notes) {
+    Outcome outcome = run("sample", sample_, "--weights " + weights + " " + changes);
+    EXPECT_EQ(outcome.status, 0) << outcome.err;
+    EXPECT_EQ(size_t(std::count(outcome.err.begin(), outcome.err.end(), '\n')), notes);
+    return read_text(at("out.safetensors")) + outcome.err;
+  };
+  std::string said = sample(path, "", 0), silent = at("silent.safetensors");
+  without({"norm_eps"});
+  EXPECT_NE(sample(silent, "", 1), said);
+  EXPECT_EQ(sample(silent, "--norm-eps 0.25", 0), said);
+  EXPECT_NE(sample(path, "--norm-eps 1e-6", 0), said);
+  auto probe = [&](const std::string& weights, const std::string& changes) {
+    EXPECT_EQ(run("probe", probe_, "--weights " + weights + " " + changes).status, 0);
+    return read_text(at("probe.csv"));
+  };
+  EXPECT_NE(probe(silent, ""), probe(path, ""));
+  EXPECT_EQ(probe(silent, "--norm-eps 0.25"), probe(path, ""));
+  for (const char* key : {"residual", "means"}) {
+    without({key});
+    sample(silent, "", 1);
+  }
+  without({"residual", "means", "norm_eps"});
+  EXPECT_PRED_FORMAT2(testing::IsSubstring,
+                      "note: the metadata of " + silent +
+                          " does not say all of residual, means and norm_eps: they are taken to be "
+                          "postnorm, segment and 1e-06\n",
+                      sample(silent, "", 1));
 }
 
 // A row a layer and kind of features, the time where it must be and not where it cannot be; the
