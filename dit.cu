@@ -1462,7 +1462,7 @@ struct Arrays {
     scratch.dqkv = c.take<T>(3 * rows * m.width);
     for (MergeScratch<A>& merge : scratch.merge) {
       merge.h = c.take<A>(rows);
-      merge.dbar = c.take<A>(2 * B * m.width), merge.dgate = c.take<A>(2 * B * m.width);
+      merge.dZbar = c.take<A>(2 * B * m.width), merge.dgate = c.take<A>(2 * B * m.width);
     }
   }
 

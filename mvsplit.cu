@@ -459,13 +459,15 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // for h; over tokens for Dbar and the gates; and one for the outputs. Delta is made in each of the
 // last two from G and Y. To store it would write one array and read one in the third pass; this
 // reads two, writes none, takes no (B, T, D) array and rounds no Delta to bf16.
+//
+// In the code the gradients dL/dX, dL/dF and dL/dZ = Delta are dX, dF and dZ, and Dbar is dZbar.
+// (For Pre-Norm dL/dZ is Delta and the trunk's part, which the third pass adds.)
 
-// Scratch of the backward: h (B, T), of the passes alone; and (B, 2, D): dbar, Delta's segment
-// means, and dgate, a segment's sums of Delta * (F - Fbar_s), or of Delta * F where nothing is
-// split.
+// Scratch of the backward: h (B, T), of the passes alone; and (B, 2, D): dZbar, dZ's segment means,
+// and dgate, a segment's sums of dZ * (F - Fbar_s), or of dZ * F where nothing is split.
 template <class A>
 struct MergeScratch {
-  A *h, *dbar, *dgate;
+  A *h, *dZbar, *dgate;
 };
 
 // *to = sum, or += if `accumulate`.
@@ -510,7 +512,7 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
           gain_sum += scratch.dgate[s * D + d];
           if (!split) continue;
           A to_mean = saved.fbar[s * D + d] - (leak ? saved.xbar[s * D + d] : A(0));
-          alpha_sum += A(tokens.count(s % 2)) * scratch.dbar[s * D + d] * to_mean;  // (dalpha)
+          alpha_sum += A(tokens.count(s % 2)) * scratch.dZbar[s * D + d] * to_mean;  // (dalpha)
         }
       gain_sum = team.sum_rows(gain_sum, columns);
       if (split) alpha_sum = team.sum_rows(alpha_sum, columns);
@@ -521,53 +523,53 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
   });
 }
 
-// The second pass: dbar and dgate. delta(row, d) is (Delta').
-template <Merge merge, class T, class Delta>
+// The second pass: dZbar and dgate. dZ(row, d) is (Delta').
+template <Merge merge, class T, class Adjoint>
 void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, const T* F,
-                      MergeSaved<Acc<T>> saved, Tokens tokens, size_t D, const Delta& delta) {
+                      MergeSaved<Acc<T>> saved, Tokens tokens, size_t D, const Adjoint& dZ) {
   using A = Acc<T>;
   sum_over_tokens(
       device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
       [=] HD(size_t segment, size_t row, size_t d) {
-        Quad<A> f = load<A>(F + row * D + d), delta_i = delta(row, d);
+        Quad<A> f = load<A>(F + row * D + d), dZ_i = dZ(row, d);
         if (splits(merge)) f = f - load<A>(saved.fbar + segment * D + d);
-        return QuadPair<A>{delta_i, delta_i * f};  // (dbeta)
+        return QuadPair<A>{dZ_i, dZ_i * f};  // (dbeta)
       },
       [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
         A scale = A(1) / A(max_<size_t>(tokens.count(segment % 2), 1));
-        store(scratch.dbar + segment * D + d, scale * sum.a);
+        store(scratch.dZbar + segment * D + d, scale * sum.a);
         store(scratch.dgate + segment * D + d, sum.b);
       });
 }
 
-// dX and dF at four channels of one token, from Delta there and its mean over the token's segment.
+// dX and dF at four channels of one token, from dZ there and its mean over the token's segment.
 template <Merge merge, class A>
-HD QuadPair<A> merge_rule_backward(GateValues<A> gates, Quad<A> delta, Quad<A> mean) {
-  if (!has_gates(merge)) return {delta, delta};
-  if (!splits(merge)) return {delta, gates.gain * delta};
-  return {merge == Merge::mvsplit ? delta - gates.alpha * mean : delta,  // (dX)
-          gates.gain * delta + (gates.alpha - gates.gain) * mean};       // (dF)
+HD QuadPair<A> merge_rule_backward(GateValues<A> gates, Quad<A> dZ, Quad<A> dZbar) {
+  if (!has_gates(merge)) return {dZ, dZ};
+  if (!splits(merge)) return {dZ, gates.gain * dZ};
+  return {merge == Merge::mvsplit ? dZ - gates.alpha * dZbar : dZ,  // (dX)
+          gates.gain * dZ + (gates.alpha - gates.gain) * dZbar};    // (dF)
 }
 
 // The third pass: dX and dF.
-template <Merge merge, class T, class Delta>
+template <Merge merge, class T, class Adjoint>
 void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                         Gates<const T> gates, Tokens tokens, size_t D, const Delta& delta) {
+                         Gates<const T> gates, Tokens tokens, size_t D, const Adjoint& dZ) {
   using A = Acc<T>;
   for_each_team(device, tokens.fours(), threads_for_fours(D), [=] HD(Team team) {
     Tokens::Four rows = tokens.four(team.index);
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
       GateValues<A> values = gates_at<merge>(gates, d);
-      Quad<A> mean = {};
-      if (splits(merge)) mean = load<A>(scratch.dbar + rows.segment * D + d);
+      Quad<A> dZbar = {};
+      if (splits(merge)) dZbar = load<A>(scratch.dZbar + rows.segment * D + d);
       // All four are read before any is written: dX may be G, so the compiler could not move a
       // later load up by itself.
       QuadPair<A> out[4];
       UNROLL
       for (int k = 0; k < 4; ++k) {
-        Quad<A> delta_k = delta(rows.row(k), d);
-        if (merge == Merge::prenorm) delta_k = load<A>(dX + rows.row(k) * D + d) + delta_k;
-        out[k] = merge_rule_backward<merge>(values, delta_k, mean);
+        Quad<A> dZ_k = dZ(rows.row(k), d);
+        if (merge == Merge::prenorm) dZ_k = load<A>(dX + rows.row(k) * D + d) + dZ_k;  // (trunk)
+        out[k] = merge_rule_backward<merge>(values, dZ_k, dZbar);
       }
       UNROLL
       for (int k = 0; k < 4; ++k)
@@ -595,14 +597,14 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
     gy = team.sum(gy);
     if (team.rank == 0) scratch.h[row] = gy / A(D);
   });
-  auto delta = [=] HD(size_t row, size_t d) {
+  auto dZ = [=] HD(size_t row, size_t d) {
     return saved.r[row] *
            (load<A>(G + row * D + d) - scratch.h[row] * load<A>(Y + row * D + d));  // (Delta')
   };
   with_kind(gates.merge, [&](auto kind) {
     constexpr Merge merge = decltype(kind)::value;
-    if (has_gates(merge)) merge_token_sums<merge>(device, scratch, F, saved, tokens, D, delta);
-    merge_backward_rows<merge>(device, dX, dF, scratch, gates, tokens, D, delta);
+    if (has_gates(merge)) merge_token_sums<merge>(device, scratch, F, saved, tokens, D, dZ);
+    merge_backward_rows<merge>(device, dX, dF, scratch, gates, tokens, D, dZ);
   });
 }
 
@@ -871,24 +873,24 @@ __global__ void __launch_bounds__(D / 2, 1)
     for (int i = 0; i < 4; ++i) f[i] = *reinterpret_cast<const uint2*>(F + line.at() + (k + i) * D);
     UNROLL
     for (int i = 0; i < 4; ++i) {
-      Quad<float> delta =
+      Quad<float> dZ =
           r[line.place][k + i] *
           (rows.first(k + i) - h.value[line.place][k + i] * rows.second(k + i));  // (Delta')
-      QuadPair<float> terms = {delta, delta * (rows.floats(f[i]) - fbar)};        // (dbeta)
+      QuadPair<float> terms = {dZ, dZ * (rows.floats(f[i]) - fbar)};              // (dbeta)
       if (line.has(k + i)) sum = sum + terms;
-      rows.put(k + i, delta);
+      rows.put(k + i, dZ);
     }
   }
   GateValues<float> values = gates_at<merge>(gates, size_t(line.d));
   sum = meet(line, sum, place, blocks);
-  Quad<float> mean = 1 / float(max_<size_t>(tokens.count(line.mean % 2), 1)) * sum.a;
+  Quad<float> dZbar = 1 / float(max_<size_t>(tokens.count(line.mean % 2), 1)) * sum.a;
   if (line.number == line.first) {
-    store(scratch.dbar + line.mean * D + size_t(line.d), mean);
+    store(scratch.dZbar + line.mean * D + size_t(line.d), dZbar);
     store(scratch.dgate + line.mean * D + size_t(line.d), sum.b);
   }
   UNROLL
   for (int k = 0; k < held; ++k) {
-    QuadPair<float> out = merge_rule_backward<merge>(values, rows.get(k), mean);
+    QuadPair<float> out = merge_rule_backward<merge>(values, rows.get(k), dZbar);
     if (line.has(k)) store(dX + line.at() + k * D, out.a), store(dF + line.at() + k * D, out.b);
   }
 }
