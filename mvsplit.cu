@@ -134,7 +134,8 @@ void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, co
   });
 }
 
-// Two sums in one pass.
+// Two sums over tokens that one pass makes: of X and of F on the way forward, of dZ and of the
+// terms of a gate's gradient on the way back.
 template <class A>
 struct QuadPair {
   Quad<A> a, b;
@@ -301,13 +302,13 @@ HD GateValues<Acc<T>> gates_at(Gates<const T> gates, size_t d) {
 }
 
 // Z at four channels of one token: the only place where the merges differ on the way forward.
-// `mean` is that of X and F over the token's segment. For Pre-Norm x is that of X / r_X.
+// xbar and fbar are the means over the token's segment. For Pre-Norm x is that of X / r_X.
 template <Merge merge, class A>
-HD Quad<A> merge_rule(GateValues<A> gates, Quad<A> x, Quad<A> f, QuadPair<A> mean) {
+HD Quad<A> merge_rule(GateValues<A> gates, Quad<A> x, Quad<A> f, Quad<A> xbar, Quad<A> fbar) {
   if (merge == Merge::plain || merge == Merge::prenorm) return x + f;
   if (merge == Merge::layerscale || merge == Merge::rezero) return multiply_add(gates.gain, f, x);
-  Quad<A> to_mean = merge == Merge::mvsplit ? mean.b - mean.a : mean.b;
-  return multiply_add(gates.alpha, to_mean, multiply_add(gates.gain, f - mean.b, x));
+  Quad<A> to_mean = merge == Merge::mvsplit ? fbar - xbar : fbar;
+  return multiply_add(gates.alpha, to_mean, multiply_add(gates.gain, f - fbar, x));
 }
 
 // All of a merge in one kernel (4.1), where there is one: on a GPU, for bf16, a merge that splits,
@@ -347,11 +348,12 @@ void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const
     auto z = [&](int k, size_t d) {
       Quad<A> x = load<A>(X + rows.row(k) * D + d), f = load<A>(F + rows.row(k) * D + d);
       if (merge == Merge::prenorm && saved.r_X) x = A(1) / saved.r_X[rows.row(k)] * x;
-      QuadPair<A> mean = {};
-      if (splits(merge))
-        mean = {load<A>(saved.xbar + rows.segment * D + d),
-                load<A>(saved.fbar + rows.segment * D + d)};
-      return merge_rule<merge>(gates_at<merge>(gates, d), x, f, mean);
+      Quad<A> xbar = {}, fbar = {};
+      if (splits(merge)) {
+        xbar = load<A>(saved.xbar + rows.segment * D + d);
+        fbar = load<A>(saved.fbar + rows.segment * D + d);
+      }
+      return merge_rule<merge>(gates_at<merge>(gates, d), x, f, xbar, fbar);
     };
     // kept[k]: Z of row k at the thread's first channels, on a GPU up to D = 1024 all that it has.
     // They are read before anything is written, so that all loads can be on their way at once.
@@ -394,10 +396,11 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 
 // 3.1 For comparison; skip at first
 //
-// Pre-Norm. The trunk Z is used twice: normalised, Y = RMSNorm(Z) = r Z, it is what the next branch
-// reads; as it is, it goes on along the trunk, Z_next = Z + F(Y). What is stored is Y and r, as for
-// the other merges, and Z = Y / r, whatever eps. (In bf16 it is rounded by each merge, as it would
-// be if it were stored itself.) So with r_X the r of the merge that made X,
+// Pre-Norm. The trunk Z is used twice: normalised, X_next = RMSNorm(Z) = r Z, it is what the next
+// branch reads; as it is, it goes on along the trunk, Z_next = Z + F(X_next). What is stored is
+// X_next and r, as for the other merges, and Z = X_next / r, whatever eps. (In bf16 it is rounded
+// by each merge, as it would be if it were stored itself.) So with r_X the r of the merge that made
+// X,
 //
 //     Z = X / r_X + F,     X_next = RMSNorm(Z):                                        (Pre-Norm)
 //
@@ -449,16 +452,16 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // Consequence of (dF): the segment mean of dF is alpha * Dbar. At alpha = 0, where training starts,
 // the branch's adjoint has no mean at all, however large Dbar is.
 //
-// What it reads. Z is not stored, but r is, and so is Y = X_next = r Z, the merge's output, which
-// the next layer kept as its input. With Z = Y / r the second term of Delta is (r^3 / D) <G, Z> Z =
-// (r / D) <G, Y> Y:
+// What it reads. Z is not stored, but r is, and so is the merge's output X_next = r Z, which the
+// next layer kept as its input. With Z = X_next / r the second term of Delta is, for each token,
+// (r^3 / D) <G, Z> Z = (r / D) <G, X_next> X_next:
 //
-//     Delta_i = r_i (G_i - h_i Y_i),        h_i = <G_i, Y_i> / D,                     (Delta')
+//     Delta = r (G - h X_next),        h = <G, X_next> / D,       for each token      (Delta')
 //
 // so X is not needed at all, and F for the gates alone. Three passes (two without gates): over rows
 // for h; over tokens for Dbar and the gates; and one for the outputs. Delta is made in each of the
-// last two from G and Y. To store it would write one array and read one in the third pass; this
-// reads two, writes none, takes no (B, T, D) array and rounds no Delta to bf16.
+// last two from G and X_next. To store it would write one array and read one in the third pass;
+// this reads two, writes none, takes no (B, T, D) array and rounds no Delta to bf16.
 //
 // In the code the gradients dL/dX, dL/dF and dL/dZ = Delta are dX, dF and dZ, and Dbar is dZbar.
 // (For Pre-Norm dL/dZ is Delta and the trunk's part, which the third pass adds.)
@@ -543,8 +546,12 @@ void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, const 
 }
 
 // dX and dF at four channels of one token, from dZ there and its mean over the token's segment.
+template <class A>
+struct MergeGradients {
+  Quad<A> dX, dF;
+};
 template <Merge merge, class A>
-HD QuadPair<A> merge_rule_backward(GateValues<A> gates, Quad<A> dZ, Quad<A> dZbar) {
+HD MergeGradients<A> merge_rule_backward(GateValues<A> gates, Quad<A> dZ, Quad<A> dZbar) {
   if (!has_gates(merge)) return {dZ, dZ};
   if (!splits(merge)) return {dZ, gates.gain * dZ};
   return {merge == Merge::mvsplit ? dZ - gates.alpha * dZbar : dZ,  // (dX)
@@ -564,7 +571,7 @@ void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>
       if (splits(merge)) dZbar = load<A>(scratch.dZbar + rows.segment * D + d);
       // All four are read before any is written: dX may be G, so the compiler could not move a
       // later load up by itself.
-      QuadPair<A> out[4];
+      MergeGradients<A> out[4];
       UNROLL
       for (int k = 0; k < 4; ++k) {
         Quad<A> dZ_k = dZ(rows.row(k), d);
@@ -574,8 +581,8 @@ void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>
       UNROLL
       for (int k = 0; k < 4; ++k)
         if (rows.has(k)) {
-          store(dX + rows.row(k) * D + d, out[k].a);
-          store(dF + rows.row(k) * D + d, out[k].b);
+          store(dX + rows.row(k) * D + d, out[k].dX);
+          store(dF + rows.row(k) * D + d, out[k].dF);
         }
     }
   });
@@ -584,14 +591,14 @@ void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>
 // The three passes.
 template <class T>
 void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                           const T* G, const T* Y, const T* F, Gates<const T> gates,
+                           const T* G, const T* X_next, const T* F, Gates<const T> gates,
                            MergeSaved<Acc<T>> saved, Tokens tokens, size_t D) {
   using A = Acc<T>;
   for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
     size_t row = team.index;
     A gy = 0;
     each_quad(team, D, [&](size_t d, bool inside) {
-      A product = dot(load<A>(G + row * D + d), load<A>(Y + row * D + d));
+      A product = dot(load<A>(G + row * D + d), load<A>(X_next + row * D + d));
       gy += inside ? product : A(0);
     });
     gy = team.sum(gy);
@@ -599,7 +606,7 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
   });
   auto dZ = [=] HD(size_t row, size_t d) {
     return saved.r[row] *
-           (load<A>(G + row * D + d) - scratch.h[row] * load<A>(Y + row * D + d));  // (Delta')
+           (load<A>(G + row * D + d) - scratch.h[row] * load<A>(X_next + row * D + d));  // (Delta')
   };
   with_kind(gates.merge, [&](auto kind) {
     constexpr Merge merge = decltype(kind)::value;
@@ -611,19 +618,19 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
 // As fused_merge_forward().
 template <class T>
 bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                          const T* G, const T* Y, const T* F, Gates<const T> gates,
+                          const T* G, const T* X_next, const T* F, Gates<const T> gates,
                           MergeSaved<Acc<T>> saved, Tokens tokens, size_t D);
 
 // dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next,
-// Y = X_next and F (read where there are gates). dX may be G itself, except for Pre-Norm,
-// where it is dL/dZ_next on entry and dL/dZ on return. The gates' gradients are made beside what
-// follows: they are there, and `scratch` may be used again, after device.join().
+// X_next and F (read where there are gates). dX may be G itself, except for Pre-Norm, where it is
+// dL/dZ_next on entry and dL/dZ on return. The gates' gradients are made beside what follows: they
+// are there, and `scratch` may be used again, after device.join().
 template <class T, class P>
-void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* Y,
+void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* X_next,
                     const T* F, Gates<const T> gates, MergeSaved<Acc<T>> saved,
                     MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
-  if (!fused_merge_backward(device, dX, dF, scratch, G, Y, F, gates, saved, tokens, D))
-    merge_backward_passes(device, dX, dF, scratch, G, Y, F, gates, saved, tokens, D);
+  if (!fused_merge_backward(device, dX, dF, scratch, G, X_next, F, gates, saved, tokens, D))
+    merge_backward_passes(device, dX, dF, scratch, G, X_next, F, gates, saved, tokens, D);
   if (has_gates(gates.merge))
     device.beside(
         [&] { gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate); });
@@ -633,7 +640,7 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, c
 //
 // A segment's mean needs all its tokens, so between adding them up and using the sum all thread
 // blocks must meet: that is why there are several kernels above, each of which reads X and F (or G
-// and Y) again. Here the blocks meet within one kernel, and keep what they have read: a
+// and X_next) again. Here the blocks meet within one kernel, and keep what they have read: a
 // multiprocessor has 64 K registers of 4 bytes and nearly as much shared memory, so that all 132 of
 // an H200 hold the 42 MB of X and F of [32, 320, 1024] in bf16 at once.
 //
@@ -656,7 +663,7 @@ template <int D, int held>
 struct HeldLine {
   static constexpr int columns = D / 4, threads = 2 * columns, warps = columns / 32;
   int place, number, first, end;  // of the block's two; in the sequence; its segment's lines
-  size_t mean;                    // its segment's number among the batch * 2
+  size_t segment;                 // its number among the batch * 2
   size_t window;                  // the first of the rows that are read,
   int begin, rows;                // and which of them are the line's own
   int d;                          // this thread's first channel
@@ -671,13 +678,13 @@ struct HeldLine {
     size_t sequence = first_sequence + blockIdx.x / unsigned(blocks);
     place = int(threadIdx.x) / columns, d = 4 * (int(threadIdx.x) % columns);
     number = 2 * (int(blockIdx.x) % blocks) + place;
-    int image = lines(tokens.image), text = lines(tokens.text), segment = number < image ? 0 : 1;
-    first = segment ? image : 0, end = segment ? image + text : image;
-    int count = int(tokens.count(size_t(segment)));
+    int image = lines(tokens.image), text = lines(tokens.text), kind = number < image ? 0 : 1;
+    first = kind ? image : 0, end = kind ? image + text : image;
+    int count = int(tokens.count(size_t(kind)));
     int share = (count + end - first - 1) / (end - first), skipped = (number - first) * share;
     rows = max(min(share, count - skipped), 0);  // a line too many goes through the motions
-    mean = 2 * sequence + size_t(segment);
-    size_t start = sequence * tokens.length() + tokens.first(size_t(segment)) + size_t(skipped);
+    segment = 2 * sequence + size_t(kind);
+    size_t start = sequence * tokens.length() + tokens.first(size_t(kind)) + size_t(skipped);
     window = min_(start, tokens.rows() - held);
     begin = int(start - window);
   }
@@ -807,18 +814,18 @@ __global__ void __launch_bounds__(D / 2, 1)
   }
   GateValues<float> values = gates_at<merge>(gates, size_t(line.d));
   sum = meet(line, sum, place, blocks);
-  float scale = 1 / float(max_<size_t>(tokens.count(line.mean % 2), 1));
-  QuadPair<float> mean = {scale * sum.a, scale * sum.b};
+  float scale = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1));
+  Quad<float> xbar = scale * sum.a, fbar = scale * sum.b;
   if (line.number == line.first) {
-    store(saved.xbar + line.mean * D + size_t(line.d), mean.a);
-    store(saved.fbar + line.mean * D + size_t(line.d), mean.b);
+    store(saved.xbar + line.segment * D + size_t(line.d), xbar);
+    store(saved.fbar + line.segment * D + size_t(line.d), fbar);
   }
   UNROLL
   for (int k = 0; k < held; k += 4) {
     float squares[4];
     UNROLL
     for (int i = 0; i < 4; ++i) {
-      Quad<float> z = merge_rule<merge>(values, rows.first(k + i), rows.second(k + i), mean);
+      Quad<float> z = merge_rule<merge>(values, rows.first(k + i), rows.second(k + i), xbar, fbar);
       squares[i] = dot(z, z);
       rows.put(k + i, z);
     }
@@ -839,7 +846,7 @@ __global__ void __launch_bounds__(D / 2, 1)
 template <Merge merge, int D, int held>
 __global__ void __launch_bounds__(D / 2, 1)
     merge_backward_kernel(bf16* dX, bf16* dF, MergeScratch<float> scratch, const bf16* G,
-                          const bf16* Y, const bf16* F, Gates<const bf16> gates,
+                          const bf16* X_next, const bf16* F, Gates<const bf16> gates,
                           MergeSaved<float> saved, Tokens tokens, float* place, int blocks,
                           size_t first_sequence) {
   using L = HeldLine<D, held>;
@@ -848,7 +855,7 @@ __global__ void __launch_bounds__(D / 2, 1)
   __shared__ float r[2][held];
   L line(tokens, first_sequence, blocks);
   Held<L, held> rows{{}, in_shared + threadIdx.x};
-  rows.load(G + line.at(), Y + line.at());
+  rows.load(G + line.at(), X_next + line.at());
   for (int k = line.d / 4; k < held; k += L::columns) {
     r[line.place][k] = saved.r[line.row(k)];
     UNROLL
@@ -864,7 +871,7 @@ __global__ void __launch_bounds__(D / 2, 1)
     h.add(line, k, products);
   }
   h.finish(line, [&](int, float product) { return product / float(D); });
-  Quad<float> fbar = load<float>(saved.fbar + line.mean * D + size_t(line.d));
+  Quad<float> fbar = load<float>(saved.fbar + line.segment * D + size_t(line.d));
   QuadPair<float> sum = {};
   UNROLL
   for (int k = 0; k < held; k += 4) {
@@ -883,15 +890,15 @@ __global__ void __launch_bounds__(D / 2, 1)
   }
   GateValues<float> values = gates_at<merge>(gates, size_t(line.d));
   sum = meet(line, sum, place, blocks);
-  Quad<float> dZbar = 1 / float(max_<size_t>(tokens.count(line.mean % 2), 1)) * sum.a;
+  Quad<float> dZbar = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1)) * sum.a;
   if (line.number == line.first) {
-    store(scratch.dZbar + line.mean * D + size_t(line.d), dZbar);
-    store(scratch.dgate + line.mean * D + size_t(line.d), sum.b);
+    store(scratch.dZbar + line.segment * D + size_t(line.d), dZbar);
+    store(scratch.dgate + line.segment * D + size_t(line.d), sum.b);
   }
   UNROLL
   for (int k = 0; k < held; ++k) {
-    QuadPair<float> out = merge_rule_backward<merge>(values, rows.get(k), dZbar);
-    if (line.has(k)) store(dX + line.at() + k * D, out.a), store(dF + line.at() + k * D, out.b);
+    MergeGradients<float> out = merge_rule_backward<merge>(values, rows.get(k), dZbar);
+    if (line.has(k)) store(dX + line.at() + k * D, out.dX), store(dF + line.at() + k * D, out.dF);
   }
 }
 
@@ -950,7 +957,7 @@ bool fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> sav
 
 template <class T>
 bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                          const T* G, const T* Y, const T* F, Gates<const T> gates,
+                          const T* G, const T* X_next, const T* F, Gates<const T> gates,
                           MergeSaved<Acc<T>> saved, Tokens tokens, size_t D) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>)
@@ -958,10 +965,10 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
       constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
       return launch_held<HeldLine<columns, rows>>(
           device, merge_backward_kernel<decltype(kind)::value, columns, rows>, tokens, rows, dX, dF,
-          scratch, G, Y, F, gates, saved, tokens);
+          scratch, G, X_next, F, gates, saved, tokens);
     });
 #endif
-  (void)device, (void)dX, (void)dF, (void)scratch, (void)G, (void)Y, (void)F, (void)gates;
+  (void)device, (void)dX, (void)dF, (void)scratch, (void)G, (void)X_next, (void)F, (void)gates;
   return (void)saved, (void)tokens, (void)D, false;
 }
 
