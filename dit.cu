@@ -459,18 +459,19 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
       // A thread's first channels, on a GPU up to hd = 256 all that it has, and their angles.
       Several<T, wide> x1[4], x2[4];
       Several<A, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
-      Quad<A> norm = quad(A(0));  // |x|^2, then the r of each head
+      Quad<A> squares = quad(A(0)), scale;  // |x|^2 and r of each head
       for (size_t j = own; j < half; j += step) {
         UNROLL
         for (int k = 0; k < 4; ++k) {
           Several<T, wide> a = *first(k, j), b = *second(k, j);
           if (j == own) x1[k] = a, x2[k] = b;
-          for (int i = 0; i < wide; ++i) norm[k] += A(a.v[i]) * A(a.v[i]) + A(b.v[i]) * A(b.v[i]);
+          for (int i = 0; i < wide; ++i)
+            squares[k] += A(a.v[i]) * A(a.v[i]) + A(b.v[i]) * A(b.v[i]);
         }
       }
-      norm = part.sum_rows(norm, 1);
+      squares = part.sum_rows(squares, 1);
       UNROLL
-      for (int k = 0; k < 4; ++k) norm[k] = inverse_rms(norm[k], h.dim, A(qk_eps));
+      for (int k = 0; k < 4; ++k) scale[k] = inverse_rms(squares[k], h.dim, A(qk_eps));
       for (size_t j = own; j < half; j += step) {
         Several<A, wide> c = j == own ? cosine : angle(rope.cosine, j);
         Several<A, wide> s = j == own ? sine : angle(rope.sine, j);
@@ -483,15 +484,16 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
                            b = j == own ? x2[k] : *second(k, j);
           for (int i = 0; i < wide; ++i) {
             A a_i = A(a.v[i]), b_i = A(b.v[i]);
-            a.v[i] = T(norm[k] * (a_i * c.v[i] + b_i * s.v[i]));
-            b.v[i] = T(norm[k] * (b_i * c.v[i] - a_i * s.v[i]));
+            a.v[i] = T(scale[k] * (a_i * c.v[i] + b_i * s.v[i]));
+            b.v[i] = T(scale[k] * (b_i * c.v[i] - a_i * s.v[i]));
           }
           *first(k, j) = a, *second(k, j) = b;
         }
       }
       UNROLL
       for (int k = 0; k < 4; ++k)
-        if (part.rank == 0 && head + size_t(k) < heads) r[row * heads + head + size_t(k)] = norm[k];
+        if (part.rank == 0 && head + size_t(k) < heads)
+          r[row * heads + head + size_t(k)] = scale[k];
     }
   });
 }

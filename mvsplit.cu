@@ -358,19 +358,19 @@ void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const
     // kept[k]: Z of row k at the thread's first channels, on a GPU up to D = 1024 all that it has.
     // They are read before anything is written, so that all loads can be on their way at once.
     size_t own = 4 * size_t(team.rank), step = 4 * size_t(team.size);
-    Quad<A> kept[4] = {}, r = quad(A(0));
+    Quad<A> kept[4] = {}, squares = quad(A(0)), r;
     for (size_t d = own; d < (again ? min_(own + 1, D) : D); d += step) {
       UNROLL
       for (int k = 0; k < 4; ++k) {
         Quad<A> v = z(k, d);
         if (d == own) kept[k] = v;
-        r[k] += dot(v, v);
+        squares[k] += dot(v, v);
       }
     }
-    if (!again) r = team.sum_rows(r, 1);
+    if (!again) squares = team.sum_rows(squares, 1);
     UNROLL
     for (int k = 0; k < 4; ++k) {
-      r[k] = again ? saved.r[rows.row(k)] : inverse_rms(r[k], D, A(eps));
+      r[k] = again ? saved.r[rows.row(k)] : inverse_rms(squares[k], D, A(eps));
       if (!again && team.rank == 0 && rows.has(k)) saved.r[rows.row(k)] = r[k];
     }
     for (size_t d = own; d < D; d += step) {
@@ -596,13 +596,13 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
   using A = Acc<T>;
   for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
     size_t row = team.index;
-    A gy = 0;
+    A sum = 0;  // <G, X_next>
     each_quad(team, D, [&](size_t d, bool inside) {
       A product = dot(load<A>(G + row * D + d), load<A>(X_next + row * D + d));
-      gy += inside ? product : A(0);
+      sum += inside ? product : A(0);
     });
-    gy = team.sum(gy);
-    if (team.rank == 0) scratch.h[row] = gy / A(D);
+    sum = team.sum(sum);
+    if (team.rank == 0) scratch.h[row] = sum / A(D);
   });
   auto dZ = [=] HD(size_t row, size_t d) {
     return saved.r[row] *
