@@ -17,17 +17,28 @@
 // is its transpose. <U, V> = tr(U^T V), the inner product of all numbers. The mean-coherent part of
 // a gradient that is a sum over tokens is what their means contribute: dW_mu in section 5.
 //
-// Letters that mean one thing in the derivations and another in the code:
+// Letters that mean several things, here and in dit.cu:
 //
+//          in the derivations                                     in the code
 //     T    the tokens of a sequence, N of image, then L of text   the type that is stored
 //     A    an attention matrix; alignment amplification (6)       Acc<T>, the type of sums
 //     P    I - J, which centers tokens                            the type of parameters'
 //                                                                 gradients; attention's matrix
 //     F    a branch's output                                      the same, or the FFN's width
+//     G    the cotangent that a backward begins with;             the same; in a block the
+//          G_mean and G_ctr are sizes of parts of dW (5)          trunk's gradient
+//     Y, y what an operation makes; a writer's input (5, 6)       the same
+//     h    <G, X_next> / D of a token (4); SwiGLU's output        the first; the sizes of heads
+//     K    attention's keys; <y_t, y_s> (6)                       the same
+//     C    <delta_t, delta_s> (6)                                 the same; a product; in shapes
+//                                                                 an image's channels
+//     S    attention's scores                                     in shapes measured sequences
 //     M    products of cosines (6); (P A)^T (P A) in dit.cu       the same
-//     L    text tokens; blocks in 3.1                             the same, or measured layers
+//     L    text tokens; blocks, over depth (3)                    text tokens; in shapes measured
+//                                                                 layers; the type of a line (4.1)
 //
-// G is the cotangent that a backward begins with, D the channels of a token, B a batch.
+// delta is the adjoint of F and Delta that of Z (dZ in the code); D the channels of a token, B a
+// batch.
 //
 // How to read it: section 1 defines J and P and proves the three facts that everything uses;
 // section 2 is RMSNorm; section 3 is one formula with all merges in it (skip 3.1 at first: two that
@@ -96,11 +107,14 @@ struct Tokens {
   }
 };
 
-// Sum body(segment, row, d), which looks at the four channels d..d+3, over the rows of each
-// segment, and call finish(segment, d, sum) with the result; `zero` fixes the type of the sum. A
-// team takes one segment and 16 to 128 channels, fewer while there are less than a thousand teams.
-// Its threads are a grid, a quad of channels a column, and each of its `lines` takes every lines-th
-// token. (On a CPU the grid is 1 x 1, and the loop over tiles goes through the channels.)
+// Sums over the tokens of each segment, for four channels d..d+3 at a time: adds up what
+// body(segment, row, d) returns for the segment's rows, and calls finish(segment, d, sum) once with
+// the result, or with `zero` for an empty segment. A mean is such a sum, finished with 1 / count.
+//
+// How the work is shared: a team takes one segment and 16 to 128 channels, fewer while there are
+// less than a thousand teams. Its threads are a grid, a quad of channels a column, and each of its
+// `lines` takes every lines-th token. (On a CPU the grid is 1 x 1, and the loop over tiles goes
+// through the channels.)
 template <class Sum, class Body, class Finish>
 void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, const Body& body,
                      const Finish& finish) {
@@ -588,7 +602,7 @@ void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>
   });
 }
 
-// The three passes.
+// The three passes: h, the sums over tokens, the outputs.
 template <class T>
 void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
                            const T* G, const T* X_next, const T* F, Gates<const T> gates,
@@ -615,7 +629,8 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
   });
 }
 
-// As fused_merge_forward().
+// All of it in one kernel (4.1), where fused_merge_forward() has one. Elsewhere it does nothing and
+// returns false.
 template <class T>
 bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
                           const T* G, const T* X_next, const T* F, Gates<const T> gates,
@@ -1018,9 +1033,10 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
 //     kappa -> 1:   A -> T,  ||dW|| = sqrt(T) |w| = O(T)     tokens alike, and dW = dW_mu
 //
 // That is the lever of the collapse. When tokens become alike, each writer's gradient grows by up
-// to sqrt(T), 16 for 256 tokens, and points in one direction. A step against it adds a multiple of
-// T <ybar, y_t> dbar to F_t: for every token the same vector, and nearly as much of it when the y_t
-// are alike. So it goes into the mean, and the tokens become more alike.
+// to sqrt(T), 16 for 256 tokens, and points in one direction. A step against dW_mu, -eta dW_mu,
+// changes F_t = W y_t by -eta T <ybar, y_t> dbar: every token along the same vector, and by nearly
+// the same amount when the y_t are alike. So nearly all of the step goes into the mean of F; and
+// where that makes the mean larger against the rest, the tokens become more alike still.
 //
 // MV-Split acts on delta: by (10), delta = beta * P Delta + alpha * J Delta with Delta = dL/dZ.
 // With the J and P of the merge, within each segment, row d of dW_mu is scaled by alpha_d and row d
