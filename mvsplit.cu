@@ -26,16 +26,16 @@
 //                                                                 gradients; attention's matrix
 //     F    a branch's output                                      the same, or the FFN's width
 //     G    the cotangent that a backward begins with;             the same; in a block the
-//          G_mean and G_ctr are sizes of parts of dW (5)          trunk's gradient
-//     Y, y what an operation makes; a writer's input (5, 6)       the same
-//     h    <G, X_next> / D of a token (4); SwiGLU's output        the first; the sizes of heads
-//     K    attention's keys; <y_t, y_s> (6)                       the same
-//     C    <delta_t, delta_s> (6)                                 the same; a product; in shapes
+//          G_mean and G_ctr are sizes of parts of dW, in 5        trunk's gradient
+//     Y, y what an operation makes; a writer's input in 5 and 6   the same
+//     h    <G, X_next> / D of a token in 4; SwiGLU's output       the first; the sizes of heads
+//     K    attention's keys; <y_t, y_s> in 6                      the same
+//     C    <delta_t, delta_s> in 6                                the same; a product; in shapes
 //                                                                 an image's channels
 //     S    attention's scores                                     in shapes measured sequences
 //     M    products of cosines (6); (P A)^T (P A) in dit.cu       the same
-//     L    text tokens; blocks, over depth (3)                    text tokens; in shapes measured
-//                                                                 layers; the type of a line (4.1)
+//     L    text tokens; blocks in 3 and 3.1                       text tokens; in shapes measured
+//                                                                 layers; the type of a line in 4.1
 //
 // delta is the adjoint of F and Delta that of Z (dZ in the code); D the channels of a token, B a
 // batch.
@@ -412,9 +412,8 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 //
 // Pre-Norm. The trunk Z is used twice: normalised, X_next = RMSNorm(Z) = r Z, it is what the next
 // branch reads; as it is, it goes on along the trunk, Z_next = Z + F(X_next). What is stored is
-// X_next and r, as for the other merges, and Z = X_next / r, whatever eps. (In bf16 it is rounded
-// by each merge, as it would be if it were stored itself.) So with r_X the r of the merge that made
-// X,
+// X_next and r, as for the other merges, and Z = X_next / r, whatever eps. (In bf16 each merge
+// rounds it, as it would if it stored Z itself.) So with r_X the r of the merge that made X,
 //
 //     Z = X / r_X + F,     X_next = RMSNorm(Z):                                        (Pre-Norm)
 //
