@@ -459,18 +459,19 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
       // A thread's first channels, on a GPU up to hd = 256 all that it has, and their angles.
       Several<T, wide> x1[4], x2[4];
       Several<A, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
-      Quad<A> norm = quad(A(0));  // |x|^2, then the r of each head
+      Quad<A> squares = quad(A(0)), scale;  // |x|^2 and r of each head
       for (size_t j = own; j < half; j += step) {
         UNROLL
         for (int k = 0; k < 4; ++k) {
           Several<T, wide> a = *first(k, j), b = *second(k, j);
           if (j == own) x1[k] = a, x2[k] = b;
-          for (int i = 0; i < wide; ++i) norm[k] += A(a.v[i]) * A(a.v[i]) + A(b.v[i]) * A(b.v[i]);
+          for (int i = 0; i < wide; ++i)
+            squares[k] += A(a.v[i]) * A(a.v[i]) + A(b.v[i]) * A(b.v[i]);
         }
       }
-      norm = part.sum_rows(norm, 1);
+      squares = part.sum_rows(squares, 1);
       UNROLL
-      for (int k = 0; k < 4; ++k) norm[k] = inverse_rms(norm[k], h.dim, A(qk_eps));
+      for (int k = 0; k < 4; ++k) scale[k] = inverse_rms(squares[k], h.dim, A(qk_eps));
       for (size_t j = own; j < half; j += step) {
         Several<A, wide> c = j == own ? cosine : angle(rope.cosine, j);
         Several<A, wide> s = j == own ? sine : angle(rope.sine, j);
@@ -483,15 +484,16 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
                            b = j == own ? x2[k] : *second(k, j);
           for (int i = 0; i < wide; ++i) {
             A a_i = A(a.v[i]), b_i = A(b.v[i]);
-            a.v[i] = T(norm[k] * (a_i * c.v[i] + b_i * s.v[i]));
-            b.v[i] = T(norm[k] * (b_i * c.v[i] - a_i * s.v[i]));
+            a.v[i] = T(scale[k] * (a_i * c.v[i] + b_i * s.v[i]));
+            b.v[i] = T(scale[k] * (b_i * c.v[i] - a_i * s.v[i]));
           }
           *first(k, j) = a, *second(k, j) = b;
         }
       }
       UNROLL
       for (int k = 0; k < 4; ++k)
-        if (part.rank == 0 && head + size_t(k) < heads) r[row * heads + head + size_t(k)] = norm[k];
+        if (part.rank == 0 && head + size_t(k) < heads)
+          r[row * heads + head + size_t(k)] = scale[k];
     }
   });
 }
@@ -1269,18 +1271,21 @@ void swiglu_backward(const Device& device, T* du, const T* dhidden, const T* u, 
 // ---------------------------------------------------------------------------------------------
 // 6. A block
 //
-//     qkv = X W_QKV^T, its Q and K rotated and normalised
-//     Y   = attention(Q, K, V)
-//     X1  = merge_1(X, Y W_O^T)
-//     h   = SwiGLU(X1 W13^T)
-//     X'  = merge_2(X1, h W2^T)
+//     qkv    = X W_QKV^T, its Q and K rotated and normalised
+//     Y      = attention(Q, K, V),   F1 = Y W_O^T
+//     X1     = merge_1(X, F1)
+//     u      = X1 W13^T
+//     hidden = SwiGLU(u),            F2 = hidden W2^T
+//     X_next = merge_2(X1, F2)
 
-// What a block's forward leaves for its backward. X is the block's input.
+// What a block's forward leaves for its backward: the arrays above and what attention and the
+// merges save. The arrays are those of a place in the span, which blocks take by turns (7); what
+// the merges save each block has for itself.
 template <class T>
 struct BlockSaved {
   T *X, *qkv, *P, *Y, *Y_rest, *F1, *X1, *u, *hidden, *F2, *X_next;
   Acc<T>*r_qk, *log_sums;  // log_sums, Y_rest: only where attention is fused; P: only where not
-  std::array<MergeSaved<Acc<T>>, 2> merge;  // the block's own, not its place's in the span
+  std::array<MergeSaved<Acc<T>>, 2> merge;
 };
 
 // Arrays that live within one block's pass, shared by all blocks. Where attention is fused there is
@@ -1288,7 +1293,7 @@ struct BlockSaved {
 template <class T>
 struct BlockScratch {
   Acc<T>*scores, *inner;             // (B, H, T, T), (B, H, T)
-  T* g;                              // (B T, D): Pre-Norm's dL/dX_next, of the branch alone
+  T* G_branch;                       // (B T, D): Pre-Norm's dL/dX_next, of the branch alone
   T* dF[2];                          // (B T, D), of both branches
   T *dhidden, *du, *dY, *dqkv, *dS;  // (B T, F), (, 2F), (, D), (, 3D), (B, H, T, T)
   MergeScratch<Acc<T>> merge[2];
@@ -1308,67 +1313,73 @@ struct BlockShape {
 // saved the first time.
 template <class T>
 void block_forward(Device& device, BlockSaved<T> s, BlockParameters<const T> w,
-                   BlockScratch<T> scratch, const BlockShape<T>& b, bool again = false) {
-  size_t rows = b.tokens.rows(), D = b.D, F = b.F;
+                   BlockScratch<T> scratch, const BlockShape<T>& shape, bool again = false) {
+  size_t rows = shape.tokens.rows(), D = shape.D, F = shape.F;
   linear_forward(device, s.qkv, s.X, w.qkv, rows, 3 * D, D);
-  rope_qk_norm_forward(device, s.qkv, s.r_qk, b.rope, b.heads);
+  rope_qk_norm_forward(device, s.qkv, s.r_qk, shape.rope, shape.heads);
   if (s.log_sums)
-    fused_attention_forward(device, s.Y, s.Y_rest, s.log_sums, s.qkv, b.heads);
+    fused_attention_forward(device, s.Y, s.Y_rest, s.log_sums, s.qkv, shape.heads);
   else
-    attention_forward(device, s.Y, s.P, scratch.scores, s.qkv, b.heads);
+    attention_forward(device, s.Y, s.P, scratch.scores, s.qkv, shape.heads);
   linear_forward(device, s.F1, s.Y, w.proj, rows, D, D);
-  merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.gates[0], b.tokens, D, b.eps, again);
+  merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.gates[0], shape.tokens, D, shape.eps, again);
 
   linear_forward(device, s.u, s.X1, w.w13, rows, 2 * F, D);
   swiglu_forward(device, s.hidden, s.u, rows, F);
   linear_forward(device, s.F2, s.hidden, w.w2, rows, D, F);
   if (s.X_next)
-    merge_forward(device, s.X_next, s.merge[1], s.X1, s.F2, w.gates[1], b.tokens, D, b.eps, again);
+    merge_forward(device, s.X_next, s.merge[1], s.X1, s.F2, w.gates[1], shape.tokens, D, shape.eps,
+                  again);
 }
 
-// G holds dL/dX_next on entry and dL/dX on return; parameter gradients = (or += if `accumulate`).
-// Each line of block_forward has its backward here, last first; a linear map has two, its weight's
-// and its input's. The trunk's gradient stays in G: the merges replace it, and the branch's first
-// linear map adds its part. (Pre-Norm uses the trunk twice, mvsplit.cu 3.1: G holds the gradient
-// that comes along the trunk, and what the branch gives back is kept apart in scratch.g, on entry
-// and on return. The first block reads the trunk itself: there it is added to G.)
+// G holds dL/dX_next on entry and dL/dX on return; dw, the gradients of the parameters w, = (or +=
+// if `accumulate`). Each line of block_forward has its backward here, last first; a linear map has
+// two, its weight's and its input's. The trunk's gradient stays in G: the merges replace it, and
+// the branch's first linear map adds its part.
+//
+// G_branch, what comes back from the branch, is G itself, except for Pre-Norm, which uses the trunk
+// twice (mvsplit.cu 3.1): there G holds the gradient that comes along the trunk, and G_branch is
+// apart, in scratch, on entry and on return. (The first block reads the trunk itself: its branch's
+// gradient is added to G.)
+//
 // `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of writer i: 1 (W2), then 0
 // (W_O).
 template <class T, class P>
-void block_backward(Device& device, T* G, BlockParameters<P> d, BlockSaved<T> s,
-                    BlockParameters<const T> w, BlockScratch<T> scratch, const BlockShape<T>& b,
+void block_backward(Device& device, T* G, BlockParameters<P> dw, BlockSaved<T> s,
+                    BlockParameters<const T> w, BlockScratch<T> scratch, const BlockShape<T>& shape,
                     bool accumulate, const std::function<void(int)>& observe = {}) {
-  size_t rows = b.tokens.rows(), D = b.D, F = b.F;
-  T *dF1 = scratch.dF[0], *dF2 = scratch.dF[1], *g = scratch.g ? scratch.g : G;
-  merge_backward(device, G, dF2, d.gates[1], g, s.X_next, s.F2, w.gates[1], s.merge[1],
-                 scratch.merge[1], b.tokens, D, accumulate);
+  size_t rows = shape.tokens.rows(), D = shape.D, F = shape.F;
+  T *dF1 = scratch.dF[0], *dF2 = scratch.dF[1], *G_branch = scratch.G_branch ? scratch.G_branch : G;
+  merge_backward(device, G, dF2, dw.gates[1], G_branch, s.X_next, s.F2, w.gates[1], s.merge[1],
+                 scratch.merge[1], shape.tokens, D, accumulate);
   if (observe) observe(1);
   device.beside(
-      [&] { linear_backward_weight(device, d.w2, dF2, s.hidden, rows, D, F, accumulate); });
+      [&] { linear_backward_weight(device, dw.w2, dF2, s.hidden, rows, D, F, accumulate); });
   linear_backward_input(device, scratch.dhidden, dF2, w.w2, rows, D, F);
   swiglu_backward(device, scratch.du, scratch.dhidden, s.u, rows, F);
-  device.beside(
-      [&] { linear_backward_weight(device, d.w13, scratch.du, s.X1, rows, 2 * F, D, accumulate); });
-  linear_backward_input(device, g, scratch.du, w.w13, rows, 2 * F, D, g == G);
+  device.beside([&] {
+    linear_backward_weight(device, dw.w13, scratch.du, s.X1, rows, 2 * F, D, accumulate);
+  });
+  linear_backward_input(device, G_branch, scratch.du, w.w13, rows, 2 * F, D, G_branch == G);
 
-  merge_backward(device, G, dF1, d.gates[0], g, s.X1, s.F1, w.gates[0], s.merge[0],
-                 scratch.merge[0], b.tokens, D, accumulate);
+  merge_backward(device, G, dF1, dw.gates[0], G_branch, s.X1, s.F1, w.gates[0], s.merge[0],
+                 scratch.merge[0], shape.tokens, D, accumulate);
   if (observe) observe(0);
-  device.beside([&] { linear_backward_weight(device, d.proj, dF1, s.Y, rows, D, D, accumulate); });
+  device.beside([&] { linear_backward_weight(device, dw.proj, dF1, s.Y, rows, D, D, accumulate); });
   linear_backward_input(device, scratch.dY, dF1, w.proj, rows, D, D);
   if (s.log_sums) {
     fused_attention_backward(device, scratch.dqkv, scratch.inner, scratch.dY, s.Y, s.Y_rest,
-                             s.log_sums, s.qkv, s.r_qk, b.rope, b.heads);
+                             s.log_sums, s.qkv, s.r_qk, shape.rope, shape.heads);
   } else {
     attention_backward(device, scratch.dqkv, scratch.dY, s.P, s.qkv, scratch.scores, scratch.dS,
-                       b.heads);
-    rope_qk_norm_backward(device, scratch.dqkv, s.qkv, s.r_qk, b.rope, b.heads);
+                       shape.heads);
+    rope_qk_norm_backward(device, scratch.dqkv, s.qkv, s.r_qk, shape.rope, shape.heads);
   }
   device.beside([&] {
-    linear_backward_weight(device, d.qkv, scratch.dqkv, s.X, rows, 3 * D, D, accumulate);
+    linear_backward_weight(device, dw.qkv, scratch.dqkv, s.X, rows, 3 * D, D, accumulate);
   });
-  if (!s.merge[0].r_X) g = G;  // the first block reads the trunk itself
-  linear_backward_input(device, g, scratch.dqkv, w.qkv, rows, 3 * D, D, g == G);
+  if (!s.merge[0].r_X) G_branch = G;  // the first block reads the trunk itself
+  linear_backward_input(device, G_branch, scratch.dqkv, w.qkv, rows, 3 * D, D, G_branch == G);
   device.join();  // before scratch, or what the block saved, is overwritten
 }
 
@@ -1455,14 +1466,14 @@ struct Arrays {
     else
       scratch.dS = c.take<T>(squares);
     G = c.take<T>(rows * m.width);
-    if (m.mode().ffn == Merge::prenorm) scratch.g = c.take<T>(rows * m.width);
+    if (m.mode().ffn == Merge::prenorm) scratch.G_branch = c.take<T>(rows * m.width);
     for (T*& dF : scratch.dF) dF = c.take<T>(rows * m.width);
     scratch.dY = c.take<T>(rows * m.width);
     scratch.dhidden = c.take<T>(rows * m.ffn), scratch.du = c.take<T>(2 * rows * m.ffn);
     scratch.dqkv = c.take<T>(3 * rows * m.width);
     for (MergeScratch<A>& merge : scratch.merge) {
       merge.h = c.take<A>(rows);
-      merge.dbar = c.take<A>(2 * B * m.width), merge.dgate = c.take<A>(2 * B * m.width);
+      merge.dZbar = c.take<A>(2 * B * m.width), merge.dgate = c.take<A>(2 * B * m.width);
     }
   }
 
@@ -1681,10 +1692,10 @@ class Network {
   void backward(size_t b, bool accumulate, bool inputs = false, const Observer<T>& observe = {},
                 Dither dither = {}) {
     Parameters<const T> w = locate<const T>(config, table, arrays.weights);
-    Parameters<A> d = gradient_targets();
+    Parameters<A> dw = gradient_targets();
     bool add = accumulate && !rounds_gradients;
     if (rounds_gradients && !dither.pass) fail("gradients that are rounded need a Dither");
-    project_backward(b, w, d, add);
+    project_backward(b, w, dw, add);
     for (size_t s = ceil_div(config.depth, span_); s-- > 0;) {
       size_t first = s * span_, end = std::min(config.depth, first + span_);
       if (end < config.depth)
@@ -1694,15 +1705,15 @@ class Network {
           block_forward(device, again, w.block(i), arrays.scratch, shape(b), true);
         }
       for (size_t i = end; i-- > first;) {
-        block_backward(device, arrays.G, d.block(i), saved(i), w.block(i), arrays.scratch, shape(b),
-                       add, [&](int writer) {
+        block_backward(device, arrays.G, dw.block(i), saved(i), w.block(i), arrays.scratch,
+                       shape(b), add, [&](int writer) {
                          if (observe) observe(i, writer, saved(i), arrays.scratch.dF[writer]);
                        });
         round_gradients(blocks_at() + i * table.block_stride, blocks_at(), table.block_stride,
                         accumulate, dither);
       }
     }
-    embed_backward(b, w, d, add, inputs);
+    embed_backward(b, w, dw, add, inputs);
     size_t end = blocks_at() + config.depth * table.block_stride;
     round_gradients(0, 0, blocks_at(), accumulate, dither);
     round_gradients(end, blocks_at() + table.block_stride, table.size - end, accumulate, dither);
@@ -1742,9 +1753,9 @@ class Network {
   // Where the backward's kernels write.
   Parameters<A> gradient_targets() {
     if constexpr (!rounds_gradients) return locate<A>(config, table, arrays.gradients);
-    Parameters<A> d = locate<A>(one_block(config), block_table_, arrays.unrounded);
-    d.block_stride = 0;  // every block's are the one block's
-    return d;
+    Parameters<A> dw = locate<A>(one_block(config), block_table_, arrays.unrounded);
+    dw.block_stride = 0;  // every block's are the one block's
+    return dw;
   }
 
   // gradients (=, or += if `accumulate`) [at, at + n) from unrounded [from, from + n); multiples of
@@ -1778,33 +1789,33 @@ class Network {
 
   // G = dL/d(trunk's output). Text tokens are projected and ignored on the way forward (3% more
   // work, no gather); image_to_tokens gives their rows a zero gradient.
-  void project_backward(size_t b, const Parameters<const T>& w, const Parameters<A>& d,
+  void project_backward(size_t b, const Parameters<const T>& w, const Parameters<A>& dw,
                         bool accumulate) {
     size_t rows = b * config.tokens(), dim = config.patch_dim();
     image_to_tokens(device, arrays.dprediction, arrays.dvelocity, b, config.tokens(), patches(),
                     PatchOrder::channel_last);
-    bias_backward(device, d.final_bias, arrays.dprediction, rows, dim, accumulate);
-    linear_backward_weight(device, d.final_weight, arrays.dprediction, input(config.depth), rows,
+    bias_backward(device, dw.final_bias, arrays.dprediction, rows, dim, accumulate);
+    linear_backward_weight(device, dw.final_weight, arrays.dprediction, input(config.depth), rows,
                            dim, config.width, accumulate);
-    T* g = arrays.scratch.g;  // if any: beyond the last merge there is no trunk
-    if (g) device.fill(arrays.G, 0, rows * config.width * sizeof(T));
-    linear_backward_input(device, g ? g : arrays.G, arrays.dprediction, w.final_weight, rows, dim,
-                          config.width);
+    T* G_branch = arrays.scratch.G_branch;  // if any: beyond the last merge there is no trunk
+    if (G_branch) device.fill(arrays.G, 0, rows * config.width * sizeof(T));
+    linear_backward_input(device, G_branch ? G_branch : arrays.G, arrays.dprediction,
+                          w.final_weight, rows, dim, config.width);
   }
 
-  void embed_backward(size_t b, const Parameters<const T>& w, const Parameters<A>& d,
+  void embed_backward(size_t b, const Parameters<const T>& w, const Parameters<A>& dw,
                       bool accumulate, bool inputs) {
     Arrays<T>& a = arrays;
     size_t N = config.image_tokens(), L = config.text_tokens, D = config.width;
     size_t stride = config.tokens() * D, dim = config.patch_dim();
     rmsnorm_backward(device, a.dimage_embed, a.G, a.image_embed, a.r_image, b, N, D, stride);
     if (config.patch_bias)
-      bias_backward(device, d.patch_bias, a.dimage_embed, b * N, D, accumulate);
-    linear_backward_weight(device, d.patch_weight, a.dimage_embed, a.patches, b * N, D, dim,
+      bias_backward(device, dw.patch_bias, a.dimage_embed, b * N, D, accumulate);
+    linear_backward_weight(device, dw.patch_weight, a.dimage_embed, a.patches, b * N, D, dim,
                            accumulate);
     rmsnorm_backward(device, a.dtext_embed, a.G + N * D, a.text_embed, a.r_text, b, L, D, stride);
     if (config.projects_text())
-      linear_backward_weight(device, d.context, a.dtext_embed, a.text, b * L, D, config.text_dim,
+      linear_backward_weight(device, dw.context, a.dtext_embed, a.text, b * L, D, config.text_dim,
                              accumulate);
     if (!inputs) return;
     linear_backward_input(device, a.dpatches, a.dimage_embed, w.patch_weight, b * N, D, dim);

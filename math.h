@@ -221,7 +221,7 @@ struct Device {
 #ifdef __CUDACC__
   cudaStream_t stream = nullptr, side_stream = nullptr;
   cublasHandle_t blas = nullptr, side_blas = nullptr;
-  void* workspace = nullptr;  // cuBLAS's, half a stream; behind it the meeting place
+  void* workspace = nullptr;  // one half for each stream's cuBLAS, then the meeting place
   cudaEvent_t event = nullptr;
   bool forked = false;  // something may still run beside
 #endif
@@ -795,16 +795,17 @@ class Graph {
 // ---------------------------------------------------------------------------------------------
 // 5. The matrix product
 
-// A row-major matrix, or a batch of them numbered (outer, inner): element (i, j) of matrix (o, n)
-// is data[o * outer + n * inner + i * stride + j], with i and j exchanged if `transposed`.
-// Attention uses the batch to walk (sequence, head) over the heads' slices of a (B, T, 3, H, hd)
-// array in place.
+// A row-major matrix, or a batch of them: element (i, j) of matrix (o, h) is
+// data[o * outer_stride + h * inner_stride + i * stride + j], with i and j exchanged if
+// `transposed`. A batch has two indices, outer and inner, since attention reads the heads' slices
+// of a (B, T, 3, H, hd) array in place: from one sequence to the next is another stride than from
+// one head to the next.
 template <class T>
 struct Matrix {
   T* data;
   size_t stride;
   bool transposed = false;
-  size_t outer = 0, inner = 0;
+  size_t outer_stride = 0, inner_stride = 0;
 
   Matrix(T* d, size_t s) : data(d), stride(s) {}
   Matrix transpose() const {
@@ -812,18 +813,18 @@ struct Matrix {
     m.transposed = !transposed;
     return m;
   }
-  Matrix batch(size_t outer_stride, size_t inner_stride) const {
+  Matrix batch(size_t outer, size_t inner) const {
     Matrix m = *this;
-    m.outer = outer_stride;
-    m.inner = inner_stride;
+    m.outer_stride = outer;
+    m.inner_stride = inner;
     return m;
   }
-  HD T* at(size_t o, size_t n) const { return data + o * outer + n * inner; }
+  HD T* at(size_t o, size_t h) const { return data + o * outer_stride + h * inner_stride; }
 };
 
 struct Sizes {
   size_t m, n, k;               // C is (m, n), the sum runs over k
-  size_t outer = 1, inner = 1;  // how many products
+  size_t outer = 1, inner = 1;  // outer * inner products: o < outer, h < inner
 };
 
 // The CPU product. Each task makes one tile of C: it packs a panel of A and one of B into the order
@@ -958,9 +959,9 @@ void device_gemm(Device& device, Matrix<TC> C, Matrix<const T> A, Matrix<const T
   for (size_t h = 0; h < s.inner; ++h)
     CUBLAS_CHECK(cublasGemmStridedBatchedEx(
         device.blas, op(B.transposed), op(A.transposed), int(s.n), int(s.m), int(s.k), &alpha,
-        B.at(0, h), cuda_type<T>, int(B.stride), int64_t(B.outer), A.at(0, h), cuda_type<T>,
-        int(A.stride), int64_t(A.outer), &beta, C.at(0, h), cuda_type<TC>, int(C.stride),
-        int64_t(C.outer), int(s.outer), compute, CUBLAS_GEMM_DEFAULT));
+        B.at(0, h), cuda_type<T>, int(B.stride), int64_t(B.outer_stride), A.at(0, h), cuda_type<T>,
+        int(A.stride), int64_t(A.outer_stride), &beta, C.at(0, h), cuda_type<TC>, int(C.stride),
+        int64_t(C.outer_stride), int(s.outer), compute, CUBLAS_GEMM_DEFAULT));
 }
 #endif
 
@@ -973,7 +974,8 @@ void gemm(Device& device, Matrix<TC> C, Matrix<TA> A, Matrix<TB> B, Sizes s,
   static_assert(std::is_same_v<T, std::remove_const_t<TB>>, "both factors are stored alike");
   auto view = [](auto m) {
     Matrix<const T> v(m.data, m.stride);
-    v.transposed = m.transposed, v.outer = m.outer, v.inner = m.inner;
+    v.transposed = m.transposed;
+    v.outer_stride = m.outer_stride, v.inner_stride = m.inner_stride;
     return v;
   };
   // A sum of nothing: HostGemm would leave what its thread added up last, and cuBLAS says nothing.

@@ -17,17 +17,28 @@
 // is its transpose. <U, V> = tr(U^T V), the inner product of all numbers. The mean-coherent part of
 // a gradient that is a sum over tokens is what their means contribute: dW_mu in section 5.
 //
-// Letters that mean one thing in the derivations and another in the code:
+// Letters that mean several things, here and in dit.cu:
 //
+//          in the derivations                                     in the code
 //     T    the tokens of a sequence, N of image, then L of text   the type that is stored
 //     A    an attention matrix; alignment amplification (6)       Acc<T>, the type of sums
 //     P    I - J, which centers tokens                            the type of parameters'
 //                                                                 gradients; attention's matrix
 //     F    a branch's output                                      the same, or the FFN's width
+//     G    the cotangent that a backward begins with;             the same; in a block the
+//          G_mean and G_ctr are sizes of parts of dW, in 5        trunk's gradient
+//     Y, y what an operation makes; a writer's input in 5 and 6   the same
+//     h    <G, X_next> / D of a token in 4; SwiGLU's output       the first; the sizes of heads
+//     K    attention's keys; <y_t, y_s> in 6                      the same
+//     C    <delta_t, delta_s> in 6                                the same; a product; in shapes
+//                                                                 an image's channels
+//     S    attention's scores                                     in shapes measured sequences
 //     M    products of cosines (6); (P A)^T (P A) in dit.cu       the same
-//     L    text tokens; blocks in 3.1                             the same, or measured layers
+//     L    text tokens; blocks in 3 and 3.1                       text tokens; in shapes measured
+//                                                                 layers; the type of a line in 4.1
 //
-// G is the cotangent that a backward begins with, D the channels of a token, B a batch.
+// delta is the adjoint of F and Delta that of Z (dZ in the code); D the channels of a token, B a
+// batch.
 //
 // How to read it: section 1 defines J and P and proves the three facts that everything uses;
 // section 2 is RMSNorm; section 3 is one formula with all merges in it (skip 3.1 at first: two that
@@ -96,11 +107,14 @@ struct Tokens {
   }
 };
 
-// Sum body(segment, row, d), which looks at the four channels d..d+3, over the rows of each
-// segment, and call finish(segment, d, sum) with the result; `zero` fixes the type of the sum. A
-// team takes one segment and 16 to 128 channels, fewer while there are less than a thousand teams.
-// Its threads are a grid, a quad of channels a column, and each of its `lines` takes every lines-th
-// token. (On a CPU the grid is 1 x 1, and the loop over tiles goes through the channels.)
+// Sums over the tokens of each segment, for four channels d..d+3 at a time: adds up what
+// body(segment, row, d) returns for the segment's rows, and calls finish(segment, d, sum) once with
+// the result, or with `zero` for an empty segment. A mean is such a sum, finished with 1 / count.
+//
+// How the work is shared: a team takes one segment and 16 to 128 channels, fewer while there are
+// less than a thousand teams. Its threads are a grid, a quad of channels a column, and each of its
+// `lines` takes every lines-th token. (On a CPU the grid is 1 x 1, and the loop over tiles goes
+// through the channels.)
 template <class Sum, class Body, class Finish>
 void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, const Body& body,
                      const Finish& finish) {
@@ -134,7 +148,8 @@ void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, co
   });
 }
 
-// Two sums in one pass.
+// Two sums over tokens that one pass makes: of X and of F on the way forward, of dZ and of the
+// terms of a gate's gradient on the way back.
 template <class A>
 struct QuadPair {
   Quad<A> a, b;
@@ -301,13 +316,13 @@ HD GateValues<Acc<T>> gates_at(Gates<const T> gates, size_t d) {
 }
 
 // Z at four channels of one token: the only place where the merges differ on the way forward.
-// `mean` is that of X and F over the token's segment. For Pre-Norm x is that of X / r_X.
+// xbar and fbar are the means over the token's segment. For Pre-Norm x is that of X / r_X.
 template <Merge merge, class A>
-HD Quad<A> merge_rule(GateValues<A> gates, Quad<A> x, Quad<A> f, QuadPair<A> mean) {
+HD Quad<A> merge_rule(GateValues<A> gates, Quad<A> x, Quad<A> f, Quad<A> xbar, Quad<A> fbar) {
   if (merge == Merge::plain || merge == Merge::prenorm) return x + f;
   if (merge == Merge::layerscale || merge == Merge::rezero) return multiply_add(gates.gain, f, x);
-  Quad<A> to_mean = merge == Merge::mvsplit ? mean.b - mean.a : mean.b;
-  return multiply_add(gates.alpha, to_mean, multiply_add(gates.gain, f - mean.b, x));
+  Quad<A> to_mean = merge == Merge::mvsplit ? fbar - xbar : fbar;
+  return multiply_add(gates.alpha, to_mean, multiply_add(gates.gain, f - fbar, x));
 }
 
 // All of a merge in one kernel (4.1), where there is one: on a GPU, for bf16, a merge that splits,
@@ -347,28 +362,29 @@ void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const
     auto z = [&](int k, size_t d) {
       Quad<A> x = load<A>(X + rows.row(k) * D + d), f = load<A>(F + rows.row(k) * D + d);
       if (merge == Merge::prenorm && saved.r_X) x = A(1) / saved.r_X[rows.row(k)] * x;
-      QuadPair<A> mean = {};
-      if (splits(merge))
-        mean = {load<A>(saved.xbar + rows.segment * D + d),
-                load<A>(saved.fbar + rows.segment * D + d)};
-      return merge_rule<merge>(gates_at<merge>(gates, d), x, f, mean);
+      Quad<A> xbar = {}, fbar = {};
+      if (splits(merge)) {
+        xbar = load<A>(saved.xbar + rows.segment * D + d);
+        fbar = load<A>(saved.fbar + rows.segment * D + d);
+      }
+      return merge_rule<merge>(gates_at<merge>(gates, d), x, f, xbar, fbar);
     };
     // kept[k]: Z of row k at the thread's first channels, on a GPU up to D = 1024 all that it has.
     // They are read before anything is written, so that all loads can be on their way at once.
     size_t own = 4 * size_t(team.rank), step = 4 * size_t(team.size);
-    Quad<A> kept[4] = {}, r = quad(A(0));
+    Quad<A> kept[4] = {}, squares = quad(A(0)), r;
     for (size_t d = own; d < (again ? min_(own + 1, D) : D); d += step) {
       UNROLL
       for (int k = 0; k < 4; ++k) {
         Quad<A> v = z(k, d);
         if (d == own) kept[k] = v;
-        r[k] += dot(v, v);
+        squares[k] += dot(v, v);
       }
     }
-    if (!again) r = team.sum_rows(r, 1);
+    if (!again) squares = team.sum_rows(squares, 1);
     UNROLL
     for (int k = 0; k < 4; ++k) {
-      r[k] = again ? saved.r[rows.row(k)] : inverse_rms(r[k], D, A(eps));
+      r[k] = again ? saved.r[rows.row(k)] : inverse_rms(squares[k], D, A(eps));
       if (!again && team.rank == 0 && rows.has(k)) saved.r[rows.row(k)] = r[k];
     }
     for (size_t d = own; d < D; d += step) {
@@ -394,10 +410,10 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 
 // 3.1 For comparison; skip at first
 //
-// Pre-Norm. The trunk Z is used twice: normalised, Y = RMSNorm(Z) = r Z, it is what the next branch
-// reads; as it is, it goes on along the trunk, Z_next = Z + F(Y). What is stored is Y and r, as for
-// the other merges, and Z = Y / r, whatever eps. (In bf16 it is rounded by each merge, as it would
-// be if it were stored itself.) So with r_X the r of the merge that made X,
+// Pre-Norm. The trunk Z is used twice: normalised, X_next = RMSNorm(Z) = r Z, it is what the next
+// branch reads; as it is, it goes on along the trunk, Z_next = Z + F(X_next). What is stored is
+// X_next and r, as for the other merges, and Z = X_next / r, whatever eps. (In bf16 each merge
+// rounds it, as it would if it stored Z itself.) So with r_X the r of the merge that made X,
 //
 //     Z = X / r_X + F,     X_next = RMSNorm(Z):                                        (Pre-Norm)
 //
@@ -449,23 +465,25 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // Consequence of (dF): the segment mean of dF is alpha * Dbar. At alpha = 0, where training starts,
 // the branch's adjoint has no mean at all, however large Dbar is.
 //
-// What it reads. Z is not stored, but r is, and so is Y = X_next = r Z, the merge's output, which
-// the next layer kept as its input. With Z = Y / r the second term of Delta is (r^3 / D) <G, Z> Z =
-// (r / D) <G, Y> Y:
+// What it reads. Z is not stored, but r is, and so is the merge's output X_next = r Z, which the
+// next layer kept as its input. With Z = X_next / r the second term of Delta is, for each token,
+// (r^3 / D) <G, Z> Z = (r / D) <G, X_next> X_next:
 //
-//     Delta_i = r_i (G_i - h_i Y_i),        h_i = <G_i, Y_i> / D,                     (Delta')
+//     Delta = r (G - h X_next),        h = <G, X_next> / D,       for each token      (Delta')
 //
 // so X is not needed at all, and F for the gates alone. Three passes (two without gates): over rows
 // for h; over tokens for Dbar and the gates; and one for the outputs. Delta is made in each of the
-// last two from G and Y. To store it would write one array and read one in the third pass; this
-// reads two, writes none, takes no (B, T, D) array and rounds no Delta to bf16.
+// last two from G and X_next. To store it would write one array and read one in the third pass;
+// this reads two, writes none, takes no (B, T, D) array and rounds no Delta to bf16.
+//
+// In the code the gradients dL/dX, dL/dF and dL/dZ = Delta are dX, dF and dZ, and Dbar is dZbar.
+// (For Pre-Norm dL/dZ is Delta and the trunk's part, which the third pass adds.)
 
-// Scratch of the backward: h (B, T), of the passes alone; and (B, 2, D): dbar, Delta's segment
-// means, and dgate, a segment's sums of Delta * (F - Fbar_s), or of Delta * F where nothing is
-// split.
+// Scratch of the backward: h (B, T), of the passes alone; and (B, 2, D): dZbar, dZ's segment means,
+// and dgate, a segment's sums of dZ * (F - Fbar_s), or of dZ * F where nothing is split.
 template <class A>
 struct MergeScratch {
-  A *h, *dbar, *dgate;
+  A *h, *dZbar, *dgate;
 };
 
 // *to = sum, or += if `accumulate`.
@@ -510,7 +528,7 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
           gain_sum += scratch.dgate[s * D + d];
           if (!split) continue;
           A to_mean = saved.fbar[s * D + d] - (leak ? saved.xbar[s * D + d] : A(0));
-          alpha_sum += A(tokens.count(s % 2)) * scratch.dbar[s * D + d] * to_mean;  // (dalpha)
+          alpha_sum += A(tokens.count(s % 2)) * scratch.dZbar[s * D + d] * to_mean;  // (dalpha)
         }
       gain_sum = team.sum_rows(gain_sum, columns);
       if (split) alpha_sum = team.sum_rows(alpha_sum, columns);
@@ -521,107 +539,112 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
   });
 }
 
-// The second pass: dbar and dgate. delta(row, d) is (Delta').
-template <Merge merge, class T, class Delta>
+// The second pass: dZbar and dgate. dZ(row, d) is (Delta').
+template <Merge merge, class T, class Adjoint>
 void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, const T* F,
-                      MergeSaved<Acc<T>> saved, Tokens tokens, size_t D, const Delta& delta) {
+                      MergeSaved<Acc<T>> saved, Tokens tokens, size_t D, const Adjoint& dZ) {
   using A = Acc<T>;
   sum_over_tokens(
       device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
       [=] HD(size_t segment, size_t row, size_t d) {
-        Quad<A> f = load<A>(F + row * D + d), delta_i = delta(row, d);
+        Quad<A> f = load<A>(F + row * D + d), dZ_i = dZ(row, d);
         if (splits(merge)) f = f - load<A>(saved.fbar + segment * D + d);
-        return QuadPair<A>{delta_i, delta_i * f};  // (dbeta)
+        return QuadPair<A>{dZ_i, dZ_i * f};  // (dbeta)
       },
       [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
         A scale = A(1) / A(max_<size_t>(tokens.count(segment % 2), 1));
-        store(scratch.dbar + segment * D + d, scale * sum.a);
+        store(scratch.dZbar + segment * D + d, scale * sum.a);
         store(scratch.dgate + segment * D + d, sum.b);
       });
 }
 
-// dX and dF at four channels of one token, from Delta there and its mean over the token's segment.
+// dX and dF at four channels of one token, from dZ there and its mean over the token's segment.
+template <class A>
+struct MergeGradients {
+  Quad<A> dX, dF;
+};
 template <Merge merge, class A>
-HD QuadPair<A> merge_rule_backward(GateValues<A> gates, Quad<A> delta, Quad<A> mean) {
-  if (!has_gates(merge)) return {delta, delta};
-  if (!splits(merge)) return {delta, gates.gain * delta};
-  return {merge == Merge::mvsplit ? delta - gates.alpha * mean : delta,  // (dX)
-          gates.gain * delta + (gates.alpha - gates.gain) * mean};       // (dF)
+HD MergeGradients<A> merge_rule_backward(GateValues<A> gates, Quad<A> dZ, Quad<A> dZbar) {
+  if (!has_gates(merge)) return {dZ, dZ};
+  if (!splits(merge)) return {dZ, gates.gain * dZ};
+  return {merge == Merge::mvsplit ? dZ - gates.alpha * dZbar : dZ,  // (dX)
+          gates.gain * dZ + (gates.alpha - gates.gain) * dZbar};    // (dF)
 }
 
 // The third pass: dX and dF.
-template <Merge merge, class T, class Delta>
+template <Merge merge, class T, class Adjoint>
 void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                         Gates<const T> gates, Tokens tokens, size_t D, const Delta& delta) {
+                         Gates<const T> gates, Tokens tokens, size_t D, const Adjoint& dZ) {
   using A = Acc<T>;
   for_each_team(device, tokens.fours(), threads_for_fours(D), [=] HD(Team team) {
     Tokens::Four rows = tokens.four(team.index);
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
       GateValues<A> values = gates_at<merge>(gates, d);
-      Quad<A> mean = {};
-      if (splits(merge)) mean = load<A>(scratch.dbar + rows.segment * D + d);
+      Quad<A> dZbar = {};
+      if (splits(merge)) dZbar = load<A>(scratch.dZbar + rows.segment * D + d);
       // All four are read before any is written: dX may be G, so the compiler could not move a
       // later load up by itself.
-      QuadPair<A> out[4];
+      MergeGradients<A> out[4];
       UNROLL
       for (int k = 0; k < 4; ++k) {
-        Quad<A> delta_k = delta(rows.row(k), d);
-        if (merge == Merge::prenorm) delta_k = load<A>(dX + rows.row(k) * D + d) + delta_k;
-        out[k] = merge_rule_backward<merge>(values, delta_k, mean);
+        Quad<A> dZ_k = dZ(rows.row(k), d);
+        if (merge == Merge::prenorm) dZ_k = load<A>(dX + rows.row(k) * D + d) + dZ_k;  // (trunk)
+        out[k] = merge_rule_backward<merge>(values, dZ_k, dZbar);
       }
       UNROLL
       for (int k = 0; k < 4; ++k)
         if (rows.has(k)) {
-          store(dX + rows.row(k) * D + d, out[k].a);
-          store(dF + rows.row(k) * D + d, out[k].b);
+          store(dX + rows.row(k) * D + d, out[k].dX);
+          store(dF + rows.row(k) * D + d, out[k].dF);
         }
     }
   });
 }
 
-// The three passes.
+// The three passes: h, the sums over tokens, the outputs.
 template <class T>
 void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                           const T* G, const T* Y, const T* F, Gates<const T> gates,
+                           const T* G, const T* X_next, const T* F, Gates<const T> gates,
                            MergeSaved<Acc<T>> saved, Tokens tokens, size_t D) {
   using A = Acc<T>;
   for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
     size_t row = team.index;
-    A gy = 0;
+    A sum = 0;  // <G, X_next>
     each_quad(team, D, [&](size_t d, bool inside) {
-      A product = dot(load<A>(G + row * D + d), load<A>(Y + row * D + d));
-      gy += inside ? product : A(0);
+      A product = dot(load<A>(G + row * D + d), load<A>(X_next + row * D + d));
+      sum += inside ? product : A(0);
     });
-    gy = team.sum(gy);
-    if (team.rank == 0) scratch.h[row] = gy / A(D);
+    sum = team.sum(sum);
+    if (team.rank == 0) scratch.h[row] = sum / A(D);
   });
-  auto delta = [=] HD(size_t row, size_t d) {
+  auto dZ = [=] HD(size_t row, size_t d) {
     return saved.r[row] *
-           (load<A>(G + row * D + d) - scratch.h[row] * load<A>(Y + row * D + d));  // (Delta')
+           (load<A>(G + row * D + d) - scratch.h[row] * load<A>(X_next + row * D + d));  // (Delta')
   };
   with_kind(gates.merge, [&](auto kind) {
     constexpr Merge merge = decltype(kind)::value;
-    if (has_gates(merge)) merge_token_sums<merge>(device, scratch, F, saved, tokens, D, delta);
-    merge_backward_rows<merge>(device, dX, dF, scratch, gates, tokens, D, delta);
+    if (has_gates(merge)) merge_token_sums<merge>(device, scratch, F, saved, tokens, D, dZ);
+    merge_backward_rows<merge>(device, dX, dF, scratch, gates, tokens, D, dZ);
   });
 }
 
-// As fused_merge_forward().
+// All of it in one kernel (4.1), where fused_merge_forward() has one. Elsewhere it does nothing and
+// returns false.
 template <class T>
 bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                          const T* G, const T* Y, const T* F, Gates<const T> gates,
+                          const T* G, const T* X_next, const T* F, Gates<const T> gates,
                           MergeSaved<Acc<T>> saved, Tokens tokens, size_t D);
 
 // dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next,
-// Y = X_next and F (read where there are gates). dX may be G itself, except for Pre-Norm,
-// where it is dL/dZ_next on entry and dL/dZ on return. The gates' gradients are made beside what
-// follows: they are there, and `scratch` may be used again, after device.join().
+// X_next and F (read where there are gates). dX may be G itself, except for Pre-Norm, where it is
+// dL/dZ_next on entry and dL/dZ on return. The gates' gradients are made beside what follows: they
+// are there, and `scratch` may be used again, after device.join().
 template <class T, class P>
-void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* Y,
+void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* X_next,
                     const T* F, Gates<const T> gates, MergeSaved<Acc<T>> saved,
                     MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
-  if (!fused_merge_backward(device, dX, dF, scratch, G, Y, F, gates, saved, tokens, D))
-    merge_backward_passes(device, dX, dF, scratch, G, Y, F, gates, saved, tokens, D);
+  if (!fused_merge_backward(device, dX, dF, scratch, G, X_next, F, gates, saved, tokens, D))
+    merge_backward_passes(device, dX, dF, scratch, G, X_next, F, gates, saved, tokens, D);
   if (has_gates(gates.merge))
     device.beside(
         [&] { gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate); });
@@ -631,7 +654,7 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, c
 //
 // A segment's mean needs all its tokens, so between adding them up and using the sum all thread
 // blocks must meet: that is why there are several kernels above, each of which reads X and F (or G
-// and Y) again. Here the blocks meet within one kernel, and keep what they have read: a
+// and X_next) again. Here the blocks meet within one kernel, and keep what they have read: a
 // multiprocessor has 64 K registers of 4 bytes and nearly as much shared memory, so that all 132 of
 // an H200 hold the 42 MB of X and F of [32, 320, 1024] in bf16 at once.
 //
@@ -654,7 +677,7 @@ template <int D, int held>
 struct HeldLine {
   static constexpr int columns = D / 4, threads = 2 * columns, warps = columns / 32;
   int place, number, first, end;  // of the block's two; in the sequence; its segment's lines
-  size_t mean;                    // its segment's number among the batch * 2
+  size_t segment;                 // its number among the batch * 2
   size_t window;                  // the first of the rows that are read,
   int begin, rows;                // and which of them are the line's own
   int d;                          // this thread's first channel
@@ -669,13 +692,13 @@ struct HeldLine {
     size_t sequence = first_sequence + blockIdx.x / unsigned(blocks);
     place = int(threadIdx.x) / columns, d = 4 * (int(threadIdx.x) % columns);
     number = 2 * (int(blockIdx.x) % blocks) + place;
-    int image = lines(tokens.image), text = lines(tokens.text), segment = number < image ? 0 : 1;
-    first = segment ? image : 0, end = segment ? image + text : image;
-    int count = int(tokens.count(size_t(segment)));
+    int image = lines(tokens.image), text = lines(tokens.text), kind = number < image ? 0 : 1;
+    first = kind ? image : 0, end = kind ? image + text : image;
+    int count = int(tokens.count(size_t(kind)));
     int share = (count + end - first - 1) / (end - first), skipped = (number - first) * share;
     rows = max(min(share, count - skipped), 0);  // a line too many goes through the motions
-    mean = 2 * sequence + size_t(segment);
-    size_t start = sequence * tokens.length() + tokens.first(size_t(segment)) + size_t(skipped);
+    segment = 2 * sequence + size_t(kind);
+    size_t start = sequence * tokens.length() + tokens.first(size_t(kind)) + size_t(skipped);
     window = min_(start, tokens.rows() - held);
     begin = int(start - window);
   }
@@ -805,18 +828,18 @@ __global__ void __launch_bounds__(D / 2, 1)
   }
   GateValues<float> values = gates_at<merge>(gates, size_t(line.d));
   sum = meet(line, sum, place, blocks);
-  float scale = 1 / float(max_<size_t>(tokens.count(line.mean % 2), 1));
-  QuadPair<float> mean = {scale * sum.a, scale * sum.b};
+  float scale = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1));
+  Quad<float> xbar = scale * sum.a, fbar = scale * sum.b;
   if (line.number == line.first) {
-    store(saved.xbar + line.mean * D + size_t(line.d), mean.a);
-    store(saved.fbar + line.mean * D + size_t(line.d), mean.b);
+    store(saved.xbar + line.segment * D + size_t(line.d), xbar);
+    store(saved.fbar + line.segment * D + size_t(line.d), fbar);
   }
   UNROLL
   for (int k = 0; k < held; k += 4) {
     float squares[4];
     UNROLL
     for (int i = 0; i < 4; ++i) {
-      Quad<float> z = merge_rule<merge>(values, rows.first(k + i), rows.second(k + i), mean);
+      Quad<float> z = merge_rule<merge>(values, rows.first(k + i), rows.second(k + i), xbar, fbar);
       squares[i] = dot(z, z);
       rows.put(k + i, z);
     }
@@ -837,7 +860,7 @@ __global__ void __launch_bounds__(D / 2, 1)
 template <Merge merge, int D, int held>
 __global__ void __launch_bounds__(D / 2, 1)
     merge_backward_kernel(bf16* dX, bf16* dF, MergeScratch<float> scratch, const bf16* G,
-                          const bf16* Y, const bf16* F, Gates<const bf16> gates,
+                          const bf16* X_next, const bf16* F, Gates<const bf16> gates,
                           MergeSaved<float> saved, Tokens tokens, float* place, int blocks,
                           size_t first_sequence) {
   using L = HeldLine<D, held>;
@@ -846,7 +869,7 @@ __global__ void __launch_bounds__(D / 2, 1)
   __shared__ float r[2][held];
   L line(tokens, first_sequence, blocks);
   Held<L, held> rows{{}, in_shared + threadIdx.x};
-  rows.load(G + line.at(), Y + line.at());
+  rows.load(G + line.at(), X_next + line.at());
   for (int k = line.d / 4; k < held; k += L::columns) {
     r[line.place][k] = saved.r[line.row(k)];
     UNROLL
@@ -862,7 +885,7 @@ __global__ void __launch_bounds__(D / 2, 1)
     h.add(line, k, products);
   }
   h.finish(line, [&](int, float product) { return product / float(D); });
-  Quad<float> fbar = load<float>(saved.fbar + line.mean * D + size_t(line.d));
+  Quad<float> fbar = load<float>(saved.fbar + line.segment * D + size_t(line.d));
   QuadPair<float> sum = {};
   UNROLL
   for (int k = 0; k < held; k += 4) {
@@ -871,25 +894,25 @@ __global__ void __launch_bounds__(D / 2, 1)
     for (int i = 0; i < 4; ++i) f[i] = *reinterpret_cast<const uint2*>(F + line.at() + (k + i) * D);
     UNROLL
     for (int i = 0; i < 4; ++i) {
-      Quad<float> delta =
+      Quad<float> dZ =
           r[line.place][k + i] *
           (rows.first(k + i) - h.value[line.place][k + i] * rows.second(k + i));  // (Delta')
-      QuadPair<float> terms = {delta, delta * (rows.floats(f[i]) - fbar)};        // (dbeta)
+      QuadPair<float> terms = {dZ, dZ * (rows.floats(f[i]) - fbar)};              // (dbeta)
       if (line.has(k + i)) sum = sum + terms;
-      rows.put(k + i, delta);
+      rows.put(k + i, dZ);
     }
   }
   GateValues<float> values = gates_at<merge>(gates, size_t(line.d));
   sum = meet(line, sum, place, blocks);
-  Quad<float> mean = 1 / float(max_<size_t>(tokens.count(line.mean % 2), 1)) * sum.a;
+  Quad<float> dZbar = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1)) * sum.a;
   if (line.number == line.first) {
-    store(scratch.dbar + line.mean * D + size_t(line.d), mean);
-    store(scratch.dgate + line.mean * D + size_t(line.d), sum.b);
+    store(scratch.dZbar + line.segment * D + size_t(line.d), dZbar);
+    store(scratch.dgate + line.segment * D + size_t(line.d), sum.b);
   }
   UNROLL
   for (int k = 0; k < held; ++k) {
-    QuadPair<float> out = merge_rule_backward<merge>(values, rows.get(k), mean);
-    if (line.has(k)) store(dX + line.at() + k * D, out.a), store(dF + line.at() + k * D, out.b);
+    MergeGradients<float> out = merge_rule_backward<merge>(values, rows.get(k), dZbar);
+    if (line.has(k)) store(dX + line.at() + k * D, out.dX), store(dF + line.at() + k * D, out.dF);
   }
 }
 
@@ -948,7 +971,7 @@ bool fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> sav
 
 template <class T>
 bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                          const T* G, const T* Y, const T* F, Gates<const T> gates,
+                          const T* G, const T* X_next, const T* F, Gates<const T> gates,
                           MergeSaved<Acc<T>> saved, Tokens tokens, size_t D) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>)
@@ -956,10 +979,10 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
       constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
       return launch_held<HeldLine<columns, rows>>(
           device, merge_backward_kernel<decltype(kind)::value, columns, rows>, tokens, rows, dX, dF,
-          scratch, G, Y, F, gates, saved, tokens);
+          scratch, G, X_next, F, gates, saved, tokens);
     });
 #endif
-  (void)device, (void)dX, (void)dF, (void)scratch, (void)G, (void)Y, (void)F, (void)gates;
+  (void)device, (void)dX, (void)dF, (void)scratch, (void)G, (void)X_next, (void)F, (void)gates;
   return (void)saved, (void)tokens, (void)D, false;
 }
 
@@ -1009,9 +1032,10 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
 //     kappa -> 1:   A -> T,  ||dW|| = sqrt(T) |w| = O(T)     tokens alike, and dW = dW_mu
 //
 // That is the lever of the collapse. When tokens become alike, each writer's gradient grows by up
-// to sqrt(T), 16 for 256 tokens, and points in one direction. A step against it adds a multiple of
-// T <ybar, y_t> dbar to F_t: for every token the same vector, and nearly as much of it when the y_t
-// are alike. So it goes into the mean, and the tokens become more alike.
+// to sqrt(T), 16 for 256 tokens, and points in one direction. A step against dW_mu, -eta dW_mu,
+// changes F_t = W y_t by -eta T <ybar, y_t> dbar: every token along the same vector, and by nearly
+// the same amount when the y_t are alike. So nearly all of the step goes into the mean of F; and
+// where that makes the mean larger against the rest, the tokens become more alike still.
 //
 // MV-Split acts on delta: by (10), delta = beta * P Delta + alpha * J Delta with Delta = dL/dZ.
 // With the J and P of the merge, within each segment, row d of dW_mu is scaled by alpha_d and row d

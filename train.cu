@@ -131,13 +131,14 @@ HD inline float join(Halves h) {
   return x;
 }
 
-// The weights that AdamW moves, and the network's rounded copy of them.
+// The weights that AdamW moves, in Acc<T>, beside the network's copy of them in T.
 template <class T, class Kept>
 struct Master {
   using A = Acc<T>;
   static constexpr bool lean = !std::is_same_v<Kept, A>;
-  T* weights;
-  std::conditional_t<lean, int16_t, A>* own;  // lean: the rests; where T is Acc<T>: the weights
+  T* weights;  // the network's
+  // What AdamW moves; lean: only what `weights` lack of it; where T is Acc<T>: `weights` again.
+  std::conditional_t<lean, int16_t, A>* own;
 
   HD Quad<A> get(size_t i) const {
     if constexpr (!lean) {
@@ -264,21 +265,22 @@ void adamw(const Device& device, Master<T, Kept> master, Kept* m, Kept* v, Acc<T
     Chunk c = chunks[team.index];
     A clip = A(clock->clip_scale), lr = A(clock->lr), b1 = A(o.beta1), b2 = A(o.beta2);
     // 1 - 0.999 in float is off by 1.3e-5 of itself: take the difference in double.
-    A rest1 = A(1 - o.beta1), rest2 = A(1 - o.beta2), keep = A(ema), follow = A(1 - ema);
+    A one_minus_b1 = A(1 - o.beta1), one_minus_b2 = A(1 - o.beta2);
+    A keep = A(ema), follow = A(1 - ema);
     A c1 = A(1 / clock->correction1), c2 = A(1 / clock->correction2);
     A decay = c.decays ? A(o.decay) : A(0), eps = A(o.eps);
     for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
       Quad<A> w = master.get(i), g = clip * load<A>(gradients + i);
-      Quad<A> m1 = b1 * load<A>(m + i) + rest1 * g, v1 = b2 * load<A>(v + i) + rest2 * g * g,
-              change;
+      Quad<A> m_next = b1 * load<A>(m + i) + one_minus_b1 * g;
+      Quad<A> v_next = b2 * load<A>(v + i) + one_minus_b2 * g * g, change;
       for (int k = 0; k < 4; ++k)
-        change[k] = m1[k] * c1 / (std::sqrt(v1[k] * c2) + eps) + decay * w[k];
+        change[k] = m_next[k] * c1 / (std::sqrt(v_next[k] * c2) + eps) + decay * w[k];
       w = w - lr * change;
       master.set(i, w);
       if (average) store(average + i, keep * load<A>(average + i) + follow * w);
       Random4 bits = Master<T, Kept>::lean ? dither(i / 4) : Random4{};
-      store_stochastically(m + i, m1, bits, 0);
-      store_stochastically(v + i, v1, bits, 1);
+      store_stochastically(m + i, m_next, bits, 0);
+      store_stochastically(v + i, v_next, bits, 1);
     }
   });
 }
@@ -1003,7 +1005,7 @@ class Trainer : public RunArrays<T, Kept> {
     end_pass(device, a.clock, a.step_losses, a.losses, o.batch, o.accumulate);
   }
 
-  // What a step does with them.
+  // What a step does with its gradients: clip them, look for a spike, move the weights.
   void update(bool diagnose) {
     size_t samples = o.batch * o.accumulate;
     gradient_norm(device, a.clock, a.partial, net.gradients(), a.chunks, chunk_count,
@@ -1081,7 +1083,7 @@ class Trainer : public RunArrays<T, Kept> {
 // averaged one. state.safetensors is all that a run needs to go on: master weights (lean: the
 // weights and the rests), moments, average, step.
 
-// As --precision has it.
+// T as --precision names it.
 template <class T>
 constexpr const char* precision_name = std::is_same_v<T, double>  ? "fp64"
                                        : std::is_same_v<T, float> ? "fp32"
@@ -1105,7 +1107,7 @@ Metadata describe_state(const Trainer<T, Kept>& t) {
   return m;
 }
 
-// What a state says of itself.
+// The entry `key` of a state's metadata. Throws Error where there is none.
 inline std::string described(const SafetensorsReader& file, const std::string& path,
                              const std::string& key) {
   auto at = file.metadata().find(key);

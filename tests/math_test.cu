@@ -475,7 +475,7 @@ struct Operand {
 
   T& at(size_t o, size_t n, size_t i, size_t j) {
     if (view.transposed) std::swap(i, j);
-    return host[offset + o * view.outer + n * view.inner + i * view.stride + j];
+    return host[offset + o * view.outer_stride + n * view.inner_stride + i * view.stride + j];
   }
   Matrix<T> on(const DeviceArray<T>& array) const {
     Matrix<T> m = view;

@@ -18,7 +18,7 @@ const Shape one_kernel_shapes[] = {{{2, 5, 3}, 128},   {{3, 300, 7}, 128},   {{2
 
 // A merge with random gates, and everything that its backward leaves behind.
 struct MergeOp : Op {
-  Tensor dbar, xbar, fbar;
+  Tensor dZbar, xbar, fbar;
   std::function<void()> replay, backward_in_place;  // the latter leaves dX in the cotangent
 };
 
@@ -95,11 +95,11 @@ MergeOp merge_op(Device& device, Merge merge, Shape shape, bool passes = false) 
   op.output = Tensor::of<T>(device, n), op.cotangent = Tensor::random<T>(device, n, 6);
   Tensor r = Tensor::of<A>(device, tokens.rows()), h = Tensor::of<A>(device, tokens.rows());
   op.xbar = Tensor::of<A>(device, means), op.fbar = Tensor::of<A>(device, means);
-  op.dbar = Tensor::of<A>(device, means);
+  op.dZbar = Tensor::of<A>(device, means);
   Tensor dgate = Tensor::of<A>(device, means), Y = op.output, G = op.cotangent;
   MergeSaved<A> saved{r.data<A>(), op.xbar.data<A>(), op.fbar.data<A>()};
-  MergeScratch<A> scratch{h.data<A>(), op.dbar.data<A>(), dgate.data<A>()};
-  op.kept = {r, op.xbar, op.fbar, op.dbar, dgate, h};
+  MergeScratch<A> scratch{h.data<A>(), op.dZbar.data<A>(), dgate.data<A>()};
+  op.kept = {r, op.xbar, op.fbar, op.dZbar, dgate, h};
   Device* d = &device;
   Tensor dX = op.inputs[0].gradient, dF = op.inputs[1].gradient;
   auto forward = [=](bool again) {
@@ -189,14 +189,14 @@ TEST(Merge, OneKernelDoesWhatThePassesDo) {
     }
 }
 
-// x + s * factor_d * dbar of the row's segment; only in rows where keep(segment).
+// x + s * factor_d * dZbar of the row's segment; only in rows where keep(segment).
 template <class Keep>
 std::vector<double> add_mean(const MergeOp& op, const Shape& shape, std::vector<double> x,
                              const std::vector<double>& factor, double s, const Keep& keep) {
-  std::vector<double> dbar = op.dbar.get();
+  std::vector<double> dZbar = op.dZbar.get();
   for (size_t i = 0; i < x.size(); ++i) {
     size_t segment = shape.tokens.segment_of(i / shape.D), d = i % shape.D;
-    if (keep(segment % 2)) x[i] += s * factor[d] * dbar[segment * shape.D + d];
+    if (keep(segment % 2)) x[i] += s * factor[d] * dZbar[segment * shape.D + d];
   }
   return x;
 }
@@ -221,15 +221,15 @@ TEST(Merge, WrongBackwardsAreRejected) {
   // The gates with an uncentered factor: dbeta with F for P F, dalpha without the leaky term.
   std::vector<double> dalpha = op.input("alpha").gradient.get(),
                       dbeta = op.input("beta").gradient.get();
-  std::vector<double> dbar = op.dbar.get(), xbar = op.xbar.get(), fbar = op.fbar.get();
+  std::vector<double> dZbar = op.dZbar.get(), xbar = op.xbar.get(), fbar = op.fbar.get();
   std::vector<double> image_only = dalpha;
   for (size_t s = 0; s < 2 * shape.tokens.batch; ++s)
     for (size_t d = 0; d < shape.D; ++d) {
       size_t i = s * shape.D + d;
       double n = double(shape.tokens.count(s % 2));
-      dbeta[d] += n * dbar[i] * fbar[i];
-      dalpha[d] += n * dbar[i] * xbar[i];
-      if (s % 2) image_only[d] -= n * dbar[i] * (fbar[i] - xbar[i]);
+      dbeta[d] += n * dZbar[i] * fbar[i];
+      dalpha[d] += n * dZbar[i] * xbar[i];
+      if (s % 2) image_only[d] -= n * dZbar[i] * (fbar[i] - xbar[i]);
     }
   expect_rejected(op, "beta", dbeta, "F for P F in (dbeta)");
   expect_rejected(op, "alpha", dalpha, "no Xbar in (dalpha)");
@@ -381,7 +381,7 @@ TEST(Merge, AccumulatesGateGradients) {
     Tokens tokens = shapes[0].tokens;
     Tensor h = Tensor::of<float>(*device, tokens.rows()),
            dgate = Tensor::random<float>(*device, 2 * tokens.batch * shapes[0].D, 8);
-    MergeScratch<float> scratch{h.data<float>(), op.dbar.data<float>(), dgate.data<float>()};
+    MergeScratch<float> scratch{h.data<float>(), op.dZbar.data<float>(), dgate.data<float>()};
     MergeSaved<float> saved{nullptr, op.xbar.data<float>(), op.fbar.data<float>()};
     auto run = [&](bool accumulate) {
       Gates<float> d{Merge::mvsplit, op.input("alpha").gradient.data<float>(),
@@ -724,14 +724,14 @@ Merged merged(Device& device, Tokens tokens, const Gains& gains, const Dense& X,
          df = tensor(array), alpha = tensor(gains.alpha), beta = tensor(gains.beta),
          lambda = tensor(gains.lambda), da = tensor(mean), db = tensor(mean), dl = tensor(mean),
          r = tensor(row), h = tensor(row), xbar = tensor(mean), fbar = tensor(mean),
-         dbar = tensor(mean), dgate = tensor(mean);
+         dZbar = tensor(mean), dgate = tensor(mean);
   auto at = [](const Tensor& t) { return t.data<double>(); };
   Gates<const double> gates{gains.merge, at(alpha), at(beta), at(lambda)};
   Gates<double> dgates{gains.merge, at(da), at(db), at(dl)};
   MergeSaved<double> saved{at(r), at(xbar), at(fbar)};
   merge_forward(device, at(y), saved, at(x), at(f), gates, tokens, D, 1e-6);
   merge_backward(device, at(dx), at(df), dgates, at(g), at(y), at(f), gates, saved,
-                 MergeScratch<double>{at(h), at(dbar), at(dgate)}, tokens, D, false);
+                 MergeScratch<double>{at(h), at(dZbar), at(dgate)}, tokens, D, false);
   Merged m{{T, D, y.get()}, {T, D}, {T, D}, {T, D, dx.get()}, {T, D, df.get()}};
   std::vector<double> rs = r.get(), hs = h.get();
   for (size_t i = 0; i < T * D; ++i) {
