@@ -2104,10 +2104,12 @@ std::vector<Reading> Diagnostics<T>::readings(const Measurements& m, size_t slot
   std::vector<Reading> row;
   size_t S = samples, H = config.heads, D = config.width;
   double tokens = double(config.tokens());
+  // Of those that are defined: one sample without a ratio does not take the others'.
   auto mean = [](size_t n, auto of) {
-    double sum = 0;
-    for (size_t i = 0; i < n; ++i) sum += of(i) / double(n);
-    return sum;
+    double sum = 0, count = 0;
+    for (size_t i = 0; i < n; ++i)
+      if (double x = of(i); !std::isnan(x)) sum += x, ++count;
+    return count > 0 ? sum / count : NAN;
   };
   auto add = [&](const std::string& name, const std::string& about, double value) {
     row.push_back({name, about, value});
@@ -2147,7 +2149,9 @@ std::vector<Reading> Diagnostics<T>::readings(const Measurements& m, size_t slot
   const double* trunk = m.states + slot * 2 * 3 * S * 2;
   add("mu_eff", "|P A P|_2, mean over samples and heads (4)",
       mean(S * H, [&](size_t i) { return norms[i]; }));
-  add("mu_eff_max", "the largest of them", *std::max_element(norms, norms + S * H));
+  double largest = NAN;  // which fmax() passes over
+  for (size_t i = 0; i < S * H; ++i) largest = std::fmax(largest, norms[i]);
+  add("mu_eff_max", "the largest of them", largest);
   add("row_diversity", "|A - J A|_F / |A|_F, mean over samples and heads",
       mean(S * H, [&](size_t i) { return std::sqrt(a[2 * i + 1] / (a[2 * i] + a[2 * i + 1])); }));
   add("retention", "|c(A c(X))|_F / |c(X)|_F, X the block's input, mean over samples and heads",

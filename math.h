@@ -1040,6 +1040,7 @@ constexpr uint64_t validation_noise = 5, sampling_noise = 6, check = 7;
 constexpr uint64_t probe_images = 8, probe_time = 9, probe_noise = 10, probe_shuffle = 11;
 constexpr uint64_t parameters = uint64_t(1) << 32;
 constexpr uint64_t gradient_rounding = uint64_t(2) << 32, moment_rounding = uint64_t(3) << 32;
+constexpr uint64_t average_rounding = uint64_t(4) << 32;
 }  // namespace streams
 
 // 6.1 Stochastic rounding
@@ -1061,7 +1062,18 @@ HD inline bf16 round_stochastically(float x, uint32_t random) {
   return y;
 }
 
-// Where the bits come from: draw i is for eight numbers. `*pass` tells one round of an array from
+// x to float, by 29 random bits.
+HD inline float round_stochastically(double x, uint32_t random) {
+  uint64_t u;
+  memcpy(&u, &x, 8);
+  if ((u >> 52 & 0x7ff) == 0x7ff) return float(x);
+  constexpr uint64_t dropped = (uint64_t(1) << 29) - 1;
+  u = (u + (random & dropped)) & ~dropped;
+  memcpy(&x, &u, 8);
+  return float(x);
+}
+
+// Where the bits come from: draw i is for eight numbers, or for four that become floats. `*pass` tells one round of an array from
 // the next, and lives in device memory so that a captured step can be replayed.
 struct Dither {
   uint64_t seed, stream;
@@ -1080,4 +1092,9 @@ HD inline void store_stochastically(bf16* p, Quad<float> q, const Random4& bits,
   for (int k = 0; k < 4; ++k)
     rounded[k] = round_stochastically(q[k], bits.v[2 * half + k / 2] >> (k % 2 * 16));
   *reinterpret_cast<Quad<bf16>*>(p) = rounded;
+}
+HD inline void store_stochastically(float* p, Quad<double> q, const Random4& bits, int) {
+  Quad<float> rounded;
+  for (int k = 0; k < 4; ++k) rounded[k] = round_stochastically(q[k], bits.v[k]);
+  store(p, rounded);
 }

@@ -185,7 +185,7 @@ void initialise(const Device& device, const Table& table, Master<T, Kept> master
 // step is `accumulate` passes; both count from the start of the run.
 struct Clock {
   uint64_t step, pass;
-  double lr, correction1, correction2, norm, clip_scale;
+  double lr, correction1, correction2, follow, norm, clip_scale;
 };
 struct Record {
   double loss, norm, lr;
@@ -220,13 +220,22 @@ inline std::vector<Chunk> chunks_of(const Table& table) {
   return chunks;
 }
 
-// Start of a step: learning rate with linear warm-up, and Adam's bias corrections.
-inline void begin_step(const Device& device, Clock* clock, Optimizer o) {
+// Start of a step: learning rate with linear warm-up, Adam's bias corrections, and `follow`, how far
+// the average of the weights goes towards them. With a decay e it looks back over the last 1 / (1 - e)
+// steps or so; where a run is young, over the last tenth of it:
+//
+//     avg_s = avg_(s-1) + follow (w_s - avg_(s-1)),   follow = max(1 - e, 10 / (s + 9)).
+//
+// So avg_1 = w_1, and what was before has no part in it. As long as the second is the larger, w_k
+// weighs as k (k + 1) ... (k + 8), about k^9: follow_k prod_(k < j <= s) (1 - follow_j) is 10 / (k + 9)
+// times prod (j - 1) / (j + 9), of which all but ten factors above and below cancel.
+inline void begin_step(const Device& device, Clock* clock, Optimizer o, double ema) {
   for_each(device, 1, [=] HD(size_t) {
     double s = double(clock->step + 1);
     clock->lr = o.lr * min_(1.0, s / double(max_<size_t>(o.warmup, 1)));
     clock->correction1 = 1 - pow(o.beta1, s);
     clock->correction2 = 1 - pow(o.beta2, s);
+    clock->follow = max_(1 - ema, 10 / (s + 9));
   });
 }
 
@@ -254,19 +263,18 @@ void gradient_norm(const Device& device, Clock* clock, double* partial, const Ke
   });
 }
 
-// One step of AdamW: updates the weights, m and v (Kept). `average`, if not null, follows the
-// weights exponentially at rate 1 - ema. `dither`: for moments that are rounded.
+// One step of AdamW: updates the weights, m and v (Kept), and `average` if it is not null. `dither`
+// is for moments that are rounded, `average_dither` for the average.
 template <class T, class Kept>
 void adamw(const Device& device, Master<T, Kept> master, Kept* m, Kept* v, Acc<T>* average,
-           double ema, const Kept* gradients, const Clock* clock, const Chunk* chunks, size_t count,
-           Optimizer o, Dither dither) {
+           const Kept* gradients, const Clock* clock, const Chunk* chunks, size_t count,
+           Optimizer o, Dither dither, Dither average_dither) {
   using A = Acc<T>;
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     Chunk c = chunks[team.index];
     A clip = A(clock->clip_scale), lr = A(clock->lr), b1 = A(o.beta1), b2 = A(o.beta2);
     // 1 - 0.999 in float is off by 1.3e-5 of itself: take the difference in double.
     A one_minus_b1 = A(1 - o.beta1), one_minus_b2 = A(1 - o.beta2);
-    A keep = A(ema), follow = A(1 - ema);
     A c1 = A(1 / clock->correction1), c2 = A(1 / clock->correction2);
     A decay = c.decays ? A(o.decay) : A(0), eps = A(o.eps);
     for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
@@ -277,7 +285,11 @@ void adamw(const Device& device, Master<T, Kept> master, Kept* m, Kept* v, Acc<T
         change[k] = m_next[k] * c1 / (std::sqrt(v_next[k] * c2) + eps) + decay * w[k];
       w = w - lr * change;
       master.set(i, w);
-      if (average) store(average + i, keep * load<A>(average + i) + follow * w);
+      if (average) {  // in float a step of follow (w - avg) is soon below half a gap
+        Quad<double> avg = load<double>(average + i);
+        avg = avg + clock->follow * (widen<double>(w) - avg);
+        store_stochastically(average + i, avg, average_dither(i / 4), 0);
+      }
       Random4 bits = Master<T, Kept>::lean ? dither(i / 4) : Random4{};
       store_stochastically(m + i, m_next, bits, 0);
       store_stochastically(v + i, v_next, bits, 1);
@@ -319,13 +331,26 @@ void end_step(const Device& device, Clock* clock, Record* history, const A* loss
 
 constexpr size_t spike_window = 100, spike_least = 50;
 
-struct SpikeWatch {
-  uint64_t first;        // steps before this one are not in `history`
-  uint64_t quiet_until;  // before this step only what exceeds the last spike by `factor` is one
-  uint32_t fired;        // at the step under way
-  uint32_t pending;      // at `step`, and the host has not read it yet: none is looked for
+// A step that stood out: its number, its norm, and the median over the `window` steps before it.
+struct Event {
   uint64_t step, window;
   double norm, median;
+};
+
+// Until the host has read an event, only what exceeds it by `factor` is another one. `kept` events
+// have room; the last place is taken over by what exceeds even that.
+constexpr uint32_t kept_events = 3;
+
+struct SpikeWatch {
+  uint64_t first;        // steps before this one are not in `history`
+  uint64_t quiet_until;  // before this step only what exceeds the last event by `factor` is one
+  double last;           // the last event's norm
+  uint32_t fired;        // at the step under way
+  uint32_t pending;      // events that the host has not read yet
+  Event events[kept_events];
+
+  // Where the event of the step under way is kept.
+  HD uint32_t place() const { return pending - 1; }
 };
 
 // Is a norm beyond `factor` times what is usual? NaN is, but not beside NaN.
@@ -333,20 +358,29 @@ HD inline bool stands_out(double norm, double factor, double usual) {
   return !(norm <= factor * usual) && usual == usual;
 }
 
-// What is copied at a spike, and the writers' modes of every step.
-struct SpikeArrays {
-  SpikeWatch* watch;
-  double* modes;                          // (records, L, 2, 2): G_mean and G_ctr of W_O and W2
+// What is copied at an event.
+struct EventArrays {
   double* squares;                        // (chunks), of the gradients
   uint32_t *bad_gradients, *bad_weights;  // (chunks): how many are not finite
   double* losses;                         // (accumulate * B)
   double* velocity;                       // (B, 3): sums of dL/dvelocity and its squares, largest
 
-  void lay(Carver& c, size_t layers, size_t chunks, size_t samples) {
-    watch = c.take<SpikeWatch>(1), modes = c.take<double>(records * layers * 4);
+  void lay(Carver& c, size_t chunks, size_t samples) {
     squares = c.take<double>(chunks);
     bad_gradients = c.take<uint32_t>(chunks), bad_weights = c.take<uint32_t>(chunks);
     losses = c.take<double>(samples), velocity = c.take<double>(3 * samples);
+  }
+};
+
+// The events, and the writers' modes of every step.
+struct SpikeArrays {
+  SpikeWatch* watch;
+  double* modes;  // (records, L, 2, 2): G_mean and G_ctr of W_O and W2
+  EventArrays events[kept_events];
+
+  void lay(Carver& c, size_t layers, size_t chunks, size_t samples) {
+    watch = c.take<SpikeWatch>(1), modes = c.take<double>(records * layers * 4);
+    for (EventArrays& e : events) e.lay(c, chunks, samples);
   }
 };
 
@@ -375,10 +409,12 @@ inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
     median = team.sum(median);
     if (team.rank != 0) return;
     SpikeWatch& w = *a.watch;
-    bool armed = now >= w.quiet_until || stands_out(clock->norm, factor, w.norm);
-    w.fired = n >= spike_least && !w.pending && armed && stands_out(clock->norm, factor, median);
+    bool rests = now < w.quiet_until || w.pending;
+    bool armed = !rests || stands_out(clock->norm, factor, w.last);
+    w.fired = n >= spike_least && armed && stands_out(clock->norm, factor, median);
     if (!w.fired) return;
-    w.pending = 1, w.step = now + 1, w.window = n, w.norm = clock->norm, w.median = median;
+    w.last = clock->norm, w.pending = min_(w.pending + 1, kept_events);
+    w.events[w.place()] = {now + 1, n, clock->norm, median};
   });
 }
 
@@ -390,6 +426,7 @@ void copy_spike(const Device& device, SpikeArrays a, const double* partial, cons
   size_t teams = std::min<size_t>(count, 1024);
   for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
+    const EventArrays& e = a.events[a.watch->place()];
     for (size_t k = team.index; k < count; k += teams) {
       Chunk c = chunks[k];
       double bad_gradients = 0, bad_weights = 0;
@@ -399,13 +436,14 @@ void copy_spike(const Device& device, SpikeArrays a, const double* partial, cons
       }
       bad_gradients = team.sum(bad_gradients), bad_weights = team.sum(bad_weights);
       if (team.rank != 0) continue;
-      a.squares[k] = partial[k];
-      a.bad_gradients[k] = uint32_t(bad_gradients), a.bad_weights[k] = uint32_t(bad_weights);
+      e.squares[k] = partial[k];
+      e.bad_gradients[k] = uint32_t(bad_gradients), e.bad_weights[k] = uint32_t(bad_weights);
     }
   });
   for_each_team(device, samples, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
-    if (team.rank == 0) a.losses[team.index] = double(losses[team.index]);
+    const EventArrays& e = a.events[a.watch->place()];
+    if (team.rank == 0) e.losses[team.index] = double(losses[team.index]);
     if (team.index >= b) return;
     double sum = 0, squares = 0, largest = 0;
     for (size_t i = team.index * n + team.rank; i < (team.index + 1) * n; i += team.size) {
@@ -414,7 +452,7 @@ void copy_spike(const Device& device, SpikeArrays a, const double* partial, cons
     }
     sum = team.sum(sum), squares = team.sum(squares), largest = team.max(largest);
     if (team.rank != 0) return;
-    double* out = a.velocity + 3 * team.index;
+    double* out = e.velocity + 3 * team.index;
     out[0] = sum, out[1] = squares, out[2] = largest;
   });
 }
@@ -466,6 +504,7 @@ std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
   Arrays<T>& a = net.arrays;
   size_t pixels = net.config.pixels(), words = net.config.text_size();
   std::vector<float> images;
+  Progress progress("drawing " + std::to_string(n) + " samples", ceil_div(n, net.batch) * steps);
   for (size_t first = 0; first < n; first += net.batch) {
     size_t b = std::min(net.batch, n - first);
     std::vector<T> conditional, empty;
@@ -489,6 +528,7 @@ std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
         net.forward(b);
       }
       euler_step<T>(device, a.z, with_caption, a.velocity, b * pixels, t - t_next, guidance);
+      progress.advance(1);
     }
     std::vector<A> z(b * pixels);
     device.download(z.data(), a.z, z.size() * sizeof(A));
@@ -889,13 +929,14 @@ class Trainer : public RunArrays<T, Kept> {
   void set_step(uint64_t done) {
     step = done;
     if constexpr (mixed && !lean) convert(device, net.weights(), a.master.own, net.table.size);
-    Clock clock{done, done * o.accumulate, 0, 0, 0, 0, 0};
+    Clock clock{done, done * o.accumulate, 0, 0, 0, 0, 0, 0};
     device.upload(a.clock, &clock, sizeof clock);
-    SpikeWatch watch{done, 0, 0, 0, 0, 0, 0, 0};
+    SpikeWatch watch{};
+    watch.first = done;
     if (o.spike_factor > 0) device.upload(spikes.watch, &watch, sizeof watch);
   }
 
-  // The spike that was found has been read: look for the next, fully from step `quiet_until` on.
+  // The events have been read: look for others, fully from step `quiet_until` on.
   void watch_spikes_from(uint64_t quiet_until) {
     SpikeWatch watch{};
     device.download(&watch, spikes.watch, sizeof watch);
@@ -922,39 +963,28 @@ class Trainer : public RunArrays<T, Kept> {
     return out;
   }
 
-  // The spike that the device has found since the last call, if any.
-  std::optional<Spike> spike() {
+  // The spikes that the device has found and that watch_spikes_from() has not dismissed.
+  std::vector<Spike> found_spikes() {
     SpikeWatch watch{};
     if (o.spike_factor > 0) device.download(&watch, spikes.watch, sizeof watch);
-    if (!watch.pending) return {};
-    Spike s{};
-    s.step = watch.step, s.window = watch.window, s.norm = watch.norm, s.median = watch.median;
-    s.factor = o.spike_factor;
-    read_gradients(s);
-    read_modes(s);
-    s.losses.resize(o.batch * o.accumulate);
-    device.download(s.losses.data(), spikes.losses, s.losses.size() * sizeof(double));
-    std::vector<double> velocity(3 * o.batch);
-    device.download(velocity.data(), spikes.velocity, velocity.size() * sizeof(double));
-    double numbers = double(o.batch * o.model.pixels());
-    for (size_t i = 0; i < o.batch; ++i) {
-      s.mean += velocity[3 * i] / numbers, s.rms += velocity[3 * i + 1] / numbers;
-      s.largest = std::max(s.largest, velocity[3 * i + 2]);
-    }
-    s.rms = std::sqrt(s.rms);
-    return s;
+    std::vector<Spike> found;
+    for (uint32_t k = 0; k < watch.pending; ++k)
+      found.push_back(read_spike(watch.events[k], spikes.events[k]));
+    return found;
   }
 
   // Mean loss over the held-out images, with the averaged weights if there are any.
   double validate() {
     return with_average([&] {
       std::vector<A> losses(held_out.images);
+      Progress progress("validating", held_out.images);
       for (size_t first = 0; first < held_out.images; first += o.batch) {
         size_t b = std::min(o.batch, held_out.images - first);
         draw_validation_batch(net, a, held_out, o, first, b);
         net.forward(b);
         flow_loss<A>(device, a.losses + first, nullptr, net.arrays.velocity, a.target, b,
                      o.model.pixels(), 0);
+        progress.advance(b);
       }
       device.download(losses.data(), a.losses, losses.size() * sizeof(A));
       double sum = 0;
@@ -988,7 +1018,7 @@ class Trainer : public RunArrays<T, Kept> {
     for (size_t micro = 0; micro < o.accumulate; ++micro) {
       bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
       act(graphs_[observe][last][first], [&] {
-        if (first) begin_step(device, a.clock, o.optimizer);
+        if (first) begin_step(device, a.clock, o.optimizer, o.ema);
         pass(first, last ? observer(diagnose) : Observer<T>());
         if (last) update(diagnose);
       });
@@ -1014,8 +1044,8 @@ class Trainer : public RunArrays<T, Kept> {
     if (o.spike_factor > 0)
       watch_step(device, spikes, a.clock, a.history, diagnostics.measured.modes,
                  diagnostics.layers.size(), diagnostics.samples, o.spike_factor);
-    adamw(device, a.master, a.m, a.v, a.average, o.ema, net.gradients(), a.clock, a.chunks,
-          chunk_count, o.optimizer, dither(streams::moment_rounding));
+    adamw(device, a.master, a.m, a.v, a.average, net.gradients(), a.clock, a.chunks, chunk_count,
+          o.optimizer, dither(streams::moment_rounding), dither(streams::average_rounding));
     if (o.spike_factor > 0)
       copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks, chunk_count,
                  a.step_losses, samples, net.arrays.dvelocity, o.batch, o.model.pixels());
@@ -1031,13 +1061,32 @@ class Trainer : public RunArrays<T, Kept> {
     };
   }
 
+  Spike read_spike(const Event& event, const EventArrays& e) {
+    Spike s{};
+    s.step = event.step, s.window = event.window, s.norm = event.norm, s.median = event.median;
+    s.factor = o.spike_factor;
+    read_gradients(s, e);
+    read_modes(s);
+    s.losses.resize(o.batch * o.accumulate);
+    device.download(s.losses.data(), e.losses, s.losses.size() * sizeof(double));
+    std::vector<double> velocity(3 * o.batch);
+    device.download(velocity.data(), e.velocity, velocity.size() * sizeof(double));
+    double numbers = double(o.batch * o.model.pixels());
+    for (size_t i = 0; i < o.batch; ++i) {
+      s.mean += velocity[3 * i] / numbers, s.rms += velocity[3 * i + 1] / numbers;
+      s.largest = std::max(s.largest, velocity[3 * i + 2]);
+    }
+    s.rms = std::sqrt(s.rms);
+    return s;
+  }
+
   // The norm of each parameter's gradient, from its chunks' squares, and what is not finite.
-  void read_gradients(Spike& s) {
+  void read_gradients(Spike& s, const EventArrays& e) {
     std::vector<double> squares(chunk_count);
     std::vector<uint32_t> gradients(chunk_count), weights(chunk_count);
-    device.download(squares.data(), spikes.squares, chunk_count * sizeof(double));
-    device.download(gradients.data(), spikes.bad_gradients, chunk_count * sizeof(uint32_t));
-    device.download(weights.data(), spikes.bad_weights, chunk_count * sizeof(uint32_t));
+    device.download(squares.data(), e.squares, chunk_count * sizeof(double));
+    device.download(gradients.data(), e.bad_gradients, chunk_count * sizeof(uint32_t));
+    device.download(weights.data(), e.bad_weights, chunk_count * sizeof(uint32_t));
     std::vector<Chunk> chunks = chunks_of(net.table);
     size_t k = 0;
     for (const Parameter& p : net.table.parameters) {
@@ -1226,11 +1275,21 @@ inline std::string duration(double seconds) {
   return text;
 }
 
-// Dense bf16 matrix peak of the cards whose number we know, for the share that a run reaches.
-inline double peak_flops(const std::string& name) {
-  for (const char* hopper : {"H100", "H200"})
-    if (name.find(hopper) != std::string::npos) return 989e12;
-  return name.find("A100") != std::string::npos ? 312e12 : 0;
+// Operations a second that a card can do at most in products of T without sparsity, as its maker
+// says; 0 for a card or a type that is not in the table. The names are those that its driver gives.
+template <class T>
+double peak_flops(const std::string& name) {
+  struct {
+    const char* card;
+    double bf16_tera, fp32_tera;
+  } cards[] = {{"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100 80GB HBM3", 989, 67},
+               {"H200 NVL", 836, 60},  {"H200", 989, 67},     {"A100", 312, 19.5}};
+  for (const auto& c : cards)
+    if (name.find(c.card) != std::string::npos)
+      return std::is_same_v<T, bf16>    ? 1e12 * c.bf16_tera
+             : std::is_same_v<T, float> ? 1e12 * c.fp32_tera
+                                        : 0;
+  return 0;
 }
 
 template <class T>
@@ -1315,10 +1374,12 @@ class Run {
                   o_.save == "all" ? ": go on with --resume" : " the weights");
       return 130;
     }
+    for (int signal : {SIGINT, SIGTERM}) std::signal(signal, SIG_DFL);  // all is saved
     grid("samples.png");
     double loss = validate();
-    std::printf("validation loss %.4f   weights %s/weights.safetensors   samples %s/samples.png\n",
-                loss, o_.out.c_str(), o_.out.c_str());
+    std::printf(
+        "validation loss %.4f%s   weights %s/weights.safetensors   samples %s/samples.png\n", loss,
+        trainer_.a.average ? " of the weights' average" : "", o_.out.c_str(), o_.out.c_str());
     return std::isfinite(loss) ? 0 : 1;
   }
 
@@ -1372,13 +1433,13 @@ class Run {
            flops = step_flops(o_) / step;
     std::printf("step %6zu/%zu  loss %.4f  norm %8.3g  lr %.2e  %.1f ms/step  %.3g tokens/s  ",
                 size_t(trainer_.step), o_.steps, loss, now.norm, now.lr, 1e3 * step, tokens / step);
-    if (double peak = peak_flops(trainer_.device.name))
+    if (double peak = peak_flops<T>(trainer_.device.name))
       std::printf("HFU %.1f%% of %.0f TFLOP/s  ", 100 * flops / peak, 1e-12 * peak);
     else
       std::printf("%.3g GFLOP/s  ", 1e-9 * flops);
     std::printf("left %s\n", duration(left).c_str());
     std::fflush(stdout);
-    report_spike();
+    report_spikes();
     last_ = Time::now();
     if (std::isfinite(loss) && std::isfinite(now.norm)) return true;
     std::fprintf(
@@ -1396,20 +1457,22 @@ class Run {
     saved_ = trainer_.step;
   }
 
-  // Write a report if there was a spike: ten of a process, at least 25 steps apart unless one
-  // outgrows the last. (A collapse can follow a first spike within 50 steps.) After the tenth the
-  // spike stays pending, so that the device looks for no other.
-  void report_spike() {
+  // Write a report a spike: ten of a process, at least 25 steps apart unless one outgrows the last.
+  // (A collapse can follow a first spike within a few steps.)
+  void report_spikes() {
     if (reports_ == most_reports) return;
-    std::optional<Spike> spike = trainer_.spike();
-    if (!spike) return;
-    std::string path = o_.out + "/spike_" + padded(spike->step) + ".txt";
-    SafeFile file(path);
-    file.write(spike_report(*spike));
-    file.commit();
-    std::printf("step %6zu  norm %.3g, %.3g times its median: %s\n", size_t(spike->step),
-                spike->norm, spike->norm / spike->median, path.c_str());
-    if (++reports_ < most_reports) trainer_.watch_spikes_from(spike->step + 25);
+    std::vector<Spike> found = trainer_.found_spikes();
+    for (const Spike& spike : found) {
+      if (reports_ == most_reports) return;
+      std::string path = o_.out + "/spike_" + padded(spike.step) + ".txt";
+      SafeFile file(path);
+      file.write(spike_report(spike));
+      file.commit();
+      std::printf("step %6zu  norm %.3g, %.3g times its median: %s\n", size_t(spike.step),
+                  spike.norm, spike.norm / spike.median, path.c_str());
+      ++reports_;
+    }
+    if (!found.empty()) trainer_.watch_spikes_from(found.back().step + 25);
   }
 
   double validate() {
@@ -1497,6 +1560,26 @@ int start_run(Device& device, const TrainOptions& o, Dataset data, Dataset valid
   return run.go();
 }
 
+// Fails if the run's folder holds what this run would write over and does not go on with.
+inline void refuse_to_overwrite(const TrainOptions& o) {
+  auto there = [&](const char* name) { return std::filesystem::exists(o.out + "/" + name); };
+  bool state = there("state.safetensors");
+  if (state && o.resume && o.save == "weights")
+    fail("%s/state.safetensors would be left behind by the weights: resume with --save all",
+         o.out.c_str());
+  if (state && !o.resume)
+    fail("%s/state.safetensors exists: go on with --resume, or choose another --out",
+         o.out.c_str());
+  for (const char* name : {"weights.safetensors", "ema.safetensors", "samples.png"})
+    if (!state && there(name))
+      fail("%s/%s exists, but no state to go on from: choose another --out", o.out.c_str(), name);
+  if (!state && !o.resume && !logs_in(o.out).empty())
+    fail(
+        "%s holds logs, but no state to go on from: choose another --out, or keep them under "
+        "other names and begin anew with --resume",
+        o.out.c_str());
+}
+
 template <class T>
 int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size_t in_use) {
   o.val_images = std::min(o.val_images, validation.images);
@@ -1512,24 +1595,11 @@ int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size
   }
   Choice choice = choose<T>(o, table, sizes, device.gpu, limit, true);
   o.recompute = choice.recompute;
-  auto there = [&](const char* name) { return std::filesystem::exists(o.out + "/" + name); };
-  bool state = there("state.safetensors");
-  if (state && o.resume && o.save == "weights")
-    fail("%s would be left behind by the weights: resume with --save all", saved.c_str());
-  if (state && !o.resume)
-    fail("%s/state.safetensors exists: go on with --resume, or choose another --out",
-         o.out.c_str());
-  for (const char* name : {"weights.safetensors", "ema.safetensors", "samples.png"})
-    if (!state && there(name))
-      fail("%s/%s exists, but no state to go on from: choose another --out", o.out.c_str(), name);
-  if (!state && !o.resume && !logs_in(o.out).empty())
-    fail(
-        "%s holds logs, but no state to go on from: choose another --out, or keep them under "
-        "other names and begin anew with --resume",
-        o.out.c_str());
   std::error_code error;
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
+  OwnFolder own(o.out);
+  refuse_to_overwrite(o);
   print_plan<T>(o, table, sizes, device.gpu, choice);
   if constexpr (std::is_same_v<T, bf16>)
     if (choice.lean)
@@ -2356,6 +2426,7 @@ inline int command(int argc, const char* const* argv) {
 
 #ifndef MVSPLIT_NO_MAIN  // the tests bring their own
 int main(int argc, char** argv) {
+  outlive_console();
   // OpenMP threads that spin while they wait take the processor from each other on a busy machine
   // (up to nine times slower was seen). libgomp reads its policy when it is loaded: set it, and
   // start again.

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "../dit.cu"
-#include "safetensors.h"
+#include "log.h"
 
 using Metadata = std::map<std::string, std::string>;
 
@@ -143,6 +143,7 @@ void save_tensors(const std::string& path, const Metadata& metadata, const Devic
     file.declare(name, dtype_name<std::remove_const_t<std::remove_pointer_t<decltype(from)>>>(),
                  p.shape);
   };
+  Progress progress("writing " + path, sizeof...(slabs) * table.parameters.size());
   auto write = [&](const std::string& name, const Parameter& p, auto* from) {
     std::vector<std::remove_const_t<std::remove_pointer_t<decltype(from)>>> host(p.count());
     device.download(host.data(), from, host.size() * sizeof(host[0]));
@@ -151,6 +152,7 @@ void save_tensors(const std::string& path, const Metadata& metadata, const Devic
         fail("%s was not written: %s holds NaN or infinity, training has diverged", path.c_str(),
              name.c_str());
     file.write(host.data(), host.size());
+    progress.advance(1);
   };
   (slabs.each(table, declare), ...);
   (slabs.each(table, write), ...);
@@ -172,7 +174,9 @@ inline bool is_norm_gain(const std::string& name) {
 template <class... A>
 void load_tensors(const SafetensorsReader& file, const std::string& path, const Device& device,
                   const Table& table, const Stored<A>&... slabs) {
+  Progress progress("reading " + path, file.tensors().size());
   auto read = [&](const TensorInfo& tensor, auto& host) {
+    progress.advance(1);
     host.resize(tensor.count());
     file.read(tensor, host.data(), 0, host.size());
     for (auto x : host)
