@@ -1087,19 +1087,28 @@ constexpr const char* precision_name = std::is_same_v<T, double>  ? "fp64"
 // What must be the same for a resumed run to be the same run. The optimiser's settings are not
 // among them: a run may go on at another learning rate, but its bits are then not those of an
 // unbroken one.
+template <class T>
+Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, size_t val_images,
+                        uint64_t val_images_hash) {
+  Metadata m = describe(o.model, o.time_shift);
+  m["batch"] = std::to_string(o.batch), m["accumulate"] = std::to_string(o.accumulate);
+  m["seed"] = std::to_string(o.seed), m["data_hash"] = std::to_string(data_hash);
+  m["val_images"] = std::to_string(val_images);
+  m["val_images_hash"] = std::to_string(val_images_hash);
+  m["precision"] = precision_name<T>, m["state"] = lean ? "lean" : "fp32";
+  m["dropout"] = exact(o.dropout), m["ema"] = exact(o.ema);
+  m["fix"] = o.model.fix.empty() ? "nothing" : join_list(o.model.fix);
+  // Where it began: what has been learned since then hides it.
+  m["no_patch_bias"] = o.model.patch_bias ? "false" : "true";
+  m["writer_std"] = exact(o.model.writer_std), m["final_std"] = exact(o.model.final_std);
+  for (auto [gate, start] : {std::pair("alpha", o.model.alpha), std::pair("beta", o.model.beta),
+                             std::pair("lambda", o.model.lambda_init())})
+    if (o.model.has_gate(gate)) m[gate] = exact(start);
+  return m;
+}
 template <class T, class Kept>
 Metadata describe_state(const Trainer<T, Kept>& t) {
-  Metadata m = describe(t.o.model, t.o.time_shift);
-  m["batch"] = std::to_string(t.o.batch), m["accumulate"] = std::to_string(t.o.accumulate);
-  m["seed"] = std::to_string(t.o.seed), m["data_hash"] = std::to_string(t.data_hash);
-  m["val_images"] = std::to_string(t.held_out.images);
-  m["val_images_hash"] = std::to_string(t.validated_hash);
-  m["precision"] = precision_name<T>, m["state"] = t.lean ? "lean" : "fp32";
-  m["dropout"] = exact(t.o.dropout), m["ema"] = exact(t.o.ema);
-  std::string& fixed = m["fix"];
-  for (const std::string& gate : t.o.model.fix) fixed += (fixed.empty() ? "" : ",") + gate;
-  if (fixed.empty()) fixed = "nothing";
-  return m;
+  return describe_state<T>(t.o, t.lean, t.data_hash, t.held_out.images, t.validated_hash);
 }
 
 // The entry `key` of a state's metadata. Throws Error where there is none.
@@ -1108,14 +1117,6 @@ inline std::string described(const SafetensorsReader& file, const std::string& p
   auto at = file.metadata().find(key);
   if (at == file.metadata().end()) fail("%s: metadata '%s' is missing", path.c_str(), key.c_str());
   return at->second;
-}
-
-inline void require_described(const SafetensorsReader& file, const std::string& path,
-                              const std::string& key, const std::string& value) {
-  std::string found = described(file, path, key);
-  if (found != value)
-    fail("%s was made with %s = %s, this run has %s: resume with the same, or choose another --out",
-         path.c_str(), key.c_str(), found.c_str(), value.c_str());
 }
 
 inline Metadata describe_optimizer(const Optimizer& o) {
@@ -1157,20 +1158,72 @@ void save_run(Trainer<T, Kept>& t) {
                  Stored{"", t.evaluated_weights()});
 }
 
+// Fails, naming all, if a run with these options would not be the one whose state is in the file. Says
+// what else has changed: the optimiser's settings may, and so may what no bit depends on.
+template <class T>
+void require_same_run(const SafetensorsReader& file, const std::string& path, const TrainOptions& o,
+                      const Dataset& data, const Dataset& validation) {
+  // A number as it was typed, not with all the digits that a double has.
+  auto typed = [](const std::string& text) {
+    std::optional<double> number = decimal_number(text);
+    return number && !whole_number(text) ? shortest(*number) : text;
+  };
+  size_t V = std::min(o.val_images, validation.images);
+  bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
+  Metadata now =
+      describe_state<T>(o, lean, hash_data(data), V, hash_data(every_nth(validation, V)));
+  std::string others;
+  auto other = [&](const std::string& what) { others += (others.empty() ? "" : ", ") + what; };
+  auto differs = [&](std::string name, const std::string& was, const std::string& is) {
+    std::replace(name.begin(), name.end(), '_', '-');
+    other(name + " = " + typed(was) + " (now " + typed(is) + ")");
+  };
+  // A state need not say what no bit of it depends on any more.
+  const std::set<std::string> optional = {
+      "val_images", "val_images_hash", "no_patch_bias", "alpha",
+      "beta",       "lambda",          "writer_std",    "final_std"};
+  for (const auto& [key, value] : now) {
+    if (optional.count(key) && !file.metadata().count(key)) continue;
+    std::string was = described(file, path, key);
+    if (was == value) continue;
+    if (key == "data_hash")
+      other("other images or captions than " + o.data + " has");
+    else if (key == "val_images_hash")
+      other("other held-out images than " + o.data + " has");
+    else
+      differs(key, was, value);
+  }
+  std::string notes;
+  auto note = [&](const std::string& name, const std::string& was, const std::string& is) {
+    notes += "note: " + name + " was " + typed(was) + " and goes on as " + typed(is) + "\n";
+  };
+  Metadata optimizer = describe_optimizer(o.optimizer);
+  for (const auto& [key, value] : optimizer) {
+    std::string was = described(file, path, key);
+    if (was != value) note(key == "decay" ? "weight-decay" : key, was, value);
+  }
+  const std::set<std::string> may_change = {
+      "steps",          "recompute",       "memory",           "device",       "data", "val-images",
+      "log-every",      "val-every",       "save-every",       "sample-every", "save", "columns",
+      "diagnose-every", "diagnose-layers", "diagnose-samples", "spike-factor"};
+  for (const Change& c : o.changes) {
+    std::string key = c.name;
+    std::replace(key.begin(), key.end(), '-', '_');
+    if (may_change.count(c.name))
+      note(c.name, c.was, c.now);
+    else if (!now.count(key) && !optimizer.count(key) && key != "weight_decay")
+      differs(c.name, c.was, c.now);
+  }
+  if (!others.empty())
+    throw Error(path + " was made with " + others +
+                ": resume with the same, or choose another --out");
+  std::printf("%s", notes.c_str());
+}
+
 template <class T, class Kept>
 void resume_run(Trainer<T, Kept>& t) {
   std::string path = t.o.out + "/state.safetensors";
   SafetensorsReader file(path);
-  for (const auto& [key, value] : describe_state(t)) {
-    // A state may not say what it was validated on: no bit of it depends on that.
-    bool optional = key == "val_images" || key == "val_images_hash";
-    if (!optional || file.metadata().count(key)) require_described(file, path, key, value);
-  }
-  for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) {
-    std::string was = described(file, path, key);
-    if (was != value)
-      std::printf("note: %s was %s and goes on as %s\n", key.c_str(), was.c_str(), value.c_str());
-  }
   std::string step = described(file, path, "step");
   with_state(t, [&](auto... slabs) { load_tensors(file, path, t.device, t.net.table, slabs...); });
   t.set_step(step == "0" ? 0 : positive_integer(step, path + ": metadata step"));
@@ -1184,7 +1237,7 @@ inline std::vector<std::string> logs_in(const std::string& folder) {
     std::string name = entry.path().filename(), extension = entry.path().extension();
     bool numbered = name.rfind("spike_", 0) == 0 || name.rfind("samples_", 0) == 0;
     if (name == "log.csv" || name == "validation.csv" || name == "diagnostics.csv" ||
-        (numbered && (extension == ".txt" || extension == ".png")))
+        name == "config.ini" || (numbered && (extension == ".txt" || extension == ".png")))
       logs.push_back(entry.path());
   }
   std::sort(logs.begin(), logs.end());
@@ -1281,6 +1334,11 @@ class Run {
     } else {
       if (o_.resume) std::printf("no state in %s: starting at step 1\n", o_.out.c_str());
       set_aside(logs_in(o_.out));
+    }
+    if (!o_.ini.empty()) {
+      SafeFile file(o_.out + "/config.ini");
+      file.write(o_.ini);
+      file.commit();
     }
     logged_ = first_ = trainer_.step;
     if (o_.diagnose_every) {  // first: it may refuse, before anything is written
@@ -1487,26 +1545,31 @@ inline void refuse_to_overwrite(const TrainOptions& o) {
       fail("%s/%s exists, but no state to go on from: choose another --out", o.out.c_str(), name);
   if (!state && !o.resume && !logs_in(o.out).empty())
     fail(
-        "%s holds logs, but no state to go on from: choose another --out, or keep them under "
-        "other names and begin anew with --resume",
+        "%s holds logs or a config.ini, but no state to go on from: choose another --out, or keep "
+        "them under other names and begin anew with --resume",
         o.out.c_str());
 }
 
 template <class T>
-int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size_t in_use) {
+int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, Dataset validation,
+          size_t in_use) {
+  const TrainOptions asked = o;
   o.val_images = std::min(o.val_images, validation.images);
   Table table = parameter_table(o.model);
   DataSizes sizes{data.images, o.val_images, data.captions};
   double limit = memory_limit(device);
   if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
   std::string saved = o.out + "/state.safetensors";
-  if (o.resume && std::filesystem::exists(saved)) {
+  bool resumed = o.resume && std::filesystem::exists(saved);
+  if (resumed) {
     SafetensorsReader file(saved);
-    require_described(file, saved, "precision", precision_name<T>);
+    require_same_run<T>(file, saved, o, data, validation);
     if (o.state == "auto") o.state = described(file, saved, "state");
   }
   Choice choice = choose<T>(o, table, sizes, device.gpu, limit, true);
   o.recompute = choice.recompute;
+  if (!resumed || !o.changes.empty() || !std::filesystem::exists(o.out + "/config.ini"))
+    o.ini = ini_of(asked, machine, choice.lean ? "lean" : "fp32");
   std::error_code error;
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
@@ -2014,12 +2077,9 @@ int probe(Device& device, const ProbeOptions& o) {
 
 // Parse and run. Returns the exit status: 0, 1 if a check or the training failed, 2 for bad input.
 inline int command(int argc, const char* const* argv) {
-  CLI::App app{"MV-Split: 1000-layer diffusion transformers with mean-variance split residuals"};
-  app.option_defaults()->always_capture_default();
-  app.set_config("--config", "", "options from a file: [train] depth = 400 ...");
-  app.allow_config_extras(CLI::config_extras_mode::error);
+  CLI::App app{"MV-Split: 1000-layer diffusion transformers with mean-variance split residuals",
+               "mvsplit"};
   app.require_subcommand(1);
-  app.fallthrough();
   TrainOptions train_options, plan_options;
   SampleOptions sample_options;
   ForwardOptions forward_options;
@@ -2027,41 +2087,36 @@ inline int command(int argc, const char* const* argv) {
   GradcheckOptions gradcheck_options;
   DataSizes sizes{60000, 256, 10};
   Machine machine;
-  CLI::App* train_sub = add_train(app, train_options, machine);
-  CLI::App* sample_sub = add_sample(app, sample_options, machine);
-  add_forward(app, forward_options, machine);
-  CLI::App* probe_sub = add_probe(app, probe_options, machine);
-  CLI::App* gradcheck_sub = add_gradcheck(app, gradcheck_options, machine);
-  CLI::App* plan_sub = add_plan(app, plan_options, sizes, machine);
-  refuse_negatives(app);
+  const std::vector<Subcommand> all = {
+      add_train(app, train_options, machine),         add_sample(app, sample_options, machine),
+      add_forward(app, forward_options, machine),     add_probe(app, probe_options, machine),
+      add_gradcheck(app, gradcheck_options, machine), add_plan(app, plan_options, sizes, machine)};
   try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    if (e.get_exit_code() == 0) return app.exit(e);  // --help
-    std::string what = e.what(), names;
-    for (const CLI::App* sub : app.get_subcommands({}))
-      names += (names.empty() ? "" : ", ") + sub->get_name();
-    std::vector<std::string> unknown = app.remaining(true);
-    if (app.get_subcommands().empty())
-      what = (unknown.empty() ? "no subcommand" : "'" + unknown[0] + "' is not a subcommand") +
-             std::string(": choose one of ") + names;
-    else if (!unknown.empty())
-      what = "'" + unknown[0] + "' was not expected";
-    std::replace(what.begin(), what.end(), '\n', ' ');
-    std::fprintf(stderr, "mvsplit: %s (--help lists the options)\n", what.c_str());
-    return 2;
-  }
-  try {
-    // A gate that is asked for by hand and not there would be passed over in silence.
-    const Config& model = *gradcheck_sub ? gradcheck_options.model
-                          : *plan_sub    ? plan_options.model
-                                         : train_options.model;
-    for (std::string gate : {"alpha", "beta", "lambda"}) {
-      const CLI::Option* given = app.get_subcommands()[0]->get_option_no_throw("--" + gate);
-      if (given && given->count() > 0 && !model.has_gate(gate))
-        fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
+    CommandLine line = read_words(Words(argv + std::min(argc, 1), argv + argc), all);
+    if (!line.sub || line.help) {
+      std::printf("%s", line.sub ? line.sub->help().c_str() : app.help().c_str());
+      return 0;
     }
-    if (*plan_sub)
+    auto is = [&](const char* name) { return line.sub->name == name; };
+    GivenOptions given = line.given;  // the words win
+    if (given.count("config")) given.merge(read_ini(given["config"].texts[0], all)[line.sub->name]);
+    for (const Option& o : line.sub->options)
+      if (o.required && !given.count(o.name))
+        fail("%s needs --%s", line.sub->name.c_str(), o.name.c_str());
+    set_options(*line.sub, given);
+    std::error_code ignored;
+    if (is("train") && train_options.resume &&
+        std::filesystem::exists(train_options.out + "/config.ini", ignored))
+      set_resumed(*line.sub, all, given, train_options, machine);
+    check_output(*line.sub, given);
+    // A gate that is asked for by hand and not there would be passed over in silence.
+    const Config& model = is("gradcheck") ? gradcheck_options.model
+                          : is("plan")    ? plan_options.model
+                                          : train_options.model;
+    for (std::string gate : {"alpha", "beta", "lambda"})
+      if (given.count(gate) && !model.has_gate(gate))
+        fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
+    if (is("plan"))
       return machine.with_precision([&](auto t) {
         if (plan_options.data != "fashion-mnist") {
           Dataset data = load_dataset(plan_options.data, true);
@@ -2076,22 +2131,22 @@ inline int command(int argc, const char* const* argv) {
         return 0;
       });
     Device device(machine.gpu());
-    if (*gradcheck_sub) return gradcheck(device, gradcheck_options);
-    if (*train_sub) {
+    if (is("gradcheck")) return gradcheck(device, gradcheck_options);
+    if (is("train")) {
       size_t in_use = device.in_use() - Device::workspace_bytes(device.gpu);
       Dataset data = load_dataset(train_options.data, true);
       Dataset held_out = load_dataset(train_options.data, false);
       fit_to_data(train_options.model, data);
       check_options(train_options);
       return machine.with_precision([&](auto t) {
-        return train<decltype(t)>(device, train_options, std::move(data), std::move(held_out),
-                                  in_use);
+        return train<decltype(t)>(device, machine, train_options, std::move(data),
+                                  std::move(held_out), in_use);
       });
     }
     return machine.with_precision([&](auto t) {
-      if (*probe_sub) return probe<decltype(t)>(device, probe_options);
-      return *sample_sub ? sample<decltype(t)>(device, sample_options)
-                         : forward<decltype(t)>(device, forward_options);
+      if (is("probe")) return probe<decltype(t)>(device, probe_options);
+      return is("sample") ? sample<decltype(t)>(device, sample_options)
+                          : forward<decltype(t)>(device, forward_options);
     });
   } catch (const Error& e) {
     std::fflush(stdout);  // what led to it comes first, in a file too

@@ -11,6 +11,8 @@
 #include "../dit.cu"
 #include "log.h"
 
+#include <charconv>
+
 using Metadata = std::map<std::string, std::string>;
 
 inline std::string exact(double x) {
@@ -37,24 +39,32 @@ inline Metadata describe(const Config& c, double time_shift) {
           {"time_shift", exact(time_shift)}};
 }
 
+// The number that a text is; nothing where it is anything else. Decimal digits alone, that fit:
+// no sign before a whole number, no blanks, no separators, a point in every locale.
+inline std::optional<size_t> whole_number(const std::string& text) {
+  size_t value = 0;
+  const char* end = text.data() + text.size();
+  auto [at, error] = std::from_chars(text.data(), end, value);
+  return error == std::errc() && at == end ? std::optional(value) : std::nullopt;
+}
+inline std::optional<double> decimal_number(const std::string& text) {
+  double value = 0;
+  const char* end = text.data() + text.size();
+  auto [at, error] = std::from_chars(text.data(), end, value);
+  return error == std::errc() && at == end && std::isfinite(value) ? std::optional(value)
+                                                                   : std::nullopt;
+}
+
 inline size_t positive_integer(const std::string& text, const std::string& what) {
-  size_t used = 0, value = 0;
-  try {
-    if (!text.empty() && std::isdigit(static_cast<unsigned char>(text[0])))
-      value = std::stoull(text, &used);
-  } catch (const std::exception&) {
-  }
-  if (used != text.size() || value == 0)
-    fail("%s is '%s', expected a positive integer", what.c_str(), text.c_str());
+  size_t value = whole_number(text).value_or(0);
+  if (value == 0) fail("%s is '%s', expected a positive integer", what.c_str(), text.c_str());
   return value;
 }
 
 inline double finite_number(const std::string& text, const std::string& what) {
-  char* end = nullptr;
-  double value = std::strtod(text.c_str(), &end);
-  if (text.empty() || *end || !std::isfinite(value))
-    fail("%s is '%s', expected a number", what.c_str(), text.c_str());
-  return value;
+  std::optional<double> value = decimal_number(text);
+  if (!value) fail("%s is '%s', expected a number", what.c_str(), text.c_str());
+  return *value;
 }
 
 // The configuration of a weights file: sizes from the shapes, the rest from its metadata where it
