@@ -58,17 +58,51 @@
 // and main() prints it and exits with status 2. A CUDA status that is not success is ours: die()
 // says where and exits with status 1.
 
+// A text that may come from a file, fit for a terminal: one line, and nothing in it is obeyed.
+// Letters of all languages stay. Control characters (DEL and C1 too), what breaks lines or turns
+// their direction, and bytes that are not UTF-8 become \xNN.
+inline std::string visible(const std::string& text) {
+  constexpr uint32_t least[] = {0, 0x80, 0x800, 0x10000};  // what needs so many further bytes
+  std::string out;
+  for (size_t i = 0, n; i < text.size(); i += n) {
+    auto byte = [&](size_t k) { return i + k < text.size() ? text[i + k] & 0xffu : 0; };
+    size_t more = byte(0) < 0xc0 ? 0 : byte(0) < 0xe0 ? 1 : byte(0) < 0xf0 ? 2 : 3;
+    uint32_t letter = more ? byte(0) & (0x3f >> more) : byte(0);
+    for (n = 1; n <= more && (byte(n) & 0xc0) == 0x80; ++n) letter = letter << 6 | (byte(n) & 0x3f);
+    auto from = [&](uint32_t first, uint32_t last) { return letter >= first && letter <= last; };
+    bool good = n == more + 1 && letter >= least[more] && letter <= 0x10ffff && byte(0) < 0xf8 &&
+                (more || letter < 0x80) && !from(0xd800, 0xdfff);
+    bool shown = !from(0, 0x1f) && !from(0x7f, 0x9f) && !from(0x200e, 0x200f) &&
+                 !from(0x2028, 0x202e) && !from(0x2066, 0x2069);
+    if (good && shown) {
+      out.append(text, i, n);
+      continue;
+    }
+    char escaped[8];
+    for (size_t k = 0; k < n; ++k) {
+      std::snprintf(escaped, sizeof escaped, "\\x%02x", byte(k));
+      out += escaped;
+    }
+  }
+  return out;
+}
+
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Throws an Error. What a file made too long is cut in the middle: the end says what to do.
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
-  char text[1024];
-  va_list arguments;
+  constexpr size_t most = 1000;
+  va_list arguments, again;
   va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
+  va_copy(again, arguments);
+  std::string text(size_t(std::vsnprintf(nullptr, 0, format, arguments)), ' ');
+  std::vsnprintf(text.data(), text.size() + 1, format, again);
+  va_end(again);
   va_end(arguments);
-  throw Error(text);
+  if (text.size() > most) text.replace(most / 2, text.size() - most, "...");
+  throw Error(visible(text));
 }
 
 [[noreturn]] inline void die(const char* file, int line, const char* call, const char* status) {

@@ -791,22 +791,6 @@ void draw_validation_batch(Network<T, Kept>& net, TrainArrays<T, Kept> a, Device
               streams::validation_noise, draw);
 }
 
-// Add images of `from` to `to`, which has the same captions.
-inline void append_images(Dataset& to, const Dataset& from, const std::vector<size_t>& which) {
-  for (size_t n : which) {
-    auto image = from.pixels.begin() + ptrdiff_t(n * from.image_size());
-    to.pixels.insert(to.pixels.end(), image, image + ptrdiff_t(from.image_size()));
-    to.caption.push_back(from.caption[n]);
-  }
-  to.images += which.size();
-}
-
-// The data set without its images.
-inline Dataset without_images(Dataset data) {
-  data.images = 0, data.pixels.clear(), data.caption.clear();
-  return data;
-}
-
 // V images at an even stride: a folder's images are sorted by caption.
 inline Dataset every_nth(const Dataset& from, size_t V) {
   Dataset some = without_images(from);
@@ -1143,8 +1127,7 @@ void save_run(Trainer<T, Kept>& t) {
   std::string dir = t.o.out + "/";
   Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
   about["step"] = state["step"] = std::to_string(t.step);
-  bool latents = std::filesystem::path(t.o.data).extension() == ".safetensors";
-  about["captions"] = latents ? "file" : "words";
+  about["captions"] = is_latents(t.o.data) ? "file" : "words";
   for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) state[key] = value;
   // State first: a kill in between leaves old weights, which the resumed run writes anew.
   if (t.o.save == "all")
@@ -1166,7 +1149,7 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
   // A number as it was typed, not with all the digits that a double has.
   auto typed = [](const std::string& text) {
     std::optional<double> number = decimal_number(text);
-    return number && !whole_number(text) ? shortest(*number) : text;
+    return number && !whole_number(text) ? shortest(*number) : visible(text);
   };
   size_t V = std::min(o.val_images, validation.images);
   bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
@@ -1215,8 +1198,8 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
       differs(c.name, c.was, c.now);
   }
   if (!others.empty())
-    throw Error(path + " was made with " + others +
-                ": resume with the same, or choose another --out");
+    fail("%s was made with %s: resume with the same, or choose another --out", path.c_str(),
+         others.c_str());
   std::printf("%s", notes.c_str());
 }
 
@@ -1493,19 +1476,21 @@ class Run {
   // A row a caption, the first ten.
   void grid(const std::string& name) {
     const Config& m = o_.model;
-    size_t scale = std::max(m.height, m.image_width) > 256 ? 1 : 2, words = m.text_size();
-    auto fit = [&](size_t most, size_t size) {  // a picture of at most 16,000 pixels
-      return std::clamp<size_t>(16000 / (size * scale + 2), 1, most);
+    size_t scale = grid_scale(m.height, m.image_width), words = m.text_size();
+    auto fit = [&](size_t most, size_t size) {  // a picture's side, with room for captions
+      return std::clamp<size_t>(15000 / (size * scale + 2), 1, most);
     };
     size_t rows = fit(std::min<size_t>(data_.captions, 10), m.height),
            columns = fit(o_.columns, m.image_width);
+    std::vector<std::string> captions;
+    for (size_t i = 0; i < rows; ++i) captions.push_back(data_.name_of(i));
     std::vector<float> text;
     for (size_t i = 0; i < rows * columns; ++i)
       text.insert(text.end(), data_.text.begin() + ptrdiff_t(i / columns * words),
                   data_.text.begin() + ptrdiff_t((i / columns + 1) * words));
     std::vector<float> images = trainer_.samples(text, data_.empty_text, rows * columns, 25, 2);
     write_png_grid(o_.out + "/" + name, images.data(), rows, columns, m.channels, m.height,
-                   m.image_width, scale);
+                   m.image_width, scale, captions);
     last_ = Time::now();
   }
 };
@@ -1595,55 +1580,90 @@ void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
   print_plan<T>(o, table, data, on_gpu, choice);
 }
 
-// Rows of captions as (rows * columns, L, d_text) and the empty caption.
-inline std::pair<std::vector<float>, std::vector<float>> prompt_text(const SampleOptions& o,
-                                                                     const Config& m) {
-  std::vector<float> text, empty = encode_text("", m.text_tokens, m.text_dim);
-  Dataset data;
-  if (!o.data.empty()) {
-    data = load_dataset(o.data, true);
-    if (data.text_tokens != m.text_tokens || data.text_dim != m.text_dim)
-      fail("%s has captions of %zu x %zu numbers, the model takes %zu x %zu", o.data.c_str(),
-           data.text_tokens, data.text_dim, m.text_tokens, m.text_dim);
-    empty = data.empty_text;
-  }
+// The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must be
+// among those of that data's captions, or it is the number of one of them, and nothing else where
+// captions are numbers.
+inline Captions prompt_text(const SampleOptions& o, const Config& m) {
+  Captions data;
+  if (!o.data.empty()) data = load_dataset(o.data, 0).train;
+  if (!o.data.empty() && (data.text_tokens != m.text_tokens || data.text_dim != m.text_dim))
+    fail("%s has captions of %zu x %zu numbers, the model takes %zu x %zu", o.data.c_str(),
+         data.text_tokens, data.text_dim, m.text_tokens, m.text_dim);
+  std::set<std::string> known;
+  for (const std::string& name : data.names)
+    for (const std::string& word : words_of(caption_of(name))) known.insert(word);
+  Captions asked;
+  asked.empty_text =
+      o.data.empty() ? encode_text("", m.text_tokens, m.text_dim) : std::move(data.empty_text);
   for (const std::string& prompt : o.prompts) {
+    std::vector<std::string> words = words_of(caption_of(prompt));
+    auto is_known = [&](const std::string& word) { return known.count(word) > 0; };
     std::vector<float> row;
-    if (o.data.empty()) {
+    if (o.data.empty() || (!known.empty() && std::all_of(words.begin(), words.end(), is_known))) {
       row = encode_text(caption_of(prompt), m.text_tokens, m.text_dim);
+      asked.names.push_back(prompt);
     } else {
-      size_t n = prompt == "0" ? 0 : positive_integer(prompt, "with --data, --prompt");
+      bool number = !prompt.empty() && prompt.size() < 10 &&
+                    prompt.find_first_not_of("0123456789") == std::string::npos;
+      size_t n = number ? std::stoul(prompt) : data.captions;
       if (n >= data.captions)
-        fail("--prompt %zu: %s has captions 0 to %zu", n, o.data.c_str(), data.captions - 1);
+        fail("--prompt %s: %s has captions %s", prompt.c_str(), o.data.c_str(),
+             known.empty() ? ("0 to " + std::to_string(data.captions - 1)).c_str()
+                           : list_of(data.names).c_str());
       row.assign(data.text.begin() + ptrdiff_t(n * m.text_size()),
                  data.text.begin() + ptrdiff_t((n + 1) * m.text_size()));
+      asked.names.push_back(data.name_of(n));
     }
-    for (size_t i = 0; i < o.columns; ++i) text.insert(text.end(), row.begin(), row.end());
+    asked.text.insert(asked.text.end(), row.begin(), row.end());
   }
-  return {text, empty};
+  return asked;
 }
 
 template <class T>
 int sample(Device& device, const SampleOptions& o) {
-  std::string extension = std::filesystem::path(o.out).extension();
-  if (extension != ".png" && extension != ".safetensors")
+  bool numbers = has_extension(o.out, ".safetensors");
+  if (!numbers && !has_extension(o.out, ".png"))
     fail("--out %s: the name must end in .png or .safetensors", o.out.c_str());
   SafetensorsReader file(o.weights);
+  auto said = [&](const char* key) { return file.metadata().count(key) > 0; };
   Config m;
-  m.heads = o.heads, m.height = m.image_width = o.size, m.text_tokens = o.text_tokens;
-  read_config(file, o.weights, m, o.norm_eps);
+  m.height = m.image_width = o.size.value_or(32), m.text_tokens = o.text_tokens.value_or(8);
+  Assumed assumed = read_config(file, o.weights, m, o.heads, o.norm_eps);
+  if (o.size && (*o.size != m.height || *o.size != m.image_width))
+    fail("--size %zu: %s says that its images are %zux%zu", *o.size, o.weights.c_str(), m.height,
+         m.image_width);
+  if (o.text_tokens && *o.text_tokens != m.text_tokens)
+    fail("--text-tokens %zu: %s says that it has %zu", *o.text_tokens, o.weights.c_str(),
+         m.text_tokens);
   double shift = 1;
-  if (file.metadata().count("time_shift"))
+  if (said("time_shift"))
     shift = finite_number(file.metadata().at("time_shift"), o.weights + ": metadata time_shift");
-  if (o.time_shift != 0) shift = o.time_shift;
+  shift = o.time_shift.value_or(shift);
   if (!(shift > 0) || !std::isfinite(shift) || !std::isfinite(o.guidance))
     fail("the time shift must be positive and --cfg finite, not %g and %g", shift, o.guidance);
+  if (!o.time_shift && !said("time_shift"))
+    assumed.add("time shift 1 (the author's released model has 4: --time-shift)");
+  if (!o.size && !(said("height") && said("image_width")))
+    assumed.add("images of " + std::to_string(m.height) + "x" + std::to_string(m.image_width) +
+                " (--size)");
+  if (!o.text_tokens && !said("text_tokens"))
+    assumed.add(std::to_string(m.text_tokens) + " text tokens (--text-tokens)");
   auto captions = file.metadata().find("captions");
   if (o.data.empty() && captions != file.metadata().end() && captions->second == "file")
     fail("%s was trained on captions from a file: name it with --data, and give --prompt a number",
          o.weights.c_str());
-  auto [text, empty] = prompt_text(o, m);
-  size_t n = o.prompts.size() * o.columns;
+  Captions prompts = prompt_text(o, m);
+  assumed.note(o.weights);
+  size_t rows = o.prompts.size(), n = rows * o.columns, scale = grid_scale(m.height, m.image_width);
+  // Better refused now than after the work.
+  if (!numbers)
+    grid_layout(o.out, rows, o.columns, m.channels, m.height, m.image_width, scale, prompts.names);
+  SafeFile(o.out).abandon();
+  std::vector<float> text;
+  for (size_t i = 0; i < n; ++i) {
+    auto row = prompts.text.begin() + ptrdiff_t(i / o.columns * m.text_size());
+    text.insert(text.end(), row, row + ptrdiff_t(m.text_size()));
+  }
   Network<T> net(device, m, std::min(n, o.batch), 0, false);
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   Sampler<T> sampler;
@@ -1653,17 +1673,17 @@ int sample(Device& device, const SampleOptions& o) {
   Carver carver{slab.data};
   sampler.lay(carver, m, net.batch);
   std::vector<float> images =
-      sample_images(net, sampler, text, empty, n, o.steps, o.guidance, shift, o.seed);
+      sample_images(net, sampler, text, prompts.empty_text, n, o.steps, o.guidance, shift, o.seed);
   for (float x : images)
     if (!std::isfinite(x)) fail("the samples hold NaN or infinity: are these trained weights?");
-  if (extension == ".safetensors") {
+  if (numbers) {
     SafetensorsWriter out(o.out);
     out.declare("samples", "F32", {n, m.channels, m.height, m.image_width});
     out.write(images.data(), images.size());
     out.finish();
   } else {
-    write_png_grid(o.out, images.data(), o.prompts.size(), o.columns, m.channels, m.height,
-                   m.image_width);
+    write_png_grid(o.out, images.data(), rows, o.columns, m.channels, m.height, m.image_width,
+                   scale, prompts.names);
   }
   std::printf("%zu samples: %s\n", n, o.out.c_str());
   return 0;
@@ -1692,9 +1712,12 @@ int forward(Device& device, const ForwardOptions& o) {
   inputs.require_only({"z", "text", "cotangent"});
   size_t b = z->shape[0];
   Config m;
-  m.heads = o.heads;
-  read_config(weights, o.weights, m, o.norm_eps);
-  m.height = z->shape[2], m.image_width = z->shape[3], m.text_tokens = text->shape[1];
+  auto fit_to_inputs = [&] {
+    m.height = z->shape[2], m.image_width = z->shape[3], m.text_tokens = text->shape[1];
+  };
+  fit_to_inputs();
+  read_config(weights, o.weights, m, o.heads, o.norm_eps).note(o.weights);
+  fit_to_inputs();  // whatever the weights were trained on
   m.check();
   std::vector<size_t> image{b, m.channels, m.height, m.image_width};
   std::vector<size_t> caption{b, m.text_tokens, m.text_dim};
@@ -2004,17 +2027,27 @@ std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& dat
   return all;
 }
 
-// The samples' images, at random and none twice, in the order of ProbeSplit.
+// The samples' images, at random and none twice, in the order of ProbeSplit: as many as are asked
+// for; else the usual number, or as many as there are.
 inline Dataset probe_images(const ProbeOptions& o) {
-  Dataset train = load_dataset(o.data, true), held_out = load_dataset(o.data, false);
-  ProbeSplit split(o.images);
+  constexpr size_t least = 64;
+  auto [train, held_out] = load_dataset(o.data, 2);
   // Three quarters of the images are to train on, rounded up.
   size_t most = std::min(4 * held_out.images + 3, train.images * 4 / 3);
-  if (o.images < 64 || o.images > most)
+  if (most < least)
     fail(
-        "--images %zu: it must be at least 64, and at most %zu with the %zu training and %zu "
+        "%s is too small to probe: it has %zu training and %zu held-out images, expected at least "
+        "%zu and %zu",
+        o.data.c_str(), train.images, held_out.images, least - least / 4, least / 4);
+  size_t count = o.images.value_or(std::min(usual_probe, most));
+  if (count < least || count > most)
+    fail(
+        "--images %zu: it must be at least %zu, and at most %zu with the %zu training and %zu "
         "held-out images of %s",
-        o.images, most, train.images, held_out.images, o.data.c_str());
+        count, least, most, train.images, held_out.images, o.data.c_str());
+  if (!o.images && count < usual_probe)
+    std::printf("%zu images, as many as there are held-out ones for\n", count);
+  ProbeSplit split(count);
   Dataset images = without_images(train);
   auto add = [&](const Dataset& from, size_t count) {
     std::vector<size_t> which = shuffled(from.images, o.seed, streams::probe_images);
@@ -2030,8 +2063,8 @@ int probe(Device& device, const ProbeOptions& o) {
   SafetensorsReader file(o.weights);
   Dataset data = probe_images(o);
   Config m;
-  m.heads = o.heads, fit_to_data(m, data);
-  read_config(file, o.weights, m, o.norm_eps);
+  fit_to_data(m, data);
+  read_config(file, o.weights, m, o.heads, o.norm_eps).note(o.weights);
   if (m.channels != data.channels || m.height != data.height || m.image_width != data.width ||
       m.text_tokens != data.text_tokens || m.text_dim != data.text_dim)
     fail(
@@ -2040,19 +2073,19 @@ int probe(Device& device, const ProbeOptions& o) {
         o.data.c_str(), data.channels, data.height, data.width, data.text_tokens, data.text_dim,
         m.channels, m.height, m.image_width, m.text_tokens, m.text_dim);
   std::vector<size_t> layers = chosen_layers("--layers", o.layers, m.depth);
-  double bytes = double(layers.size() * 3 * o.images * m.width * sizeof(Acc<T>));
+  double bytes = double(layers.size() * 3 * data.images * m.width * sizeof(Acc<T>));
   if (bytes > double(Device().available()))
     fail("the features of %zu layers need %.2f GB: name fewer --layers", layers.size(),
          1e-9 * bytes);
   SafeFile out(o.out);  // better refused now than after the work
-  Network<T> net(device, m, std::min(o.images, o.batch), 0, false);
+  Network<T> net(device, m, std::min(data.images, o.batch), 0, false);
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   auto all = probe_features(net, data, layers, o.seed);
 
-  ProbeSplit split(o.images);
+  ProbeSplit split(data.images);
   Labels labels(2);
-  for (size_t i = 0; i < o.images; ++i) labels[0].push_back(probe_time(o.seed, i));
-  for (size_t i : shuffled(o.images, o.seed, streams::probe_shuffle))
+  for (size_t i = 0; i < data.images; ++i) labels[0].push_back(probe_time(o.seed, i));
+  for (size_t i : shuffled(data.images, o.seed, streams::probe_shuffle))
     labels[1].push_back(labels[0][i]);
   std::vector<ProbeRow> rows;
   for (const auto& f : all) {
@@ -2119,11 +2152,10 @@ inline int command(int argc, const char* const* argv) {
     if (is("plan"))
       return machine.with_precision([&](auto t) {
         if (plan_options.data != "fashion-mnist") {
-          Dataset data = load_dataset(plan_options.data, true);
-          fit_to_data(plan_options.model, data);
-          sizes.images = data.images, sizes.captions = data.captions;
-          plan_options.val_images =
-              std::min(plan_options.val_images, load_dataset(plan_options.data, false).images);
+          Split data = load_dataset(plan_options.data, 0);
+          fit_to_data(plan_options.model, data.train);
+          sizes.images = data.train.images, sizes.captions = data.train.captions;
+          plan_options.val_images = std::min(plan_options.val_images, data.held_out.images);
         }
         check_options(plan_options);
         sizes.held_out = plan_options.val_images;
@@ -2134,13 +2166,12 @@ inline int command(int argc, const char* const* argv) {
     if (is("gradcheck")) return gradcheck(device, gradcheck_options);
     if (is("train")) {
       size_t in_use = device.in_use() - Device::workspace_bytes(device.gpu);
-      Dataset data = load_dataset(train_options.data, true);
-      Dataset held_out = load_dataset(train_options.data, false);
-      fit_to_data(train_options.model, data);
+      Split data = load_dataset(train_options.data, device.gpu ? 1 : 2);
+      fit_to_data(train_options.model, data.train);
       check_options(train_options);
       return machine.with_precision([&](auto t) {
-        return train<decltype(t)>(device, machine, train_options, std::move(data),
-                                  std::move(held_out), in_use);
+        return train<decltype(t)>(device, machine, train_options, std::move(data.train),
+                                  std::move(data.held_out), in_use);
       });
     }
     return machine.with_precision([&](auto t) {
@@ -2153,7 +2184,7 @@ inline int command(int argc, const char* const* argv) {
     std::fprintf(stderr, "mvsplit: %s\n", e.what());
     return 2;
   } catch (const std::filesystem::filesystem_error& e) {
-    std::fprintf(stderr, "mvsplit: cannot use %s: %s\n", e.path1().c_str(),
+    std::fprintf(stderr, "mvsplit: cannot use %s: %s\n", visible(e.path1()).c_str(),
                  e.code().message().c_str());
     return 2;
   } catch (const std::exception& e) {  // memory

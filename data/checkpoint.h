@@ -67,13 +67,26 @@ inline double finite_number(const std::string& text, const std::string& what) {
   return *value;
 }
 
+// What neither a file nor a flag says, and what it is taken to be.
+struct Assumed {
+  std::string list;
+
+  void add(const std::string& what) { list += (list.empty() ? "" : ", ") + what; }
+  // On stderr, for a wrong guess would go unnoticed.
+  void note(const std::string& path) const {
+    if (!list.empty())
+      std::fprintf(stderr, "note: the metadata of %s does not say all: taken are %s\n",
+                   visible(path).c_str(), list.c_str());
+  }
+};
+
 // The configuration of a weights file: sizes from the shapes, the rest from its metadata where it
-// has any. Sizes that no shape knows (heads, image, text tokens) stay as in `c` if the file is
-// silent. So do means and norm_eps, and the residual is guessed from the tensors' names, but not
-// without a note: a wrong one would go unnoticed. `norm_eps`, if any, is taken whatever the file
-// says.
-inline void read_config(const SafetensorsReader& file, const std::string& path, Config& c,
-                        std::optional<double> norm_eps = {}) {
+// has any. Image and text tokens stay as in `c` if the file is silent. So do means and norm_eps, and
+// the residual is guessed from the tensors' names; the answer tells. `heads`, which change what is
+// computed and no shape, are never guessed: fails if the file is silent too, or says otherwise.
+// `norm_eps`, if any, is taken whatever the file says.
+inline Assumed read_config(const SafetensorsReader& file, const std::string& path, Config& c,
+                           std::optional<size_t> heads = {}, std::optional<double> norm_eps = {}) {
   auto shape = [&](const std::string& name, size_t rank) {
     const TensorInfo* t = file.find(name);
     if (!t || t->shape.size() != rank)
@@ -112,19 +125,30 @@ inline void read_config(const SafetensorsReader& file, const std::string& path, 
     if (said != held)
       fail("%s: metadata says %s %zu, but its tensors have %zu", path.c_str(), key, said, held);
   }
-  integer("heads", c.heads), integer("height", c.height), integer("image_width", c.image_width);
+  integer("height", c.height), integer("image_width", c.image_width);
   integer("text_tokens", c.text_tokens);
+  if (!heads && !m.count("heads"))
+    fail(
+        "%s does not say how many attention heads it has: give --heads (the author's released "
+        "model has 8)",
+        path.c_str());
+  c.heads = heads.value_or(1);
+  integer("heads", c.heads);
+  if (heads && *heads != c.heads)
+    fail("--heads %zu: %s says that it has %zu", *heads, path.c_str(), c.heads);
   if (m.count("residual")) c.residual = m.at("residual");
   if (m.count("means")) c.means = m.at("means");
   if (m.count("norm_eps"))
     c.norm_eps = finite_number(m.at("norm_eps"), path + ": metadata norm_eps");
   if (norm_eps) c.norm_eps = *norm_eps;
   c.check();
-  if (!m.count("residual") || !m.count("means") || !(norm_eps || m.count("norm_eps")))
-    std::fprintf(stderr,
-                 "note: the metadata of %s does not say all of residual, means and norm_eps: they "
-                 "are taken to be %s, %s and %g\n",
-                 path.c_str(), c.residual.c_str(), c.means.c_str(), c.norm_eps);
+  Assumed assumed;
+  char eps[32];
+  std::snprintf(eps, sizeof eps, "%g", c.norm_eps);
+  if (!m.count("residual")) assumed.add("residual " + c.residual);
+  if (!m.count("means")) assumed.add("means " + c.means);
+  if (!norm_eps && !m.count("norm_eps")) assumed.add(std::string("norm_eps ") + eps);
+  return assumed;
 }
 
 // One slab of numbers, one for each parameter, and what goes before their names in a file. A null

@@ -75,14 +75,16 @@ struct Machine {
 struct SampleOptions {
   std::string weights, out = "grid.png", data;
   std::vector<std::string> prompts;
-  size_t steps = 25, columns = 8, seed = 1, heads = 4, size = 32, text_tokens = 8, batch = 64;
-  double guidance = 2, time_shift = 0;
-  std::optional<double> norm_eps;
+  size_t steps = 25, columns = 8, seed = 1, batch = 64;
+  std::optional<size_t> heads, size, text_tokens;
+  double guidance = 2;
+  std::optional<double> norm_eps, time_shift;
 };
 
 struct ForwardOptions {
   std::string weights, inputs, out;
-  size_t heads = 4, recompute = 0;
+  size_t recompute = 0;
+  std::optional<size_t> heads;
   std::optional<double> norm_eps;
 };
 
@@ -92,9 +94,12 @@ struct GradcheckOptions {
   double step = 1.5e-3, tolerance = 1e-7;
 };
 
+constexpr size_t usual_probe = 4096;  // images
+
 struct ProbeOptions {
   std::string weights, data = "fashion-mnist", out = "probe.csv";
-  size_t images = 4096, seed = 1, batch = 64, heads = 4;
+  size_t seed = 1, batch = 64;
+  std::optional<size_t> images, heads;
   std::optional<double> norm_eps;
   std::vector<std::string> layers;
 };
@@ -178,12 +183,16 @@ inline std::string shortest(double x) {
   return {text, std::to_chars(text, text + sizeof text, x).ptr};
 }
 
+inline std::string shortest(size_t x) { return std::to_string(x); }
+
+// Take the number that a text is. Returns what was expected where it is none.
 inline std::string take(const std::string& text, double& x) {
   std::optional<double> number = decimal_number(text);
   if (number) x = *number;
   return number ? "" : "a decimal number that a double holds, such as 0.001 or 1e-3";
 }
-inline std::string take(const std::string& text, size_t& x, size_t least, size_t most) {
+inline std::string take(const std::string& text, size_t& x, size_t least = 0,
+                        size_t most = automatic - 1) {
   std::optional<size_t> number = whole_number(text);
   if (number && *number >= least && *number <= most) return x = *number, "";
   return "a whole number in decimal digits, " +
@@ -238,12 +247,13 @@ class Subcommand {
     auto read = [&](const Words& texts) { return take(texts[0], x); };
     add({option, Option::value, read, [&] { return shortest(x); }}, "FLOAT", about);
   }
-  // `otherwise`: what an option without a value is, for the help.
-  void add(const char* option, std::optional<double>& x, const char* about,
-           const char* otherwise = "") {
+  // `otherwise`: what it is where nobody says, for the help.
+  template <class T>
+  void add(const char* option, std::optional<T>& x, const char* about, const char* otherwise = "") {
     auto read = [&](const Words& texts) { return take(texts[0], x.emplace()); };
     auto write = [&] { return x ? shortest(*x) : ""; };
-    add({option, Option::value, read, write}, "FLOAT", about, otherwise);
+    add({option, Option::value, read, write}, std::is_same_v<T, size_t> ? "UINT" : "FLOAT", about,
+        otherwise);
   }
   void add(const char* option, std::string& x, const char* about, const Words& choices = {}) {
     auto read = [=, &x](const Words& texts) -> std::string {
@@ -257,7 +267,7 @@ class Subcommand {
   void add_or_auto(const char* option, size_t& x, const char* about) {
     auto read = [&](const Words& texts) {
       if (texts[0] == "auto") return x = automatic, std::string();
-      std::string expected = take(texts[0], x, 0, automatic - 1);
+      std::string expected = take(texts[0], x);
       return expected.empty() ? expected : expected + ", or auto";
     };
     auto write = [&] { return x == automatic ? "auto" : std::to_string(x); };
@@ -491,9 +501,7 @@ inline std::string ini_line(const std::string& name, const std::string& text) {
 inline std::map<std::string, GivenOptions> read_ini(const std::string& path,
                                                     const std::vector<Subcommand>& all) {
   if (path.empty()) fail("--config must name a file");
-  std::error_code error;
-  if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error))
-    fail("cannot read %s: it is not a regular file", path.c_str());
+  require_regular(path);
   std::ifstream file(path, std::ios::binary);
   if (!file) fail("cannot read %s: %s", path.c_str(), std::strerror(errno));
   std::string text(1 << 20, 0);
@@ -687,7 +695,7 @@ inline void add_norm_eps(Subcommand& sub, std::optional<double>& norm_eps) {
 inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
   Subcommand sub(app, "sample", "draw images, a row a prompt");
   sub.add("weights", o.weights, "a weights.safetensors");
-  sub.add_many("prompt", o.prompts, "what to draw; with --data, a caption's number");
+  sub.add_many("prompt", o.prompts, "what to draw; with --data, a caption's words or number");
   sub.add("data", o.data, "take captions from this data set");
   sub.add("out", o.out, ".png, or .safetensors for raw numbers");
   sub.add("columns", o.columns, "images of a row", 1, 1000);
@@ -723,7 +731,8 @@ inline Subcommand add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
   sub.add("weights", o.weights, "a weights.safetensors");
   sub.add("data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
   sub.add("out", o.out, "a csv, a row a layer and kind of features");
-  sub.add("images", o.images, "one sample each; a quarter of them held out, to test on");
+  sub.add("images", o.images, "one sample each; a quarter of them held out, to test on",
+          "4096, or as many as there are");
   sub.add_list("layers", o.layers,
                "0,99,199 or all: block inputs, and as layer DEPTH the trunk's output; default: "
                "five, from the first to the last");
@@ -811,7 +820,7 @@ inline void set_resumed(const Subcommand& train, const std::vector<Subcommand>& 
     if (kept.count(name) && now != was[name]) o.changes.push_back({name, was[name], now});
     if (!kept.count(name) && !given.count(name) && is_kept(name, o.model)) silent.push_back(name);
   }
-  std::printf("options that are not given are those of %s\n", path.c_str());
+  std::printf("options that are not given are those of %s\n", visible(path).c_str());
   if (!silent.empty())
     std::printf("note: it does not say %s: their defaults are taken\n", join_list(silent).c_str());
 }
