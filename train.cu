@@ -1141,8 +1141,8 @@ void save_run(Trainer<T, Kept>& t) {
                  Stored{"", t.evaluated_weights()});
 }
 
-// Fails, naming all, if a run with these options would not be the one whose state is in the file. Says
-// what else has changed: the optimiser's settings may, and so may what no bit depends on.
+// Fails, naming all differences, if a run with these options would not be the one whose state is in
+// the file. Says what else has changed: the optimiser's settings, and what no bit depends on.
 template <class T>
 void require_same_run(const SafetensorsReader& file, const std::string& path, const TrainOptions& o,
                       const Dataset& data, const Dataset& validation) {
@@ -1151,56 +1151,43 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
     std::optional<double> number = decimal_number(text);
     return number && !whole_number(text) ? shortest(*number) : visible(text);
   };
+  auto swapped = [](std::string name, char from, char to) {
+    std::replace(name.begin(), name.end(), from, to);
+    return name;
+  };
   size_t V = std::min(o.val_images, validation.images);
   bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
-  Metadata now =
-      describe_state<T>(o, lean, hash_data(data), V, hash_data(every_nth(validation, V)));
-  std::string others;
-  auto other = [&](const std::string& what) { others += (others.empty() ? "" : ", ") + what; };
-  auto differs = [&](std::string name, const std::string& was, const std::string& is) {
-    std::replace(name.begin(), name.end(), '_', '-');
-    other(name + " = " + typed(was) + " (now " + typed(is) + ")");
-  };
+  const uint64_t hashes[] = {hash_data(data), hash_data(every_nth(validation, V))};
   // A state need not say what no bit of it depends on any more.
   const std::set<std::string> optional = {
       "val_images", "val_images_hash", "no_patch_bias", "alpha",
       "beta",       "lambda",          "writer_std",    "final_std"};
-  for (const auto& [key, value] : now) {
-    if (optional.count(key) && !file.metadata().count(key)) continue;
-    std::string was = described(file, path, key);
+  std::string others;
+  for (const auto& [key, value] : describe_state<T>(o, lean, hashes[0], V, hashes[1])) {
+    std::string was =
+        optional.count(key) && !file.metadata().count(key) ? value : described(file, path, key);
     if (was == value) continue;
-    if (key == "data_hash")
-      other("other images or captions than " + o.data + " has");
-    else if (key == "val_images_hash")
-      other("other held-out images than " + o.data + " has");
+    others += others.empty() ? "" : ", ";
+    if (key == "data_hash" || key == "val_images_hash")
+      others +=
+          (key == "data_hash" ? "other images or captions than " : "other held-out images than ") +
+          o.data + " has";
     else
-      differs(key, was, value);
-  }
-  std::string notes;
-  auto note = [&](const std::string& name, const std::string& was, const std::string& is) {
-    notes += "note: " + name + " was " + typed(was) + " and goes on as " + typed(is) + "\n";
-  };
-  Metadata optimizer = describe_optimizer(o.optimizer);
-  for (const auto& [key, value] : optimizer) {
-    std::string was = described(file, path, key);
-    if (was != value) note(key == "decay" ? "weight-decay" : key, was, value);
-  }
-  const std::set<std::string> may_change = {
-      "steps",          "recompute",       "memory",           "device",       "data", "val-images",
-      "log-every",      "val-every",       "save-every",       "sample-every", "save", "columns",
-      "diagnose-every", "diagnose-layers", "diagnose-samples", "spike-factor"};
-  for (const Change& c : o.changes) {
-    std::string key = c.name;
-    std::replace(key.begin(), key.end(), '-', '_');
-    if (may_change.count(c.name))
-      note(c.name, c.was, c.now);
-    else if (!now.count(key) && !optimizer.count(key) && key != "weight_decay")
-      differs(c.name, c.was, c.now);
+      others += swapped(key, '_', '-') + " = " + typed(was) + " (now " + typed(value) + ")";
   }
   if (!others.empty())
     fail("%s was made with %s: resume with the same, or choose another --out", path.c_str(),
          others.c_str());
-  std::printf("%s", notes.c_str());
+  auto note = [&](const std::string& name, const std::string& was, const std::string& now) {
+    if (was != now)
+      std::printf("note: %s was %s and goes on as %s\n", name.c_str(), typed(was).c_str(),
+                  typed(now).c_str());
+  };
+  for (const auto& [key, value] : describe_optimizer(o.optimizer))
+    note(key == "decay" ? "weight-decay" : key, described(file, path, key), value);
+  for (const Change& c : o.changes)
+    if (!file.metadata().count(swapped(c.name, '-', '_')) && c.name != "weight-decay")
+      note(c.name, c.was, c.now);
 }
 
 template <class T, class Kept>
