@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Draws RUN/loss.png, the training and validation loss of a run, with gnuplot.
 set -euo pipefail
+export LC_ALL=C.UTF-8  # decimal points, not commas
 run=$1
 if ! command -v gnuplot >/dev/null; then
   echo "gnuplot is missing: $run/loss.png was not drawn" >&2

@@ -4,6 +4,7 @@
 # step FROM (default 0) to step TO (default: the last), under a TITLE (default: RUN's name).
 #   figures.sh RUN [FROM [TO [TITLE]]]
 set -euo pipefail
+export LC_ALL=C.UTF-8  # decimal points, not commas
 run=$1 csv=$1/diagnostics.csv from=${2:-0} to=${3:-} title=${4:-$(basename "$1")}
 if ! command -v gnuplot >/dev/null; then
   echo "gnuplot is missing: nothing was drawn" >&2

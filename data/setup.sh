@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building and drawing need, or says in one line what to install. Quick when all is there.
 set -euo pipefail
+export LC_ALL=C.UTF-8  # decimal points, not commas
 
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
