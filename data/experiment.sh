@@ -7,7 +7,7 @@
 # into figures and Markdown. Both may use data/experiments/draw.sh. A third, `after`, is for what has to
 # be done with a trained network before its run counts as over.
 #
-# A run's folder, experiments/NAME/RUN, holds its config.ini (`mvsplit train --config` repeats it),
+# A run's folder, experiments/NAME/RUN, holds its recipe.ini (`mvsplit train --config` repeats it),
 # what train writes, train.log, and, once it is over, `result`: a run that has one is not run again, one
 # without goes on from its last save. To run one again, remove its folder.
 #
@@ -74,7 +74,7 @@ layers() {
 # run RUN KEY=VALUE...: one run of the experiment, called by `runs` in a recipe. RUN ends in _SEED if
 # there are several seeds. A key is an option of `mvsplit train`, or
 #   keep=weights  leave weights.safetensors in place when the run is over
-# Writes the run's config.ini, with the latter as a comment.
+# Writes the run's recipe.ini, with the latter as a comment.
 run() {
   [ -z "$REDRAW" ] || return 0
   local dir=$root/$experiment/$1 new
@@ -87,11 +87,11 @@ run() {
     { print }
     /^\[train\]/ && "keep" in value { print "#keep=" value["keep"]; delete value["keep"] }
     END { for (k in value) print k "=" value[k] | "sort" }' - "$base")
-  if [ -e "$dir/config.ini" ] && [ "$new" != "$(cat "$dir/config.ini")" ]; then
-    die "$dir was made with another config.ini than $recipes has now: remove it"
+  if [ -e "$dir/recipe.ini" ] && [ "$new" != "$(cat "$dir/recipe.ini")" ]; then
+    die "$dir was made with another recipe.ini than $recipes has now: remove it"
   fi
   mkdir -p "$dir"
-  echo "$new" >"$dir/config.ini"
+  echo "$new" >"$dir/recipe.ini"
   listed+=("$dir")
 }
 
@@ -116,7 +116,7 @@ read_recipe() {
 # besides. They have the run's width and batch; without a GPU those of the small version, since the
 # full one's would take minutes or hours: a larger block takes longer as it has more operations.
 measure_speed() {
-  local speeds=$root/speed dir=$root/speed.tmp of=$1/config.ini size="" few plain diagnosed o
+  local speeds=$root/speed dir=$root/speed.tmp of=$1/recipe.ini size="" few plain diagnosed o
   if [ "$machine" = CPU ]; then of=${base/full/small}; fi
   few=(--config "$base" --depth 16 --steps 16 --log-every 8 --save weights --columns 1)
   for o in width heads ffn patch batch; do
@@ -139,7 +139,7 @@ measure_speed() {
       >>"$speeds"
   fi
   read -r ms_layer ms_diagnosed startup <<<"$(sed -n "s/^$size//p" "$speeds" |
-    awk -v a="$(operations "$1/config.ini")" -v b="$(operations "$of")" '{ print $1 * a / b, $2 * a / b, $3 }')"
+    awk -v a="$(operations "$1/recipe.ini")" -v b="$(operations "$of")" '{ print $1 * a / b, $2 * a / b, $3 }')"
 }
 # Milliseconds a step, and seconds of wall time, of a training run with these options; its exit status.
 timed() {
@@ -163,7 +163,7 @@ seconds_of() {
       measured = o["diagnose-layers"] == "" ? 5 : o["diagnose-layers"] == "all" ? o["depth"] : split(o["diagnose-layers"], l, ",")
       every = o["diagnose-every"]; steps = o["steps"]
       times = every ? steps / every : 0
-      print other + (a * o["depth"] * (steps + 20) + b * measured * times) / 1000 }' "$1/config.ini"
+      print other + (a * o["depth"] * (steps + 20) + b * measured * times) / 1000 }' "$1/recipe.ini"
 }
 
 anything_to_do() {
@@ -182,7 +182,7 @@ announce() {
       measure_speed "$dir"
       seconds=$(seconds_of "$dir")
       printf -v line '  %-44s %5s steps of %4s layers  about %s' "${dir#"$root"/}" \
-        "$(option steps "$dir/config.ini")" "$(option depth "$dir/config.ini")" "$(duration "$seconds")"
+        "$(option steps "$dir/recipe.ini")" "$(option depth "$dir/recipe.ini")" "$(duration "$seconds")"
       total=$(awk -v a="$total" -v b="$seconds" 'BEGIN { printf "%.0f", a + b }') n=$((n + 1))
     fi
     lines+=("$line")
@@ -216,7 +216,7 @@ result() { sed -n "s/^$2=//p" "$1/result"; }
 train() {
   local dir=$1 status=0
   shift
-  "$program" train --config "$dir/config.ini" --resume --out "$dir" "${share[@]}" "$@" >>"$dir/train.log" 2>&1 ||
+  "$program" train --config "$dir/recipe.ini" --resume --out "$dir" "${share[@]}" "$@" >>"$dir/train.log" 2>&1 ||
     status=$?
   return $status
 }
@@ -226,7 +226,7 @@ do_run() {
   local dir=$1 status=0 outcome=finished start=$SECONDS before=0 last
   [ -s "$dir/result" ] && return
   # Without a state there is nothing to go on from: afresh.
-  [ -e "$dir/state.safetensors" ] || find "$dir" -type f ! -name config.ini -delete
+  [ -e "$dir/state.safetensors" ] || find "$dir" -type f ! -name recipe.ini -delete
   [ -s "$dir/seconds" ] && before=$(cat "$dir/seconds")
   echo "$(date +%H:%M:%S) $dir (tail -f $dir/train.log)"
   train "$dir" || status=$?
@@ -250,7 +250,7 @@ do_run() {
     "commit=$(git describe --always --dirty 2>/dev/null || echo unknown)" >"$dir/result.tmp"
   mv "$dir/result.tmp" "$dir/result"
   rm -f "$dir/state.safetensors" "$dir/seconds"
-  [ "$(option '#keep' "$dir/config.ini")" = weights ] || rm -f "$dir/weights.safetensors"
+  [ "$(option '#keep' "$dir/recipe.ini")" = weights ] || rm -f "$dir/weights.safetensors"
 }
 
 # All that is listed, JOBS runs at a time.
@@ -348,7 +348,7 @@ pack_runs() {
   {
     echo "run,depth,lr,steps,outcome,loss,best,collapse,norm,norm_step,validation,seconds,machine,commit,tokens,ms,tokens_per_s,hfu"
     for dir in "${listed[@]}"; do
-      local c=$dir/config.ini verdict
+      local c=$dir/recipe.ini verdict
       verdict=$(judge "$dir/log.csv")
       [ "$(result "$dir" result)" = finished ] || verdict=diverged,${verdict#*,}
       echo "${dir##*/},$(option depth "$c"),$(option lr "$c"),$(option steps "$c"),$verdict,$(
