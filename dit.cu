@@ -1569,12 +1569,12 @@ Plan network_plan(const Config& config, const Table& table, size_t batch, size_t
   double D = double(config.width), rows = double(batch) * double(config.tokens());
   double parameters_about = D * (double(config.depth) * (4 * D + 3 * double(config.ffn)) +
                                  2 * double(config.patch_dim()));
-  if (parameters_about > 1e13 || rows * (double(config.heads * config.tokens()) + 20 * D +
-                                         6 * double(config.ffn) + double(config.patch_dim())) >
-                                     1e14)
+  size_t span = trains ? span_length(config, recompute) : 1;
+  double of_a_row = double(config.heads * config.tokens()) + 20 * D + 6 * double(config.ffn) +
+                    double(config.patch_dim());
+  if (parameters_about > 1e13 || rows * (double(span) * of_a_row + double(config.depth) * D) > 1e16)
     fail("this model and batch are larger than any machine: check --depth, --width and --batch");
   Plan plan;
-  size_t span = trains ? span_length(config, recompute) : 1;
   NetworkArrays<T, Kept>().each_slab(
       config, table, batch, span, trains, gpu,
       [&](const char* name, const auto& lay) { plan.add(name, lay); });

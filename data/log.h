@@ -47,7 +47,7 @@ class Progress {
   size_t done_ = 0;
   bool shown_ = false;
   std::chrono::steady_clock::time_point next_ =
-      std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
+      std::chrono::steady_clock::now() + std::chrono::milliseconds(terminal_ ? 500 : 2000);
 };
 
 // A folder that this process alone writes to, for as long as this lives.
