@@ -1319,11 +1319,6 @@ class Run {
       if (o_.resume) std::printf("no state in %s: starting at step 1\n", o_.out.c_str());
       set_aside(logs_in(o_.out));
     }
-    if (!o_.ini.empty()) {
-      SafeFile file(o_.out + "/config.ini");
-      file.write(o_.ini);
-      file.commit();
-    }
     logged_ = first_ = trainer_.step;
     if (o_.diagnose_every) {  // first: it may refuse, before anything is written
       const Diagnostics<T>& d = trainer_.diagnostics;  // nothing is measured yet: for the names
@@ -1334,6 +1329,11 @@ class Run {
     }
     log_ = std::make_unique<CsvLog>(o_.out + "/log.csv", "step,loss,gradient_norm,lr", logged_);
     validation_ = std::make_unique<CsvLog>(o_.out + "/validation.csv", "step,loss", logged_);
+    if (!o_.ini.empty()) {
+      SafeFile file(o_.out + "/config.ini");
+      file.write(o_.ini);
+      file.commit();
+    }
   }
 
   int go() {
