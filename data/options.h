@@ -60,7 +60,7 @@ struct Machine {
 
   bool gpu() const { return device == "gpu" || (device == "auto" && Device::gpus() > 0); }
   std::string chosen_precision() const {
-    return precision != "auto" ? precision : gpu() ? "bf16" : "fp32";
+    return precision != "auto" ? precision : gpu() && Device::has_bf16() ? "bf16" : "fp32";
   }
   // Call function(T{}) with T the storage type.
   template <class Function>
