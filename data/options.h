@@ -60,7 +60,7 @@ struct Machine {
 
   bool gpu() const { return device == "gpu" || (device == "auto" && Device::gpus() > 0); }
   std::string chosen_precision() const {
-    return precision != "auto" ? precision : gpu() ? "bf16" : "fp32";
+    return precision != "auto" ? precision : gpu() && Device::has_bf16() ? "bf16" : "fp32";
   }
   // Call function(T{}) with T the storage type.
   template <class Function>
@@ -668,7 +668,7 @@ inline void add_device(Subcommand& sub, Machine& machine) {
 inline void add_machine_options(Subcommand& sub, Machine& machine) {
   add_device(sub, machine);
   sub.add("precision", machine.precision,
-          "of storage: fp64, fp32, bf16; auto: bf16 on a GPU, fp32 on a CPU",
+          "of storage: fp64, fp32, bf16; auto: bf16 on a GPU from 8.0 on, else fp32",
           {"auto", "fp64", "fp32", "bf16"});
 }
 
