@@ -456,8 +456,9 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
                                                    j);
       };
       auto second = [&](int k, size_t j) { return first(k, j + half); };
-      // A thread's first channels, on a GPU up to hd = 256 all that it has, and their angles.
-      Several<T, wide> x1[4], x2[4];
+      // A thread's first channels, on a GPU up to hd = 256 all that it has (zeros if none), and their
+      // angles.
+      Several<T, wide> x1[4] = {}, x2[4] = {};
       Several<A, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
       Quad<A> squares = quad(A(0)), scale;  // |x|^2 and r of each head
       for (size_t j = own; j < half; j += step) {
@@ -682,15 +683,10 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 // dQ and dK leave through RoPE and QK-norm's backward (4.1), since a thread that holds channel j of
 // a row also holds channel j + hd/2.
 
-// Whether 4.3 applies. (A build without CUDA can only plan for a GPU: it takes it for an 8.0 or
-// later.)
+// Whether 4.3 applies.
 template <class T>
 bool fused_attention(bool gpu, size_t head_dim) {
-#ifdef __CUDACC__
   constexpr bool has_kernels = built_for() >= 800;
-#else
-  constexpr bool has_kernels = true;
-#endif
   return gpu && has_kernels && std::is_same_v<T, bf16> && (head_dim == 64 || head_dim == 128);
 }
 
@@ -1569,12 +1565,12 @@ Plan network_plan(const Config& config, const Table& table, size_t batch, size_t
   double D = double(config.width), rows = double(batch) * double(config.tokens());
   double parameters_about = D * (double(config.depth) * (4 * D + 3 * double(config.ffn)) +
                                  2 * double(config.patch_dim()));
-  if (parameters_about > 1e13 || rows * (double(config.heads * config.tokens()) + 20 * D +
-                                         6 * double(config.ffn) + double(config.patch_dim())) >
-                                     1e14)
+  size_t span = trains ? span_length(config, recompute) : 1;
+  double of_a_row = double(config.heads * config.tokens()) + 20 * D + 6 * double(config.ffn) +
+                    double(config.patch_dim());
+  if (parameters_about > 1e13 || rows * (double(span) * of_a_row + double(config.depth) * D) > 1e16)
     fail("this model and batch are larger than any machine: check --depth, --width and --batch");
   Plan plan;
-  size_t span = trains ? span_length(config, recompute) : 1;
   NetworkArrays<T, Kept>().each_slab(
       config, table, batch, span, trains, gpu,
       [&](const char* name, const auto& lay) { plan.add(name, lay); });
@@ -2104,10 +2100,12 @@ std::vector<Reading> Diagnostics<T>::readings(const Measurements& m, size_t slot
   std::vector<Reading> row;
   size_t S = samples, H = config.heads, D = config.width;
   double tokens = double(config.tokens());
+  // Of those that are defined: one sample without a ratio does not take the others'.
   auto mean = [](size_t n, auto of) {
-    double sum = 0;
-    for (size_t i = 0; i < n; ++i) sum += of(i) / double(n);
-    return sum;
+    double sum = 0, count = 0;
+    for (size_t i = 0; i < n; ++i)
+      if (double x = of(i); !std::isnan(x)) sum += x, ++count;
+    return count > 0 ? sum / count : NAN;
   };
   auto add = [&](const std::string& name, const std::string& about, double value) {
     row.push_back({name, about, value});
@@ -2147,7 +2145,9 @@ std::vector<Reading> Diagnostics<T>::readings(const Measurements& m, size_t slot
   const double* trunk = m.states + slot * 2 * 3 * S * 2;
   add("mu_eff", "|P A P|_2, mean over samples and heads (4)",
       mean(S * H, [&](size_t i) { return norms[i]; }));
-  add("mu_eff_max", "the largest of them", *std::max_element(norms, norms + S * H));
+  double largest = NAN;  // which fmax() passes over
+  for (size_t i = 0; i < S * H; ++i) largest = std::fmax(largest, norms[i]);
+  add("mu_eff_max", "the largest of them", largest);
   add("row_diversity", "|A - J A|_F / |A|_F, mean over samples and heads",
       mean(S * H, [&](size_t i) { return std::sqrt(a[2 * i + 1] / (a[2 * i] + a[2 * i + 1])); }));
   add("retention", "|c(A c(X))|_F / |c(X)|_F, X the block's input, mean over samples and heads",

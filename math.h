@@ -19,6 +19,10 @@
 // so that the same source is a CUDA kernel and a plain loop that a debugger can step through.
 #pragma once
 
+#if !defined(__GNUC__) || __cplusplus < 201703L
+#error "MV-Split is C++17 for g++ 9, clang++ 9 or later, or for nvcc with one of them"
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
@@ -34,8 +38,13 @@
 #include <utility>
 #include <vector>
 
-#include <omp.h>
 #include <unistd.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else  // one thread does all
+inline int omp_get_max_threads() { return 1; }
+#endif
 
 #ifdef __CUDACC__
 #include <cublas_v2.h>
@@ -127,8 +136,9 @@ struct Error : std::runtime_error {
 // ---------------------------------------------------------------------------------------------
 // 2. Numbers
 //
-// T is what is stored: double for gradient checks, else as --precision says, by default float on a
-// CPU and bf16 on a GPU. Acc<T> is what sums are made in: double for double, float for the others.
+// T is what is stored: double for gradient checks, else as --precision says, by default bf16 on a
+// GPU with tensor cores for it, else float. Acc<T> is what sums are made in: double for double,
+// float for the others.
 
 // bfloat16: the upper half of a float. Eight bits of exponent, seven of mantissa.
 struct bf16 {
@@ -245,6 +255,17 @@ inline size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 // ---------------------------------------------------------------------------------------------
 // 3. The device and its memory
 
+// The oldest architecture that this binary has kernels for: 900 is 9.0. (A build without CUDA can
+// only plan for a GPU, which it takes for an 8.0.)
+constexpr int built_for() {
+#ifdef __CUDACC__
+  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
+  return architectures[0];
+#else
+  return 800;
+#endif
+}
+
 // One CPU or one GPU. GPU work goes into one stream, in order, so a kernel sees what the one before
 // it wrote (but see beside()); the host waits only in synchronize(), upload() and download().
 struct Device {
@@ -271,6 +292,15 @@ struct Device {
     if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
 #endif
     return count;
+  }
+  // Whether bf16 runs on tensor cores: from 8.0 on, the GPU (if one is at hand) and the binary.
+  static bool has_bf16() {
+    int major = 8;
+#ifdef __CUDACC__
+    if (gpus() > 0)
+      CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+#endif
+    return major >= 8 && built_for() >= 800;
   }
   // cuBLAS gets its workspace from us: its own would be allocated out of the plan's sight, and a
   // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph. The
@@ -341,12 +371,7 @@ struct Device {
 };
 
 #ifdef __CUDACC__
-// The oldest architecture that this binary has kernels for: 900 is 9.0.
-constexpr int built_for() {
-  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
-  return architectures[0];
-}
-static __global__ void empty_kernel() {}  // is there any for the GPU at hand?
+static __global__ void empty_kernel() {}  // are there any kernels for the GPU at hand?
 #endif
 
 inline Device::Device(bool on_gpu) : gpu(on_gpu) {
@@ -444,7 +469,12 @@ inline size_t Device::available() const {
       if (std::sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
     std::fclose(file);
   }
-  size_t all = kib ? kib * 1024 : size_t(sysconf(_SC_AVPHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+#ifdef _SC_AVPHYS_PAGES
+  const auto pages = _SC_AVPHYS_PAGES;
+#else  // macOS
+  const auto pages = _SC_PHYS_PAGES;
+#endif
+  size_t all = kib ? kib * 1024 : size_t(sysconf(pages)) * size_t(sysconf(_SC_PAGESIZE));
   return std::min(all, control_groups_room("/sys/fs/cgroup", control_group()));
 }
 
@@ -1074,6 +1104,7 @@ constexpr uint64_t validation_noise = 5, sampling_noise = 6, check = 7;
 constexpr uint64_t probe_images = 8, probe_time = 9, probe_noise = 10, probe_shuffle = 11;
 constexpr uint64_t parameters = uint64_t(1) << 32;
 constexpr uint64_t gradient_rounding = uint64_t(2) << 32, moment_rounding = uint64_t(3) << 32;
+constexpr uint64_t average_rounding = uint64_t(4) << 32;
 }  // namespace streams
 
 // 6.1 Stochastic rounding
@@ -1095,7 +1126,18 @@ HD inline bf16 round_stochastically(float x, uint32_t random) {
   return y;
 }
 
-// Where the bits come from: draw i is for eight numbers. `*pass` tells one round of an array from
+// x to float, by 29 random bits.
+HD inline float round_stochastically(double x, uint32_t random) {
+  uint64_t u;
+  memcpy(&u, &x, 8);
+  if ((u >> 52 & 0x7ff) == 0x7ff) return float(x);
+  constexpr uint64_t dropped = (uint64_t(1) << 29) - 1;
+  u = (u + (random & dropped)) & ~dropped;
+  memcpy(&x, &u, 8);
+  return float(x);
+}
+
+// Where the bits come from: draw i is for eight numbers, or for four that become floats. `*pass` tells one round of an array from
 // the next, and lives in device memory so that a captured step can be replayed.
 struct Dither {
   uint64_t seed, stream;
@@ -1114,4 +1156,9 @@ HD inline void store_stochastically(bf16* p, Quad<float> q, const Random4& bits,
   for (int k = 0; k < 4; ++k)
     rounded[k] = round_stochastically(q[k], bits.v[2 * half + k / 2] >> (k % 2 * 16));
   *reinterpret_cast<Quad<bf16>*>(p) = rounded;
+}
+HD inline void store_stochastically(float* p, Quad<double> q, const Random4& bits, int) {
+  Quad<float> rounded;
+  for (int k = 0; k < 4; ++k) rounded[k] = round_stochastically(q[k], bits.v[k]);
+  store(p, rounded);
 }

@@ -7,20 +7,18 @@
 // How to read it: section 1 is the objective, 2 the optimiser (skip 2.1 at first: the watch over
 // its gradients), 3 sampling, 4 the trainer, whose train_step() in 4.3 is the whole of a training
 // step, 5 saving and resuming, 6 the run with its log, 7 the other subcommands, 8 the command line.
+// The options, among them the optimiser's, are in data/options.h.
 
 #include "dit.cu"
 
 #include "data/checkpoint.h"
 #include "data/dataset.h"
 #include "data/log.h"
+#include "data/options.h"
 #include "data/ridge.h"
 
 #include <chrono>
 #include <csignal>
-#include <optional>
-#include <set>
-
-#include <CLI/CLI.hpp>
 
 // ---------------------------------------------------------------------------------------------
 // 1. Rectified flow
@@ -101,11 +99,6 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
 // and the master is the bf16 weight and the 16 bits of the float that it lacks. Moments are rounded
 // only to be kept: a step uses m and v as just computed.
 
-struct Optimizer {
-  double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, decay = 0.1, clip = 1;
-  size_t warmup = 100;
-};
-
 // A float in two halves: the nearest bf16, and the rest. Of the float's bits the rest is the lower
 // 16, read as a signed number: from half a gap on it is negative, and the upper half one more
 // (which may carry into the exponent, as it should). So joining the halves is one addition on the
@@ -185,7 +178,7 @@ void initialise(const Device& device, const Table& table, Master<T, Kept> master
 // step is `accumulate` passes; both count from the start of the run.
 struct Clock {
   uint64_t step, pass;
-  double lr, correction1, correction2, norm, clip_scale;
+  double lr, correction1, correction2, follow, norm, clip_scale;
 };
 struct Record {
   double loss, norm, lr;
@@ -220,13 +213,22 @@ inline std::vector<Chunk> chunks_of(const Table& table) {
   return chunks;
 }
 
-// Start of a step: learning rate with linear warm-up, and Adam's bias corrections.
-inline void begin_step(const Device& device, Clock* clock, Optimizer o) {
+// Start of a step: learning rate with linear warm-up, Adam's bias corrections, and `follow`, how far
+// the average of the weights goes towards them. With a decay e it looks back over the last 1 / (1 - e)
+// steps or so; where a run is young, over the last tenth of it:
+//
+//     avg_s = avg_(s-1) + follow (w_s - avg_(s-1)),   follow = max(1 - e, 10 / (s + 9)).
+//
+// So avg_1 = w_1, and what was before has no part in it. As long as the second is the larger, w_k
+// weighs as k (k + 1) ... (k + 8), about k^9: follow_k prod_(k < j <= s) (1 - follow_j) is 10 / (k + 9)
+// times prod (j - 1) / (j + 9), of which all but ten factors above and below cancel.
+inline void begin_step(const Device& device, Clock* clock, Optimizer o, double ema) {
   for_each(device, 1, [=] HD(size_t) {
     double s = double(clock->step + 1);
     clock->lr = o.lr * min_(1.0, s / double(max_<size_t>(o.warmup, 1)));
     clock->correction1 = 1 - pow(o.beta1, s);
     clock->correction2 = 1 - pow(o.beta2, s);
+    clock->follow = max_(1 - ema, 10 / (s + 9));
   });
 }
 
@@ -254,19 +256,18 @@ void gradient_norm(const Device& device, Clock* clock, double* partial, const Ke
   });
 }
 
-// One step of AdamW: updates the weights, m and v (Kept). `average`, if not null, follows the
-// weights exponentially at rate 1 - ema. `dither`: for moments that are rounded.
+// One step of AdamW: updates the weights, m and v (Kept), and `average` if it is not null. `dither`
+// is for moments that are rounded, `average_dither` for the average.
 template <class T, class Kept>
 void adamw(const Device& device, Master<T, Kept> master, Kept* m, Kept* v, Acc<T>* average,
-           double ema, const Kept* gradients, const Clock* clock, const Chunk* chunks, size_t count,
-           Optimizer o, Dither dither) {
+           const Kept* gradients, const Clock* clock, const Chunk* chunks, size_t count,
+           Optimizer o, Dither dither, Dither average_dither) {
   using A = Acc<T>;
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     Chunk c = chunks[team.index];
     A clip = A(clock->clip_scale), lr = A(clock->lr), b1 = A(o.beta1), b2 = A(o.beta2);
     // 1 - 0.999 in float is off by 1.3e-5 of itself: take the difference in double.
     A one_minus_b1 = A(1 - o.beta1), one_minus_b2 = A(1 - o.beta2);
-    A keep = A(ema), follow = A(1 - ema);
     A c1 = A(1 / clock->correction1), c2 = A(1 / clock->correction2);
     A decay = c.decays ? A(o.decay) : A(0), eps = A(o.eps);
     for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
@@ -277,7 +278,11 @@ void adamw(const Device& device, Master<T, Kept> master, Kept* m, Kept* v, Acc<T
         change[k] = m_next[k] * c1 / (std::sqrt(v_next[k] * c2) + eps) + decay * w[k];
       w = w - lr * change;
       master.set(i, w);
-      if (average) store(average + i, keep * load<A>(average + i) + follow * w);
+      if (average) {  // in float a step of follow (w - avg) is soon below half a gap
+        Quad<double> avg = load<double>(average + i);
+        avg = avg + clock->follow * (widen<double>(w) - avg);
+        store_stochastically(average + i, avg, average_dither(i / 4), 0);
+      }
       Random4 bits = Master<T, Kept>::lean ? dither(i / 4) : Random4{};
       store_stochastically(m + i, m_next, bits, 0);
       store_stochastically(v + i, v_next, bits, 1);
@@ -318,14 +323,28 @@ void end_step(const Device& device, Clock* clock, Record* history, const A* loss
 // none is changed.
 
 constexpr size_t spike_window = 100, spike_least = 50;
+static_assert(longest_log_every + spike_window <= records, "all of them are read");
+
+// A step that stood out: its number, its norm, and the median over the `window` steps before it.
+struct Event {
+  uint64_t step, window;
+  double norm, median;
+};
+
+// Until the host has read an event, only what exceeds it by `factor` is another one. `kept` events
+// have room; the last place is taken over by what exceeds even that.
+constexpr uint32_t kept_events = 3;
 
 struct SpikeWatch {
   uint64_t first;        // steps before this one are not in `history`
-  uint64_t quiet_until;  // before this step only what exceeds the last spike by `factor` is one
+  uint64_t quiet_until;  // before this step only what exceeds the last event by `factor` is one
+  double last;           // the last event's norm
   uint32_t fired;        // at the step under way
-  uint32_t pending;      // at `step`, and the host has not read it yet: none is looked for
-  uint64_t step, window;
-  double norm, median;
+  uint32_t pending;      // events that the host has not read yet
+  Event events[kept_events];
+
+  // Where the event of the step under way is kept.
+  HD uint32_t place() const { return pending - 1; }
 };
 
 // Is a norm beyond `factor` times what is usual? NaN is, but not beside NaN.
@@ -333,20 +352,29 @@ HD inline bool stands_out(double norm, double factor, double usual) {
   return !(norm <= factor * usual) && usual == usual;
 }
 
-// What is copied at a spike, and the writers' modes of every step.
-struct SpikeArrays {
-  SpikeWatch* watch;
-  double* modes;                          // (records, L, 2, 2): G_mean and G_ctr of W_O and W2
+// What is copied at an event.
+struct EventArrays {
   double* squares;                        // (chunks), of the gradients
   uint32_t *bad_gradients, *bad_weights;  // (chunks): how many are not finite
   double* losses;                         // (accumulate * B)
   double* velocity;                       // (B, 3): sums of dL/dvelocity and its squares, largest
 
-  void lay(Carver& c, size_t layers, size_t chunks, size_t samples) {
-    watch = c.take<SpikeWatch>(1), modes = c.take<double>(records * layers * 4);
+  void lay(Carver& c, size_t chunks, size_t samples) {
     squares = c.take<double>(chunks);
     bad_gradients = c.take<uint32_t>(chunks), bad_weights = c.take<uint32_t>(chunks);
     losses = c.take<double>(samples), velocity = c.take<double>(3 * samples);
+  }
+};
+
+// The events, and the writers' modes of every step.
+struct SpikeArrays {
+  SpikeWatch* watch;
+  double* modes;  // (records, L, 2, 2): G_mean and G_ctr of W_O and W2
+  EventArrays events[kept_events];
+
+  void lay(Carver& c, size_t layers, size_t chunks, size_t samples) {
+    watch = c.take<SpikeWatch>(1), modes = c.take<double>(records * layers * 4);
+    for (EventArrays& e : events) e.lay(c, chunks, samples);
   }
 };
 
@@ -375,10 +403,12 @@ inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
     median = team.sum(median);
     if (team.rank != 0) return;
     SpikeWatch& w = *a.watch;
-    bool armed = now >= w.quiet_until || stands_out(clock->norm, factor, w.norm);
-    w.fired = n >= spike_least && !w.pending && armed && stands_out(clock->norm, factor, median);
+    bool rests = now < w.quiet_until || w.pending;
+    bool armed = !rests || stands_out(clock->norm, factor, w.last);
+    w.fired = n >= spike_least && armed && stands_out(clock->norm, factor, median);
     if (!w.fired) return;
-    w.pending = 1, w.step = now + 1, w.window = n, w.norm = clock->norm, w.median = median;
+    w.last = clock->norm, w.pending = min_(w.pending + 1, kept_events);
+    w.events[w.place()] = {now + 1, n, clock->norm, median};
   });
 }
 
@@ -390,6 +420,7 @@ void copy_spike(const Device& device, SpikeArrays a, const double* partial, cons
   size_t teams = std::min<size_t>(count, 1024);
   for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
+    const EventArrays& e = a.events[a.watch->place()];
     for (size_t k = team.index; k < count; k += teams) {
       Chunk c = chunks[k];
       double bad_gradients = 0, bad_weights = 0;
@@ -399,13 +430,14 @@ void copy_spike(const Device& device, SpikeArrays a, const double* partial, cons
       }
       bad_gradients = team.sum(bad_gradients), bad_weights = team.sum(bad_weights);
       if (team.rank != 0) continue;
-      a.squares[k] = partial[k];
-      a.bad_gradients[k] = uint32_t(bad_gradients), a.bad_weights[k] = uint32_t(bad_weights);
+      e.squares[k] = partial[k];
+      e.bad_gradients[k] = uint32_t(bad_gradients), e.bad_weights[k] = uint32_t(bad_weights);
     }
   });
   for_each_team(device, samples, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
-    if (team.rank == 0) a.losses[team.index] = double(losses[team.index]);
+    const EventArrays& e = a.events[a.watch->place()];
+    if (team.rank == 0) e.losses[team.index] = double(losses[team.index]);
     if (team.index >= b) return;
     double sum = 0, squares = 0, largest = 0;
     for (size_t i = team.index * n + team.rank; i < (team.index + 1) * n; i += team.size) {
@@ -414,7 +446,7 @@ void copy_spike(const Device& device, SpikeArrays a, const double* partial, cons
     }
     sum = team.sum(sum), squares = team.sum(squares), largest = team.max(largest);
     if (team.rank != 0) return;
-    double* out = a.velocity + 3 * team.index;
+    double* out = e.velocity + 3 * team.index;
     out[0] = sum, out[1] = squares, out[2] = largest;
   });
 }
@@ -466,6 +498,7 @@ std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
   Arrays<T>& a = net.arrays;
   size_t pixels = net.config.pixels(), words = net.config.text_size();
   std::vector<float> images;
+  Progress progress("drawing " + std::to_string(n) + " samples", ceil_div(n, net.batch) * steps);
   for (size_t first = 0; first < n; first += net.batch) {
     size_t b = std::min(net.batch, n - first);
     std::vector<T> conditional, empty;
@@ -489,6 +522,7 @@ std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
         net.forward(b);
       }
       euler_step<T>(device, a.z, with_caption, a.velocity, b * pixels, t - t_next, guidance);
+      progress.advance(1);
     }
     std::vector<A> z(b * pixels);
     device.download(z.data(), a.z, z.size() * sizeof(A));
@@ -499,49 +533,6 @@ std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
 
 // ---------------------------------------------------------------------------------------------
 // 4. The trainer
-
-constexpr size_t automatic = SIZE_MAX;  // --recompute: the memory decides
-
-struct TrainOptions {
-  Config model;
-  Optimizer optimizer;
-  size_t batch = 32, accumulate = 1, steps = 1000, seed = 1;
-  size_t recompute = automatic;
-  std::string state = "auto";  // of the optimiser: fp32, lean
-  double memory = 0;           // GB that may be taken; 0: what is free
-  size_t val_images = 256, log_every = 10, val_every = 0, save_every = 0, sample_every = 0;
-  size_t columns = 8;  // of a sample grid
-  size_t diagnose_every = 0, diagnose_samples = 4;
-  std::vector<std::string> diagnose_layers;
-  double spike_factor = 5;  // 0: no watch for spikes
-  double dropout = 0.1, time_shift = 1, ema = 0;
-  std::string data = "fashion-mnist", out = "run", save = "all";
-  bool resume = false;
-
-  bool observes() const { return diagnose_every || spike_factor > 0; }
-};
-
-// The layers that a flag's words name; by default five, spread from the first to the last.
-inline std::vector<size_t> chosen_layers(const char* flag, const std::vector<std::string>& words,
-                                         size_t last) {
-  std::set<size_t> layers;
-  if (words.empty())
-    for (size_t i = 0; i < 5; ++i) layers.insert((i * last + 2) / 4);
-  for (const std::string& word : words) {
-    if (word == "all")
-      for (size_t i = 0; i <= last; ++i) layers.insert(i);
-    else if (word.empty() || word.size() > 6 ||
-             word.find_first_not_of("0123456789") < word.size() || std::stoul(word) > last)
-      fail("%s: '%s' is not a layer: give numbers from 0 to %zu with commas, or all", flag,
-           word.c_str(), last);
-    else
-      layers.insert(std::stoul(word));
-  }
-  return {layers.begin(), layers.end()};
-}
-inline std::vector<size_t> chosen_layers(const TrainOptions& o) {
-  return chosen_layers("--diagnose-layers", o.diagnose_layers, o.model.depth - 1);
-}
 
 template <class T>
 Diagnostics<T> chosen_diagnostics(const TrainOptions& o) {
@@ -576,11 +567,6 @@ struct TrainArrays {
     losses = c.take<A>(std::max(o.batch, held_out));
     step_losses = c.take<A>(o.batch * o.accumulate);
   }
-};
-
-// How much of a data set goes to the device: training images, images to validate on, captions.
-struct DataSizes {
-  size_t images, held_out, captions;
 };
 
 // A data set's arrays, laid out like everything else.
@@ -635,15 +621,29 @@ struct RunArrays {
   }
 };
 
+// What the driver takes for captured steps, which no carver sees: an estimate. With CUDA 13.0 on an H100
+// a graph takes 0.19 MB a block, and 0.12 MB more for each merge with gates, at bf16 and fp32 alike.
+inline size_t graph_bytes(const TrainOptions& o) {
+  Residual mode = o.model.mode();
+  size_t graphs = std::min<size_t>(o.accumulate, 3) + (o.diagnose_every > 0);
+  size_t gated = size_t(has_gates(mode.attention)) + size_t(has_gates(mode.ffn));
+  return graphs * o.model.depth * (200'000 + 115'000 * gated);
+}
+
 // Everything a run will take, by slab, before it is taken.
 template <class T, class Kept = Acc<T>>
 Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bool on_gpu) {
+  double numbers = double(data.images + data.held_out) * double(o.model.pixels()) +
+                   double(data.captions) * double(o.model.text_size());
+  if (numbers > 1e15)
+    fail("%zu images and %zu captions are larger than any machine", data.images, data.captions);
   Plan plan = network_plan<T, Kept>(o.model, table, o.batch, o.recompute, true, on_gpu);
   RunArrays<T, Kept>(o).each_slab(o, table, data,
                                   [&](const char* name, const auto& lay) { plan.add(name, lay); });
   plan.slabs.emplace_back(
       on_gpu ? "cuBLAS workspace" : "products' workspace",
       on_gpu ? Device::workspace_bytes(true) : HostGemm<Acc<T>>::workspace_bytes());
+  if (on_gpu) plan.slabs.emplace_back("captured steps", graph_bytes(o));
   return plan;
 }
 
@@ -873,13 +873,14 @@ class Trainer : public RunArrays<T, Kept> {
   void set_step(uint64_t done) {
     step = done;
     if constexpr (mixed && !lean) convert(device, net.weights(), a.master.own, net.table.size);
-    Clock clock{done, done * o.accumulate, 0, 0, 0, 0, 0};
+    Clock clock{done, done * o.accumulate, 0, 0, 0, 0, 0, 0};
     device.upload(a.clock, &clock, sizeof clock);
-    SpikeWatch watch{done, 0, 0, 0, 0, 0, 0, 0};
+    SpikeWatch watch{};
+    watch.first = done;
     if (o.spike_factor > 0) device.upload(spikes.watch, &watch, sizeof watch);
   }
 
-  // The spike that was found has been read: look for the next, fully from step `quiet_until` on.
+  // The events have been read: look for others, fully from step `quiet_until` on.
   void watch_spikes_from(uint64_t quiet_until) {
     SpikeWatch watch{};
     device.download(&watch, spikes.watch, sizeof watch);
@@ -906,39 +907,28 @@ class Trainer : public RunArrays<T, Kept> {
     return out;
   }
 
-  // The spike that the device has found since the last call, if any.
-  std::optional<Spike> spike() {
+  // The spikes that the device has found and that watch_spikes_from() has not dismissed.
+  std::vector<Spike> found_spikes() {
     SpikeWatch watch{};
     if (o.spike_factor > 0) device.download(&watch, spikes.watch, sizeof watch);
-    if (!watch.pending) return {};
-    Spike s{};
-    s.step = watch.step, s.window = watch.window, s.norm = watch.norm, s.median = watch.median;
-    s.factor = o.spike_factor;
-    read_gradients(s);
-    read_modes(s);
-    s.losses.resize(o.batch * o.accumulate);
-    device.download(s.losses.data(), spikes.losses, s.losses.size() * sizeof(double));
-    std::vector<double> velocity(3 * o.batch);
-    device.download(velocity.data(), spikes.velocity, velocity.size() * sizeof(double));
-    double numbers = double(o.batch * o.model.pixels());
-    for (size_t i = 0; i < o.batch; ++i) {
-      s.mean += velocity[3 * i] / numbers, s.rms += velocity[3 * i + 1] / numbers;
-      s.largest = std::max(s.largest, velocity[3 * i + 2]);
-    }
-    s.rms = std::sqrt(s.rms);
-    return s;
+    std::vector<Spike> found;
+    for (uint32_t k = 0; k < watch.pending; ++k)
+      found.push_back(read_spike(watch.events[k], spikes.events[k]));
+    return found;
   }
 
   // Mean loss over the held-out images, with the averaged weights if there are any.
   double validate() {
     return with_average([&] {
       std::vector<A> losses(held_out.images);
+      Progress progress("validating", held_out.images);
       for (size_t first = 0; first < held_out.images; first += o.batch) {
         size_t b = std::min(o.batch, held_out.images - first);
         draw_validation_batch(net, a, held_out, o, first, b);
         net.forward(b);
         flow_loss<A>(device, a.losses + first, nullptr, net.arrays.velocity, a.target, b,
                      o.model.pixels(), 0);
+        progress.advance(b);
       }
       device.download(losses.data(), a.losses, losses.size() * sizeof(A));
       double sum = 0;
@@ -972,7 +962,7 @@ class Trainer : public RunArrays<T, Kept> {
     for (size_t micro = 0; micro < o.accumulate; ++micro) {
       bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
       act(graphs_[observe][last][first], [&] {
-        if (first) begin_step(device, a.clock, o.optimizer);
+        if (first) begin_step(device, a.clock, o.optimizer, o.ema);
         pass(first, last ? observer(diagnose) : Observer<T>());
         if (last) update(diagnose);
       });
@@ -998,8 +988,8 @@ class Trainer : public RunArrays<T, Kept> {
     if (o.spike_factor > 0)
       watch_step(device, spikes, a.clock, a.history, diagnostics.measured.modes,
                  diagnostics.layers.size(), diagnostics.samples, o.spike_factor);
-    adamw(device, a.master, a.m, a.v, a.average, o.ema, net.gradients(), a.clock, a.chunks,
-          chunk_count, o.optimizer, dither(streams::moment_rounding));
+    adamw(device, a.master, a.m, a.v, a.average, net.gradients(), a.clock, a.chunks, chunk_count,
+          o.optimizer, dither(streams::moment_rounding), dither(streams::average_rounding));
     if (o.spike_factor > 0)
       copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks, chunk_count,
                  a.step_losses, samples, net.arrays.dvelocity, o.batch, o.model.pixels());
@@ -1015,13 +1005,32 @@ class Trainer : public RunArrays<T, Kept> {
     };
   }
 
+  Spike read_spike(const Event& event, const EventArrays& e) {
+    Spike s{};
+    s.step = event.step, s.window = event.window, s.norm = event.norm, s.median = event.median;
+    s.factor = o.spike_factor;
+    read_gradients(s, e);
+    read_modes(s);
+    s.losses.resize(o.batch * o.accumulate);
+    device.download(s.losses.data(), e.losses, s.losses.size() * sizeof(double));
+    std::vector<double> velocity(3 * o.batch);
+    device.download(velocity.data(), e.velocity, velocity.size() * sizeof(double));
+    double numbers = double(o.batch * o.model.pixels());
+    for (size_t i = 0; i < o.batch; ++i) {
+      s.mean += velocity[3 * i] / numbers, s.rms += velocity[3 * i + 1] / numbers;
+      s.largest = std::max(s.largest, velocity[3 * i + 2]);
+    }
+    s.rms = std::sqrt(s.rms);
+    return s;
+  }
+
   // The norm of each parameter's gradient, from its chunks' squares, and what is not finite.
-  void read_gradients(Spike& s) {
+  void read_gradients(Spike& s, const EventArrays& e) {
     std::vector<double> squares(chunk_count);
     std::vector<uint32_t> gradients(chunk_count), weights(chunk_count);
-    device.download(squares.data(), spikes.squares, chunk_count * sizeof(double));
-    device.download(gradients.data(), spikes.bad_gradients, chunk_count * sizeof(uint32_t));
-    device.download(weights.data(), spikes.bad_weights, chunk_count * sizeof(uint32_t));
+    device.download(squares.data(), e.squares, chunk_count * sizeof(double));
+    device.download(gradients.data(), e.bad_gradients, chunk_count * sizeof(uint32_t));
+    device.download(weights.data(), e.bad_weights, chunk_count * sizeof(uint32_t));
     std::vector<Chunk> chunks = chunks_of(net.table);
     size_t k = 0;
     for (const Parameter& p : net.table.parameters) {
@@ -1076,19 +1085,28 @@ constexpr const char* precision_name = std::is_same_v<T, double>  ? "fp64"
 // What must be the same for a resumed run to be the same run. The optimiser's settings are not
 // among them: a run may go on at another learning rate, but its bits are then not those of an
 // unbroken one.
+template <class T>
+Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, size_t val_images,
+                        uint64_t val_images_hash) {
+  Metadata m = describe(o.model, o.time_shift);
+  m["batch"] = std::to_string(o.batch), m["accumulate"] = std::to_string(o.accumulate);
+  m["seed"] = std::to_string(o.seed), m["data_hash"] = std::to_string(data_hash);
+  m["val_images"] = std::to_string(val_images);
+  m["val_images_hash"] = std::to_string(val_images_hash);
+  m["precision"] = precision_name<T>, m["state"] = lean ? "lean" : "fp32";
+  m["dropout"] = exact(o.dropout), m["ema"] = exact(o.ema);
+  m["fix"] = o.model.fix.empty() ? "nothing" : join_list(o.model.fix);
+  // Where it began: what has been learned since then hides it.
+  m["no_patch_bias"] = o.model.patch_bias ? "false" : "true";
+  m["writer_std"] = exact(o.model.writer_std), m["final_std"] = exact(o.model.final_std);
+  for (auto [gate, start] : {std::pair("alpha", o.model.alpha), std::pair("beta", o.model.beta),
+                             std::pair("lambda", o.model.lambda_init())})
+    if (o.model.has_gate(gate)) m[gate] = exact(start);
+  return m;
+}
 template <class T, class Kept>
 Metadata describe_state(const Trainer<T, Kept>& t) {
-  Metadata m = describe(t.o.model, t.o.time_shift);
-  m["batch"] = std::to_string(t.o.batch), m["accumulate"] = std::to_string(t.o.accumulate);
-  m["seed"] = std::to_string(t.o.seed), m["data_hash"] = std::to_string(t.data_hash);
-  m["val_images"] = std::to_string(t.held_out.images);
-  m["val_images_hash"] = std::to_string(t.validated_hash);
-  m["precision"] = precision_name<T>, m["state"] = t.lean ? "lean" : "fp32";
-  m["dropout"] = exact(t.o.dropout), m["ema"] = exact(t.o.ema);
-  std::string& fixed = m["fix"];
-  for (const std::string& gate : t.o.model.fix) fixed += (fixed.empty() ? "" : ",") + gate;
-  if (fixed.empty()) fixed = "nothing";
-  return m;
+  return describe_state<T>(t.o, t.lean, t.data_hash, t.held_out.images, t.validated_hash);
 }
 
 // The entry `key` of a state's metadata. Throws Error where there is none.
@@ -1097,14 +1115,6 @@ inline std::string described(const SafetensorsReader& file, const std::string& p
   auto at = file.metadata().find(key);
   if (at == file.metadata().end()) fail("%s: metadata '%s' is missing", path.c_str(), key.c_str());
   return at->second;
-}
-
-inline void require_described(const SafetensorsReader& file, const std::string& path,
-                              const std::string& key, const std::string& value) {
-  std::string found = described(file, path, key);
-  if (found != value)
-    fail("%s was made with %s = %s, this run has %s: resume with the same, or choose another --out",
-         path.c_str(), key.c_str(), found.c_str(), value.c_str());
 }
 
 inline Metadata describe_optimizer(const Optimizer& o) {
@@ -1145,20 +1155,59 @@ void save_run(Trainer<T, Kept>& t) {
                  Stored{"", t.evaluated_weights()});
 }
 
+// Fails, naming all differences, if a run with these options would not be the one whose state is in
+// the file. Says what else has changed: the optimiser's settings, and what no bit depends on.
+template <class T>
+void require_same_run(const SafetensorsReader& file, const std::string& path, const TrainOptions& o,
+                      const Dataset& data, const Dataset& validation) {
+  // A number as it was typed, not with all the digits that a double has.
+  auto typed = [](const std::string& text) {
+    std::optional<double> number = decimal_number(text);
+    return number && !whole_number(text) ? shortest(*number) : visible(text);
+  };
+  auto swapped = [](std::string name, char from, char to) {
+    std::replace(name.begin(), name.end(), from, to);
+    return name;
+  };
+  size_t V = std::min(o.val_images, validation.images);
+  bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
+  const uint64_t hashes[] = {hash_data(data), hash_data(every_nth(validation, V))};
+  // A state need not say what no bit of it depends on any more.
+  const std::set<std::string> optional = {
+      "val_images", "val_images_hash", "no_patch_bias", "alpha",
+      "beta",       "lambda",          "writer_std",    "final_std"};
+  std::string others;
+  for (const auto& [key, value] : describe_state<T>(o, lean, hashes[0], V, hashes[1])) {
+    std::string was =
+        optional.count(key) && !file.metadata().count(key) ? value : described(file, path, key);
+    if (was == value) continue;
+    others += others.empty() ? "" : ", ";
+    if (key == "data_hash" || key == "val_images_hash")
+      others +=
+          (key == "data_hash" ? "other images or captions than " : "other held-out images than ") +
+          o.data + " has";
+    else
+      others += swapped(key, '_', '-') + " = " + typed(was) + " (now " + typed(value) + ")";
+  }
+  if (!others.empty())
+    fail("%s was made with %s: resume with the same, or choose another --out", path.c_str(),
+         others.c_str());
+  auto note = [&](const std::string& name, const std::string& was, const std::string& now) {
+    if (was != now)
+      std::printf("note: %s was %s and goes on as %s\n", name.c_str(), typed(was).c_str(),
+                  typed(now).c_str());
+  };
+  for (const auto& [key, value] : describe_optimizer(o.optimizer))
+    note(key == "decay" ? "weight-decay" : key, described(file, path, key), value);
+  for (const Change& c : o.changes)
+    if (!file.metadata().count(swapped(c.name, '-', '_')) && c.name != "weight-decay")
+      note(c.name, c.was, c.now);
+}
+
 template <class T, class Kept>
 void resume_run(Trainer<T, Kept>& t) {
   std::string path = t.o.out + "/state.safetensors";
   SafetensorsReader file(path);
-  for (const auto& [key, value] : describe_state(t)) {
-    // A state may not say what it was validated on: no bit of it depends on that.
-    bool optional = key == "val_images" || key == "val_images_hash";
-    if (!optional || file.metadata().count(key)) require_described(file, path, key, value);
-  }
-  for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) {
-    std::string was = described(file, path, key);
-    if (was != value)
-      std::printf("note: %s was %s and goes on as %s\n", key.c_str(), was.c_str(), value.c_str());
-  }
   std::string step = described(file, path, "step");
   with_state(t, [&](auto... slabs) { load_tensors(file, path, t.device, t.net.table, slabs...); });
   t.set_step(step == "0" ? 0 : positive_integer(step, path + ": metadata step"));
@@ -1172,7 +1221,7 @@ inline std::vector<std::string> logs_in(const std::string& folder) {
     std::string name = entry.path().filename(), extension = entry.path().extension();
     bool numbered = name.rfind("spike_", 0) == 0 || name.rfind("samples_", 0) == 0;
     if (name == "log.csv" || name == "validation.csv" || name == "diagnostics.csv" ||
-        (numbered && (extension == ".txt" || extension == ".png")))
+        name == "config.ini" || (numbered && (extension == ".txt" || extension == ".png")))
       logs.push_back(entry.path());
   }
   std::sort(logs.begin(), logs.end());
@@ -1209,11 +1258,21 @@ inline std::string duration(double seconds) {
   return text;
 }
 
-// Dense bf16 matrix peak of the cards whose number we know, for the share that a run reaches.
-inline double peak_flops(const std::string& name) {
-  for (const char* hopper : {"H100", "H200"})
-    if (name.find(hopper) != std::string::npos) return 989e12;
-  return name.find("A100") != std::string::npos ? 312e12 : 0;
+// Operations a second that a card can do at most in products of T without sparsity, as its maker
+// says; 0 for a card or a type that is not in the table. The names are those that its driver gives.
+template <class T>
+double peak_flops(const std::string& name) {
+  struct {
+    const char* card;
+    double bf16_tera, fp32_tera;
+  } cards[] = {{"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100 80GB HBM3", 989, 67},
+               {"H200 NVL", 836, 60},  {"H200", 989, 67},     {"A100", 312, 19.5}};
+  for (const auto& c : cards)
+    if (name.find(c.card) != std::string::npos)
+      return std::is_same_v<T, bf16>    ? 1e12 * c.bf16_tera
+             : std::is_same_v<T, float> ? 1e12 * c.fp32_tera
+                                        : 0;
+  return 0;
 }
 
 template <class T>
@@ -1260,6 +1319,11 @@ class Run {
       if (o_.resume) std::printf("no state in %s: starting at step 1\n", o_.out.c_str());
       set_aside(logs_in(o_.out));
     }
+    if (!o_.ini.empty()) {
+      SafeFile file(o_.out + "/config.ini");
+      file.write(o_.ini);
+      file.commit();
+    }
     logged_ = first_ = trainer_.step;
     if (o_.diagnose_every) {  // first: it may refuse, before anything is written
       const Diagnostics<T>& d = trainer_.diagnostics;  // nothing is measured yet: for the names
@@ -1298,10 +1362,12 @@ class Run {
                   o_.save == "all" ? ": go on with --resume" : " the weights");
       return 130;
     }
+    for (int signal : {SIGINT, SIGTERM}) std::signal(signal, SIG_DFL);  // all is saved
     grid("samples.png");
     double loss = validate();
-    std::printf("validation loss %.4f   weights %s/weights.safetensors   samples %s/samples.png\n",
-                loss, o_.out.c_str(), o_.out.c_str());
+    std::printf(
+        "validation loss %.4f%s   weights %s/weights.safetensors   samples %s/samples.png\n", loss,
+        trainer_.a.average ? " of the weights' average" : "", o_.out.c_str(), o_.out.c_str());
     return std::isfinite(loss) ? 0 : 1;
   }
 
@@ -1355,13 +1421,13 @@ class Run {
            flops = step_flops(o_) / step;
     std::printf("step %6zu/%zu  loss %.4f  norm %8.3g  lr %.2e  %.1f ms/step  %.3g tokens/s  ",
                 size_t(trainer_.step), o_.steps, loss, now.norm, now.lr, 1e3 * step, tokens / step);
-    if (double peak = peak_flops(trainer_.device.name))
+    if (double peak = peak_flops<T>(trainer_.device.name))
       std::printf("HFU %.1f%% of %.0f TFLOP/s  ", 100 * flops / peak, 1e-12 * peak);
     else
       std::printf("%.3g GFLOP/s  ", 1e-9 * flops);
     std::printf("left %s\n", duration(left).c_str());
     std::fflush(stdout);
-    report_spike();
+    report_spikes();
     last_ = Time::now();
     if (std::isfinite(loss) && std::isfinite(now.norm)) return true;
     std::fprintf(
@@ -1379,20 +1445,22 @@ class Run {
     saved_ = trainer_.step;
   }
 
-  // Write a report if there was a spike: ten of a process, at least 25 steps apart unless one
-  // outgrows the last. (A collapse can follow a first spike within 50 steps.) After the tenth the
-  // spike stays pending, so that the device looks for no other.
-  void report_spike() {
+  // Write a report a spike: ten of a process, at least 25 steps apart unless one outgrows the last.
+  // (A collapse can follow a first spike within a few steps.)
+  void report_spikes() {
     if (reports_ == most_reports) return;
-    std::optional<Spike> spike = trainer_.spike();
-    if (!spike) return;
-    std::string path = o_.out + "/spike_" + padded(spike->step) + ".txt";
-    SafeFile file(path);
-    file.write(spike_report(*spike));
-    file.commit();
-    std::printf("step %6zu  norm %.3g, %.3g times its median: %s\n", size_t(spike->step),
-                spike->norm, spike->norm / spike->median, path.c_str());
-    if (++reports_ < most_reports) trainer_.watch_spikes_from(spike->step + 25);
+    std::vector<Spike> found = trainer_.found_spikes();
+    for (const Spike& spike : found) {
+      if (reports_ == most_reports) return;
+      std::string path = o_.out + "/spike_" + padded(spike.step) + ".txt";
+      SafeFile file(path);
+      file.write(spike_report(spike));
+      file.commit();
+      std::printf("step %6zu  norm %.3g, %.3g times its median: %s\n", size_t(spike.step),
+                  spike.norm, spike.norm / spike.median, path.c_str());
+      ++reports_;
+    }
+    if (!found.empty()) trainer_.watch_spikes_from(found.back().step + 25);
   }
 
   double validate() {
@@ -1434,42 +1502,7 @@ inline void fit_to_data(Config& model, const Dataset& data) {
   model.text_tokens = data.text_tokens, model.text_dim = data.text_dim;
 }
 
-inline void check_options(const TrainOptions& o) {
-  o.model.check();
-  const Optimizer& a = o.optimizer;
-  const Config& m = o.model;
-  double gates =
-      m.alpha + m.beta + m.lambda.value_or(0) + m.writer_std + m.final_std;  // finite if all are
-  struct {
-    bool good;
-    const char* what;
-  } rules[] = {
-      {o.batch >= 1 && o.accumulate >= 1 && o.batch < 1 << 20 && o.accumulate < 1 << 20,
-       "--batch and --accumulate must be from 1 to 1,048,575"},
-      {o.log_every >= 1 && o.log_every <= records - spike_window,
-       "--log-every must be from 1 to 924"},
-      {!o.out.empty(), "--out must name a folder"},
-      {o.dropout >= 0 && o.dropout <= 1, "--dropout must be a probability, from 0 to 1"},
-      {o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1"},
-      {o.memory >= 0 && std::isfinite(o.memory), "--memory must be at least 0"},
-      {o.time_shift > 0 && std::isfinite(o.time_shift), "--time-shift must be positive"},
-      {a.lr > 0 && std::isfinite(a.lr), "--lr must be positive"},
-      {a.decay >= 0 && std::isfinite(a.decay), "--weight-decay must be at least 0"},
-      {a.clip >= 0 && std::isfinite(a.clip), "--clip must be at least 0"},
-      {std::isfinite(gates),
-       "--alpha, --beta, --lambda, --writer-std and --final-std must be finite"},
-      {o.val_images >= 1, "--val-images must be at least 1"},
-      {o.diagnose_samples >= 1, "--diagnose-samples must be at least 1"},
-      {o.spike_factor == 0 || (o.spike_factor > 1 && std::isfinite(o.spike_factor)),
-       "--spike-factor must be 0 (off) or above 1"},
-  };
-  for (const auto& rule : rules)
-    if (!rule.good) fail("%s", rule.what);
-  chosen_layers(o);
-}
-
-// Bytes that may be taken of those that are free. A captured step takes some that are not in the
-// plan.
+// Bytes that may be taken of those that are free. Part of the plan is an estimate.
 inline double memory_limit(const Device& device) {
   return 0.99 * double(device.available() + Device::workspace_bytes(device.gpu));
 }
@@ -1482,25 +1515,13 @@ int start_run(Device& device, const TrainOptions& o, Dataset data, Dataset valid
   return run.go();
 }
 
-template <class T>
-int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size_t in_use) {
-  o.val_images = std::min(o.val_images, validation.images);
-  Table table = parameter_table(o.model);
-  DataSizes sizes{data.images, o.val_images, data.captions};
-  double limit = memory_limit(device);
-  if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
-  std::string saved = o.out + "/state.safetensors";
-  if (o.resume && std::filesystem::exists(saved)) {
-    SafetensorsReader file(saved);
-    require_described(file, saved, "precision", precision_name<T>);
-    if (o.state == "auto") o.state = described(file, saved, "state");
-  }
-  Choice choice = choose<T>(o, table, sizes, device.gpu, limit, true);
-  o.recompute = choice.recompute;
+// Fails if the run's folder holds what this run would write over and does not go on with.
+inline void refuse_to_overwrite(const TrainOptions& o) {
   auto there = [&](const char* name) { return std::filesystem::exists(o.out + "/" + name); };
   bool state = there("state.safetensors");
   if (state && o.resume && o.save == "weights")
-    fail("%s would be left behind by the weights: resume with --save all", saved.c_str());
+    fail("%s/state.safetensors would be left behind by the weights: resume with --save all",
+         o.out.c_str());
   if (state && !o.resume)
     fail("%s/state.safetensors exists: go on with --resume, or choose another --out",
          o.out.c_str());
@@ -1509,12 +1530,36 @@ int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size
       fail("%s/%s exists, but no state to go on from: choose another --out", o.out.c_str(), name);
   if (!state && !o.resume && !logs_in(o.out).empty())
     fail(
-        "%s holds logs, but no state to go on from: choose another --out, or keep them under "
-        "other names and begin anew with --resume",
+        "%s holds logs or a config.ini, but no state to go on from: choose another --out, or keep "
+        "them under other names and begin anew with --resume",
         o.out.c_str());
+}
+
+template <class T>
+int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, Dataset validation,
+          size_t in_use) {
+  const TrainOptions asked = o;
+  o.val_images = std::min(o.val_images, validation.images);
+  Table table = parameter_table(o.model);
+  DataSizes sizes{data.images, o.val_images, data.captions};
+  double limit = memory_limit(device);
+  if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
+  std::string saved = o.out + "/state.safetensors";
+  bool resumed = o.resume && std::filesystem::exists(saved);
+  if (resumed) {
+    SafetensorsReader file(saved);
+    require_same_run<T>(file, saved, o, data, validation);
+    if (o.state == "auto") o.state = described(file, saved, "state");
+  }
+  Choice choice = choose<T>(o, table, sizes, device.gpu, limit, true);
+  o.recompute = choice.recompute;
+  if (!resumed || !o.changes.empty() || !std::filesystem::exists(o.out + "/config.ini"))
+    o.ini = ini_of(asked, machine, choice.lean ? "lean" : "fp32");
   std::error_code error;
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
+  OwnFolder own(o.out);
+  refuse_to_overwrite(o);
   print_plan<T>(o, table, sizes, device.gpu, choice);
   if constexpr (std::is_same_v<T, bf16>)
     if (choice.lean)
@@ -1525,23 +1570,6 @@ int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size
 // ---------------------------------------------------------------------------------------------
 // 7. The other subcommands
 
-struct Machine {
-  std::string device = "auto", precision = "auto";
-
-  bool gpu() const { return device == "gpu" || (device == "auto" && Device::gpus() > 0); }
-  std::string chosen_precision() const {
-    return precision != "auto" ? precision : gpu() ? "bf16" : "fp32";
-  }
-  // Call function(T{}) with T the storage type.
-  template <class Function>
-  int with_precision(const Function& function) const {
-    std::string p = chosen_precision();
-    if (p == "fp64") return function(double{});
-    if (p == "fp32") return function(float{});
-    return function(bf16{});
-  }
-};
-
 // `mvsplit plan`: as `train` would choose on this machine, or for the memory that is named.
 template <class T>
 void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
@@ -1551,15 +1579,6 @@ void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
   Choice choice = choose<T>(o, table, data, on_gpu, limit, o.memory > 0);
   print_plan<T>(o, table, data, on_gpu, choice);
 }
-
-struct SampleOptions {
-  std::string weights, out = "grid.png", data;
-  std::vector<std::string> prompts;
-  size_t steps = 25, columns = 8, seed = 1, batch = 64;
-  std::optional<size_t> heads, size, text_tokens;
-  double guidance = 2;
-  std::optional<double> norm_eps, time_shift;
-};
 
 // The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must be
 // among those of that data's captions, or it is the number of one of them, and nothing else where
@@ -1670,13 +1689,6 @@ int sample(Device& device, const SampleOptions& o) {
   return 0;
 }
 
-struct ForwardOptions {
-  std::string weights, inputs, out;
-  size_t recompute = 0;
-  std::optional<size_t> heads;
-  std::optional<double> norm_eps;
-};
-
 // Read tensor `name` into a device array of T, through numbers that must be finite.
 template <class T>
 void upload_tensor(const SafetensorsReader& file, const std::string& path, const Device& device,
@@ -1756,12 +1768,6 @@ int forward(Device& device, const ForwardOptions& o) {
 // than 4e-8.
 // Writers, gates and the final projection start at random values: at their zeros most gradients
 // vanish.
-
-struct GradcheckOptions {
-  Config model;
-  size_t batch = 1, recompute = 32, seed = 1;
-  double step = 1.5e-3, tolerance = 1e-7;
-};
 
 // x[i] += h * u_i, u standard normal.
 inline void move_along(const Device& device, double* x, size_t n, double h, uint64_t seed,
@@ -2021,16 +2027,6 @@ std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& dat
   return all;
 }
 
-constexpr size_t usual_probe = 4096;  // images
-
-struct ProbeOptions {
-  std::string weights, data = "fashion-mnist", out = "probe.csv";
-  size_t seed = 1, batch = 64;
-  std::optional<size_t> images, heads;
-  std::optional<double> norm_eps;
-  std::vector<std::string> layers;
-};
-
 // The samples' images, at random and none twice, in the order of ProbeSplit: as many as are asked
 // for; else the usual number, or as many as there are.
 inline Dataset probe_images(const ProbeOptions& o) {
@@ -2113,200 +2109,11 @@ int probe(Device& device, const ProbeOptions& o) {
 // ---------------------------------------------------------------------------------------------
 // 8. The command line
 
-inline void add_model_options(CLI::App* app, Config& m) {
-  app->add_option("--depth", m.depth, "blocks");
-  app->add_option("--width", m.width, "channels D of a token");
-  app->add_option("--heads", m.heads, "attention heads");
-  app->add_option("--ffn", m.ffn, "width of the FFN");
-  app->add_option("--patch", m.patch, "pixels along a patch");
-  app->add_option("--residual", m.residual,
-                  "postnorm, prenorm, layerscale, rezero, mvsplit, mvsplit-attention, mvsplit-ffn, "
-                  "mvsplit-noleak");
-  app->add_option("--means", m.means,
-                  "that MV-Split takes: segment, of image and of text tokens; global, of all");
-  app->add_option("--alpha", m.alpha, "MV-Split's mean gate at the start");
-  app->add_option("--beta", m.beta, "MV-Split's centered gate at the start");
-  app->add_option("--lambda", m.lambda, "LayerScale's or ReZero's gate at the start")
-      ->default_str("1e-2, 0");
-  app->add_option("--writer-std", m.writer_std,
-                  "W_O and W2 start as N(0, std^2); -1: the mode's own");
-  app->add_option("--final-std", m.final_std, "so does the final projection");
-  app->add_flag("!--no-patch-bias", m.patch_bias, "no bias in the patch embedding");
-  app->add_option("--norm-eps", m.norm_eps, "epsilon of the RMSNorms");
-}
-
-// Sizes that train reads off the data; for the subcommands that have none.
-inline void add_data_sizes(CLI::App* app, Config& m) {
-  app->add_option("--channels", m.channels, "channels of the image");
-  app->add_option("--height", m.height, "pixels");
-  app->add_option("--image-width", m.image_width, "pixels");
-  app->add_option("--text-tokens", m.text_tokens, "tokens of a caption");
-  app->add_option("--text-dim", m.text_dim, "numbers of a text token");
-}
-
-inline void add_train_options(CLI::App* app, TrainOptions& o) {
-  add_model_options(app, o.model);
-  app->add_option("--fix", o.model.fix, "gates that are not trained: alpha, beta, lambda")
-      ->delimiter(',');
-  app->add_option("--batch", o.batch, "images of a forward pass");
-  app->add_option("--accumulate", o.accumulate, "passes of a step");
-  app->add_option("--steps", o.steps, "steps, from the start of the run");
-  app->add_option("--lr", o.optimizer.lr, "learning rate after warm-up");
-  app->add_option("--warmup", o.optimizer.warmup, "steps of warm-up");
-  app->add_option("--weight-decay", o.optimizer.decay, "of matrices");
-  app->add_option("--clip", o.optimizer.clip, "largest gradient norm; 0: none");
-  app->add_option("--recompute", o.recompute,
-                  "0: keep all activations; k: a checkpoint every k blocks; auto: as memory allows")
-      ->transform(
-          [](const std::string& text) { return text == "auto" ? std::to_string(automatic) : text; })
-      ->default_str("auto");
-  app->add_option("--state", o.state,
-                  "of the optimiser: fp32; lean, 10 bytes a parameter; auto: as memory allows")
-      ->check(CLI::IsMember({"auto", "fp32", "lean"}));
-  app->add_option("--memory", o.memory, "GB that may be taken; 0: what is free");
-  app->add_option("--dropout", o.dropout, "share of captions left out");
-  app->add_option("--time-shift", o.time_shift, "a in t' = a t / (1 + (a-1) t)");
-  app->add_option("--ema", o.ema, "decay of the weights' average; 0: none");
-  app->add_option("--seed", o.seed, "of everything random");
-  app->add_option("--data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
-  app->add_option("--diagnose-every", o.diagnose_every, "steps a row of diagnostics.csv; 0: none");
-  app->add_option("--diagnose-layers", o.diagnose_layers,
-                  "0,99,199 or all; default: five, from the first to the last")
-      ->delimiter(',');
-  app->add_option("--diagnose-samples", o.diagnose_samples, "of a batch, to measure");
-  app->add_option("--spike-factor", o.spike_factor,
-                  "report a gradient norm this many times its running median; 0: never");
-}
-
-inline void add_machine_options(CLI::App* app, Machine& machine) {
-  app->add_option("--device", machine.device, "where")
-      ->check(CLI::IsMember({"auto", "cpu", "gpu"}));
-  app->add_option("--precision", machine.precision,
-                  "of storage; auto: bf16 on a GPU, fp32 on a CPU")
-      ->check(CLI::IsMember({"auto", "fp64", "fp32", "bf16"}));
-}
-
-inline CLI::App* add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
-  CLI::App* sub = app.add_subcommand("train", "train a model");
-  add_train_options(sub, o);
-  sub->add_option("--out", o.out, "folder of the run");
-  sub->add_flag("--resume", o.resume, "go on from --out, if there is a run in it");
-  sub->add_option("--val-images", o.val_images, "held-out images");
-  sub->add_option("--log-every", o.log_every, "steps a line");
-  sub->add_option("--val-every", o.val_every, "steps; 0: at the end");
-  sub->add_option("--save-every", o.save_every, "steps; 0: at the end");
-  sub->add_option("--save", o.save, "all; weights: without what --resume needs")
-      ->check(CLI::IsMember({"all", "weights"}));
-  sub->add_option("--sample-every", o.sample_every, "steps; 0: at the end");
-  sub->add_option("--columns", o.columns, "images of a row")->check(CLI::Range(1, 1000));
-  add_machine_options(sub, machine);
-  return sub;
-}
-
-inline void add_norm_eps(CLI::App* sub, std::optional<double>& norm_eps) {
-  sub->add_option("--norm-eps", norm_eps, "default: as in the weights, or 1e-6");
-}
-
-inline CLI::App* add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
-  CLI::App* sub = app.add_subcommand("sample", "draw images, a row a prompt");
-  sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
-  sub->add_option("--prompt", o.prompts, "what to draw; with --data, a caption's words or number")
-      ->required();
-  sub->add_option("--data", o.data, "take captions from this data set");
-  sub->add_option("--out", o.out, ".png, or .safetensors for raw numbers");
-  sub->add_option("--columns", o.columns, "images of a row")->check(CLI::Range(1, 1000));
-  sub->add_option("--steps", o.steps, "Euler steps")->check(CLI::Range(1, 100000));
-  sub->add_option("--cfg", o.guidance, "guidance; 1: none");
-  sub->add_option("--time-shift", o.time_shift, "default: as trained");
-  sub->add_option("--seed", o.seed, "of the noise");
-  sub->add_option("--batch", o.batch, "images at once")->check(CLI::Range(1, 100000));
-  sub->add_option("--heads", o.heads, "if the file does not say");
-  sub->add_option("--size", o.size, "pixels a side, if the file does not say");
-  sub->add_option("--text-tokens", o.text_tokens, "if the file does not say");
-  add_norm_eps(sub, o.norm_eps);
-  add_machine_options(sub, machine);
-  return sub;
-}
-
-inline void add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
-  CLI::App* sub = app.add_subcommand("forward", "velocity and gradients for given inputs");
-  sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
-  sub->add_option("--inputs", o.inputs, "z, text and optionally cotangent")->required();
-  sub->add_option("--out", o.out, "velocity, grad.*")->required();
-  sub->add_option("--heads", o.heads, "if the weights do not say");
-  add_norm_eps(sub, o.norm_eps);
-  sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks; 0: keep all");
-  add_machine_options(sub, machine);
-}
-
-inline CLI::App* add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
-  CLI::App* sub = app.add_subcommand("probe", "how well the time can be read off the states");
-  sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
-  sub->add_option("--data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
-  sub->add_option("--out", o.out, "a csv, a row a layer and kind of features");
-  sub->add_option("--images", o.images, "one sample each; a quarter of them held out, to test on")
-      ->default_str("4096, or as many as there are");
-  sub->add_option("--layers", o.layers,
-                  "0,99,199 or all: block inputs, and as layer DEPTH the trunk's output; default: "
-                  "five, from the first to the last")
-      ->delimiter(',');
-  sub->add_option("--seed", o.seed, "of the choice of images, the times and the noise");
-  sub->add_option("--batch", o.batch, "images at once")->check(CLI::Range(1, 100000));
-  sub->add_option("--heads", o.heads, "if the weights do not say");
-  add_norm_eps(sub, o.norm_eps);
-  add_machine_options(sub, machine);
-  return sub;
-}
-
-inline CLI::App* add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& machine) {
-  o.model.depth = 1000, o.model.width = 16, o.model.heads = 2, o.model.ffn = 24;
-  o.model.channels = 2, o.model.height = 4, o.model.image_width = 6, o.model.patch = 2;
-  o.model.text_tokens = 3, o.model.text_dim = 5;
-  o.model.alpha = 0.03, o.model.beta = 0.1, o.model.lambda = 0.1;
-  o.model.writer_std = 0.25, o.model.final_std = 0.25;
-  CLI::App* sub = app.add_subcommand("gradcheck", "gradients of the whole network by differences");
-  add_model_options(sub, o.model);
-  sub->get_option("--lambda")->default_str("0.1");
-  add_data_sizes(sub, o.model);
-  sub->add_option("--batch", o.batch)->check(CLI::Range(1, 1024));
-  sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks");
-  sub->add_option("--step", o.step, "of the differences, relative to the values");
-  sub->add_option("--tolerance", o.tolerance, "largest relative error");
-  sub->add_option("--seed", o.seed);
-  sub->add_option("--device", machine.device, "where")
-      ->check(CLI::IsMember({"auto", "cpu", "gpu"}));
-  return sub;
-}
-
-inline CLI::App* add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Machine& machine) {
-  CLI::App* sub = app.add_subcommand("plan", "bytes and FLOP of a step, without taking them");
-  add_train_options(sub, o);
-  add_data_sizes(sub, o.model);
-  sub->add_option("--images", sizes.images, "training images");
-  sub->add_option("--captions", sizes.captions, "different captions");
-  sub->add_option("--val-images", o.val_images, "held-out images");
-  add_machine_options(sub, machine);
-  return sub;
-}
-
-// A minus sign before an unsigned number would wrap to 2^64 less it.
-inline void refuse_negatives(CLI::App& app) {
-  for (CLI::App* sub : app.get_subcommands({}))
-    for (CLI::Option* option : sub->get_options())
-      if (option->get_type_name() == "UINT")
-        option->check([](const std::string& text) {
-          return text.find('-') == std::string::npos ? "" : text + " is not a positive integer";
-        });
-}
-
 // Parse and run. Returns the exit status: 0, 1 if a check or the training failed, 2 for bad input.
 inline int command(int argc, const char* const* argv) {
-  CLI::App app{"MV-Split: 1000-layer diffusion transformers with mean-variance split residuals"};
-  app.option_defaults()->always_capture_default();
-  app.set_config("--config", "", "options from a file: [train] depth = 400 ...");
-  app.allow_config_extras(CLI::config_extras_mode::error);
+  CLI::App app{"MV-Split: 1000-layer diffusion transformers with mean-variance split residuals",
+               "mvsplit"};
   app.require_subcommand(1);
-  app.fallthrough();
   TrainOptions train_options, plan_options;
   SampleOptions sample_options;
   ForwardOptions forward_options;
@@ -2314,41 +2121,36 @@ inline int command(int argc, const char* const* argv) {
   GradcheckOptions gradcheck_options;
   DataSizes sizes{60000, 256, 10};
   Machine machine;
-  CLI::App* train_sub = add_train(app, train_options, machine);
-  CLI::App* sample_sub = add_sample(app, sample_options, machine);
-  add_forward(app, forward_options, machine);
-  CLI::App* probe_sub = add_probe(app, probe_options, machine);
-  CLI::App* gradcheck_sub = add_gradcheck(app, gradcheck_options, machine);
-  CLI::App* plan_sub = add_plan(app, plan_options, sizes, machine);
-  refuse_negatives(app);
+  const std::vector<Subcommand> all = {
+      add_train(app, train_options, machine),         add_sample(app, sample_options, machine),
+      add_forward(app, forward_options, machine),     add_probe(app, probe_options, machine),
+      add_gradcheck(app, gradcheck_options, machine), add_plan(app, plan_options, sizes, machine)};
   try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    if (e.get_exit_code() == 0) return app.exit(e);  // --help
-    std::string what = e.what(), names;
-    for (const CLI::App* sub : app.get_subcommands({}))
-      names += (names.empty() ? "" : ", ") + sub->get_name();
-    std::vector<std::string> unknown = app.remaining(true);
-    if (app.get_subcommands().empty())
-      what = (unknown.empty() ? "no subcommand" : "'" + unknown[0] + "' is not a subcommand") +
-             std::string(": choose one of ") + names;
-    else if (!unknown.empty())
-      what = "'" + unknown[0] + "' was not expected";
-    std::replace(what.begin(), what.end(), '\n', ' ');
-    std::fprintf(stderr, "mvsplit: %s (--help lists the options)\n", what.c_str());
-    return 2;
-  }
-  try {
-    // A gate that is asked for by hand and not there would be passed over in silence.
-    const Config& model = *gradcheck_sub ? gradcheck_options.model
-                          : *plan_sub    ? plan_options.model
-                                         : train_options.model;
-    for (std::string gate : {"alpha", "beta", "lambda"}) {
-      const CLI::Option* given = app.get_subcommands()[0]->get_option_no_throw("--" + gate);
-      if (given && given->count() > 0 && !model.has_gate(gate))
-        fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
+    CommandLine line = read_words(Words(argv + std::min(argc, 1), argv + argc), all);
+    if (!line.sub || line.help) {
+      std::printf("%s", line.sub ? line.sub->help().c_str() : app.help().c_str());
+      return 0;
     }
-    if (*plan_sub)
+    auto is = [&](const char* name) { return line.sub->name == name; };
+    GivenOptions given = line.given;  // the words win
+    if (given.count("config")) given.merge(read_ini(given["config"].texts[0], all)[line.sub->name]);
+    for (const Option& o : line.sub->options)
+      if (o.required && !given.count(o.name))
+        fail("%s needs --%s", line.sub->name.c_str(), o.name.c_str());
+    set_options(*line.sub, given);
+    std::error_code ignored;
+    if (is("train") && train_options.resume &&
+        std::filesystem::exists(train_options.out + "/config.ini", ignored))
+      set_resumed(*line.sub, all, given, train_options, machine);
+    check_output(*line.sub, given);
+    // A gate that is asked for by hand and not there would be passed over in silence.
+    const Config& model = is("gradcheck") ? gradcheck_options.model
+                          : is("plan")    ? plan_options.model
+                                          : train_options.model;
+    for (std::string gate : {"alpha", "beta", "lambda"})
+      if (given.count(gate) && !model.has_gate(gate))
+        fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
+    if (is("plan"))
       return machine.with_precision([&](auto t) {
         if (plan_options.data != "fashion-mnist") {
           Split data = load_dataset(plan_options.data, 0);
@@ -2362,28 +2164,28 @@ inline int command(int argc, const char* const* argv) {
         return 0;
       });
     Device device(machine.gpu());
-    if (*gradcheck_sub) return gradcheck(device, gradcheck_options);
-    if (*train_sub) {
+    if (is("gradcheck")) return gradcheck(device, gradcheck_options);
+    if (is("train")) {
       size_t in_use = device.in_use() - Device::workspace_bytes(device.gpu);
       Split data = load_dataset(train_options.data, device.gpu ? 1 : 2);
       fit_to_data(train_options.model, data.train);
       check_options(train_options);
       return machine.with_precision([&](auto t) {
-        return train<decltype(t)>(device, train_options, std::move(data.train),
+        return train<decltype(t)>(device, machine, train_options, std::move(data.train),
                                   std::move(data.held_out), in_use);
       });
     }
     return machine.with_precision([&](auto t) {
-      if (*probe_sub) return probe<decltype(t)>(device, probe_options);
-      return *sample_sub ? sample<decltype(t)>(device, sample_options)
-                         : forward<decltype(t)>(device, forward_options);
+      if (is("probe")) return probe<decltype(t)>(device, probe_options);
+      return is("sample") ? sample<decltype(t)>(device, sample_options)
+                          : forward<decltype(t)>(device, forward_options);
     });
   } catch (const Error& e) {
     std::fflush(stdout);  // what led to it comes first, in a file too
     std::fprintf(stderr, "mvsplit: %s\n", e.what());
     return 2;
   } catch (const std::filesystem::filesystem_error& e) {
-    std::fprintf(stderr, "mvsplit: cannot use %s: %s\n", e.path1().c_str(),
+    std::fprintf(stderr, "mvsplit: cannot use %s: %s\n", visible(e.path1()).c_str(),
                  e.code().message().c_str());
     return 2;
   } catch (const std::exception& e) {  // memory
@@ -2394,6 +2196,7 @@ inline int command(int argc, const char* const* argv) {
 
 #ifndef MVSPLIT_NO_MAIN  // the tests bring their own
 int main(int argc, char** argv) {
+  outlive_console();
   // OpenMP threads that spin while they wait take the processor from each other on a busy machine
   // (up to nine times slower was seen). libgomp reads its policy when it is loaded: set it, and
   // start again.

@@ -9,7 +9,9 @@
 #pragma once
 
 #include "../dit.cu"
-#include "safetensors.h"
+#include "log.h"
+
+#include <charconv>
 
 using Metadata = std::map<std::string, std::string>;
 
@@ -37,24 +39,32 @@ inline Metadata describe(const Config& c, double time_shift) {
           {"time_shift", exact(time_shift)}};
 }
 
+// The number that a text is; nothing where it is anything else. Decimal digits alone, that fit:
+// no sign before a whole number, no blanks, no separators, a point in every locale.
+inline std::optional<size_t> whole_number(const std::string& text) {
+  size_t value = 0;
+  const char* end = text.data() + text.size();
+  auto [at, error] = std::from_chars(text.data(), end, value);
+  return error == std::errc() && at == end ? std::optional(value) : std::nullopt;
+}
+inline std::optional<double> decimal_number(const std::string& text) {
+  double value = 0;
+  const char* end = text.data() + text.size();
+  auto [at, error] = std::from_chars(text.data(), end, value);
+  return error == std::errc() && at == end && std::isfinite(value) ? std::optional(value)
+                                                                   : std::nullopt;
+}
+
 inline size_t positive_integer(const std::string& text, const std::string& what) {
-  size_t used = 0, value = 0;
-  try {
-    if (!text.empty() && std::isdigit(static_cast<unsigned char>(text[0])))
-      value = std::stoull(text, &used);
-  } catch (const std::exception&) {
-  }
-  if (used != text.size() || value == 0)
-    fail("%s is '%s', expected a positive integer", what.c_str(), text.c_str());
+  size_t value = whole_number(text).value_or(0);
+  if (value == 0) fail("%s is '%s', expected a positive integer", what.c_str(), text.c_str());
   return value;
 }
 
 inline double finite_number(const std::string& text, const std::string& what) {
-  char* end = nullptr;
-  double value = std::strtod(text.c_str(), &end);
-  if (text.empty() || *end || !std::isfinite(value))
-    fail("%s is '%s', expected a number", what.c_str(), text.c_str());
-  return value;
+  std::optional<double> value = decimal_number(text);
+  if (!value) fail("%s is '%s', expected a number", what.c_str(), text.c_str());
+  return *value;
 }
 
 // What neither a file nor a flag says, and what it is taken to be.
@@ -167,6 +177,7 @@ void save_tensors(const std::string& path, const Metadata& metadata, const Devic
     file.declare(name, dtype_name<std::remove_const_t<std::remove_pointer_t<decltype(from)>>>(),
                  p.shape);
   };
+  Progress progress("writing " + path, sizeof...(slabs) * table.parameters.size());
   auto write = [&](const std::string& name, const Parameter& p, auto* from) {
     std::vector<std::remove_const_t<std::remove_pointer_t<decltype(from)>>> host(p.count());
     device.download(host.data(), from, host.size() * sizeof(host[0]));
@@ -175,6 +186,7 @@ void save_tensors(const std::string& path, const Metadata& metadata, const Devic
         fail("%s was not written: %s holds NaN or infinity, training has diverged", path.c_str(),
              name.c_str());
     file.write(host.data(), host.size());
+    progress.advance(1);
   };
   (slabs.each(table, declare), ...);
   (slabs.each(table, write), ...);
@@ -196,7 +208,9 @@ inline bool is_norm_gain(const std::string& name) {
 template <class... A>
 void load_tensors(const SafetensorsReader& file, const std::string& path, const Device& device,
                   const Table& table, const Stored<A>&... slabs) {
+  Progress progress("reading " + path, file.tensors().size());
   auto read = [&](const TensorInfo& tensor, auto& host) {
+    progress.advance(1);
     host.resize(tensor.count());
     file.read(tensor, host.data(), 0, host.size());
     for (auto x : host)

@@ -1,12 +1,73 @@
-// log.h - what is written about a run: csv files that survive a resume, the reports of a spike and
-// of a probe.
+// log.h - what is written about a run: its console and its folder, csv files that survive a resume,
+// the reports of a spike and of a probe.
 #pragma once
 
 #include "../dit.cu"
 #include "safetensors.h"
 
+#include <chrono>
+#include <csignal>
 #include <fstream>
 #include <sstream>
+
+// The end of a console ends no program: not that of the reader behind a pipe (SIGPIPE), nor that of
+// a terminal (SIGHUP). What is printed after it is lost. An output that was closed before is opened:
+// its number would be that of the next file, which would get the console's text.
+inline void outlive_console() {
+  for (int signal : {SIGPIPE, SIGHUP}) std::signal(signal, SIG_IGN);
+  for (int descriptor : {0, 1, 2})
+    if (fcntl(descriptor, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return;
+}
+
+// How far work has come that takes long, on the console: on a terminal in a line that is written over
+// and taken away at the end; elsewhere, where lines stay, one every ten seconds.
+class Progress {
+ public:
+  // `of` is what advance() will add up to.
+  Progress(std::string what, size_t of) : what_(std::move(what)), of_(of) {}
+  ~Progress() {
+    if (shown_ && terminal_) std::printf("\r\033[K");
+    std::fflush(stdout);
+  }
+  void advance(size_t by) {
+    done_ += by;
+    auto now = std::chrono::steady_clock::now();
+    if (now < next_) return;
+    next_ = now + std::chrono::milliseconds(terminal_ ? 200 : 10000);
+    std::printf(terminal_ ? "\r\033[K%s: %zu of %zu" : "%s: %zu of %zu\n", what_.c_str(), done_,
+                of_);
+    std::fflush(stdout);
+    shown_ = true;
+  }
+
+ private:
+  const std::string what_;
+  const size_t of_;
+  const bool terminal_ = isatty(STDOUT_FILENO);
+  size_t done_ = 0;
+  bool shown_ = false;
+  std::chrono::steady_clock::time_point next_ =
+      std::chrono::steady_clock::now() + std::chrono::milliseconds(terminal_ ? 500 : 2000);
+};
+
+// A folder that this process alone writes to, for as long as this lives.
+class OwnFolder {
+ public:
+  // Fails if there is no folder, or if another process owns it.
+  explicit OwnFolder(const std::string& path)
+      : descriptor_(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+    if (descriptor_ < 0) fail("cannot use the folder %s: %s", path.c_str(), std::strerror(errno));
+    if (lock_file(descriptor_)) return;
+    close(descriptor_);
+    fail("another process trains in %s: wait for it, or choose another --out", path.c_str());
+  }
+  ~OwnFolder() { close(descriptor_); }
+  OwnFolder(const OwnFolder&) = delete;
+  OwnFolder& operator=(const OwnFolder&) = delete;
+
+ private:
+  int descriptor_;
+};
 
 inline std::string read_text(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -83,9 +144,10 @@ __attribute__((format(printf, 1, 2))) inline std::string text_of(const char* for
 inline std::string diagnostics_header(const std::vector<Reading>& columns, const Config& m,
                                       size_t samples) {
   std::string about = text_of(
-      "# Means over the first %zu samples of the step's last pass; J, P over all %zu tokens of a "
-      "sample.\n# Gradients are of the step's loss, each sample's part of it. nan: not defined (a "
-      "state or gradient is zero).\n# step: as in log.csv\n# layer: block, from 0 to %zu\n",
+      "# Means over those of the first %zu samples of the step's last pass in which a number is "
+      "defined; J, P over all %zu tokens of a sample.\n# Gradients are of the step's loss, each "
+      "sample's part of it. nan: defined in none (a state or gradient is zero).\n# step: as in "
+      "log.csv\n# layer: block, from 0 to %zu\n",
       samples, m.tokens(), m.depth - 1);
   std::string names = "step,layer";
   for (const Reading& r : columns) {

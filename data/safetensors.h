@@ -20,26 +20,34 @@
 #include <utility>
 
 #include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 
 #include <nlohmann/json.hpp>
 
 // ---------------------------------------------------------------------------------------------
 // 1. Whole files or none
 
+// A lock on an open file or folder, held until the descriptor is closed: it dies with its process.
+// False if another process holds it. A file system that has no locks grants every one.
+inline bool lock_file(int descriptor) {
+  return flock(descriptor, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+}
+
 // A file that appears under its name only when complete: bytes go to PATH.tmp beside it, which
 // commit() flushes to the disk and renames. Without a commit, and after any error, PATH is what it
-// was and PATH.tmp is gone.
+// was and PATH.tmp is gone. One process at a time writes to PATH.
 class SafeFile {
  public:
-  // Opens PATH.tmp; fails if it cannot, or if fewer than `bytes` are free there.
+  // Opens PATH.tmp; fails if it cannot, if another process writes there, or if fewer than `bytes`
+  // are free.
   explicit SafeFile(const std::string& path, uint64_t bytes = 0)
       : path_(path), temporary_(path + ".tmp") {
     // A rename would replace a device such as /dev/null by a plain file.
     std::error_code error;
     if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error))
       fail("cannot write %s: it exists and is not a regular file", path.c_str());
-    file_ = std::fopen(temporary_.c_str(), "wb");
-    if (!file_) give_up(errno);
+    open_temporary();
     auto available = std::filesystem::space(temporary_, error).available;
     if (!error && available < bytes) {
       abandon();
@@ -79,6 +87,24 @@ class SafeFile {
   }
 
  private:
+  // What a killed process left of PATH.tmp is written over. Between opening and locking it another
+  // process may have given it its name: a file of that name must be the one that is locked.
+  void open_temporary() {
+    struct stat locked, named;
+    do {
+      int descriptor = open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+      if (descriptor < 0) give_up(errno);
+      if (file_) std::fclose(file_);
+      file_ = fdopen(descriptor, "wb");
+      if (!lock_file(descriptor)) {
+        std::fclose(std::exchange(file_, nullptr));
+        fail("cannot write %s: another process is writing it; wait for it, or choose another name",
+             path_.c_str());
+      }
+      if (fstat(descriptor, &locked) != 0) give_up(errno);
+    } while (stat(temporary_.c_str(), &named) != 0 || named.st_ino != locked.st_ino);
+    if (ftruncate(fileno(file_), 0) != 0) give_up(errno);
+  }
   [[noreturn]] void give_up(int reason) {
     abandon();
     fail("cannot write %s: %s; what was there before is unchanged, so %s and try again",

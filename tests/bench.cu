@@ -269,10 +269,10 @@ void optimizer(Device& device, const char* name) {
   const G* gradient = random_array<G>(g, n, 3, 1e-3);
   Optimizer o;
   double s = seconds(device, [&](int) {
-    begin_step(device, a.clock, o);
+    begin_step(device, a.clock, o, 0);
     gradient_norm(device, a.clock, a.partial, gradient, a.chunks, count, o.clip);
-    adamw(device, a.master, a.m, a.v, nullptr, 0, gradient, a.clock, a.chunks, count, o,
-          {1, streams::moment_rounding, &a.clock->pass});
+    adamw(device, a.master, a.m, a.v, nullptr, gradient, a.clock, a.chunks, count, o,
+          {1, streams::moment_rounding, &a.clock->pass}, {});
   });
   // Read: the gradient twice, m, v, the master (which lean holds the weight). Written: all but g.
   double own = sizeof(*a.master.own), bytes = 4 * sizeof(G) + 2 * own + 2 * sizeof(G) + sizeof(T);
@@ -382,6 +382,8 @@ int main(int argc, char** argv) {
       else if (++i == argc || !(tsv = std::fopen(argv[i], "w")))
         fail("--tsv needs a file that can be written");
     if (Device::gpus() == 0) fail("it measures a GPU, and there is none");
+    if (!Device::has_bf16())
+      fail("it measures bf16 on tensor cores, for which this GPU or build is too old");
     bench(parts);
     if (tsv) std::fclose(tsv);
   } catch (const Error& error) {
