@@ -2031,7 +2031,8 @@ std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& dat
 // for; else the usual number, or as many as there are.
 inline Dataset probe_images(const ProbeOptions& o) {
   constexpr size_t least = 64;
-  auto [train, held_out] = load_dataset(o.data, 2);
+  auto [train, held_out, shared] = load_dataset(o.data, 2);
+  if (shared) held_out = without_images(train);
   // Three quarters of the images are to train on, rounded up.
   size_t most = std::min(4 * held_out.images + 3, train.images * 4 / 3);
   if (most < least)

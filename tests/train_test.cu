@@ -2528,7 +2528,7 @@ TEST_F(CommandTest, CaptionsOfAFolderAreAskedForByName) {
     write_png_grid(at("pets/") + name, all_.pixels.data(), 1, 1, 1, 8, 8, 1);
   }
   std::string data = " --data " + at("pets");
-  Outcome trained = run("train", train_, data + " --steps 1 --out " + at("named"));
+  Outcome trained = run("train", train_, data + " --final-std 0.5 --out " + at("named"));
   ASSERT_EQ(trained.status, 0) << trained.err;
   EXPECT_EQ(trained.out.rfind("4 images of 1x8x8, 2 captions, 1 held out\n", 0), 0u) << trained.out;
   EXPECT_EQ(trained.out.find("images of", 10), std::string::npos) << "once";
@@ -2544,19 +2544,19 @@ TEST_F(CommandTest, CaptionsOfAFolderAreAskedForByName) {
     return read_text(at("out.safetensors"));
   };
   std::string cat = drawn("cat", data), dog = drawn("dog", data);
-  EXPECT_NE(cat, dog);
-  EXPECT_EQ(drawn(" CAT\n", data), cat);
-  EXPECT_EQ(drawn("a photo of a cat", data), cat);
-  EXPECT_EQ(drawn("0", data), cat);
-  EXPECT_EQ(drawn("1", data), dog);
-  EXPECT_NE(drawn("cat dog", data), cat) << "words that it knows, in an order that it does not";
-  EXPECT_EQ(drawn("", data), drawn("", "--data="));
+  EXPECT_TRUE(cat != dog);
+  EXPECT_TRUE(drawn(" CAT\n", data) == cat);
+  EXPECT_TRUE(drawn("a photo of a cat", data) == cat);
+  EXPECT_TRUE(drawn("0", data) == cat);
+  EXPECT_TRUE(drawn("1", data) == dog);
+  EXPECT_TRUE(drawn("cat dog", data) != cat) << "words that it knows, in an order that it does not";
+  EXPECT_TRUE(drawn("", data) == drawn("", "--data="));
   for (const char* wrong : {"cow", "cat cow", "2", "-1", "1x"})
     expect_refused(sample(wrong, data),
                    std::string("--prompt ") + wrong + ": " + at("pets") + " has captions cat, dog");
   // Without --data there is nothing to hold it against.
-  EXPECT_EQ(drawn("cat", "--data="), cat);
-  EXPECT_NE(drawn("cow", "--data="), cat);
+  EXPECT_TRUE(drawn("cat", "--data=") == cat);
+  EXPECT_TRUE(drawn("cow", "--data=") != cat);
   // Beside a row is its caption.
   size_t C, H, W, wide;
   for (const char* prompt : {"cat", "cat dog cat"}) {
@@ -2605,7 +2605,8 @@ TEST_F(CommandTest, ProbeReadsTimeOffTheStates) {
   Outcome most = run(words);
   EXPECT_EQ(most.status, 0) << most.err;
   EXPECT_PRED_FORMAT2(testing::IsSubstring, "\n259 images, as many as there are", most.out);
-  EXPECT_PRED_FORMAT2(testing::IsSubstring, "# 259", read_text(at("probe.csv")));
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, " 147 to fit, 48 to choose",
+                      read_text(at("probe.csv")));
   for (const std::string& device : device_flags()) {
     std::string all = probe(device + " --precision auto --layers all");
     EXPECT_EQ(std::count(all.begin(), all.end(), '\n'),
