@@ -1790,7 +1790,8 @@ class Gradcheck {
     }
     Arrays<double>& a = net_.arrays;
     size_t pixels = o.batch * m.pixels(), words = o.batch * m.text_size(), first = size_t(1) << 20;
-    for (auto [x, n] : {std::pair{a.z, pixels}, {a.dvelocity, pixels}, {a.text, words}}) {
+    using Input = std::pair<double*, size_t>;
+    for (auto [x, n] : {Input{a.z, pixels}, Input{a.dvelocity, pixels}, Input{a.text, words}}) {
       device.fill(x, 0, n * sizeof(double));
       move_along(device, x, n, 1, o.seed, first++);
     }

@@ -190,7 +190,8 @@ void gemms(Device& device, size_t rows, size_t D, size_t F) {
     const char* name;
     size_t out, in;
   };
-  for (Shape s : {Shape{"qkv", 3 * D, D}, {"proj", D, D}, {"w13", 2 * F, D}, {"w2", D, F}}) {
+  for (Shape s :
+       {Shape{"qkv", 3 * D, D}, Shape{"proj", D, D}, Shape{"w13", 2 * F, D}, Shape{"w2", D, F}}) {
     double flops = 2 * double(rows) * double(s.out) * double(s.in);
     std::string name = s.name;
     T* y = reinterpret_cast<T*>(c.data);
