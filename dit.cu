@@ -456,8 +456,9 @@ void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rop
                                                    j);
       };
       auto second = [&](int k, size_t j) { return first(k, j + half); };
-      // A thread's first channels, on a GPU up to hd = 256 all that it has, and their angles.
-      Several<T, wide> x1[4], x2[4];
+      // A thread's first channels, on a GPU up to hd = 256 all that it has (zeros if none), and their
+      // angles.
+      Several<T, wide> x1[4] = {}, x2[4] = {};
       Several<A, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
       Quad<A> squares = quad(A(0)), scale;  // |x|^2 and r of each head
       for (size_t j = own; j < half; j += step) {
@@ -682,15 +683,10 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 // dQ and dK leave through RoPE and QK-norm's backward (4.1), since a thread that holds channel j of
 // a row also holds channel j + hd/2.
 
-// Whether 4.3 applies. (A build without CUDA can only plan for a GPU: it takes it for an 8.0 or
-// later.)
+// Whether 4.3 applies.
 template <class T>
 bool fused_attention(bool gpu, size_t head_dim) {
-#ifdef __CUDACC__
   constexpr bool has_kernels = built_for() >= 800;
-#else
-  constexpr bool has_kernels = true;
-#endif
   return gpu && has_kernels && std::is_same_v<T, bf16> && (head_dim == 64 || head_dim == 128);
 }
 

@@ -19,6 +19,10 @@
 // so that the same source is a CUDA kernel and a plain loop that a debugger can step through.
 #pragma once
 
+#if !defined(__GNUC__) || __cplusplus < 201703L
+#error "MV-Split is C++17 for g++ 9, clang++ 9 or later, or for nvcc with one of them"
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
@@ -34,8 +38,13 @@
 #include <utility>
 #include <vector>
 
-#include <omp.h>
 #include <unistd.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else  // one thread does all
+inline int omp_get_max_threads() { return 1; }
+#endif
 
 #ifdef __CUDACC__
 #include <cublas_v2.h>
@@ -58,17 +67,51 @@
 // and main() prints it and exits with status 2. A CUDA status that is not success is ours: die()
 // says where and exits with status 1.
 
+// A text that may come from a file, fit for a terminal: one line, and nothing in it is obeyed.
+// Letters of all languages stay. Control characters (DEL and C1 too), what breaks lines or turns
+// their direction, and bytes that are not UTF-8 become \xNN.
+inline std::string visible(const std::string& text) {
+  constexpr uint32_t least[] = {0, 0x80, 0x800, 0x10000};  // what needs so many further bytes
+  std::string out;
+  for (size_t i = 0, n; i < text.size(); i += n) {
+    auto byte = [&](size_t k) { return i + k < text.size() ? text[i + k] & 0xffu : 0; };
+    size_t more = byte(0) < 0xc0 ? 0 : byte(0) < 0xe0 ? 1 : byte(0) < 0xf0 ? 2 : 3;
+    uint32_t letter = more ? byte(0) & (0x3f >> more) : byte(0);
+    for (n = 1; n <= more && (byte(n) & 0xc0) == 0x80; ++n) letter = letter << 6 | (byte(n) & 0x3f);
+    auto from = [&](uint32_t first, uint32_t last) { return letter >= first && letter <= last; };
+    bool good = n == more + 1 && letter >= least[more] && letter <= 0x10ffff && byte(0) < 0xf8 &&
+                (more || letter < 0x80) && !from(0xd800, 0xdfff);
+    bool shown = !from(0, 0x1f) && !from(0x7f, 0x9f) && !from(0x200e, 0x200f) &&
+                 !from(0x2028, 0x202e) && !from(0x2066, 0x2069);
+    if (good && shown) {
+      out.append(text, i, n);
+      continue;
+    }
+    char escaped[8];
+    for (size_t k = 0; k < n; ++k) {
+      std::snprintf(escaped, sizeof escaped, "\\x%02x", byte(k));
+      out += escaped;
+    }
+  }
+  return out;
+}
+
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Throws an Error. What a file made too long is cut in the middle: the end says what to do.
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
-  char text[1024];
-  va_list arguments;
+  constexpr size_t most = 1000;
+  va_list arguments, again;
   va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
+  va_copy(again, arguments);
+  std::string text(size_t(std::vsnprintf(nullptr, 0, format, arguments)), ' ');
+  std::vsnprintf(text.data(), text.size() + 1, format, again);
+  va_end(again);
   va_end(arguments);
-  throw Error(text);
+  if (text.size() > most) text.replace(most / 2, text.size() - most, "...");
+  throw Error(visible(text));
 }
 
 [[noreturn]] inline void die(const char* file, int line, const char* call, const char* status) {
@@ -93,8 +136,9 @@ struct Error : std::runtime_error {
 // ---------------------------------------------------------------------------------------------
 // 2. Numbers
 //
-// T is what is stored: double for gradient checks, else as --precision says, by default float on a
-// CPU and bf16 on a GPU. Acc<T> is what sums are made in: double for double, float for the others.
+// T is what is stored: double for gradient checks, else as --precision says, by default bf16 on a
+// GPU with tensor cores for it, else float. Acc<T> is what sums are made in: double for double,
+// float for the others.
 
 // bfloat16: the upper half of a float. Eight bits of exponent, seven of mantissa.
 struct bf16 {
@@ -211,6 +255,17 @@ inline size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 // ---------------------------------------------------------------------------------------------
 // 3. The device and its memory
 
+// The oldest architecture that this binary has kernels for: 900 is 9.0. (A build without CUDA can
+// only plan for a GPU, which it takes for an 8.0.)
+constexpr int built_for() {
+#ifdef __CUDACC__
+  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
+  return architectures[0];
+#else
+  return 800;
+#endif
+}
+
 // One CPU or one GPU. GPU work goes into one stream, in order, so a kernel sees what the one before
 // it wrote (but see beside()); the host waits only in synchronize(), upload() and download().
 struct Device {
@@ -237,6 +292,15 @@ struct Device {
     if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
 #endif
     return count;
+  }
+  // Whether bf16 runs on tensor cores: from 8.0 on, the GPU (if one is at hand) and the binary.
+  static bool has_bf16() {
+    int major = 8;
+#ifdef __CUDACC__
+    if (gpus() > 0)
+      CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+#endif
+    return major >= 8 && built_for() >= 800;
   }
   // cuBLAS gets its workspace from us: its own would be allocated out of the plan's sight, and a
   // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph. The
@@ -307,12 +371,7 @@ struct Device {
 };
 
 #ifdef __CUDACC__
-// The oldest architecture that this binary has kernels for: 900 is 9.0.
-constexpr int built_for() {
-  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
-  return architectures[0];
-}
-static __global__ void empty_kernel() {}  // is there any for the GPU at hand?
+static __global__ void empty_kernel() {}  // are there any kernels for the GPU at hand?
 #endif
 
 inline Device::Device(bool on_gpu) : gpu(on_gpu) {
@@ -410,7 +469,12 @@ inline size_t Device::available() const {
       if (std::sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
     std::fclose(file);
   }
-  size_t all = kib ? kib * 1024 : size_t(sysconf(_SC_AVPHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+#ifdef _SC_AVPHYS_PAGES
+  const auto pages = _SC_AVPHYS_PAGES;
+#else  // macOS
+  const auto pages = _SC_PHYS_PAGES;
+#endif
+  size_t all = kib ? kib * 1024 : size_t(sysconf(pages)) * size_t(sysconf(_SC_PAGESIZE));
   return std::min(all, control_groups_room("/sys/fs/cgroup", control_group()));
 }
 

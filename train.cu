@@ -805,22 +805,6 @@ void draw_validation_batch(Network<T, Kept>& net, TrainArrays<T, Kept> a, Device
               streams::validation_noise, draw);
 }
 
-// Add images of `from` to `to`, which has the same captions.
-inline void append_images(Dataset& to, const Dataset& from, const std::vector<size_t>& which) {
-  for (size_t n : which) {
-    auto image = from.pixels.begin() + ptrdiff_t(n * from.image_size());
-    to.pixels.insert(to.pixels.end(), image, image + ptrdiff_t(from.image_size()));
-    to.caption.push_back(from.caption[n]);
-  }
-  to.images += which.size();
-}
-
-// The data set without its images.
-inline Dataset without_images(Dataset data) {
-  data.images = 0, data.pixels.clear(), data.caption.clear();
-  return data;
-}
-
 // V images at an even stride: a folder's images are sorted by caption.
 inline Dataset every_nth(const Dataset& from, size_t V) {
   Dataset some = without_images(from);
@@ -1101,19 +1085,28 @@ constexpr const char* precision_name = std::is_same_v<T, double>  ? "fp64"
 // What must be the same for a resumed run to be the same run. The optimiser's settings are not
 // among them: a run may go on at another learning rate, but its bits are then not those of an
 // unbroken one.
+template <class T>
+Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, size_t val_images,
+                        uint64_t val_images_hash) {
+  Metadata m = describe(o.model, o.time_shift);
+  m["batch"] = std::to_string(o.batch), m["accumulate"] = std::to_string(o.accumulate);
+  m["seed"] = std::to_string(o.seed), m["data_hash"] = std::to_string(data_hash);
+  m["val_images"] = std::to_string(val_images);
+  m["val_images_hash"] = std::to_string(val_images_hash);
+  m["precision"] = precision_name<T>, m["state"] = lean ? "lean" : "fp32";
+  m["dropout"] = exact(o.dropout), m["ema"] = exact(o.ema);
+  m["fix"] = o.model.fix.empty() ? "nothing" : join_list(o.model.fix);
+  // Where it began: what has been learned since then hides it.
+  m["no_patch_bias"] = o.model.patch_bias ? "false" : "true";
+  m["writer_std"] = exact(o.model.writer_std), m["final_std"] = exact(o.model.final_std);
+  for (auto [gate, start] : {std::pair("alpha", o.model.alpha), std::pair("beta", o.model.beta),
+                             std::pair("lambda", o.model.lambda_init())})
+    if (o.model.has_gate(gate)) m[gate] = exact(start);
+  return m;
+}
 template <class T, class Kept>
 Metadata describe_state(const Trainer<T, Kept>& t) {
-  Metadata m = describe(t.o.model, t.o.time_shift);
-  m["batch"] = std::to_string(t.o.batch), m["accumulate"] = std::to_string(t.o.accumulate);
-  m["seed"] = std::to_string(t.o.seed), m["data_hash"] = std::to_string(t.data_hash);
-  m["val_images"] = std::to_string(t.held_out.images);
-  m["val_images_hash"] = std::to_string(t.validated_hash);
-  m["precision"] = precision_name<T>, m["state"] = t.lean ? "lean" : "fp32";
-  m["dropout"] = exact(t.o.dropout), m["ema"] = exact(t.o.ema);
-  std::string& fixed = m["fix"];
-  for (const std::string& gate : t.o.model.fix) fixed += (fixed.empty() ? "" : ",") + gate;
-  if (fixed.empty()) fixed = "nothing";
-  return m;
+  return describe_state<T>(t.o, t.lean, t.data_hash, t.held_out.images, t.validated_hash);
 }
 
 // The entry `key` of a state's metadata. Throws Error where there is none.
@@ -1122,14 +1115,6 @@ inline std::string described(const SafetensorsReader& file, const std::string& p
   auto at = file.metadata().find(key);
   if (at == file.metadata().end()) fail("%s: metadata '%s' is missing", path.c_str(), key.c_str());
   return at->second;
-}
-
-inline void require_described(const SafetensorsReader& file, const std::string& path,
-                              const std::string& key, const std::string& value) {
-  std::string found = described(file, path, key);
-  if (found != value)
-    fail("%s was made with %s = %s, this run has %s: resume with the same, or choose another --out",
-         path.c_str(), key.c_str(), found.c_str(), value.c_str());
 }
 
 inline Metadata describe_optimizer(const Optimizer& o) {
@@ -1156,8 +1141,7 @@ void save_run(Trainer<T, Kept>& t) {
   std::string dir = t.o.out + "/";
   Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
   about["step"] = state["step"] = std::to_string(t.step);
-  bool latents = std::filesystem::path(t.o.data).extension() == ".safetensors";
-  about["captions"] = latents ? "file" : "words";
+  about["captions"] = is_latents(t.o.data) ? "file" : "words";
   for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) state[key] = value;
   // State first: a kill in between leaves old weights, which the resumed run writes anew.
   if (t.o.save == "all")
@@ -1171,20 +1155,59 @@ void save_run(Trainer<T, Kept>& t) {
                  Stored{"", t.evaluated_weights()});
 }
 
+// Fails, naming all differences, if a run with these options would not be the one whose state is in
+// the file. Says what else has changed: the optimiser's settings, and what no bit depends on.
+template <class T>
+void require_same_run(const SafetensorsReader& file, const std::string& path, const TrainOptions& o,
+                      const Dataset& data, const Dataset& validation) {
+  // A number as it was typed, not with all the digits that a double has.
+  auto typed = [](const std::string& text) {
+    std::optional<double> number = decimal_number(text);
+    return number && !whole_number(text) ? shortest(*number) : visible(text);
+  };
+  auto swapped = [](std::string name, char from, char to) {
+    std::replace(name.begin(), name.end(), from, to);
+    return name;
+  };
+  size_t V = std::min(o.val_images, validation.images);
+  bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
+  const uint64_t hashes[] = {hash_data(data), hash_data(every_nth(validation, V))};
+  // A state need not say what no bit of it depends on any more.
+  const std::set<std::string> optional = {
+      "val_images", "val_images_hash", "no_patch_bias", "alpha",
+      "beta",       "lambda",          "writer_std",    "final_std"};
+  std::string others;
+  for (const auto& [key, value] : describe_state<T>(o, lean, hashes[0], V, hashes[1])) {
+    std::string was =
+        optional.count(key) && !file.metadata().count(key) ? value : described(file, path, key);
+    if (was == value) continue;
+    others += others.empty() ? "" : ", ";
+    if (key == "data_hash" || key == "val_images_hash")
+      others +=
+          (key == "data_hash" ? "other images or captions than " : "other held-out images than ") +
+          o.data + " has";
+    else
+      others += swapped(key, '_', '-') + " = " + typed(was) + " (now " + typed(value) + ")";
+  }
+  if (!others.empty())
+    fail("%s was made with %s: resume with the same, or choose another --out", path.c_str(),
+         others.c_str());
+  auto note = [&](const std::string& name, const std::string& was, const std::string& now) {
+    if (was != now)
+      std::printf("note: %s was %s and goes on as %s\n", name.c_str(), typed(was).c_str(),
+                  typed(now).c_str());
+  };
+  for (const auto& [key, value] : describe_optimizer(o.optimizer))
+    note(key == "decay" ? "weight-decay" : key, described(file, path, key), value);
+  for (const Change& c : o.changes)
+    if (!file.metadata().count(swapped(c.name, '-', '_')) && c.name != "weight-decay")
+      note(c.name, c.was, c.now);
+}
+
 template <class T, class Kept>
 void resume_run(Trainer<T, Kept>& t) {
   std::string path = t.o.out + "/state.safetensors";
   SafetensorsReader file(path);
-  for (const auto& [key, value] : describe_state(t)) {
-    // A state may not say what it was validated on: no bit of it depends on that.
-    bool optional = key == "val_images" || key == "val_images_hash";
-    if (!optional || file.metadata().count(key)) require_described(file, path, key, value);
-  }
-  for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) {
-    std::string was = described(file, path, key);
-    if (was != value)
-      std::printf("note: %s was %s and goes on as %s\n", key.c_str(), was.c_str(), value.c_str());
-  }
   std::string step = described(file, path, "step");
   with_state(t, [&](auto... slabs) { load_tensors(file, path, t.device, t.net.table, slabs...); });
   t.set_step(step == "0" ? 0 : positive_integer(step, path + ": metadata step"));
@@ -1198,7 +1221,7 @@ inline std::vector<std::string> logs_in(const std::string& folder) {
     std::string name = entry.path().filename(), extension = entry.path().extension();
     bool numbered = name.rfind("spike_", 0) == 0 || name.rfind("samples_", 0) == 0;
     if (name == "log.csv" || name == "validation.csv" || name == "diagnostics.csv" ||
-        (numbered && (extension == ".txt" || extension == ".png")))
+        name == "config.ini" || (numbered && (extension == ".txt" || extension == ".png")))
       logs.push_back(entry.path());
   }
   std::sort(logs.begin(), logs.end());
@@ -1295,6 +1318,11 @@ class Run {
     } else {
       if (o_.resume) std::printf("no state in %s: starting at step 1\n", o_.out.c_str());
       set_aside(logs_in(o_.out));
+    }
+    if (!o_.ini.empty()) {
+      SafeFile file(o_.out + "/config.ini");
+      file.write(o_.ini);
+      file.commit();
     }
     logged_ = first_ = trainer_.step;
     if (o_.diagnose_every) {  // first: it may refuse, before anything is written
@@ -1449,19 +1477,21 @@ class Run {
   // A row a caption, the first ten.
   void grid(const std::string& name) {
     const Config& m = o_.model;
-    size_t scale = std::max(m.height, m.image_width) > 256 ? 1 : 2, words = m.text_size();
-    auto fit = [&](size_t most, size_t size) {  // a picture of at most 16,000 pixels
-      return std::clamp<size_t>(16000 / (size * scale + 2), 1, most);
+    size_t scale = grid_scale(m.height, m.image_width), words = m.text_size();
+    auto fit = [&](size_t most, size_t size) {  // a picture's side, with room for captions
+      return std::clamp<size_t>(15000 / (size * scale + 2), 1, most);
     };
     size_t rows = fit(std::min<size_t>(data_.captions, 10), m.height),
            columns = fit(o_.columns, m.image_width);
+    std::vector<std::string> captions;
+    for (size_t i = 0; i < rows; ++i) captions.push_back(data_.name_of(i));
     std::vector<float> text;
     for (size_t i = 0; i < rows * columns; ++i)
       text.insert(text.end(), data_.text.begin() + ptrdiff_t(i / columns * words),
                   data_.text.begin() + ptrdiff_t((i / columns + 1) * words));
     std::vector<float> images = trainer_.samples(text, data_.empty_text, rows * columns, 25, 2);
     write_png_grid(o_.out + "/" + name, images.data(), rows, columns, m.channels, m.height,
-                   m.image_width, scale);
+                   m.image_width, scale, captions);
     last_ = Time::now();
   }
 };
@@ -1500,26 +1530,31 @@ inline void refuse_to_overwrite(const TrainOptions& o) {
       fail("%s/%s exists, but no state to go on from: choose another --out", o.out.c_str(), name);
   if (!state && !o.resume && !logs_in(o.out).empty())
     fail(
-        "%s holds logs, but no state to go on from: choose another --out, or keep them under "
-        "other names and begin anew with --resume",
+        "%s holds logs or a config.ini, but no state to go on from: choose another --out, or keep "
+        "them under other names and begin anew with --resume",
         o.out.c_str());
 }
 
 template <class T>
-int train(Device& device, TrainOptions o, Dataset data, Dataset validation, size_t in_use) {
+int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, Dataset validation,
+          size_t in_use) {
+  const TrainOptions asked = o;
   o.val_images = std::min(o.val_images, validation.images);
   Table table = parameter_table(o.model);
   DataSizes sizes{data.images, o.val_images, data.captions};
   double limit = memory_limit(device);
   if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
   std::string saved = o.out + "/state.safetensors";
-  if (o.resume && std::filesystem::exists(saved)) {
+  bool resumed = o.resume && std::filesystem::exists(saved);
+  if (resumed) {
     SafetensorsReader file(saved);
-    require_described(file, saved, "precision", precision_name<T>);
+    require_same_run<T>(file, saved, o, data, validation);
     if (o.state == "auto") o.state = described(file, saved, "state");
   }
   Choice choice = choose<T>(o, table, sizes, device.gpu, limit, true);
   o.recompute = choice.recompute;
+  if (!resumed || !o.changes.empty() || !std::filesystem::exists(o.out + "/config.ini"))
+    o.ini = ini_of(asked, machine, choice.lean ? "lean" : "fp32");
   std::error_code error;
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
@@ -1545,55 +1580,90 @@ void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
   print_plan<T>(o, table, data, on_gpu, choice);
 }
 
-// Rows of captions as (rows * columns, L, d_text) and the empty caption.
-inline std::pair<std::vector<float>, std::vector<float>> prompt_text(const SampleOptions& o,
-                                                                     const Config& m) {
-  std::vector<float> text, empty = encode_text("", m.text_tokens, m.text_dim);
-  Dataset data;
-  if (!o.data.empty()) {
-    data = load_dataset(o.data, true);
-    if (data.text_tokens != m.text_tokens || data.text_dim != m.text_dim)
-      fail("%s has captions of %zu x %zu numbers, the model takes %zu x %zu", o.data.c_str(),
-           data.text_tokens, data.text_dim, m.text_tokens, m.text_dim);
-    empty = data.empty_text;
-  }
+// The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must be
+// among those of that data's captions, or it is the number of one of them, and nothing else where
+// captions are numbers.
+inline Captions prompt_text(const SampleOptions& o, const Config& m) {
+  Captions data;
+  if (!o.data.empty()) data = load_dataset(o.data, 0).train;
+  if (!o.data.empty() && (data.text_tokens != m.text_tokens || data.text_dim != m.text_dim))
+    fail("%s has captions of %zu x %zu numbers, the model takes %zu x %zu", o.data.c_str(),
+         data.text_tokens, data.text_dim, m.text_tokens, m.text_dim);
+  std::set<std::string> known;
+  for (const std::string& name : data.names)
+    for (const std::string& word : words_of(caption_of(name))) known.insert(word);
+  Captions asked;
+  asked.empty_text =
+      o.data.empty() ? encode_text("", m.text_tokens, m.text_dim) : std::move(data.empty_text);
   for (const std::string& prompt : o.prompts) {
+    std::vector<std::string> words = words_of(caption_of(prompt));
+    auto is_known = [&](const std::string& word) { return known.count(word) > 0; };
     std::vector<float> row;
-    if (o.data.empty()) {
+    if (o.data.empty() || (!known.empty() && std::all_of(words.begin(), words.end(), is_known))) {
       row = encode_text(caption_of(prompt), m.text_tokens, m.text_dim);
+      asked.names.push_back(prompt);
     } else {
-      size_t n = prompt == "0" ? 0 : positive_integer(prompt, "with --data, --prompt");
+      bool number = !prompt.empty() && prompt.size() < 10 &&
+                    prompt.find_first_not_of("0123456789") == std::string::npos;
+      size_t n = number ? std::stoul(prompt) : data.captions;
       if (n >= data.captions)
-        fail("--prompt %zu: %s has captions 0 to %zu", n, o.data.c_str(), data.captions - 1);
+        fail("--prompt %s: %s has captions %s", prompt.c_str(), o.data.c_str(),
+             known.empty() ? ("0 to " + std::to_string(data.captions - 1)).c_str()
+                           : list_of(data.names).c_str());
       row.assign(data.text.begin() + ptrdiff_t(n * m.text_size()),
                  data.text.begin() + ptrdiff_t((n + 1) * m.text_size()));
+      asked.names.push_back(data.name_of(n));
     }
-    for (size_t i = 0; i < o.columns; ++i) text.insert(text.end(), row.begin(), row.end());
+    asked.text.insert(asked.text.end(), row.begin(), row.end());
   }
-  return {text, empty};
+  return asked;
 }
 
 template <class T>
 int sample(Device& device, const SampleOptions& o) {
-  std::string extension = std::filesystem::path(o.out).extension();
-  if (extension != ".png" && extension != ".safetensors")
+  bool numbers = has_extension(o.out, ".safetensors");
+  if (!numbers && !has_extension(o.out, ".png"))
     fail("--out %s: the name must end in .png or .safetensors", o.out.c_str());
   SafetensorsReader file(o.weights);
+  auto said = [&](const char* key) { return file.metadata().count(key) > 0; };
   Config m;
-  m.heads = o.heads, m.height = m.image_width = o.size, m.text_tokens = o.text_tokens;
-  read_config(file, o.weights, m, o.norm_eps);
+  m.height = m.image_width = o.size.value_or(32), m.text_tokens = o.text_tokens.value_or(8);
+  Assumed assumed = read_config(file, o.weights, m, o.heads, o.norm_eps);
+  if (o.size && (*o.size != m.height || *o.size != m.image_width))
+    fail("--size %zu: %s says that its images are %zux%zu", *o.size, o.weights.c_str(), m.height,
+         m.image_width);
+  if (o.text_tokens && *o.text_tokens != m.text_tokens)
+    fail("--text-tokens %zu: %s says that it has %zu", *o.text_tokens, o.weights.c_str(),
+         m.text_tokens);
   double shift = 1;
-  if (file.metadata().count("time_shift"))
+  if (said("time_shift"))
     shift = finite_number(file.metadata().at("time_shift"), o.weights + ": metadata time_shift");
-  if (o.time_shift != 0) shift = o.time_shift;
+  shift = o.time_shift.value_or(shift);
   if (!(shift > 0) || !std::isfinite(shift) || !std::isfinite(o.guidance))
     fail("the time shift must be positive and --cfg finite, not %g and %g", shift, o.guidance);
+  if (!o.time_shift && !said("time_shift"))
+    assumed.add("time shift 1 (the author's released model has 4: --time-shift)");
+  if (!o.size && !(said("height") && said("image_width")))
+    assumed.add("images of " + std::to_string(m.height) + "x" + std::to_string(m.image_width) +
+                " (--size)");
+  if (!o.text_tokens && !said("text_tokens"))
+    assumed.add(std::to_string(m.text_tokens) + " text tokens (--text-tokens)");
   auto captions = file.metadata().find("captions");
   if (o.data.empty() && captions != file.metadata().end() && captions->second == "file")
     fail("%s was trained on captions from a file: name it with --data, and give --prompt a number",
          o.weights.c_str());
-  auto [text, empty] = prompt_text(o, m);
-  size_t n = o.prompts.size() * o.columns;
+  Captions prompts = prompt_text(o, m);
+  assumed.note(o.weights);
+  size_t rows = o.prompts.size(), n = rows * o.columns, scale = grid_scale(m.height, m.image_width);
+  // Better refused now than after the work.
+  if (!numbers)
+    grid_layout(o.out, rows, o.columns, m.channels, m.height, m.image_width, scale, prompts.names);
+  SafeFile(o.out).abandon();
+  std::vector<float> text;
+  for (size_t i = 0; i < n; ++i) {
+    auto row = prompts.text.begin() + ptrdiff_t(i / o.columns * m.text_size());
+    text.insert(text.end(), row, row + ptrdiff_t(m.text_size()));
+  }
   Network<T> net(device, m, std::min(n, o.batch), 0, false);
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   Sampler<T> sampler;
@@ -1603,17 +1673,17 @@ int sample(Device& device, const SampleOptions& o) {
   Carver carver{slab.data};
   sampler.lay(carver, m, net.batch);
   std::vector<float> images =
-      sample_images(net, sampler, text, empty, n, o.steps, o.guidance, shift, o.seed);
+      sample_images(net, sampler, text, prompts.empty_text, n, o.steps, o.guidance, shift, o.seed);
   for (float x : images)
     if (!std::isfinite(x)) fail("the samples hold NaN or infinity: are these trained weights?");
-  if (extension == ".safetensors") {
+  if (numbers) {
     SafetensorsWriter out(o.out);
     out.declare("samples", "F32", {n, m.channels, m.height, m.image_width});
     out.write(images.data(), images.size());
     out.finish();
   } else {
-    write_png_grid(o.out, images.data(), o.prompts.size(), o.columns, m.channels, m.height,
-                   m.image_width);
+    write_png_grid(o.out, images.data(), rows, o.columns, m.channels, m.height, m.image_width,
+                   scale, prompts.names);
   }
   std::printf("%zu samples: %s\n", n, o.out.c_str());
   return 0;
@@ -1642,9 +1712,12 @@ int forward(Device& device, const ForwardOptions& o) {
   inputs.require_only({"z", "text", "cotangent"});
   size_t b = z->shape[0];
   Config m;
-  m.heads = o.heads;
-  read_config(weights, o.weights, m, o.norm_eps);
-  m.height = z->shape[2], m.image_width = z->shape[3], m.text_tokens = text->shape[1];
+  auto fit_to_inputs = [&] {
+    m.height = z->shape[2], m.image_width = z->shape[3], m.text_tokens = text->shape[1];
+  };
+  fit_to_inputs();
+  read_config(weights, o.weights, m, o.heads, o.norm_eps).note(o.weights);
+  fit_to_inputs();  // whatever the weights were trained on
   m.check();
   std::vector<size_t> image{b, m.channels, m.height, m.image_width};
   std::vector<size_t> caption{b, m.text_tokens, m.text_dim};
@@ -1954,17 +2027,27 @@ std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& dat
   return all;
 }
 
-// The samples' images, at random and none twice, in the order of ProbeSplit.
+// The samples' images, at random and none twice, in the order of ProbeSplit: as many as are asked
+// for; else the usual number, or as many as there are.
 inline Dataset probe_images(const ProbeOptions& o) {
-  Dataset train = load_dataset(o.data, true), held_out = load_dataset(o.data, false);
-  ProbeSplit split(o.images);
+  constexpr size_t least = 64;
+  auto [train, held_out] = load_dataset(o.data, 2);
   // Three quarters of the images are to train on, rounded up.
   size_t most = std::min(4 * held_out.images + 3, train.images * 4 / 3);
-  if (o.images < 64 || o.images > most)
+  if (most < least)
     fail(
-        "--images %zu: it must be at least 64, and at most %zu with the %zu training and %zu "
+        "%s is too small to probe: it has %zu training and %zu held-out images, expected at least "
+        "%zu and %zu",
+        o.data.c_str(), train.images, held_out.images, least - least / 4, least / 4);
+  size_t count = o.images.value_or(std::min(usual_probe, most));
+  if (count < least || count > most)
+    fail(
+        "--images %zu: it must be at least %zu, and at most %zu with the %zu training and %zu "
         "held-out images of %s",
-        o.images, most, train.images, held_out.images, o.data.c_str());
+        count, least, most, train.images, held_out.images, o.data.c_str());
+  if (!o.images && count < usual_probe)
+    std::printf("%zu images, as many as there are held-out ones for\n", count);
+  ProbeSplit split(count);
   Dataset images = without_images(train);
   auto add = [&](const Dataset& from, size_t count) {
     std::vector<size_t> which = shuffled(from.images, o.seed, streams::probe_images);
@@ -1980,8 +2063,8 @@ int probe(Device& device, const ProbeOptions& o) {
   SafetensorsReader file(o.weights);
   Dataset data = probe_images(o);
   Config m;
-  m.heads = o.heads, fit_to_data(m, data);
-  read_config(file, o.weights, m, o.norm_eps);
+  fit_to_data(m, data);
+  read_config(file, o.weights, m, o.heads, o.norm_eps).note(o.weights);
   if (m.channels != data.channels || m.height != data.height || m.image_width != data.width ||
       m.text_tokens != data.text_tokens || m.text_dim != data.text_dim)
     fail(
@@ -1990,19 +2073,19 @@ int probe(Device& device, const ProbeOptions& o) {
         o.data.c_str(), data.channels, data.height, data.width, data.text_tokens, data.text_dim,
         m.channels, m.height, m.image_width, m.text_tokens, m.text_dim);
   std::vector<size_t> layers = chosen_layers("--layers", o.layers, m.depth);
-  double bytes = double(layers.size() * 3 * o.images * m.width * sizeof(Acc<T>));
+  double bytes = double(layers.size() * 3 * data.images * m.width * sizeof(Acc<T>));
   if (bytes > double(Device().available()))
     fail("the features of %zu layers need %.2f GB: name fewer --layers", layers.size(),
          1e-9 * bytes);
   SafeFile out(o.out);  // better refused now than after the work
-  Network<T> net(device, m, std::min(o.images, o.batch), 0, false);
+  Network<T> net(device, m, std::min(data.images, o.batch), 0, false);
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   auto all = probe_features(net, data, layers, o.seed);
 
-  ProbeSplit split(o.images);
+  ProbeSplit split(data.images);
   Labels labels(2);
-  for (size_t i = 0; i < o.images; ++i) labels[0].push_back(probe_time(o.seed, i));
-  for (size_t i : shuffled(o.images, o.seed, streams::probe_shuffle))
+  for (size_t i = 0; i < data.images; ++i) labels[0].push_back(probe_time(o.seed, i));
+  for (size_t i : shuffled(data.images, o.seed, streams::probe_shuffle))
     labels[1].push_back(labels[0][i]);
   std::vector<ProbeRow> rows;
   for (const auto& f : all) {
@@ -2027,12 +2110,9 @@ int probe(Device& device, const ProbeOptions& o) {
 
 // Parse and run. Returns the exit status: 0, 1 if a check or the training failed, 2 for bad input.
 inline int command(int argc, const char* const* argv) {
-  CLI::App app{"MV-Split: 1000-layer diffusion transformers with mean-variance split residuals"};
-  app.option_defaults()->always_capture_default();
-  app.set_config("--config", "", "options from a file: [train] depth = 400 ...");
-  app.allow_config_extras(CLI::config_extras_mode::error);
+  CLI::App app{"MV-Split: 1000-layer diffusion transformers with mean-variance split residuals",
+               "mvsplit"};
   app.require_subcommand(1);
-  app.fallthrough();
   TrainOptions train_options, plan_options;
   SampleOptions sample_options;
   ForwardOptions forward_options;
@@ -2040,48 +2120,42 @@ inline int command(int argc, const char* const* argv) {
   GradcheckOptions gradcheck_options;
   DataSizes sizes{60000, 256, 10};
   Machine machine;
-  CLI::App* train_sub = add_train(app, train_options, machine);
-  CLI::App* sample_sub = add_sample(app, sample_options, machine);
-  add_forward(app, forward_options, machine);
-  CLI::App* probe_sub = add_probe(app, probe_options, machine);
-  CLI::App* gradcheck_sub = add_gradcheck(app, gradcheck_options, machine);
-  CLI::App* plan_sub = add_plan(app, plan_options, sizes, machine);
-  refuse_negatives(app);
+  const std::vector<Subcommand> all = {
+      add_train(app, train_options, machine),         add_sample(app, sample_options, machine),
+      add_forward(app, forward_options, machine),     add_probe(app, probe_options, machine),
+      add_gradcheck(app, gradcheck_options, machine), add_plan(app, plan_options, sizes, machine)};
   try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    if (e.get_exit_code() == 0) return app.exit(e);  // --help
-    std::string what = e.what(), names;
-    for (const CLI::App* sub : app.get_subcommands({}))
-      names += (names.empty() ? "" : ", ") + sub->get_name();
-    std::vector<std::string> unknown = app.remaining(true);
-    if (app.get_subcommands().empty())
-      what = (unknown.empty() ? "no subcommand" : "'" + unknown[0] + "' is not a subcommand") +
-             std::string(": choose one of ") + names;
-    else if (!unknown.empty())
-      what = "'" + unknown[0] + "' was not expected";
-    std::replace(what.begin(), what.end(), '\n', ' ');
-    std::fprintf(stderr, "mvsplit: %s (--help lists the options)\n", what.c_str());
-    return 2;
-  }
-  try {
-    // A gate that is asked for by hand and not there would be passed over in silence.
-    const Config& model = *gradcheck_sub ? gradcheck_options.model
-                          : *plan_sub    ? plan_options.model
-                                         : train_options.model;
-    for (std::string gate : {"alpha", "beta", "lambda"}) {
-      const CLI::Option* given = app.get_subcommands()[0]->get_option_no_throw("--" + gate);
-      if (given && given->count() > 0 && !model.has_gate(gate))
-        fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
+    CommandLine line = read_words(Words(argv + std::min(argc, 1), argv + argc), all);
+    if (!line.sub || line.help) {
+      std::printf("%s", line.sub ? line.sub->help().c_str() : app.help().c_str());
+      return 0;
     }
-    if (*plan_sub)
+    auto is = [&](const char* name) { return line.sub->name == name; };
+    GivenOptions given = line.given;  // the words win
+    if (given.count("config")) given.merge(read_ini(given["config"].texts[0], all)[line.sub->name]);
+    for (const Option& o : line.sub->options)
+      if (o.required && !given.count(o.name))
+        fail("%s needs --%s", line.sub->name.c_str(), o.name.c_str());
+    set_options(*line.sub, given);
+    std::error_code ignored;
+    if (is("train") && train_options.resume &&
+        std::filesystem::exists(train_options.out + "/config.ini", ignored))
+      set_resumed(*line.sub, all, given, train_options, machine);
+    check_output(*line.sub, given);
+    // A gate that is asked for by hand and not there would be passed over in silence.
+    const Config& model = is("gradcheck") ? gradcheck_options.model
+                          : is("plan")    ? plan_options.model
+                                          : train_options.model;
+    for (std::string gate : {"alpha", "beta", "lambda"})
+      if (given.count(gate) && !model.has_gate(gate))
+        fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
+    if (is("plan"))
       return machine.with_precision([&](auto t) {
         if (plan_options.data != "fashion-mnist") {
-          Dataset data = load_dataset(plan_options.data, true);
-          fit_to_data(plan_options.model, data);
-          sizes.images = data.images, sizes.captions = data.captions;
-          plan_options.val_images =
-              std::min(plan_options.val_images, load_dataset(plan_options.data, false).images);
+          Split data = load_dataset(plan_options.data, 0);
+          fit_to_data(plan_options.model, data.train);
+          sizes.images = data.train.images, sizes.captions = data.train.captions;
+          plan_options.val_images = std::min(plan_options.val_images, data.held_out.images);
         }
         check_options(plan_options);
         sizes.held_out = plan_options.val_images;
@@ -2089,29 +2163,28 @@ inline int command(int argc, const char* const* argv) {
         return 0;
       });
     Device device(machine.gpu());
-    if (*gradcheck_sub) return gradcheck(device, gradcheck_options);
-    if (*train_sub) {
+    if (is("gradcheck")) return gradcheck(device, gradcheck_options);
+    if (is("train")) {
       size_t in_use = device.in_use() - Device::workspace_bytes(device.gpu);
-      Dataset data = load_dataset(train_options.data, true);
-      Dataset held_out = load_dataset(train_options.data, false);
-      fit_to_data(train_options.model, data);
+      Split data = load_dataset(train_options.data, device.gpu ? 1 : 2);
+      fit_to_data(train_options.model, data.train);
       check_options(train_options);
       return machine.with_precision([&](auto t) {
-        return train<decltype(t)>(device, train_options, std::move(data), std::move(held_out),
-                                  in_use);
+        return train<decltype(t)>(device, machine, train_options, std::move(data.train),
+                                  std::move(data.held_out), in_use);
       });
     }
     return machine.with_precision([&](auto t) {
-      if (*probe_sub) return probe<decltype(t)>(device, probe_options);
-      return *sample_sub ? sample<decltype(t)>(device, sample_options)
-                         : forward<decltype(t)>(device, forward_options);
+      if (is("probe")) return probe<decltype(t)>(device, probe_options);
+      return is("sample") ? sample<decltype(t)>(device, sample_options)
+                          : forward<decltype(t)>(device, forward_options);
     });
   } catch (const Error& e) {
     std::fflush(stdout);  // what led to it comes first, in a file too
     std::fprintf(stderr, "mvsplit: %s\n", e.what());
     return 2;
   } catch (const std::filesystem::filesystem_error& e) {
-    std::fprintf(stderr, "mvsplit: cannot use %s: %s\n", e.path1().c_str(),
+    std::fprintf(stderr, "mvsplit: cannot use %s: %s\n", visible(e.path1()).c_str(),
                  e.code().message().c_str());
     return 2;
   } catch (const std::exception& e) {  // memory

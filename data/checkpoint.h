@@ -11,6 +11,8 @@
 #include "../dit.cu"
 #include "log.h"
 
+#include <charconv>
+
 using Metadata = std::map<std::string, std::string>;
 
 inline std::string exact(double x) {
@@ -37,33 +39,54 @@ inline Metadata describe(const Config& c, double time_shift) {
           {"time_shift", exact(time_shift)}};
 }
 
+// The number that a text is; nothing where it is anything else. Decimal digits alone, that fit:
+// no sign before a whole number, no blanks, no separators, a point in every locale.
+inline std::optional<size_t> whole_number(const std::string& text) {
+  size_t value = 0;
+  const char* end = text.data() + text.size();
+  auto [at, error] = std::from_chars(text.data(), end, value);
+  return error == std::errc() && at == end ? std::optional(value) : std::nullopt;
+}
+inline std::optional<double> decimal_number(const std::string& text) {
+  double value = 0;
+  const char* end = text.data() + text.size();
+  auto [at, error] = std::from_chars(text.data(), end, value);
+  return error == std::errc() && at == end && std::isfinite(value) ? std::optional(value)
+                                                                   : std::nullopt;
+}
+
 inline size_t positive_integer(const std::string& text, const std::string& what) {
-  size_t used = 0, value = 0;
-  try {
-    if (!text.empty() && std::isdigit(static_cast<unsigned char>(text[0])))
-      value = std::stoull(text, &used);
-  } catch (const std::exception&) {
-  }
-  if (used != text.size() || value == 0)
-    fail("%s is '%s', expected a positive integer", what.c_str(), text.c_str());
+  size_t value = whole_number(text).value_or(0);
+  if (value == 0) fail("%s is '%s', expected a positive integer", what.c_str(), text.c_str());
   return value;
 }
 
 inline double finite_number(const std::string& text, const std::string& what) {
-  char* end = nullptr;
-  double value = std::strtod(text.c_str(), &end);
-  if (text.empty() || *end || !std::isfinite(value))
-    fail("%s is '%s', expected a number", what.c_str(), text.c_str());
-  return value;
+  std::optional<double> value = decimal_number(text);
+  if (!value) fail("%s is '%s', expected a number", what.c_str(), text.c_str());
+  return *value;
 }
 
+// What neither a file nor a flag says, and what it is taken to be.
+struct Assumed {
+  std::string list;
+
+  void add(const std::string& what) { list += (list.empty() ? "" : ", ") + what; }
+  // On stderr, for a wrong guess would go unnoticed.
+  void note(const std::string& path) const {
+    if (!list.empty())
+      std::fprintf(stderr, "note: the metadata of %s does not say all: taken are %s\n",
+                   visible(path).c_str(), list.c_str());
+  }
+};
+
 // The configuration of a weights file: sizes from the shapes, the rest from its metadata where it
-// has any. Sizes that no shape knows (heads, image, text tokens) stay as in `c` if the file is
-// silent. So do means and norm_eps, and the residual is guessed from the tensors' names, but not
-// without a note: a wrong one would go unnoticed. `norm_eps`, if any, is taken whatever the file
-// says.
-inline void read_config(const SafetensorsReader& file, const std::string& path, Config& c,
-                        std::optional<double> norm_eps = {}) {
+// has any. Image and text tokens stay as in `c` if the file is silent. So do means and norm_eps, and
+// the residual is guessed from the tensors' names; the answer tells. `heads`, which change what is
+// computed and no shape, are never guessed: fails if the file is silent too, or says otherwise.
+// `norm_eps`, if any, is taken whatever the file says.
+inline Assumed read_config(const SafetensorsReader& file, const std::string& path, Config& c,
+                           std::optional<size_t> heads = {}, std::optional<double> norm_eps = {}) {
   auto shape = [&](const std::string& name, size_t rank) {
     const TensorInfo* t = file.find(name);
     if (!t || t->shape.size() != rank)
@@ -102,19 +125,30 @@ inline void read_config(const SafetensorsReader& file, const std::string& path, 
     if (said != held)
       fail("%s: metadata says %s %zu, but its tensors have %zu", path.c_str(), key, said, held);
   }
-  integer("heads", c.heads), integer("height", c.height), integer("image_width", c.image_width);
+  integer("height", c.height), integer("image_width", c.image_width);
   integer("text_tokens", c.text_tokens);
+  if (!heads && !m.count("heads"))
+    fail(
+        "%s does not say how many attention heads it has: give --heads (the author's released "
+        "model has 8)",
+        path.c_str());
+  c.heads = heads.value_or(1);
+  integer("heads", c.heads);
+  if (heads && *heads != c.heads)
+    fail("--heads %zu: %s says that it has %zu", *heads, path.c_str(), c.heads);
   if (m.count("residual")) c.residual = m.at("residual");
   if (m.count("means")) c.means = m.at("means");
   if (m.count("norm_eps"))
     c.norm_eps = finite_number(m.at("norm_eps"), path + ": metadata norm_eps");
   if (norm_eps) c.norm_eps = *norm_eps;
   c.check();
-  if (!m.count("residual") || !m.count("means") || !(norm_eps || m.count("norm_eps")))
-    std::fprintf(stderr,
-                 "note: the metadata of %s does not say all of residual, means and norm_eps: they "
-                 "are taken to be %s, %s and %g\n",
-                 path.c_str(), c.residual.c_str(), c.means.c_str(), c.norm_eps);
+  Assumed assumed;
+  char eps[32];
+  std::snprintf(eps, sizeof eps, "%g", c.norm_eps);
+  if (!m.count("residual")) assumed.add("residual " + c.residual);
+  if (!m.count("means")) assumed.add("means " + c.means);
+  if (!norm_eps && !m.count("norm_eps")) assumed.add(std::string("norm_eps ") + eps);
+  return assumed;
 }
 
 // One slab of numbers, one for each parameter, and what goes before their names in a file. A null

@@ -4,24 +4,59 @@
 // PNGs) into one plain struct, and the frozen stand-in text encoder that makes captions numbers.
 // What it is not: a loader that streams: a data set lives in memory whole, as floats.
 //
-// How to read it: the struct, then encode_text(), then load_dataset() at the end, which picks a
-// reader. Bad data is an Error (see math.h): one sentence that names the file and what is wrong.
+// How to read it: the structs, then encode_text(), then load_dataset() at the end, which picks a
+// reader, holds images out and says what there is. Bad data is an Error (see math.h): one sentence
+// that names the file and what is wrong.
 #pragma once
 
 #include "png.h"
 
-#include <zlib.h>
-
-struct Dataset {
-  size_t images = 0, channels = 0, height = 0, width = 0;
-  std::vector<float> pixels;  // (N,C,H,W)
+// What text there is: M captions, as numbers and, where they were words, as those.
+struct Captions {
   size_t captions = 0, text_tokens = 0, text_dim = 0;
-  std::vector<float> text;        // (M,L,d_text)
-  std::vector<float> empty_text;  // (L,d_text), what guidance calls unconditional
-  std::vector<int32_t> caption;   // (N), which of the M captions an image has
+  std::vector<float> text;         // (M,L,d_text)
+  std::vector<float> empty_text;   // (L,d_text), what guidance calls unconditional
+  std::vector<std::string> names;  // (M), or none
+
+  std::string name_of(size_t i) const {
+    return names.empty() ? "caption " + std::to_string(i) : names[i];
+  }
+};
+
+struct Dataset : Captions {
+  size_t images = 0, channels = 0, height = 0, width = 0;
+  std::vector<float> pixels;     // (N,C,H,W), or none
+  std::vector<int32_t> caption;  // (N), which of the M captions an image has
 
   size_t image_size() const { return channels * height * width; }
 };
+
+// What is trained on, and what is validated on.
+struct Split {
+  Dataset train, held_out;
+};
+
+// The data set without its images.
+inline Dataset without_images(const Dataset& data) {
+  Dataset none;
+  static_cast<Captions&>(none) = data;
+  none.channels = data.channels, none.height = data.height, none.width = data.width;
+  return none;
+}
+
+// Add images of `from` to `to`, which has the same captions.
+inline void append_images(Dataset& to, const Dataset& from, const std::vector<size_t>& which) {
+  bool pixels = !from.pixels.empty();
+  if (pixels) to.pixels.reserve(to.pixels.size() + which.size() * from.image_size());
+  for (size_t n : which) {
+    if (pixels) {
+      auto image = from.pixels.begin() + ptrdiff_t(n * from.image_size());
+      to.pixels.insert(to.pixels.end(), image, image + ptrdiff_t(from.image_size()));
+    }
+    to.caption.push_back(from.caption[n]);
+  }
+  to.images += which.size();
+}
 
 // ---------------------------------------------------------------------------------------------
 // 1. The text encoder
@@ -61,8 +96,8 @@ inline std::vector<std::string> words_of(const std::string& text) {
 inline std::vector<float> encode_text(const std::string& caption, size_t tokens, size_t dim) {
   std::vector<std::string> words = words_of(caption);
   if (words.size() > tokens)
-    fail("the caption %s has %zu words, but there are %zu text tokens", printable(caption).c_str(),
-         words.size(), tokens);
+    fail("the caption %s has %zu words, but there are %zu text tokens: use fewer words",
+         printable(caption).c_str(), words.size(), tokens);
   // Padding is a word too, not zeros: the text goes through RMSNorm, whose derivative at zero is
   // 1/sqrt(eps), a thousandfold gain.
   words.resize(tokens, "<pad>");
@@ -85,10 +120,24 @@ inline std::string caption_of(const std::string& prompt) {
   return (vowel ? "a photo of an " : "a photo of a ") + prompt;
 }
 
+// Fails unless `copies` of the images, and of the text two for each, can be in memory: asked before
+// they are read, as the alternative is to be killed. Two copies: as read, and where a CPU trains.
+inline void require_memory(const std::string& where, const Dataset& data, size_t copies) {
+  double text = double(data.captions) * double(data.text_tokens) * double(data.text_dim);
+  double images = double(data.images) * double(data.image_size());
+  double need = 4 * (double(copies) * images + 2 * double(std::max<size_t>(copies, 1)) * text);
+  double free = double(Device().available());
+  if (need > free)
+    fail("%s does not fit into memory: as floats%s it takes %.2f GB, and %.2f GB are free",
+         where.c_str(), copies > 1 ? ", read and copied to where the CPU trains," : "", 1e-9 * need,
+         1e-9 * free);
+}
+
 // Fills in all that concerns text, one caption a name; see encode_text() for errors.
-inline void set_captions(Dataset& data, const std::vector<std::string>& names, size_t tokens,
+inline void set_captions(Captions& data, const std::vector<std::string>& names, size_t tokens,
                          size_t dim) {
   data.captions = names.size(), data.text_tokens = tokens, data.text_dim = dim;
+  data.names = names;
   for (const std::string& name : names) {
     std::vector<float> text = encode_text(caption_of(name), tokens, dim);
     data.text.insert(data.text.end(), text.begin(), text.end());
@@ -103,6 +152,7 @@ inline void set_captions(Dataset& data, const std::vector<std::string>& names, s
 // rank, n, the sizes, the bytes. Fails unless the file is exactly that.
 inline std::vector<unsigned char> read_idx(const std::string& path,
                                            const std::vector<size_t>& sizes) {
+  require_regular(path);
   std::unique_ptr<gzFile_s, int (*)(gzFile)> file(gzopen(path.c_str(), "rb"), gzclose);
   if (!file) fail("cannot open %s: %s", path.c_str(), std::strerror(errno));
   auto read = [&](unsigned char* to, size_t bytes) {
@@ -143,33 +193,52 @@ inline std::vector<unsigned char> read_idx(const std::string& path,
   return data;
 }
 
-// The 60,000 training or 10,000 test images of a folder with the four .gz files, (N,1,32,32): 28x28
-// with a black border, so that patches of 2 and of 4 fit. Fails on a missing or damaged file.
-inline Dataset load_fashion_mnist(const std::string& folder, bool train, size_t tokens = 8,
-                                  size_t dim = 64) {
+// The training or the test images of a folder, (N,1,32,32): 28x28 with a black border, so that
+// patches of 2 and of 4 fit. Without captions' text.
+inline Dataset load_idx(const std::string& folder, bool train, size_t copies) {
   constexpr size_t side = 28, border = 2, padded = side + 2 * border;
   std::string prefix = folder + (train ? "/train" : "/t10k");
-  auto bytes = read_idx(prefix + "-images-idx3-ubyte.gz", {side, side});
   auto labels = read_idx(prefix + "-labels-idx1-ubyte.gz", {});
   Dataset data;
-  data.images = bytes.size() / (side * side);
-  data.channels = 1, data.height = data.width = padded;
-  if (labels.size() != data.images)
-    fail("%s has %zu images but %zu labels", folder.c_str(), data.images, labels.size());
-  set_captions(data,
-               {"t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
-                "bag", "ankle boot"},
-               tokens, dim);
+  data.images = labels.size(), data.channels = 1, data.height = data.width = padded;
   for (size_t n = 0; n < labels.size(); ++n)
-    if (labels[n] >= data.captions)
+    if (labels[n] >= 10)
       fail("%s: label %d of image %zu is not below 10", folder.c_str(), labels[n], n);
   data.caption.assign(labels.begin(), labels.end());
+  if (copies == 0) return data;
+  auto bytes = read_idx(prefix + "-images-idx3-ubyte.gz", {side, side});
+  if (bytes.size() != data.images * side * side)
+    fail("%s has %zu images but %zu labels", folder.c_str(), bytes.size() / (side * side),
+         data.images);
+  require_memory(folder, data, copies);
   data.pixels.assign(data.images * padded * padded, -1.0f);
   for (size_t n = 0; n < data.images; ++n)
     for (size_t h = 0; h < side; ++h)
       for (size_t w = 0; w < side; ++w)
         data.pixels[(n * padded + h + border) * padded + w + border] =
             bytes[(n * side + h) * side + w] / 127.5f - 1;
+  return data;
+}
+
+// A folder with Fashion-MNIST's four .gz files: 60,000 images to train on, 10,000 to validate on.
+// Others have the same names (MNIST's digits for one): then a caption is its label's number, with a
+// note. Fails on a missing or damaged file.
+inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t tokens = 8,
+                                size_t dim = 64) {
+  Split data{load_idx(folder, true, copies), load_idx(folder, false, copies)};
+  auto is = [](const Dataset& part, uint64_t hash) {
+    Fnv1a labels;
+    for (int32_t label : part.caption) labels.mix(uint32_t(label));
+    return labels.hash == hash;
+  };
+  std::vector<std::string> names = {"t-shirt", "trouser", "pullover", "dress", "coat",
+                                    "sandal",  "shirt",   "sneaker",  "bag",   "ankle boot"};
+  if (!is(data.train, 0xb9f71c71bae5f277u) || !is(data.held_out, 0x25bdf8123f06fac3u)) {
+    std::fprintf(stderr, "note: %s has other labels than Fashion-MNIST: its captions are 0 to 9\n",
+                 visible(folder).c_str());
+    for (size_t i = 0; i < names.size(); ++i) names[i] = std::to_string(i);
+  }
+  for (Dataset* part : {&data.train, &data.held_out}) set_captions(*part, names, tokens, dim);
   return data;
 }
 
@@ -196,7 +265,7 @@ inline std::vector<float> read_finite(const SafetensorsReader& file, const std::
 // A safetensors file with latents (N,C,H,W) and text (M,L,d_text), floating, caption (N), integer
 // in [0,M), and optionally empty (L,d_text), else zeros. Fails on a missing, unknown or misshapen
 // tensor, a caption out of range, and NaN or infinity anywhere.
-inline Dataset load_latents(const std::string& path) {
+inline Dataset load_latents(const std::string& path, size_t copies = 1) {
   SafetensorsReader file(path);
   file.require_only({"latents", "text", "caption", "empty"});
   auto shape_of = [&](const char* name, size_t rank, const char* letters) {
@@ -213,6 +282,7 @@ inline Dataset load_latents(const std::string& path) {
   data.height = latents[2], data.width = latents[3];
   data.captions = text[0], data.text_tokens = text[1], data.text_dim = text[2];
   if (data.captions > INT32_MAX) fail("%s has more than 2^31 - 1 captions", path.c_str());
+  require_memory(path, data, copies);
   auto caption = file.read_integers(file.require("caption", {data.images}));
   for (size_t n = 0; n < caption.size(); ++n)
     if (caption[n] < 0 || caption[n] >= int64_t(data.captions))
@@ -224,90 +294,224 @@ inline Dataset load_latents(const std::string& path) {
   if (file.find("empty"))
     data.empty_text =
         read_finite(file, path, file.require("empty", {data.text_tokens, data.text_dim}));
-  data.pixels = read_finite(file, path, *file.find("latents"));
+  if (copies > 0) data.pixels = read_finite(file, path, *file.find("latents"));
   return data;
 }
 
-// The entries of a folder that satisfy `wanted`, sorted by name: the same order on every machine.
-template <class Wanted>
-std::vector<std::filesystem::path> sorted_entries(const std::filesystem::path& folder,
-                                                  Wanted wanted) {
-  std::vector<std::filesystem::path> entries;
-  std::error_code error;
-  for (std::filesystem::directory_iterator at(folder, error), end; !error && at != end;
-       at.increment(error))
-    if (wanted(*at)) entries.push_back(at->path());
-  if (error) fail("cannot read the folder %s: %s", folder.c_str(), error.message().c_str());
-  std::sort(entries.begin(), entries.end());
-  return entries;
+// Names for a sentence, the first ten.
+inline std::string list_of(const std::vector<std::string>& names) {
+  std::string list;
+  for (size_t i = 0; i < std::min<size_t>(names.size(), 10); ++i)
+    list += (i ? ", " : "") + visible(names[i]);
+  return names.size() > 10 ? list + ", ... (" + std::to_string(names.size()) + " in all)" : list;
 }
 
-// PNG images of one size in sub-folders named by their captions, as in sneaker/1.png; other files
-// are passed over. Fails if there are none, or if they differ in size or channels.
-inline Dataset load_folder(const std::string& path, size_t tokens = 8, size_t dim = 64) {
-  Dataset data;
-  std::vector<std::string> names;
-  for (const auto& folder : sorted_entries(path, [](auto& e) { return e.is_directory(); })) {
-    auto files = sorted_entries(folder, [](auto& e) { return e.path().extension() == ".png"; });
-    for (const auto& file : files) {
-      size_t C, H, W;
-      std::vector<float> image = read_png(file, &C, &H, &W);
-      if (data.images == 0) data.channels = C, data.height = H, data.width = W;
-      if (C != data.channels || H != data.height || W != data.width)
-        fail("%s is %zu x %zu x %zu (channels, height, width), those before it %zu x %zu x %zu",
-             file.c_str(), C, H, W, data.channels, data.height, data.width);
-      data.pixels.insert(data.pixels.end(), image.begin(), image.end());
-      data.caption.push_back(static_cast<int32_t>(names.size()));
-      ++data.images;
+// Does the name end so, in small letters or capitals?
+inline bool has_extension(const std::filesystem::path& path, const std::string& extension) {
+  std::string found = path.extension();
+  for (char& c : found) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return found == extension;
+}
+
+// The files that a reader of a folder passes over: how many for each reason, and one of them.
+struct PassedOver {
+  std::filesystem::path folder;
+  size_t files = 0;
+  std::map<std::string, std::pair<size_t, std::string>> reasons;
+
+  // A file; or all files in a folder, but not behind links in it, which may lead anywhere.
+  void add(const std::filesystem::path& path, const char* reason) {
+    using namespace std::filesystem;
+    std::error_code error;
+    if (!is_symlink(path, error) && is_directory(path, error)) {
+      for (const auto& entry : directory_iterator(path, error)) add(entry.path(), reason);
+      return;
     }
-    if (!files.empty()) names.push_back(folder.filename());
+    auto& [count, first] = reasons[reason];
+    std::string name = path.lexically_relative(folder);
+    if (count++ == 0 || name < first) first = name;
+    ++files;
   }
-  if (data.images == 0)
-    fail("%s holds no PNG images in sub-folders named by their captions, as in %s/sneaker/1.png",
-         path.c_str(), path.c_str());
+
+  // ", 3 files passed over (2 not PNG, as cat/notes.txt; 1 hidden, as .DS_Store)", or nothing.
+  std::string text() const {
+    std::string all;
+    for (const auto& [reason, found] : reasons)
+      all += (all.empty() ? "" : "; ") + std::to_string(found.first) + " " + reason + ", as " +
+             visible(found.second);
+    return all.empty() ? all : ", " + std::to_string(files) + " files passed over (" + all + ")";
+  }
+};
+
+// The entries of a folder, sorted by name, as if .PNG were .png: the same order on every machine.
+inline std::vector<std::filesystem::path> sorted_entries(const std::filesystem::path& folder) {
+  std::vector<std::pair<std::string, std::filesystem::path>> entries;
+  std::error_code error;
+  for (std::filesystem::directory_iterator at(folder, error), end; !error && at != end;
+       at.increment(error)) {
+    const std::filesystem::path& path = at->path();
+    entries.emplace_back(
+        has_extension(path, ".png") ? path.stem().string() + ".png" : path.filename().string(),
+        path);
+  }
+  if (error) fail("cannot read the folder %s: %s", folder.c_str(), error.message().c_str());
+  std::sort(entries.begin(), entries.end());
+  std::vector<std::filesystem::path> sorted;
+  for (auto& entry : entries) sorted.push_back(std::move(entry.second));
+  return sorted;
+}
+
+// PNG images of one size in sub-folders named by their captions, as in sneaker/1.png; what else
+// there is is passed over, and `passed_over` says so. Fails if there are no images, or if they
+// differ in size or channels.
+inline Dataset load_folder(const std::string& path, std::string* passed_over, size_t copies = 1,
+                           size_t tokens = 8, size_t dim = 64) {
+  namespace fs = std::filesystem;
+  PassedOver passed{path, 0, {}};
+  std::vector<fs::path> files;
+  std::vector<std::string> names, without;
+  Dataset data;
+  std::error_code ignored;
+  auto hidden = [](const fs::path& p) { return p.filename().string()[0] == '.'; };
+  for (const fs::path& folder : sorted_entries(path)) {
+    fs::path to = fs::canonical(folder, ignored), from = fs::canonical(path, ignored);
+    bool circle = std::mismatch(to.begin(), to.end(), from.begin(), from.end()).first == to.end();
+    if (hidden(folder) || circle || !fs::is_directory(folder, ignored)) {
+      passed.add(folder, hidden(folder) ? "hidden" : "at the top, outside the captions' folders");
+      continue;
+    }
+    size_t before = files.size();
+    for (const fs::path& file : sorted_entries(folder)) {
+      const char* reason = hidden(file)                          ? "hidden"
+                           : fs::is_directory(file, ignored)     ? "deeper than a caption's folder"
+                           : !has_extension(file, ".png")        ? "not PNG"
+                           : !fs::is_regular_file(file, ignored) ? "not a regular file"
+                                                                 : nullptr;
+      if (reason) passed.add(file, reason);
+      if (!reason) files.push_back(file), data.caption.push_back(int32_t(names.size()));
+    }
+    (files.size() > before ? names : without).push_back(folder.filename());
+  }
+  *passed_over = passed.text();
+  if (!without.empty())
+    *passed_over = ", folders without images: " + list_of(without) + *passed_over;
+  if (files.empty())
+    fail("%s holds no PNG images in sub-folders named by their captions, as in %s/sneaker/1.png%s",
+         path.c_str(), path.c_str(), passed_over->c_str());
   set_captions(data, names, tokens, dim);
+  std::map<std::vector<std::string>, std::string> known = {{{}, "no caption"}};
+  for (const std::string& name : names) {
+    auto [other, is_new] = known.emplace(words_of(caption_of(name)), name);
+    if (!is_new)
+      std::fprintf(stderr, "note: %s/%s has the same words as %s: to the network they are one\n",
+                   visible(path).c_str(), visible(name).c_str(), visible(other->second).c_str());
+  }
+  for (const fs::path& file : files) {
+    size_t C, H, W;
+    std::vector<float> image = read_png(file, &C, &H, &W);
+    if (data.images++ == 0) {
+      data.channels = C, data.height = H, data.width = W;
+      Dataset all = without_images(data);
+      all.images = files.size();
+      require_memory(path, all, copies);
+      if (copies == 0) break;
+      data.pixels.reserve(files.size() * data.image_size());
+    }
+    if (C != data.channels || H != data.height || W != data.width)
+      fail("%s is %zu x %zu x %zu (channels, height, width), those before it %zu x %zu x %zu",
+           file.c_str(), C, H, W, data.channels, data.height, data.width);
+    data.pixels.insert(data.pixels.end(), image.begin(), image.end());
+  }
+  data.images = files.size();
   return data;
 }
 
 // ---------------------------------------------------------------------------------------------
 // 4. One door
 
-// Keeps the training images, or those held out: every 16th (every N-th of N < 16). A single image
-// is both, for nothing else is left to validate on.
-inline void keep_split(Dataset& data, bool train) {
+// Takes every 16th image (every N-th of N < 16) out of `data`, to validate on. Where a caption of words
+// would be left without one, and not be learned, it is the last image before that can be spared.
+// (Captions that are numbers may be alike.) If there is none, they stay in `data` as well.
+inline Dataset hold_out(Dataset& data) {
   size_t stride = std::min<size_t>(16, data.images), size = data.image_size(), kept = 0;
-  if (stride < 2) return;
+  Dataset held_out = without_images(data);
+  std::vector<size_t> left(data.names.size()), taken, every;
+  if (!left.empty())
+    for (int32_t c : data.caption) ++left[size_t(c)];
+  for (size_t n = stride - 1; n < data.images; n += stride) {
+    every.push_back(n);
+    for (size_t k = n; k + stride > n && data.images > 1; --k) {
+      size_t* others = left.empty() ? nullptr : &left[size_t(data.caption[k])];
+      if (others && *others == 1) continue;
+      if (others) --*others;
+      taken.push_back(k);
+      break;
+    }
+  }
+  append_images(held_out, data, taken.empty() ? every : taken);
+  if (taken.empty()) return held_out;
+  auto next = taken.begin();
   for (size_t n = 0; n < data.images; ++n) {
-    bool held_out = n % stride == stride - 1;
-    if (held_out == train) continue;
-    std::copy_n(data.pixels.begin() + n * size, size, data.pixels.begin() + kept * size);
+    if (next != taken.end() && *next == n) {
+      ++next;
+      continue;
+    }
+    if (!data.pixels.empty())
+      std::copy_n(data.pixels.begin() + n * size, size, data.pixels.begin() + kept * size);
     data.caption[kept++] = data.caption[n];
   }
   data.images = kept;
-  data.pixels.resize(kept * size);
-  data.pixels.shrink_to_fit();
+  data.pixels.resize(data.pixels.empty() ? 0 : kept * size);
   data.caption.resize(kept);
+  return held_out;
 }
 
-// Loads "fashion-mnist" (or a folder with its files), a .safetensors file of latents, or a folder
-// of PNGs; the training images or the held-out ones. Fails if there is no such thing.
-inline Dataset load_dataset(const std::string& where, bool train) {
-  auto holds_idx = [](const std::string& folder) {
-    std::error_code ignored;
+// A .safetensors file of latents, whose captions are numbers?
+inline bool is_latents(const std::string& where) { return has_extension(where, ".safetensors"); }
+
+// Loads "fashion-mnist" (or a folder with its files), a .safetensors file of latents, or a folder of
+// PNGs, and prints a line that says what there is. `copies`: how many of the images memory must
+// hold; 0: none, and all but the pixels is loaded. Fails if there is no such thing, or no room.
+inline Split load_dataset(const std::string& where, size_t copies) {
+  std::error_code ignored;
+  std::string folder = where, passed_over;
+  auto holds_idx = [&] {
     return std::filesystem::exists(folder + "/train-images-idx3-ubyte.gz", ignored);
   };
   if (where == "fashion-mnist") {
-    for (const char* folder : {"data/downloads", "/usr/share/datasets/fashion-mnist"})
-      if (holds_idx(folder)) return load_fashion_mnist(folder, train);
-    fail("Fashion-MNIST is not here: run `bash data/fetch.sh`, which fetches it");
+    for (const char* place : {"data/downloads", "/usr/share/datasets/fashion-mnist"})
+      if (folder = place; holds_idx()) break;
+    if (!holds_idx()) fail("Fashion-MNIST is not here: run `bash data/fetch.sh`, which fetches it");
   }
-  if (holds_idx(where)) return load_fashion_mnist(where, train);
-  bool latents = std::filesystem::path(where).extension() == ".safetensors";
-  std::error_code ignored;
-  if (!latents && !std::filesystem::is_directory(where, ignored))
-    fail("no data at %s: expected fashion-mnist, a .safetensors file, or a folder of PNGs",
-         where.c_str());
-  Dataset data = latents ? load_latents(where) : load_folder(where);
-  keep_split(data, train);
+  Split data;
+  bool both = false;
+  try {
+    if (holds_idx()) {
+      data = load_fashion_mnist(folder, copies);
+    } else {
+      if (!is_latents(where) && !std::filesystem::is_directory(where, ignored))
+        fail("no data at %s: expected fashion-mnist, a .safetensors file, or a folder of PNGs",
+             where.c_str());
+      data.train = is_latents(where) ? load_latents(where, copies)
+                                     : load_folder(where, &passed_over, copies);
+      size_t all = data.train.images;
+      data.held_out = hold_out(data.train);
+      both = data.train.images == all;
+    }
+  } catch (const std::bad_alloc&) {  // a limit that Device::available() does not know
+    fail("%s does not fit into the memory that this process may take", where.c_str());
+  }
+  const Dataset &train = data.train, &held_out = data.held_out;
+  std::vector<bool> trained(train.captions), unseen(train.captions);
+  for (int32_t c : train.caption) trained[size_t(c)] = true;
+  for (int32_t c : held_out.caption) unseen[size_t(c)] = !trained[size_t(c)];
+  auto count = size_t(std::count(unseen.begin(), unseen.end(), true));
+  std::string remark;
+  if (both) remark = " (none can be spared: it is validated on images that it trains on)";
+  if (count) remark = " (captions that have no other image: " + std::to_string(count) + ")";
+  std::printf("%zu images of %zux%zux%zu, %zu captions, %zu held out%s%s\n",
+              train.images + (both ? 0 : held_out.images), train.channels, train.height,
+              train.width, train.captions, both ? 0 : held_out.images, remark.c_str(),
+              passed_over.c_str());
   return data;
 }

@@ -7,7 +7,7 @@
 # into figures and Markdown. Both may use data/experiments/draw.sh. A third, `after`, is for what has to
 # be done with a trained network before its run counts as over.
 #
-# A run's folder, experiments/NAME/RUN, holds its config.ini (`mvsplit train --config` repeats it),
+# A run's folder, experiments/NAME/RUN, holds its recipe.ini (`mvsplit train --config` repeats it),
 # what train writes, train.log, and, once it is over, `result`: a run that has one is not run again, one
 # without goes on from its last save. To run one again, remove its folder.
 #
@@ -17,14 +17,18 @@
 #
 # QUICK=1 is a reduced version (of scream, cure and law), SCALE=tiny a trial of the scripts; both leave
 # everything in experiments/SCALE. JOBS=4 makes four runs at a time, several GPUs by turns; on one GPU they
-# overlap only under CUDA's MPS. MINUTES=60 begins no run that would not be over by then.
+# overlap only under CUDA's MPS. What will take more than an hour begins only with YES=1, or with
+# MINUTES=60, which begins no run that would not be over by then.
 set -euo pipefail
+export LC_ALL=C.UTF-8  # decimal points, not commas
 cd "$(dirname "$0")/.."
 recipes=data/experiments
 program=build/mvsplit
 all="scream cure frontier thousand law front one-branch probe ablations pictures lean size"
+quick="scream cure law"  # those that have a quick version
 
 die() { echo "experiment: $*" >&2; exit 2; }
+is_in() { case " $2 " in *" $1 "*) ;; *) return 1 ;; esac; }
 # "1h02m", "3m20s", "12s" for a number of seconds.
 duration() {
   awk -v s="$1" 'BEGIN { s = int(s + 0.5)
@@ -35,12 +39,15 @@ duration() {
 
 # --- What to run -----------------------------------------------------------------------------
 
-# The scale's folders and sizes. A quick version on a GPU has the full depth, fewer and shorter runs.
+processors=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+
+# The folders and sizes of SCALE. A quick version on a GPU has the full depth, fewer and shorter runs.
 choose_scale() {
-  SCALE=${SCALE:-$([ -n "${QUICK:-}" ] && echo quick || echo full)}
-  machine=CPU name="CPU, $(nproc) threads"
-  if name_of_gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) &&
-     [ -n "$name_of_gpu" ]; then
+  machine=CPU name="CPU, $processors threads"
+  # A GPU is of use to a program that was built for one; nvidia-smi may be there without a GPU.
+  if name_of_gpu=$(nvidia-smi --query-gpu=compute_cap,name --format=csv,noheader 2>/dev/null |
+       sed -n '1s/^[0-9]*\.[0-9]*, *//p') && [ -n "$name_of_gpu" ] &&
+     ldd "$program" 2>/dev/null | grep cublas >/dev/null; then
     machine=GPU name=$name_of_gpu
   fi
   case $SCALE in
@@ -67,11 +74,12 @@ layers() {
 # run RUN KEY=VALUE...: one run of the experiment, called by `runs` in a recipe. RUN ends in _SEED if
 # there are several seeds. A key is an option of `mvsplit train`, or
 #   keep=weights  leave weights.safetensors in place when the run is over
-# Writes the run's config.ini, with the latter as a comment.
+# Writes the run's recipe.ini, with the latter as a comment.
 run() {
-  [ -z "${REDRAW:-}" ] || return 0
+  [ -z "$REDRAW" ] || return 0
   local dir=$root/$experiment/$1 new
   shift
+  [ -e "$dir/train.log" ] || rm -f "$dir"/*.ini  # nothing has run by it; a kill may have left half
   new=$(printf '%s\n' "$@" | awk -F= '
     NR == FNR { key = $1; sub(/^[^=]*=/, ""); value[key] = $0; next }
     /^#/ { next }
@@ -79,11 +87,11 @@ run() {
     { print }
     /^\[train\]/ && "keep" in value { print "#keep=" value["keep"]; delete value["keep"] }
     END { for (k in value) print k "=" value[k] | "sort" }' - "$base")
-  if [ -e "$dir/config.ini" ] && [ "$new" != "$(cat "$dir/config.ini")" ]; then
-    die "$dir was made with another config.ini than $recipes has now: remove it"
+  if [ -e "$dir/recipe.ini" ] && [ "$new" != "$(cat "$dir/recipe.ini")" ]; then
+    die "$dir was made with another recipe.ini than $recipes has now: remove it"
   fi
   mkdir -p "$dir"
-  echo "$new" >"$dir/config.ini"
+  echo "$new" >"$dir/recipe.ini"
   listed+=("$dir")
 }
 
@@ -97,28 +105,32 @@ read_recipe() {
   experiment=$1 columns="" bin=5 pictures="" spikes="" tables=""
   after() { :; }
   packed() { :; }
-  [ -e "$recipes/$1.sh" ] || die "there is no experiment $1, but $all"
   # shellcheck source=/dev/null
   source "$recipes/$1.sh"
 }
 
 # --- How long it will take --------------------------------------------------------------------
 
-# For the run in folder $1, of two runs of a few steps of its width and batch at 16 blocks, measured
-# once a machine: milliseconds that a block takes a step, that diagnosing a block adds, and seconds that
-# a run takes besides.
+# For the run in folder $1, of two runs of a few steps at 16 blocks, measured once a machine:
+# milliseconds that a block takes a step, that diagnosing a block adds, and seconds that a run takes
+# besides. They have the run's width and batch; without a GPU those of the small version, since the
+# full one's would take minutes or hours: a larger block takes longer as it has more operations.
 measure_speed() {
-  local speeds=$root/speed dir=$root/speed.tmp size="" few plain diagnosed o
+  local speeds=$root/speed dir=$root/speed.tmp of=$1/recipe.ini size="" few plain diagnosed o
+  if [ "$machine" = CPU ]; then of=${base/full/small}; fi
   few=(--config "$base" --depth 16 --steps 16 --log-every 8 --save weights --columns 1)
   for o in width heads ffn patch batch; do
-    size+="$o=$(option $o "$1/config.ini") " few+=("--$o" "$(option $o "$1/config.ini")")
+    size+="$o=$(option $o "$of") " few+=("--$o" "$(option $o "$of")")
   done
   if [ "$(head -n 1 "$speeds" 2>/dev/null)" != "$name" ]; then echo "$name" >"$speeds"; fi
-  if ! grep -q "^$size" "$speeds"; then
+  if ! grep -qE "^${size}[0-9.]+ [0-9.]+ [0-9.]+$" "$speeds"; then
     rm -rf "$dir"
+    mkdir "$dir"
     echo "measuring the speed of this machine, $name: $size"
-    plain=$(timed "${few[@]}" --out "$dir/plain")
-    diagnosed=$(timed "${few[@]}" --out "$dir/diagnosed" --diagnose-every 1 --diagnose-layers all)
+    if ! plain=$(timed "${few[@]}" --out "$dir/plain") ||
+       ! diagnosed=$(timed "${few[@]}" --out "$dir/diagnosed" --diagnose-every 1 --diagnose-layers all); then
+      die "the speed of this machine was not measured: $(tail -n 1 "$dir/log")"
+    fi
     rm -rf "$dir"
     awk -v size="$size" -v a="$plain" -v b="$diagnosed" 'BEGIN {
       split(a, p); split(b, d)
@@ -126,14 +138,21 @@ measure_speed() {
       printf "%s%.4f %.4f %.1f\n", size, p[1] / 16, (d[1] > p[1] ? (d[1] - p[1]) / 16 : 0), (other > 0 ? other : 0) }' \
       >>"$speeds"
   fi
-  read -r ms_layer ms_diagnosed startup <<<"$(sed -n "s/^$size//p" "$speeds")"
+  read -r ms_layer ms_diagnosed startup <<<"$(sed -n "s/^$size//p" "$speeds" |
+    awk -v a="$(operations "$1/recipe.ini")" -v b="$(operations "$of")" '{ print $1 * a / b, $2 * a / b, $3 }')"
 }
-# Milliseconds a step, and seconds of wall time, of a training run with these options.
+# Milliseconds a step, and seconds of wall time, of a training run with these options; its exit status.
 timed() {
   local start=$EPOCHREALTIME
-  "$program" train "$@" | awk '/ms\/step/ { for (i = 2; i <= NF; i++) if ($i == "ms/step") ms = $(i - 1) }
-    END { print ms }' | tr '\n' ' '
-  awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN { print b - a }'
+  "$program" train "$@" >"$dir/log" 2>&1 || return
+  awk -v a="$start" -v b="$EPOCHREALTIME" '
+    { for (i = 2; i <= NF; i++) if ($i == "ms/step") ms = $(i - 1) }
+    END { print ms, b - a }' "$dir/log"
+}
+# A number in proportion to the operations of a block and step with the sizes in the ini file $1.
+operations() {
+  awk -F= -v t="$(tokens_of "$1")" '{ o[$1] = $2 }
+    END { d = o["width"]; print o["batch"] * t * d * (4 * d + 3 * o["ffn"] + 2 * t) }' "$1"
 }
 
 # Seconds that the run in folder $1 will take, at the speed that was measured last.
@@ -144,7 +163,7 @@ seconds_of() {
       measured = o["diagnose-layers"] == "" ? 5 : o["diagnose-layers"] == "all" ? o["depth"] : split(o["diagnose-layers"], l, ",")
       every = o["diagnose-every"]; steps = o["steps"]
       times = every ? steps / every : 0
-      print other + (a * o["depth"] * (steps + 20) + b * measured * times) / 1000 }' "$1/config.ini"
+      print other + (a * o["depth"] * (steps + 20) + b * measured * times) / 1000 }' "$1/recipe.ini"
 }
 
 anything_to_do() {
@@ -153,22 +172,39 @@ anything_to_do() {
   return 1
 }
 
-# Prints what will be run and for how long.
+# Prints what will be run and for how long; ends the script instead if that is more than was asked for.
 announce() {
-  local dir total=0 n=0 seconds
+  local dir total=0 n=0 seconds line lines=()
   for dir in "${listed[@]}"; do
     if [ -s "$dir/result" ]; then
-      printf '  %-44s done: %s\n' "${dir#"$root"/}" "$(result "$dir" result)"
+      printf -v line '  %-44s done: %s' "${dir#"$root"/}" "$(result "$dir" result)"
     else
       measure_speed "$dir"
       seconds=$(seconds_of "$dir")
-      printf '  %-44s %5s steps of %4s layers  about %s\n' "${dir#"$root"/}" \
-        "$(option steps "$dir/config.ini")" "$(option depth "$dir/config.ini")" "$(duration "$seconds")"
-      total=$(awk -v a="$total" -v b="$seconds" 'BEGIN { print a + b }') n=$((n + 1))
+      printf -v line '  %-44s %5s steps of %4s layers  about %s' "${dir#"$root"/}" \
+        "$(option steps "$dir/recipe.ini")" "$(option depth "$dir/recipe.ini")" "$(duration "$seconds")"
+      total=$(awk -v a="$total" -v b="$seconds" 'BEGIN { printf "%.0f", a + b }') n=$((n + 1))
     fi
+    lines+=("$line")
   done
+  if [ -z "${YES:-}" ] && { [ -n "$not_quick" ] || { [ -z "${MINUTES:-}" ] && [ "$total" -gt 3600 ]; }; }; then
+    refuse "about $(duration "$total") on this machine, $name"
+  fi
+  printf '%s\n' "${lines[@]}"
   echo "$n runs to do, about $(duration "$total") on this machine, $name (from the speeds in $root/speed, which" \
     "were measured; remove it to measure again: ms a layer and step, ms more where diagnosed, s a run besides)"
+}
+
+# Ends the script, which has begun nothing and leaves nothing, because of the time $1.
+refuse() {
+  local dir
+  for dir in "${listed[@]}"; do
+    [ -e "$dir/train.log" ] || rm -f "$dir"/*.ini
+    rmdir -p "$dir" 2>/dev/null || true  # what is empty
+  done
+  [ -z "$not_quick" ] ||
+    die "$quick have a quick version,$not_quick not: in full it takes $1; to begin that say YES=1"
+  die "this takes $1: to begin say YES=1, or MINUTES=60 for what an hour holds, or QUICK=1 for a smaller version (of $quick)"
 }
 
 # --- Running -----------------------------------------------------------------------------------
@@ -180,17 +216,17 @@ result() { sed -n "s/^$2=//p" "$1/result"; }
 train() {
   local dir=$1 status=0
   shift
-  "$program" train --config "$dir/config.ini" --resume --out "$dir" "${share[@]}" "$@" >>"$dir/train.log" 2>&1 ||
+  "$program" train --config "$dir/recipe.ini" --resume --out "$dir" "${share[@]}" "$@" >>"$dir/train.log" 2>&1 ||
     status=$?
   return $status
 }
 
 # Runs what is listed, or goes on with it.
 do_run() {
-  local dir=$1 status=0 outcome=finished start=$SECONDS before=0
+  local dir=$1 status=0 outcome=finished start=$SECONDS before=0 last
   [ -s "$dir/result" ] && return
   # Without a state there is nothing to go on from: afresh.
-  [ -e "$dir/state.safetensors" ] || find "$dir" -type f ! -name config.ini -delete
+  [ -e "$dir/state.safetensors" ] || find "$dir" -type f ! -name recipe.ini -delete
   [ -s "$dir/seconds" ] && before=$(cat "$dir/seconds")
   echo "$(date +%H:%M:%S) $dir (tail -f $dir/train.log)"
   train "$dir" || status=$?
@@ -205,21 +241,23 @@ do_run() {
   case $status in
     0) ;;
     130 | 143) echo "stopped: the same command goes on"; exit 130 ;;
-    *) echo "FAILED: $(tail -n 1 "$dir/train.log")" >&2
+    *) last=$(tail -n 1 "$dir/train.log")
+       echo "FAILED: ${last:-exit status $status and no word: is the disk full?}" >&2
        echo "$dir" >>"$root/failed"
        return ;;
   esac
   printf '%s\n' "result=$outcome" "seconds=$(cat "$dir/seconds")" "machine=$name" \
-    "commit=$(git describe --always --dirty 2>/dev/null || echo unknown)" >"$dir/result"
+    "commit=$(git describe --always --dirty 2>/dev/null || echo unknown)" >"$dir/result.tmp"
+  mv "$dir/result.tmp" "$dir/result"
   rm -f "$dir/state.safetensors" "$dir/seconds"
-  [ "$(option '#keep' "$dir/config.ini")" = weights ] || rm -f "$dir/weights.safetensors"
+  [ "$(option '#keep' "$dir/recipe.ini")" = weights ] || rm -f "$dir/weights.safetensors"
 }
 
 # All that is listed, JOBS runs at a time.
 run_all() {
   local i pid pids=() status=0
   gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l) at_once=${JOBS:-1} share=()
-  rm -rf "$root/claims" "$root/failed"
+  rm -rf "$root/claims"
   mkdir "$root/claims"
   if [ "$at_once" = 1 ]; then
     worker 0
@@ -246,7 +284,7 @@ worker() {
     share=(--memory "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits -i $(($1 % gpus)) |
       awk -v n="$side_by_side" '{ print ($1 * 1.048576e-3 - 1) / n - 0.6 }')")
   elif [ "$at_once" -gt 1 ]; then
-    export OMP_NUM_THREADS=$((($(nproc) + at_once - 1) / at_once))
+    export OMP_NUM_THREADS=$(((processors + at_once - 1) / at_once))
   fi
   for dir in "${listed[@]}"; do
     [ ! -s "$dir/result" ] || continue
@@ -298,22 +336,19 @@ pace() {
         if ($i == "tokens/s") tokens[n] = $(i - 1)
         if ($(i - 1) == "HFU") hfu[n] = $i + 0 } }
     END { if (!n) print ",,"
-      else printf "%.1f,%.0f,%s\n", quantile(ms, n, 0.5), quantile(tokens, n, 0.5), hfu[1] == "" ? "" : quantile(hfu, n, 0.5) }' "$1"
+      else printf "%.1f,%.0f,%s\n", quantile(ms, n, 0.5), quantile(tokens, n, 0.5), (hfu[1] == "" ? "" : quantile(hfu, n, 0.5)) }' "$1"
 }
 
-# Replaces $csv/$experiment_$1.csv.gz with standard input (the same bytes for the same numbers).
-pack() { gzip -9n >"$csv/${experiment}_$1.csv.gz.tmp"; mv "$csv/${experiment}_$1.csv.gz"{.tmp,}; }
+# Makes $csv/$experiment_$1.csv.gz.tmp of standard input (the same bytes for the same numbers).
+pack() { gzip -9n >"$csv/${experiment}_$1.csv.gz.tmp"; }
 
-# The csv files of an experiment from its runs' folders.
+# The csv files of an experiment from its runs' folders. They take their places when all are whole.
 pack_runs() {
-  local dir run
-  for dir in "${listed[@]}"; do
-    [ -s "$dir/result" ] || { echo "$experiment is not complete: nothing is drawn"; return 1; }
-  done
+  local dir file
   {
     echo "run,depth,lr,steps,outcome,loss,best,collapse,norm,norm_step,validation,seconds,machine,commit,tokens,ms,tokens_per_s,hfu"
     for dir in "${listed[@]}"; do
-      local c=$dir/config.ini verdict
+      local c=$dir/recipe.ini verdict
       verdict=$(judge "$dir/log.csv")
       [ "$(result "$dir" result)" = finished ] || verdict=diverged,${verdict#*,}
       echo "${dir##*/},$(option depth "$c"),$(option lr "$c"),$(option steps "$c"),$verdict,$(
@@ -348,6 +383,7 @@ pack_runs() {
         { print (named++ ? run : "run") "," $0 }' "$dir/$table.csv"
     done | awk 'NR == 1 || !/^run,/' | pack "$table"
   done
+  for file in "$csv/${experiment}"_*.csv.gz.tmp; do mv "$file" "${file%.tmp}"; done
   packed
   keep_files "${listed[@]}"
 }
@@ -363,7 +399,7 @@ keep_files() {
     esac
     case " ${spikes} " in
       *" $run "*)
-        step=$(judge "$dir/log.csv" | awk -F, '{ print $4 == "" ? $6 : $4 }')
+        step=$(judge "$dir/log.csv" | awk -F, '{ print ($4 == "" ? $6 : $4) }')
         find "$dir" -maxdepth 1 -name 'spike_*.txt' |
           awk -F'[_.]' -v at="$step" '{ away = $(NF - 1) - at; print (away < 0 ? -away : away), $0 }' |
           sort -g | awk 'NR == 1 { print $2 }' |
@@ -375,18 +411,43 @@ keep_files() {
 # --- All of it -----------------------------------------------------------------------------------
 
 main() {
+  local names=("$@") one listed=() not_quick="" o
+  [ $# -gt 0 ] || die "NAME is one of $all, or all"
+  for o in QUICK REDRAW YES; do [ "${!o:-0}" != 0 ] || printf -v "$o" ''; done
+  for o in JOBS MINUTES; do
+    [[ ${!o:-1} =~ ^[1-9][0-9]{0,5}$ ]] || die "$o is a whole number from 1 on, not ${!o}"
+  done
+  SCALE=${SCALE:-${QUICK:+quick}}
+  SCALE=${SCALE:-full}
+  if [ "$*" = all ]; then
+    if [ "$SCALE" = quick ]; then read -ra names <<<"$quick"; else read -ra names <<<"$all"; fi
+  fi
+  for one in "${names[@]}"; do
+    is_in "$one" "$all" || die "there is no experiment $one, but $all"
+    [ "$SCALE" != quick ] || is_in "$one" "$quick" || not_quick+=" $one"
+  done
+  if [ -n "$not_quick" ]; then
+    [ -z "$REDRAW" ] || die "$quick have a quick version,$not_quick not: REDRAW=1 without QUICK=1"
+    SCALE=full
+  fi
   choose_scale
+  # Two at once would take the same runs. The lock is its holder's and ends with it.
+  if [ -z "$REDRAW" ] && command -v flock >/dev/null; then
+    exec 9>"$root/lock"
+    flock -n 9 || die "another is at work in $root: wait for its end, or stop it"
+  fi
+  [ -n "$REDRAW" ] || rm -f "$root/failed"
+  if ! command -v gnuplot >/dev/null; then
+    echo "gnuplot is missing: no figures are drawn, but tables are made" >&2
+    gnuplot() { cat >/dev/null; }
+  fi
   # shellcheck source=data/experiments/draw.sh
   source "$recipes/draw.sh"
-  local names=("$@") one listed=()
-  if [ "${names[*]}" = all ]; then
-    if [ "$SCALE" = quick ]; then names=(scream cure law); else read -ra names <<<"$all"; fi
-  fi
   for one in "${names[@]}"; do
     read_recipe "$one"
     runs
   done
-  if [ -z "${REDRAW:-}" ] && anything_to_do; then
+  if [ -z "$REDRAW" ] && anything_to_do; then
     [ -x "$program" ] || die "$program is missing: make"
     announce
     run_all
@@ -395,15 +456,22 @@ main() {
     listed=()
     read_recipe "$one"
     runs
-    if [ ${#listed[@]} = 0 ] || pack_runs; then draw_all; fi
+    if anything_to_do; then
+      echo "$one is not complete: nothing is drawn"
+      continue
+    fi
+    [ ${#listed[@]} = 0 ] || pack_runs
+    draw_all
   done
-  [ ! -s "$root/failed" ] || die "these runs failed: $(xargs <"$root/failed")"
+  [ -n "$REDRAW" ] || [ ! -s "$root/failed" ] || die "these runs failed: $(xargs <"$root/failed")"
 }
 
 # The figures and the Markdown of an experiment, the latter also into $root/NAME.md.
 draw_all() {
   work=$(mktemp -d)
-  { echo "### $experiment"; echo; draw; } | tee "$root/$experiment.md"
+  trap 'rm -rf "$work"' EXIT
+  { echo "### $experiment"; echo; draw; } | tee "$root/$experiment.md.tmp"
+  mv "$root/$experiment.md"{.tmp,}
   rm -rf "$work"
 }
 

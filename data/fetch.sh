@@ -6,6 +6,7 @@
 # The sums are of the decompressed bytes: the package's .gz files were packed anew and differ from
 # the repository's in their headers (no name, no date), while what they hold is the same.
 set -euo pipefail
+export LC_ALL=C.UTF-8  # decimal points, not commas
 
 package=dataset-fashion-mnist
 installed=/usr/share/datasets/fashion-mnist

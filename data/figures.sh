@@ -4,19 +4,23 @@
 # step FROM (default 0) to step TO (default: the last), under a TITLE (default: RUN's name).
 #   figures.sh RUN [FROM [TO [TITLE]]]
 set -euo pipefail
-run=$1 csv=$1/diagnostics.csv from=${2:-0} to=${3:-} title=${4:-$(basename "$1")}
+export LC_ALL=C.UTF-8  # decimal points, not commas
+run=$1 csv=diagnostics.csv from=${2:-0} to=${3:-} title=${4:-$(basename "$1")}
 if ! command -v gnuplot >/dev/null; then
   echo "gnuplot is missing: nothing was drawn" >&2
   exit 0
 fi
+cd -- "$run" 2>/dev/null || { echo "there is no folder $run" >&2; exit 2; }
+# From there, as a name may hold what gnuplot reads as its own.
+title="'${title//\'/\'\'}' noenhanced"
 steps=$({ awk -F, '!/^#/ && $1 ~ /^[0-9]+$/ { print $1 }' "$csv" 2>/dev/null || true; } |
   sort -nu | xargs)
 if [ "$(wc -w <<<"$steps")" -lt 2 ]; then
-  echo "$csv has no two steps to draw: train with --diagnose-every 10, or so" >&2
+  echo "$run/$csv has no two steps to draw: train with --diagnose-every 10, or so" >&2
   exit 2
 fi
 to=${to:-${steps##* }}
-mkdir -p "$run/figures"
+mkdir -p figures
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -103,8 +107,8 @@ style+="set xrange [$from:$to]"
 gnuplot <<G
 $style
 set terminal pngcairo size 1400,1640 font "sans,10"
-set output "$run/figures/diagnostics.png"
-set multiplot layout 4,2 margins 0.065,0.935,0.045,0.93 spacing 0.125,0.065 title "$title" font ",14"
+set output "figures/diagnostics.png"
+set multiplot layout 4,2 margins 0.065,0.935,0.045,0.93 spacing 0.125,0.065 title $title font ",14"
 unset key
 
 set title "loss (blue) and norm of the whole gradient (grey)"
@@ -114,8 +118,8 @@ set y2tics
 set border 11
 set logscale y2
 set format y2 "10^{%L}"
-plot "$run/log.csv" using 1:3 every ::1 axes x1y2 with lines lw 1.2 lc rgb "#a0a0a0", \
-     "$run/log.csv" using 1:2 every ::1 with lines lw 1.5 lc rgb "#08519c"
+plot "log.csv" using 1:3 every ::1 axes x1y2 with lines lw 1.2 lc rgb "#a0a0a0", \
+     "log.csv" using 1:2 every ::1 with lines lw 1.5 lc rgb "#08519c"
 unset y2label
 unset y2tics
 set border 3
@@ -151,7 +155,7 @@ G
 gnuplot <<G
 $style
 set terminal pngcairo size 1000,600 font "sans,11"
-set output "$run/figures/tcs.png"
+set output "figures/tcs.png"
 $map
 G
 echo "figures: $run/figures/diagnostics.png   $run/figures/tcs.png"

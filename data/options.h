@@ -1,14 +1,16 @@
 // options.h - the options of the command line and of configuration files.
 //
-// What it is: one struct a subcommand, whose fields' initial values are the defaults, and the flags
-// that set them.
+// What it is: one struct a subcommand, whose fields' initial values are the defaults; the names under
+// which they are given; and the readers of a command line and of a file, which say what was wrong.
 // What it is not: what the subcommands do (train.cu).
+//
+// How to read it: section 4 lists the options. CLI11 keeps their help. It does not read them: what it
+// takes for a number, a list or a second subcommand, and what it says, is another thing in each of
+// its versions.
 #pragma once
 
 #include "../dit.cu"
-
-#include <optional>
-#include <set>
+#include "checkpoint.h"
 
 #include <CLI/CLI.hpp>
 
@@ -21,6 +23,11 @@ struct Optimizer {
 };
 
 constexpr size_t automatic = SIZE_MAX;  // --recompute: the memory decides
+
+// An option of a run that goes on which is another than it was.
+struct Change {
+  std::string name, was, now;
+};
 
 struct TrainOptions {
   Config model;
@@ -37,6 +44,8 @@ struct TrainOptions {
   double dropout = 0.1, time_shift = 1, ema = 0;
   std::string data = "fashion-mnist", out = "run", save = "all";
   bool resume = false;
+  std::vector<Change> changes;  // against the config.ini in `out`
+  std::string ini;              // what config.ini is to say; empty: it may stay as it is
 
   bool observes() const { return diagnose_every || spike_factor > 0; }
 };
@@ -51,7 +60,7 @@ struct Machine {
 
   bool gpu() const { return device == "gpu" || (device == "auto" && Device::gpus() > 0); }
   std::string chosen_precision() const {
-    return precision != "auto" ? precision : gpu() ? "bf16" : "fp32";
+    return precision != "auto" ? precision : gpu() && Device::has_bf16() ? "bf16" : "fp32";
   }
   // Call function(T{}) with T the storage type.
   template <class Function>
@@ -66,14 +75,16 @@ struct Machine {
 struct SampleOptions {
   std::string weights, out = "grid.png", data;
   std::vector<std::string> prompts;
-  size_t steps = 25, columns = 8, seed = 1, heads = 4, size = 32, text_tokens = 8, batch = 64;
-  double guidance = 2, time_shift = 0;
-  std::optional<double> norm_eps;
+  size_t steps = 25, columns = 8, seed = 1, batch = 64;
+  std::optional<size_t> heads, size, text_tokens;
+  double guidance = 2;
+  std::optional<double> norm_eps, time_shift;
 };
 
 struct ForwardOptions {
   std::string weights, inputs, out;
-  size_t heads = 4, recompute = 0;
+  size_t recompute = 0;
+  std::optional<size_t> heads;
   std::optional<double> norm_eps;
 };
 
@@ -83,9 +94,12 @@ struct GradcheckOptions {
   double step = 1.5e-3, tolerance = 1e-7;
 };
 
+constexpr size_t usual_probe = 4096;  // images
+
 struct ProbeOptions {
   std::string weights, data = "fashion-mnist", out = "probe.csv";
-  size_t images = 4096, seed = 1, batch = 64, heads = 4;
+  size_t seed = 1, batch = 64;
+  std::optional<size_t> images, heads;
   std::optional<double> norm_eps;
   std::vector<std::string> layers;
 };
@@ -100,14 +114,14 @@ inline std::vector<size_t> chosen_layers(const char* flag, const std::vector<std
   if (words.empty())
     for (size_t i = 0; i < 5; ++i) layers.insert((i * last + 2) / 4);
   for (const std::string& word : words) {
+    std::optional<size_t> layer = whole_number(word);
     if (word == "all")
       for (size_t i = 0; i <= last; ++i) layers.insert(i);
-    else if (word.empty() || word.size() > 6 ||
-             word.find_first_not_of("0123456789") < word.size() || std::stoul(word) > last)
+    else if (!layer || *layer > last)
       fail("%s: '%s' is not a layer: give numbers from 0 to %zu with commas, or all", flag,
            word.c_str(), last);
     else
-      layers.insert(std::stoul(word));
+      layers.insert(*layer);
   }
   return {layers.begin(), layers.end()};
 }
@@ -117,12 +131,10 @@ inline std::vector<size_t> chosen_layers(const TrainOptions& o) {
 
 constexpr size_t longest_log_every = 924;  // the norms of more steps are not kept
 
+// Fails unless they are in range. (Numbers that are given are finite.)
 inline void check_options(const TrainOptions& o) {
   o.model.check();
   const Optimizer& a = o.optimizer;
-  const Config& m = o.model;
-  double gates =
-      m.alpha + m.beta + m.lambda.value_or(0) + m.writer_std + m.final_std;  // finite if all are
   struct {
     bool good;
     const char* what;
@@ -133,17 +145,14 @@ inline void check_options(const TrainOptions& o) {
       {!o.out.empty(), "--out must name a folder"},
       {o.dropout >= 0 && o.dropout <= 1, "--dropout must be a probability, from 0 to 1"},
       {o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1"},
-      {o.memory >= 0 && std::isfinite(o.memory), "--memory must be at least 0"},
-      {o.time_shift > 0 && std::isfinite(o.time_shift), "--time-shift must be positive"},
-      {a.lr > 0 && std::isfinite(a.lr), "--lr must be positive"},
-      {a.decay >= 0 && std::isfinite(a.decay), "--weight-decay must be at least 0"},
-      {a.clip >= 0 && std::isfinite(a.clip), "--clip must be at least 0"},
-      {std::isfinite(gates),
-       "--alpha, --beta, --lambda, --writer-std and --final-std must be finite"},
+      {o.memory >= 0, "--memory must be at least 0"},
+      {o.time_shift > 0, "--time-shift must be positive"},
+      {a.lr > 0, "--lr must be positive"},
+      {a.decay >= 0, "--weight-decay must be at least 0"},
+      {a.clip >= 0, "--clip must be at least 0"},
       {o.val_images >= 1, "--val-images must be at least 1"},
       {o.diagnose_samples >= 1, "--diagnose-samples must be at least 1"},
-      {o.spike_factor == 0 || (o.spike_factor > 1 && std::isfinite(o.spike_factor)),
-       "--spike-factor must be 0 (off) or above 1"},
+      {o.spike_factor == 0 || o.spike_factor > 1, "--spike-factor must be 0 (off) or above 1"},
   };
   for (const auto& rule : rules)
     if (!rule.good) fail("%s", rule.what);
@@ -151,189 +160,667 @@ inline void check_options(const TrainOptions& o) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// 3. The command line
+// 3. Reading them
+//
+// An option has one name, `depth`: --depth 48 or --depth=48 among the words, depth = 48 in a file. What
+// stands there is taken as it is; nothing is split, joined or abbreviated but lists, at their commas.
 
-inline void add_model_options(CLI::App* app, Config& m) {
-  app->add_option("--depth", m.depth, "blocks");
-  app->add_option("--width", m.width, "channels D of a token");
-  app->add_option("--heads", m.heads, "attention heads");
-  app->add_option("--ffn", m.ffn, "width of the FFN");
-  app->add_option("--patch", m.patch, "pixels along a patch");
-  app->add_option("--residual", m.residual,
-                  "postnorm, prenorm, layerscale, rezero, mvsplit, mvsplit-attention, mvsplit-ffn, "
-                  "mvsplit-noleak");
-  app->add_option("--means", m.means,
-                  "that MV-Split takes: segment, of image and of text tokens; global, of all");
-  app->add_option("--alpha", m.alpha, "MV-Split's mean gate at the start");
-  app->add_option("--beta", m.beta, "MV-Split's centered gate at the start");
-  app->add_option("--lambda", m.lambda, "LayerScale's or ReZero's gate at the start")
-      ->default_str("1e-2, 0");
-  app->add_option("--writer-std", m.writer_std,
-                  "W_O and W2 start as N(0, std^2); -1: the mode's own");
-  app->add_option("--final-std", m.final_std, "so does the final projection");
-  app->add_flag("!--no-patch-bias", m.patch_bias, "no bias in the patch embedding");
-  app->add_option("--norm-eps", m.norm_eps, "epsilon of the RMSNorms");
+using Words = std::vector<std::string>;
+
+struct Option {
+  enum Kind { flag, value, list, many };  // flag: alone it is true; many: each time one more
+  std::string name;
+  Kind kind;
+  // Take the texts that were given. Returns what was expected where they are something else.
+  std::function<std::string(const Words&)> read;
+  std::function<std::string()> write;  // what read() takes for the value that it has
+  bool required = false;
+};
+
+// The shortest text that is read as x.
+inline std::string shortest(double x) {
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof text, x).ptr};
+}
+
+inline std::string shortest(size_t x) { return std::to_string(x); }
+
+// Take the number that a text is. Returns what was expected where it is none.
+inline std::string take(const std::string& text, double& x) {
+  std::optional<double> number = decimal_number(text);
+  if (number) x = *number;
+  return number ? "" : "a decimal number that a double holds, such as 0.001 or 1e-3";
+}
+inline std::string take(const std::string& text, size_t& x, size_t least = 0,
+                        size_t most = automatic - 1) {
+  std::optional<size_t> number = whole_number(text);
+  if (number && *number >= least && *number <= most) return x = *number, "";
+  return "a whole number in decimal digits, " +
+         (most < automatic - 1 ? text_of("from %zu to %zu", least, most) : "below 2^64");
+}
+
+// The words of a list, which may have been written with brackets, quotes or blanks.
+inline Words split_list(const Words& texts) {
+  Words words(1);
+  for (const std::string& text : texts) {
+    for (char c : text)
+      if (!std::strchr(",[]\"' \t", c))
+        words.back() += c;
+      else if (!words.back().empty())
+        words.emplace_back();
+    if (!words.back().empty()) words.emplace_back();
+  }
+  words.pop_back();
+  return words;
+}
+template <class Container>
+std::string join_list(const Container& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : ",") + word;
+  return text;
+}
+
+// A subcommand's options, with their help.
+class Subcommand {
+ public:
+  Subcommand(CLI::App& program, const std::string& name, const std::string& about)
+      : name(name), app_(program.add_subcommand(name, about)) {
+    add({"config", Option::value, [](const Words&) { return ""; }, [] { return ""; }}, "FILE",
+        "options from a file: [" + name + "], then depth = 400 and so on");
+  }
+  std::string name;
+  std::vector<Option> options;
+
+  std::string help() const { return app_->help("mvsplit"); }
+  const Option* find(const std::string& option) const {
+    for (const Option& o : options)
+      if (o.name == option) return &o;
+    return nullptr;
+  }
+
+  void add(const char* option, size_t& x, const char* about = "", size_t least = 0,
+           size_t most = automatic - 1) {
+    auto read = [=, &x](const Words& texts) { return take(texts[0], x, least, most); };
+    add({option, Option::value, read, [&] { return std::to_string(x); }}, "UINT", about);
+  }
+  void add(const char* option, double& x, const char* about) {
+    auto read = [&](const Words& texts) { return take(texts[0], x); };
+    add({option, Option::value, read, [&] { return shortest(x); }}, "FLOAT", about);
+  }
+  // `otherwise`: what it is where nobody says, for the help.
+  template <class T>
+  void add(const char* option, std::optional<T>& x, const char* about, const char* otherwise = "") {
+    auto read = [&](const Words& texts) { return take(texts[0], x.emplace()); };
+    auto write = [&] { return x ? shortest(*x) : ""; };
+    add({option, Option::value, read, write}, std::is_same_v<T, size_t> ? "UINT" : "FLOAT", about,
+        otherwise);
+  }
+  void add(const char* option, std::string& x, const char* about, const Words& choices = {}) {
+    auto read = [=, &x](const Words& texts) -> std::string {
+      x = texts[0];
+      bool known = choices.empty() || std::count(choices.begin(), choices.end(), x);
+      return known ? "" : "one of " + join_list(choices);
+    };
+    add({option, Option::value, read, [&] { return x; }}, "TEXT", about);
+  }
+  // A size or, by its name, what is chosen for one.
+  void add_or_auto(const char* option, size_t& x, const char* about) {
+    auto read = [&](const Words& texts) {
+      if (texts[0] == "auto") return x = automatic, std::string();
+      std::string expected = take(texts[0], x);
+      return expected.empty() ? expected : expected + ", or auto";
+    };
+    auto write = [&] { return x == automatic ? "auto" : std::to_string(x); };
+    add({option, Option::value, read, write}, "UINT|auto", about);
+  }
+  // x becomes `meaning` where the flag is set.
+  void add_flag(const char* option, bool& x, const char* about, bool meaning = true) {
+    auto read = [=, &x](const Words& texts) {
+      x = (texts.back() == "true") == meaning;
+      return texts.back() == "true" || texts.back() == "false" ? "" : "true or false";
+    };
+    app_->add_flag(std::string("--") + option, std::as_const(about));
+    options.push_back(
+        {option, Option::flag, read, [=, &x] { return x == meaning ? "true" : "false"; }});
+  }
+  // A list: set or vector of words.
+  template <class Container>
+  void add_list(const char* option, Container& x, const char* about) {
+    auto read = [&](const Words& texts) {
+      Words words = split_list(texts);
+      x = Container(words.begin(), words.end());
+      return "";
+    };
+    add({option, Option::list, read, [&] { return join_list(x); }}, "TEXT,...", about);
+  }
+  // A text each time that it is given.
+  void add_many(const char* option, Words& x, const char* about) {
+    auto read = [&](const Words& texts) { return x = texts, ""; };
+    add({option, Option::many, read, [] { return ""; }}, "TEXT ...", about);
+  }
+  void require(const std::set<std::string>& names) {
+    for (Option& o : options)
+      if (names.count(o.name)) o.required = true, app_->get_option("--" + o.name)->required();
+  }
+
+ private:
+  CLI::App* app_;
+
+  void add(const Option& o, const char* type, const std::string& about,
+           const std::string& otherwise = "") {
+    std::string now = o.write();
+    app_->add_option("--" + o.name, CLI::callback_t(), about)
+        ->type_name(type)
+        ->default_str(now.empty() ? otherwise : now);
+    options.push_back(o);
+  }
+};
+
+// 3.1 What is not known
+
+// How many letters to change, add, leave out or swap with the next make one word the other.
+inline size_t edits(const std::string& a, const std::string& b) {
+  std::vector<std::vector<size_t>> d(a.size() + 1, std::vector<size_t>(b.size() + 1));
+  for (size_t i = 0; i <= a.size(); ++i)
+    for (size_t j = 0; j <= b.size(); ++j) {
+      d[i][j] = !i || !j ? i + j
+                         : std::min({d[i - 1][j] + 1, d[i][j - 1] + 1,
+                                     d[i - 1][j - 1] + (a[i - 1] != b[j - 1])});
+      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1])
+        d[i][j] = std::min(d[i][j], d[i - 2][j - 2] + 1);
+    }
+  return d[a.size()][b.size()];
+}
+
+// "; did you mean NAME?" for the name that is most like the word, if one is.
+inline std::string like(const std::string& word, const Words& names,
+                        const std::string& dashes = "") {
+  std::string best;
+  size_t least = word.size() / 4 + 2;
+  for (const std::string& name : names) {
+    if (word.size() > 40) break;
+    bool begins = word.size() > 2 && name.rfind(word, 0) == 0;
+    size_t n = begins ? 1 : edits(word, name);
+    if (n < least) least = n, best = name;
+  }
+  return best.empty() ? "" : "; did you mean " + dashes + best + "?";
+}
+
+inline Words names_of(const std::vector<Subcommand>& all) {
+  Words names;
+  for (const Subcommand& sub : all) names.push_back(sub.name);
+  return names;
+}
+inline const Subcommand* find(const std::vector<Subcommand>& all, const std::string& name) {
+  for (const Subcommand& sub : all)
+    if (sub.name == name) return &sub;
+  return nullptr;
+}
+
+// The option `name` of `sub`. Fails where there is none, and says which it may have been; `place`:
+// where it stands in a file, or empty.
+inline const Option& known(const Subcommand& sub, const std::vector<Subcommand>& all,
+                           const std::string& name, const std::string& place) {
+  if (const Option* o = sub.find(name)) return *o;
+  const char* dashes = place.empty() ? "--" : "";
+  Words others, names;
+  for (const Subcommand& other : all)
+    if (other.find(name)) others.push_back(other.name);
+  for (const Option& o : sub.options) names.push_back(o.name);
+  std::string hint = others.empty() ? like(name, names, dashes) : ", but of " + join_list(others);
+  if (hint.empty()) hint = " (mvsplit " + sub.name + " --help lists them)";
+  fail("%s'%s%s' is no option of %s%s", place.c_str(), dashes, name.c_str(), sub.name.c_str(),
+       hint.c_str());
+}
+
+// 3.2 What was given
+
+struct Given {
+  std::string place;  // in a file; empty: among the words
+  Words texts;
+};
+using GivenOptions = std::map<std::string, Given>;
+
+// Take what was given for the options of `sub`. Fails on what they cannot be.
+inline void set_options(const Subcommand& sub, const GivenOptions& given) {
+  for (const Option& o : sub.options) {
+    auto at = given.find(o.name);
+    if (at == given.end()) continue;
+    const Given& g = at->second;
+    std::string expected = o.read(g.texts);
+    if (!expected.empty())
+      fail(g.place.empty() ? "%s--%s %s: expected %s" : "%s%s = %s: expected %s", g.place.c_str(),
+           o.name.c_str(), g.texts.back().c_str(), expected.c_str());
+  }
+}
+
+struct CommandLine {
+  const Subcommand* sub = nullptr;  // null: help on all of them is asked for
+  bool help = false;
+  GivenOptions given;
+};
+
+// The words behind the program's name. Fails on what is unknown, in excess or missing.
+inline CommandLine read_words(Words words, const std::vector<Subcommand>& all) {
+  const std::string choices = ": choose one of " + join_list(names_of(all));
+  size_t at = 0;  // of the subcommand: --config may stand before it
+  while (at < words.size() && words[at].rfind("--config", 0) == 0)
+    at += words[at] == "--config" ? 2 : 1;
+  if (at >= words.size()) fail("no subcommand%s", choices.c_str());
+  const std::string name = words[at];
+  CommandLine line;
+  if (name == "--help" || name == "-h") return line;
+  line.sub = find(all, name);
+  if (!line.sub)
+    fail("'%s' is not a subcommand%s%s", name.c_str(), choices.c_str(),
+         like(name, names_of(all)).c_str());
+  words.erase(words.begin() + ptrdiff_t(at));
+  for (size_t i = 0; i < words.size(); ++i) {
+    const std::string word = words[i];
+    line.help = word == "--help" || word == "-h";
+    if (line.help) break;
+    if (find(all, word)) fail("%s and %s: give one subcommand", name.c_str(), word.c_str());
+    if (word.empty() || word[0] != '-')
+      fail("'%s' was not expected: a value that has blanks needs quotes", word.c_str());
+    if (word.find_first_not_of('-') != 2)  // one dash, or three, or nothing but dashes
+      fail("'%s' was not expected: options begin with two dashes, as --steps does", word.c_str());
+    const size_t equals = word.find('=');
+    const Option& o = known(*line.sub, all, word.substr(2, equals - 2), "");
+    Words& texts = line.given[o.name].texts;
+    if (equals != std::string::npos) {
+      texts.push_back(word.substr(equals + 1));
+    } else if (o.kind == Option::flag) {
+      texts.push_back("true");
+    } else {
+      if (++i == words.size() ||
+          (words[i].rfind("--", 0) == 0 && line.sub->find(words[i].substr(2))))
+        fail("--%s needs a value", o.name.c_str());
+      texts.push_back(words[i]);
+    }
+    if (o.kind == Option::value && texts.size() > 1)
+      fail("--%s is given twice, as %s and as %s: leave one out", o.name.c_str(), texts[0].c_str(),
+           texts[1].c_str());
+  }
+  return line;
+}
+
+// 3.3 Configuration files
+//
+//     # a comment; so is what follows a blank and # or ;
+//     [train]
+//     depth = 400
+//     data = "a text # in quotes, which are JSON's"
+
+inline std::string trimmed(const std::string& text) {
+  size_t first = text.find_first_not_of(" \t"), last = text.find_last_not_of(" \t");
+  return first == std::string::npos ? "" : text.substr(first, last + 1 - first);
+}
+inline bool is_comment(const std::string& text) {
+  return text.empty() || text[0] == '#' || text[0] == ';';
+}
+
+// The value that stands behind an equals sign, without its quotes and the comment behind it. What
+// belongs to a list keeps its quotes. `place` is for errors.
+inline std::string ini_value(const std::string& text, bool list, const std::string& place) {
+  const std::string rest = trimmed(text);
+  const char quote = rest.empty() || list ? ' ' : rest[0];
+  if (quote != '"' && quote != '\'') {
+    size_t end = text.find_first_of("#;");
+    while (end < text.size() && (end == 0 || !std::strchr(" \t", text[end - 1])))
+      end = text.find_first_of("#;", end + 1);
+    return trimmed(text.substr(0, end));
+  }
+  size_t end = 1;
+  while (end < rest.size() && rest[end] != quote) end += quote == '"' && rest[end] == '\\' ? 2 : 1;
+  if (end >= rest.size()) fail("%sthe quote %c has no partner", place.c_str(), quote);
+  if (!is_comment(trimmed(rest.substr(end + 1))))
+    fail("%s'%s' follows the quotes", place.c_str(), trimmed(rest.substr(end + 1)).c_str());
+  if (quote == '\'') return rest.substr(1, end - 1);
+  try {
+    std::string value = nlohmann::json::parse(rest.substr(0, end + 1));
+    if (value.find('\0') == std::string::npos) return value;
+  } catch (const nlohmann::json::exception&) {
+  }
+  fail("%s%s is no text: write \\\\ for a backslash, or single quotes", place.c_str(),
+       rest.substr(0, end + 1).c_str());
+}
+inline std::string ini_line(const std::string& name, const std::string& text) {
+  bool plain = std::all_of(text.begin(), text.end(), [](char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) || std::strchr("./_+-,", c);
+  });
+  try {
+    return name + "=" + (plain ? text : nlohmann::json(text).dump()) + "\n";
+  } catch (const nlohmann::json::exception&) {
+    fail("--%s %s is not UTF-8, as a configuration file is: give another name", name.c_str(),
+         text.c_str());
+  }
+}
+
+// What a file gives, by subcommand. Fails on what is no such file, and on names that no subcommand
+// has; whether values are what they must be is seen where they are set.
+inline std::map<std::string, GivenOptions> read_ini(const std::string& path,
+                                                    const std::vector<Subcommand>& all) {
+  if (path.empty()) fail("--config must name a file");
+  require_regular(path);
+  std::ifstream file(path, std::ios::binary);
+  if (!file) fail("cannot read %s: %s", path.c_str(), std::strerror(errno));
+  std::string text(1 << 20, 0);
+  file.read(text.data(), std::streamsize(text.size()));
+  text.resize(size_t(file.gcount()));
+  if (text.size() == 1 << 20) fail("%s is too large for a configuration file", path.c_str());
+  if (text.rfind("\xff\xfe", 0) == 0 || text.rfind("\xfe\xff", 0) == 0)
+    fail("%s is UTF-16: save it as UTF-8", path.c_str());
+  if (text.rfind("\xef\xbb\xbf", 0) == 0) text.erase(0, 3);  // a byte-order mark
+
+  std::map<std::string, GivenOptions> sections;
+  const Subcommand* section = nullptr;
+  std::istringstream lines(text);
+  size_t number = 0;
+  for (std::string line; std::getline(lines, line);) {
+    const std::string place = path + ":" + std::to_string(++number) + ": ";
+    if (!line.empty() && line.back() == '\r') line.pop_back();
+    if (line.find('\0') != std::string::npos)
+      fail("%sthere is a zero byte: save the file as text in UTF-8", place.c_str());
+    line = trimmed(line);
+    if (is_comment(line)) continue;
+    if (line[0] == '[') {
+      size_t end = line.find(']');
+      if (end == std::string::npos || !is_comment(trimmed(line.substr(end + 1))))
+        fail("%s'%s' is no section: expected [train] alone, or the like", place.c_str(),
+             line.c_str());
+      std::string name = trimmed(line.substr(1, end - 1));
+      section = find(all, name);
+      if (!section)
+        fail("%sthere is no section [%s], but [%s]%s", place.c_str(), name.c_str(),
+             join_list(names_of(all)).c_str(), like(name, names_of(all)).c_str());
+      continue;
+    }
+    size_t equals = line.find('=');
+    std::string name = trimmed(line.substr(0, equals));
+    if (!section)
+      fail("%s'%s' stands before the first section: begin with [train], or the like", place.c_str(),
+           name.c_str());
+    if (name == "config") fail("%sa configuration file cannot name another", place.c_str());
+    const Option& o = known(*section, all, name, place);
+    if (equals == std::string::npos)
+      fail("%s'%s' has no value: expected %s = ...", place.c_str(), line.c_str(), name.c_str());
+    Given& given = sections[section->name][name];
+    if (!given.texts.empty() && o.kind != Option::many)
+      fail("%s%s is given twice: leave one out", place.c_str(), name.c_str());
+    given.place = place;
+    given.texts.push_back(ini_value(line.substr(equals + 1), o.kind == Option::list, place));
+  }
+  return sections;
+}
+
+// 3.4 What would be written over
+
+// Is it the same file by another name, or does it lie in that folder?
+inline bool is_or_lies_in(const std::string& file, const std::string& input) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  if (fs::equivalent(file, input, error)) return true;
+  auto canonical = [&](const std::string& path) {
+    fs::path p = fs::weakly_canonical(fs::absolute(path, error), error);
+    return p.has_filename() ? p : p.parent_path();
+  };
+  fs::path a = canonical(file), b = canonical(input);
+  if (!fs::is_directory(b, error)) return a == b;
+  return std::mismatch(b.begin(), b.end(), a.begin(), a.end()).first == b.end();
+}
+
+// Fails if what a subcommand writes would take the place of what it reads, or of other tensors.
+inline void check_output(const Subcommand& sub, const GivenOptions& given) {
+  const Option* option = sub.find("out");
+  const std::string out = option ? option->write() : "";
+  if (out.empty()) return;
+  std::map<std::string, std::string> inputs;
+  for (const char* name : {"weights", "inputs", "data"})
+    if (const Option* input = sub.find(name)) inputs[name] = input->write();
+  if (given.count("config")) inputs["config"] = given.at("config").texts[0];
+  Words written = {out};
+  if (sub.name == "train")
+    for (const char* name : {"weights", "ema", "state"})
+      written.push_back(out + "/" + name + ".safetensors");
+  for (const auto& [name, path] : inputs) {
+    const std::string input = path == "fashion-mnist" ? "data/downloads" : path;
+    for (const std::string& file : written)
+      for (const char* end : {"", ".tmp"})  // SafeFile's
+        if (!input.empty() && is_or_lies_in(file + end, input))
+          fail("%s would be written over --%s %s, or into it: choose another --out", file.c_str(),
+               name.c_str(), path.c_str());
+  }
+  const char* tensor = sub.name == "sample" ? "samples" : sub.name == "forward" ? "velocity" : "";
+  bool others = false;
+  try {
+    others = !SafetensorsReader(out).find(tensor);
+  } catch (const Error&) {  // not a file of tensors
+  }
+  if (others) fail("--out %s holds other tensors: choose another name, or remove it", out.c_str());
+}
+
+// ---------------------------------------------------------------------------------------------
+// 4. The options
+
+inline void add_model_options(Subcommand& sub, Config& m) {
+  sub.add("depth", m.depth, "blocks");
+  sub.add("width", m.width, "channels D of a token");
+  sub.add("heads", m.heads, "attention heads");
+  sub.add("ffn", m.ffn, "width of the FFN");
+  sub.add("patch", m.patch, "pixels along a patch");
+  sub.add("residual", m.residual,
+          "postnorm, prenorm, layerscale, rezero, mvsplit, mvsplit-attention, mvsplit-ffn, "
+          "mvsplit-noleak");
+  sub.add("means", m.means,
+          "that MV-Split takes: segment, of image and of text tokens; global, of all");
+  sub.add("alpha", m.alpha, "MV-Split's mean gate at the start");
+  sub.add("beta", m.beta, "MV-Split's centered gate at the start");
+  sub.add("lambda", m.lambda, "LayerScale's or ReZero's gate at the start", "1e-2, 0");
+  sub.add("writer-std", m.writer_std, "W_O and W2 start as N(0, std^2); -1: the mode's own");
+  sub.add("final-std", m.final_std, "so does the final projection");
+  sub.add_flag("no-patch-bias", m.patch_bias, "no bias in the patch embedding", false);
+  sub.add("norm-eps", m.norm_eps, "epsilon of the RMSNorms");
 }
 
 // Sizes that train reads off the data; for the subcommands that have none.
-inline void add_data_sizes(CLI::App* app, Config& m) {
-  app->add_option("--channels", m.channels, "channels of the image");
-  app->add_option("--height", m.height, "pixels");
-  app->add_option("--image-width", m.image_width, "pixels");
-  app->add_option("--text-tokens", m.text_tokens, "tokens of a caption");
-  app->add_option("--text-dim", m.text_dim, "numbers of a text token");
+inline void add_data_sizes(Subcommand& sub, Config& m) {
+  sub.add("channels", m.channels, "channels of the image");
+  sub.add("height", m.height, "pixels");
+  sub.add("image-width", m.image_width, "pixels");
+  sub.add("text-tokens", m.text_tokens, "tokens of a caption");
+  sub.add("text-dim", m.text_dim, "numbers of a text token");
 }
 
-inline void add_train_options(CLI::App* app, TrainOptions& o) {
-  add_model_options(app, o.model);
-  app->add_option("--fix", o.model.fix, "gates that are not trained: alpha, beta, lambda")
-      ->delimiter(',');
-  app->add_option("--batch", o.batch, "images of a forward pass");
-  app->add_option("--accumulate", o.accumulate, "passes of a step");
-  app->add_option("--steps", o.steps, "steps, from the start of the run");
-  app->add_option("--lr", o.optimizer.lr, "learning rate after warm-up");
-  app->add_option("--warmup", o.optimizer.warmup, "steps of warm-up");
-  app->add_option("--weight-decay", o.optimizer.decay, "of matrices");
-  app->add_option("--clip", o.optimizer.clip, "largest gradient norm; 0: none");
-  app->add_option("--recompute", o.recompute,
-                  "0: keep all activations; k: a checkpoint every k blocks; auto: as memory allows")
-      ->transform(
-          [](const std::string& text) { return text == "auto" ? std::to_string(automatic) : text; })
-      ->default_str("auto");
-  app->add_option("--state", o.state,
-                  "of the optimiser: fp32; lean, 10 bytes a parameter; auto: as memory allows")
-      ->check(CLI::IsMember({"auto", "fp32", "lean"}));
-  app->add_option("--memory", o.memory, "GB that may be taken; 0: what is free");
-  app->add_option("--dropout", o.dropout, "share of captions left out");
-  app->add_option("--time-shift", o.time_shift, "a in t' = a t / (1 + (a-1) t)");
-  app->add_option("--ema", o.ema, "decay of the weights' average; 0: none");
-  app->add_option("--seed", o.seed, "of everything random");
-  app->add_option("--data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
-  app->add_option("--diagnose-every", o.diagnose_every, "steps a row of diagnostics.csv; 0: none");
-  app->add_option("--diagnose-layers", o.diagnose_layers,
-                  "0,99,199 or all; default: five, from the first to the last")
-      ->delimiter(',');
-  app->add_option("--diagnose-samples", o.diagnose_samples, "of a batch, to measure");
-  app->add_option("--spike-factor", o.spike_factor,
-                  "report a gradient norm this many times its running median; 0: never");
+inline void add_train_options(Subcommand& sub, TrainOptions& o) {
+  add_model_options(sub, o.model);
+  sub.add_list("fix", o.model.fix, "gates that are not trained: alpha, beta, lambda");
+  sub.add("batch", o.batch, "images of a forward pass");
+  sub.add("accumulate", o.accumulate, "passes of a step");
+  sub.add("steps", o.steps, "steps, from the start of the run");
+  sub.add("lr", o.optimizer.lr, "learning rate after warm-up");
+  sub.add("warmup", o.optimizer.warmup, "steps of warm-up");
+  sub.add("weight-decay", o.optimizer.decay, "of matrices");
+  sub.add("clip", o.optimizer.clip, "largest gradient norm; 0: none");
+  sub.add_or_auto(
+      "recompute", o.recompute,
+      "0: keep all activations; k: a checkpoint every k blocks; auto: as memory allows");
+  sub.add("state", o.state,
+          "of the optimiser: fp32; lean, 10 bytes a parameter; auto: as memory allows",
+          {"auto", "fp32", "lean"});
+  sub.add("memory", o.memory, "GB that may be taken; 0: what is free");
+  sub.add("dropout", o.dropout, "share of captions left out");
+  sub.add("time-shift", o.time_shift, "a in t' = a t / (1 + (a-1) t)");
+  sub.add("ema", o.ema, "decay of the weights' average; 0: none");
+  sub.add("seed", o.seed, "of everything random");
+  sub.add("data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
+  sub.add("diagnose-every", o.diagnose_every, "steps a row of diagnostics.csv; 0: none");
+  sub.add_list("diagnose-layers", o.diagnose_layers,
+               "0,99,199 or all; default: five, from the first to the last");
+  sub.add("diagnose-samples", o.diagnose_samples, "of a batch, to measure");
+  sub.add("spike-factor", o.spike_factor,
+          "report a gradient norm this many times its running median; 0: never");
 }
 
-inline void add_machine_options(CLI::App* app, Machine& machine) {
-  app->add_option("--device", machine.device, "where")
-      ->check(CLI::IsMember({"auto", "cpu", "gpu"}));
-  app->add_option("--precision", machine.precision,
-                  "of storage; auto: bf16 on a GPU, fp32 on a CPU")
-      ->check(CLI::IsMember({"auto", "fp64", "fp32", "bf16"}));
+inline void add_device(Subcommand& sub, Machine& machine) {
+  sub.add("device", machine.device, "where: auto, cpu, gpu", {"auto", "cpu", "gpu"});
+}
+inline void add_machine_options(Subcommand& sub, Machine& machine) {
+  add_device(sub, machine);
+  sub.add("precision", machine.precision,
+          "of storage: fp64, fp32, bf16; auto: bf16 on a GPU, fp32 on a CPU",
+          {"auto", "fp64", "fp32", "bf16"});
 }
 
-inline CLI::App* add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
-  CLI::App* sub = app.add_subcommand("train", "train a model");
+inline Subcommand add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
+  Subcommand sub(app, "train", "train a model");
   add_train_options(sub, o);
-  sub->add_option("--out", o.out, "folder of the run");
-  sub->add_flag("--resume", o.resume, "go on from --out, if there is a run in it");
-  sub->add_option("--val-images", o.val_images, "held-out images");
-  sub->add_option("--log-every", o.log_every, "steps a line");
-  sub->add_option("--val-every", o.val_every, "steps; 0: at the end");
-  sub->add_option("--save-every", o.save_every, "steps; 0: at the end");
-  sub->add_option("--save", o.save, "all; weights: without what --resume needs")
-      ->check(CLI::IsMember({"all", "weights"}));
-  sub->add_option("--sample-every", o.sample_every, "steps; 0: at the end");
-  sub->add_option("--columns", o.columns, "images of a row")->check(CLI::Range(1, 1000));
+  sub.add("out", o.out, "folder of the run");
+  sub.add_flag("resume", o.resume,
+               "go on from --out, if there is a run in it, with the options that it has");
+  sub.add("val-images", o.val_images, "held-out images");
+  sub.add("log-every", o.log_every, "steps a line");
+  sub.add("val-every", o.val_every, "steps; 0: at the end");
+  sub.add("save-every", o.save_every, "steps; 0: at the end");
+  sub.add("save", o.save, "all; weights: without what --resume needs", {"all", "weights"});
+  sub.add("sample-every", o.sample_every, "steps; 0: at the end");
+  sub.add("columns", o.columns, "images of a row", 1, 1000);
   add_machine_options(sub, machine);
   return sub;
 }
 
-inline void add_norm_eps(CLI::App* sub, std::optional<double>& norm_eps) {
-  sub->add_option("--norm-eps", norm_eps, "default: as in the weights, or 1e-6");
+inline void add_norm_eps(Subcommand& sub, std::optional<double>& norm_eps) {
+  sub.add("norm-eps", norm_eps, "default: as in the weights, or 1e-6");
 }
 
-inline CLI::App* add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
-  CLI::App* sub = app.add_subcommand("sample", "draw images, a row a prompt");
-  sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
-  sub->add_option("--prompt", o.prompts, "what to draw; with --data, a caption's number")
-      ->required();
-  sub->add_option("--data", o.data, "take captions from this data set");
-  sub->add_option("--out", o.out, ".png, or .safetensors for raw numbers");
-  sub->add_option("--columns", o.columns, "images of a row")->check(CLI::Range(1, 1000));
-  sub->add_option("--steps", o.steps, "Euler steps")->check(CLI::Range(1, 100000));
-  sub->add_option("--cfg", o.guidance, "guidance; 1: none");
-  sub->add_option("--time-shift", o.time_shift, "default: as trained");
-  sub->add_option("--seed", o.seed, "of the noise");
-  sub->add_option("--batch", o.batch, "images at once")->check(CLI::Range(1, 100000));
-  sub->add_option("--heads", o.heads, "if the file does not say");
-  sub->add_option("--size", o.size, "pixels a side, if the file does not say");
-  sub->add_option("--text-tokens", o.text_tokens, "if the file does not say");
+inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
+  Subcommand sub(app, "sample", "draw images, a row a prompt");
+  sub.add("weights", o.weights, "a weights.safetensors");
+  sub.add_many("prompt", o.prompts, "what to draw; with --data, a caption's words or number");
+  sub.add("data", o.data, "take captions from this data set");
+  sub.add("out", o.out, ".png, or .safetensors for raw numbers");
+  sub.add("columns", o.columns, "images of a row", 1, 1000);
+  sub.add("steps", o.steps, "Euler steps", 1, 100000);
+  sub.add("cfg", o.guidance, "guidance; 1: none");
+  sub.add("time-shift", o.time_shift, "default: as trained");
+  sub.add("seed", o.seed, "of the noise");
+  sub.add("batch", o.batch, "images at once", 1, 100000);
+  sub.add("heads", o.heads, "if the file does not say");
+  sub.add("size", o.size, "pixels a side, if the file does not say");
+  sub.add("text-tokens", o.text_tokens, "if the file does not say");
   add_norm_eps(sub, o.norm_eps);
   add_machine_options(sub, machine);
+  sub.require({"weights", "prompt"});
   return sub;
 }
 
-inline void add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
-  CLI::App* sub = app.add_subcommand("forward", "velocity and gradients for given inputs");
-  sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
-  sub->add_option("--inputs", o.inputs, "z, text and optionally cotangent")->required();
-  sub->add_option("--out", o.out, "velocity, grad.*")->required();
-  sub->add_option("--heads", o.heads, "if the weights do not say");
+inline Subcommand add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
+  Subcommand sub(app, "forward", "velocity and gradients for given inputs");
+  sub.add("weights", o.weights, "a weights.safetensors");
+  sub.add("inputs", o.inputs, "z, text and optionally cotangent");
+  sub.add("out", o.out, "velocity, grad.*");
+  sub.add("heads", o.heads, "if the weights do not say");
   add_norm_eps(sub, o.norm_eps);
-  sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks; 0: keep all");
+  sub.add("recompute", o.recompute, "a checkpoint every k blocks; 0: keep all");
   add_machine_options(sub, machine);
-}
-
-inline CLI::App* add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
-  CLI::App* sub = app.add_subcommand("probe", "how well the time can be read off the states");
-  sub->add_option("--weights", o.weights, "a weights.safetensors")->required();
-  sub->add_option("--data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
-  sub->add_option("--out", o.out, "a csv, a row a layer and kind of features");
-  sub->add_option("--images", o.images, "one sample each; a quarter of them held out, to test on");
-  sub->add_option("--layers", o.layers,
-                  "0,99,199 or all: block inputs, and as layer DEPTH the trunk's output; default: "
-                  "five, from the first to the last")
-      ->delimiter(',');
-  sub->add_option("--seed", o.seed, "of the choice of images, the times and the noise");
-  sub->add_option("--batch", o.batch, "images at once")->check(CLI::Range(1, 100000));
-  sub->add_option("--heads", o.heads, "if the weights do not say");
-  add_norm_eps(sub, o.norm_eps);
-  add_machine_options(sub, machine);
+  sub.require({"weights", "inputs", "out"});
   return sub;
 }
 
-inline CLI::App* add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& machine) {
+inline Subcommand add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
+  Subcommand sub(app, "probe", "how well the time can be read off the states");
+  sub.add("weights", o.weights, "a weights.safetensors");
+  sub.add("data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
+  sub.add("out", o.out, "a csv, a row a layer and kind of features");
+  sub.add("images", o.images, "one sample each; a quarter of them held out, to test on",
+          "4096, or as many as there are");
+  sub.add_list("layers", o.layers,
+               "0,99,199 or all: block inputs, and as layer DEPTH the trunk's output; default: "
+               "five, from the first to the last");
+  sub.add("seed", o.seed, "of the choice of images, the times and the noise");
+  sub.add("batch", o.batch, "images at once", 1, 100000);
+  sub.add("heads", o.heads, "if the weights do not say");
+  add_norm_eps(sub, o.norm_eps);
+  add_machine_options(sub, machine);
+  sub.require({"weights"});
+  return sub;
+}
+
+inline Subcommand add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& machine) {
   o.model.depth = 1000, o.model.width = 16, o.model.heads = 2, o.model.ffn = 24;
   o.model.channels = 2, o.model.height = 4, o.model.image_width = 6, o.model.patch = 2;
   o.model.text_tokens = 3, o.model.text_dim = 5;
   o.model.alpha = 0.03, o.model.beta = 0.1, o.model.lambda = 0.1;
   o.model.writer_std = 0.25, o.model.final_std = 0.25;
-  CLI::App* sub = app.add_subcommand("gradcheck", "gradients of the whole network by differences");
+  Subcommand sub(app, "gradcheck", "gradients of the whole network by differences");
   add_model_options(sub, o.model);
-  sub->get_option("--lambda")->default_str("0.1");
   add_data_sizes(sub, o.model);
-  sub->add_option("--batch", o.batch)->check(CLI::Range(1, 1024));
-  sub->add_option("--recompute", o.recompute, "a checkpoint every k blocks");
-  sub->add_option("--step", o.step, "of the differences, relative to the values");
-  sub->add_option("--tolerance", o.tolerance, "largest relative error");
-  sub->add_option("--seed", o.seed);
-  sub->add_option("--device", machine.device, "where")
-      ->check(CLI::IsMember({"auto", "cpu", "gpu"}));
+  sub.add("batch", o.batch, "images", 1, 1024);
+  sub.add("recompute", o.recompute, "a checkpoint every k blocks");
+  sub.add("step", o.step, "of the differences, relative to the values");
+  sub.add("tolerance", o.tolerance, "largest relative error");
+  sub.add("seed", o.seed, "of everything random");
+  add_device(sub, machine);
   return sub;
 }
 
-inline CLI::App* add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Machine& machine) {
-  CLI::App* sub = app.add_subcommand("plan", "bytes and FLOP of a step, without taking them");
+inline Subcommand add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Machine& machine) {
+  Subcommand sub(app, "plan", "bytes and FLOP of a step, without taking them");
   add_train_options(sub, o);
   add_data_sizes(sub, o.model);
-  sub->add_option("--images", sizes.images, "training images");
-  sub->add_option("--captions", sizes.captions, "different captions");
-  sub->add_option("--val-images", o.val_images, "held-out images");
+  sub.add("images", sizes.images, "training images");
+  sub.add("captions", sizes.captions, "different captions");
+  sub.add("val-images", o.val_images, "held-out images");
   add_machine_options(sub, machine);
   return sub;
 }
 
-// A minus sign before an unsigned number would wrap to 2^64 less it.
-inline void refuse_negatives(CLI::App& app) {
-  for (CLI::App* sub : app.get_subcommands({}))
-    for (CLI::Option* option : sub->get_options())
-      if (option->get_type_name() == "UINT")
-        option->check([](const std::string& text) {
-          return text.find('-') == std::string::npos ? "" : text + " is not a positive integer";
-        });
+// 4.1 Of a run that goes on
+
+// Is an option of train kept with the run? All are but where the run is, and gates that it has not.
+inline bool is_kept(const std::string& option, const Config& m) {
+  bool gate = option == "alpha" || option == "beta" || option == "lambda";
+  return gate ? m.has_gate(option) : option != "config" && option != "out" && option != "resume";
+}
+
+// The text of DIR/config.ini, by which `mvsplit train --config` repeats the run: all that is
+// kept.
+inline std::string ini_of(TrainOptions o, Machine machine, const char* state) {
+  o.state = state, machine.precision = machine.chosen_precision();
+  if (o.model.has_gate("lambda")) o.model.lambda = o.model.lambda_init();
+  CLI::App app;
+  const Subcommand train = add_train(app, o, machine);
+  std::string text =
+      "# What this run was made with; `mvsplit train --resume --out` this folder goes on with it.\n"
+      "[train]\n";
+  for (const Option& option : train.options)
+    if (is_kept(option.name, o.model)) text += ini_line(option.name, option.write());
+  return text;
+}
+
+// Set the options of `train`, whose folder holds a config.ini: by this file, and above it by what is
+// given. Lists in o.changes what is other than the file says.
+inline void set_resumed(const Subcommand& train, const std::vector<Subcommand>& all,
+                        GivenOptions given, TrainOptions& o, Machine& machine) {
+  const std::string out = o.out, path = out + "/config.ini";
+  GivenOptions kept = read_ini(path, all)["train"];
+  o = {}, machine = {};
+  if (kept.empty())
+    fail("%s has no options of train: put them back, or remove it and give them as flags",
+         path.c_str());
+  set_options(train, kept);
+  std::map<std::string, std::string> was;
+  for (const Option& option : train.options) was[option.name] = option.write();
+  for (const char* name : {"precision", "state"})  // what was chosen stays
+    if (given.count(name) && given[name].texts[0] == "auto") given.erase(name);
+  set_options(train, given);
+  o.out = out, o.resume = true;
+  Words silent;
+  for (const Option& option : train.options) {
+    const std::string &name = option.name, now = option.write();
+    if (kept.count(name) && now != was[name]) o.changes.push_back({name, was[name], now});
+    if (!kept.count(name) && !given.count(name) && is_kept(name, o.model)) silent.push_back(name);
+  }
+  std::printf("options that are not given are those of %s\n", visible(path).c_str());
+  if (!silent.empty())
+    std::printf("note: it does not say %s: their defaults are taken\n", join_list(silent).c_str());
 }

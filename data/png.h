@@ -1,15 +1,17 @@
 // png.h - pictures in and out.
 //
-// What it is: a grid of images as one PNG file, and one PNG file as an image. Images are (C,H,W) of
-// floats with -1 for black and 1 for white, as the network sees them.
-// What it is not: an image library. stb does the work; it is not hardened against hostile files,
-// so read your own.
+// What it is: a grid of images as one PNG file, captions beside its rows, and one PNG file as an
+// image. Images are (C,H,W) of floats with -1 for black and 1 for white, as the network sees them.
+// What it is not: an image library. stb does the work, but for the checksums, which it passes over;
+// it is not hardened against hostile files, so read your own.
 #pragma once
 
 #include "safetensors.h"
 
 #include <fstream>
 #include <iterator>
+
+#include <zlib.h>
 
 // Static, so that every program has its own copy and there is no library to build. What stb leaves
 // unused is not for us to mend.
@@ -25,6 +27,7 @@
 #define STBI_ONLY_PNG
 #define STBI_NO_STDIO
 #define STBI_MAX_DIMENSIONS 16384
+#include <stb/stb_easy_font.h>
 #include <stb/stb_image.h>
 #define STB_IMAGE_WRITE_STATIC
 #define STB_IMAGE_WRITE_IMPLEMENTATION
@@ -35,66 +38,160 @@
 #pragma nv_diagnostic pop
 #endif
 
-// Writes images (rows * columns, C,H,W) in [-1,1], row by row, with a white gap of two pixels
-// between them and each pixel drawn `scale` x `scale`. C = 1 and 2 give the first channel in grey,
-// more give the first three as red, green and blue. Values outside are clamped, NaN is black.
-// Fails if the picture is empty or over 16384 pixels a side, or cannot be written.
-inline void write_png_grid(const std::string& path, const float* images, size_t rows,
-                           size_t columns, size_t C, size_t H, size_t W, size_t scale = 2) {
-  constexpr size_t gap = 2, limit = 16384;
+// A caption as a grid shows it: one line of ASCII, which is all that the font has, and not too long.
+inline std::string grid_label(const std::string& caption) {
+  constexpr size_t longest = 32;
+  std::string label;
+  for (unsigned char c : caption)
+    if ((c & 0xc0) != 0x80)  // one '?' for a letter of several bytes
+      label += c > 32 && c < 127 ? static_cast<char>(c) : c <= 32 ? ' ' : '?';
+  if (label.empty()) return "(empty)";
+  return label.size() <= longest ? label : label.substr(0, longest - 3) + "...";
+}
+
+// Where things lie in a grid, in pixels.
+struct GridLayout {
+  static constexpr size_t gap = 2, margin = 6, line = 12, limit = 16384;
+  std::vector<std::string> labels;  // to the left of each row; or none at all
+  size_t letter, left, step_y, step_x, height, width;
+};
+
+// Images are drawn `scale` x `scale` with a gap of two pixels between them. Fails, naming `path`, if
+// the picture is empty or over 16384 pixels a side.
+inline GridLayout grid_layout(const std::string& path, size_t rows, size_t columns, size_t C,
+                              size_t H, size_t W, size_t scale,
+                              const std::vector<std::string>& captions = {}) {
+  using G = GridLayout;
   // Each factor is bounded before they are multiplied.
   for (size_t n : {rows, columns, C, H, W, scale})
-    if (n == 0 || n > limit) fail("cannot write %s: %zu is no size of a picture", path.c_str(), n);
-  size_t step_y = H * scale + gap, step_x = W * scale + gap;
-  size_t height = rows * step_y - gap, width = columns * step_x - gap, colors = C < 3 ? 1 : 3;
-  if (height > limit || width > limit)
-    fail("cannot write %s: %zu x %zu pixels are more than %zu a side", path.c_str(), height, width,
-         limit);
-  std::vector<unsigned char> picture(height * width * colors, 255);
-  for (size_t y = 0; y < height; ++y)
-    for (size_t x = 0; x < width; ++x) {
-      size_t h = y % step_y / scale, w = x % step_x / scale;
+    if (n == 0 || n > G::limit)
+      fail("cannot write %s: %zu is no size of a picture", path.c_str(), n);
+  G g{{}, std::clamp<size_t>(H * scale / 32, 1, 3), 0, H * scale, W * scale + G::gap, 0, 0};
+  for (const std::string& caption : captions) {
+    g.labels.push_back(grid_label(caption));
+    size_t wide = size_t(stb_easy_font_width(g.labels.back().data())) * g.letter;
+    g.left = std::max(g.left, wide + 2 * G::margin);
+    g.step_y = std::max(g.step_y, G::line * g.letter);
+  }
+  g.step_y += G::gap;
+  g.height = rows * g.step_y - G::gap, g.width = g.left + columns * g.step_x - G::gap;
+  if (g.height > G::limit || g.width > G::limit)
+    fail("cannot write %s: %zu x %zu pixels are more than %zu a side", path.c_str(), g.height,
+         g.width, G::limit);
+  return g;
+}
+
+// What a grid's images are drawn at.
+inline size_t grid_scale(size_t H, size_t W) { return std::max(H, W) > 256 ? 1 : 2; }
+
+// Writes images (rows * columns, C,H,W) in [-1,1], row by row, on white, each row beside its caption
+// if there are any. C = 1 and 2 give the first channel in grey, more give the first three as red,
+// green and blue. Values outside are clamped, NaN is black. Fails as grid_layout() does, or if the
+// file cannot be written.
+inline void write_png_grid(const std::string& path, const float* images, size_t rows,
+                           size_t columns, size_t C, size_t H, size_t W, size_t scale = 2,
+                           const std::vector<std::string>& captions = {}) {
+  GridLayout g = grid_layout(path, rows, columns, C, H, W, scale, captions);
+  size_t colors = C < 3 ? 1 : 3, row_bytes = g.width * colors;
+  std::vector<unsigned char> picture(g.height * row_bytes, 255);
+  for (size_t y = 0; y < g.height; ++y)
+    for (size_t x = g.left; x < g.width; ++x) {
+      size_t h = y % g.step_y / scale, w = (x - g.left) % g.step_x / scale;
       if (h >= H || w >= W) continue;  // in a gap
-      const float* image = images + (y / step_y * columns + x / step_x) * C * H * W;
+      const float* image = images + (y / g.step_y * columns + (x - g.left) / g.step_x) * C * H * W;
       for (size_t c = 0; c < colors; ++c) {
         float v = image[(c * H + h) * W + w];
         v = v > -1 ? std::min(v, 1.0f) : -1;
-        picture[(y * width + x) * colors + c] = static_cast<unsigned char>((v + 1) * 127.5f + 0.5f);
+        picture[y * row_bytes + x * colors + c] =
+            static_cast<unsigned char>((v + 1) * 127.5f + 0.5f);
       }
     }
+  for (size_t row = 0; row < g.labels.size(); ++row) {
+    // A letter is a few black bars, each given by four corners of (x, y, z, colour).
+    std::string& label = g.labels[row];
+    std::vector<float> corners(label.size() * 512);
+    int bars = stb_easy_font_print(0, 0, label.data(), nullptr, corners.data(),
+                                   int(corners.size() * sizeof(float)));
+    size_t top = row * g.step_y + (g.step_y - 10 * g.letter) / 2;
+    size_t begin = g.left - g.margin - size_t(stb_easy_font_width(label.data())) * g.letter;
+    for (const float* bar = corners.data(); bar < corners.data() + 16 * bars; bar += 16)
+      for (size_t y = size_t(bar[1]) * g.letter; y < size_t(bar[9]) * g.letter; ++y) {
+        auto line = picture.begin() + ptrdiff_t((top + y) * row_bytes + begin * colors);
+        std::fill(line + ptrdiff_t(size_t(bar[0]) * g.letter * colors),
+                  line + ptrdiff_t(size_t(bar[8]) * g.letter * colors), 0);
+      }
+  }
   // Collected first: an exception must not pass through stb, which would leak its buffers.
   std::string bytes;
   auto append = [](void* to, void* data, int size) {
     static_cast<std::string*>(to)->append(static_cast<char*>(data), size_t(size));
   };
-  if (!stbi_write_png_to_func(append, &bytes, int(width), int(height), int(colors), picture.data(),
-                              int(width * colors)))
-    fail("cannot write %s: out of memory for %zu x %zu pixels", path.c_str(), height, width);
+  if (!stbi_write_png_to_func(append, &bytes, int(g.width), int(g.height), int(colors),
+                              picture.data(), int(row_bytes)))
+    fail("cannot write %s: out of memory for %zu x %zu pixels", path.c_str(), g.height, g.width);
   SafeFile file(path, bytes.size());
   file.write(bytes);
   file.commit();
 }
 
-// Reads a PNG file as (C,H,W) in [-1,1], C = 1 if it is grey and 3 if it has colours; transparency
-// is dropped. Fails if the file cannot be opened or is not a whole PNG.
+// Fails unless the bytes are a PNG file whose checksums hold: of its chunks, each of which is a length,
+// a type, data and their CRC-32 (numbers big-endian), and of the zlib stream in its IDAT chunks.
+inline void check_png(const std::string& path, const std::vector<unsigned char>& bytes,
+                      size_t most) {
+  auto cut = [&] { fail("cannot read %s: it is not a whole PNG file", path.c_str()); };
+  auto number = [&](size_t at) {
+    return uint32_t(bytes[at]) << 24 | bytes[at + 1] << 16 | bytes[at + 2] << 8 | bytes[at + 3];
+  };
+  z_stream stream{};
+  if (inflateInit(&stream) != Z_OK) fail("cannot read %s: out of memory", path.c_str());
+  std::unique_ptr<z_stream, int (*)(z_stream*)> owner(&stream, inflateEnd);
+  int status = Z_OK;
+  std::string type;
+  for (size_t at = 8, length; type != "IEND"; at += 12 + length) {
+    if (at + 12 > bytes.size() || (length = number(at)) > bytes.size() - at - 12) cut();
+    type.assign(&bytes[at + 4], &bytes[at + 8]);
+    if (crc32(0, &bytes[at + 4], uInt(4 + length)) != number(at + 8 + length))
+      fail("cannot read %s: it is damaged: a checksum does not hold", path.c_str());
+    if (type != "IDAT" || status != Z_OK) continue;
+    stream.next_in = const_cast<unsigned char*>(&bytes[at + 8]), stream.avail_in = uInt(length);
+    unsigned char unused[4096];
+    do {
+      stream.next_out = unused, stream.avail_out = sizeof unused;
+      status = inflate(&stream, Z_NO_FLUSH);
+      if (stream.total_out > most) cut();
+    } while (status == Z_OK && stream.avail_out == 0);
+    if (status == Z_BUF_ERROR) status = Z_OK;  // all of this chunk is used
+  }
+  if (status == Z_DATA_ERROR) fail("cannot read %s: it is damaged: %s", path.c_str(), stream.msg);
+  if (status != Z_STREAM_END) cut();
+}
+
+// Reads a PNG file as (C,H,W) in [-1,1], C = 1 if it is grey and 3 if it has colours. Transparency is
+// blended with black, the ground of this project's pictures: what colour a pixel hides that nobody
+// sees must not be learned. Fails if the file cannot be opened or is not a whole PNG.
 inline std::vector<float> read_png(const std::string& path, size_t* C, size_t* H, size_t* W) {
+  require_regular(path);
   std::ifstream file(path, std::ios::binary);
   if (!file) fail("cannot open %s: %s", path.c_str(), std::strerror(errno));
   std::vector<unsigned char> bytes{std::istreambuf_iterator<char>(file), {}};
   int width = 0, height = 0, channels = 0;
   bool known = bytes.size() <= INT32_MAX &&
                stbi_info_from_memory(bytes.data(), int(bytes.size()), &width, &height, &channels);
-  int colors = channels < 3 ? 1 : 3;
-  std::unique_ptr<unsigned char, void (*)(void*)> pixels(
-      known ? stbi_load_from_memory(bytes.data(), int(bytes.size()), &width, &height, &channels,
-                                    colors)
-            : nullptr,
+  if (!known) fail("cannot read %s: it is not a whole PNG file", path.c_str());
+  *C = channels < 3 ? 1 : 3, *H = size_t(height), *W = size_t(width);
+  // At most 8 bytes a pixel, and the beginnings and ends of rows, of which interlacing makes more.
+  check_png(path, bytes, 8 * *H * *W + 8 * *H + 64);
+  // 16 bits hold whatever a PNG does. An 8-bit number is multiplied by 257.
+  std::unique_ptr<stbi_us, void (*)(void*)> pixels(
+      stbi_load_16_from_memory(bytes.data(), int(bytes.size()), &width, &height, &channels,
+                               int(*C) + 1),
       stbi_image_free);
-  if (!pixels) fail("cannot read %s: it is not a whole PNG file", path.c_str());
-  *C = size_t(colors), *H = size_t(height), *W = size_t(width);
+  if (!pixels) fail("cannot read %s: %s", path.c_str(), stbi_failure_reason());
   std::vector<float> image(*C * *H * *W);
   for (size_t c = 0; c < *C; ++c)
-    for (size_t i = 0; i < *H * *W; ++i)
-      image[c * *H * *W + i] = pixels.get()[i * *C + c] / 127.5f - 1;
+    for (size_t i = 0; i < *H * *W; ++i) {
+      const stbi_us* pixel = pixels.get() + i * (*C + 1);
+      image[c * *H * *W + i] = float(double(pixel[c]) * pixel[*C] / 65535) / 32767.5f - 1;
+    }
   return image;
 }

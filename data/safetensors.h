@@ -182,11 +182,11 @@ inline std::string shape_text(const std::vector<size_t>& shape) {
   return "[" + text + "]";
 }
 
-// A name out of a file, fit for a terminal: escaped and cut, for it may be long and hold anything.
+// A name out of a file, fit for a sentence: in quotes, visible and cut, for it may hold anything.
 inline std::string printable(const std::string& name) {
   using nlohmann::json;
-  return json(name.size() <= 200 ? name : name.substr(0, 200) + "...")
-      .dump(-1, ' ', true, json::error_handler_t::replace);
+  return visible(json(name.size() <= 200 ? name : name.substr(0, 200) + "...")
+                     .dump(-1, ' ', false, json::error_handler_t::replace));
 }
 
 // dtype x shape in bytes, or nothing if that overflows or the dtype is unknown.
@@ -204,6 +204,13 @@ inline std::optional<size_t> tensor_bytes(const std::string& dtype,
 
 constexpr size_t largest_header = 100'000'000;  // bytes, as the authors of the format have it
 
+// Fails on what is there and is no file: a pipe may wait for ever, a device go on for ever.
+inline void require_regular(const std::string& path) {
+  std::error_code error;
+  if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error))
+    fail("cannot read %s: it is not a regular file", path.c_str());
+}
+
 struct TensorInfo {
   std::string name, dtype;
   std::vector<size_t> shape;
@@ -216,9 +223,7 @@ class SafetensorsReader {
  public:
   // Opens and validates a file; fails unless every byte of it is accounted for.
   explicit SafetensorsReader(const std::string& path) : path_(path) {
-    std::error_code error;
-    if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error))
-      fail("cannot read %s: it is not a regular file", path.c_str());
+    require_regular(path);
     file_.reset(std::fopen(path.c_str(), "rb"));
     if (!file_) fail("cannot open %s: %s", path.c_str(), std::strerror(errno));
     size_t size = std::filesystem::file_size(path);
@@ -375,6 +380,7 @@ class SafetensorsReader {
   }
 
   void parse_metadata(const Json& entry) {
+    if (entry.is_null()) return;  // as absent, for the format's own library
     if (!entry.is_object()) reject("__metadata__ is not a JSON object");
     for (const auto& [key, value] : entry.items()) {
       if (!value.is_string()) reject("__metadata__ " + printable(key) + " is not a string");

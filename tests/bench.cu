@@ -382,6 +382,8 @@ int main(int argc, char** argv) {
       else if (++i == argc || !(tsv = std::fopen(argv[i], "w")))
         fail("--tsv needs a file that can be written");
     if (Device::gpus() == 0) fail("it measures a GPU, and there is none");
+    if (!Device::has_bf16())
+      fail("it measures bf16 on tensor cores, for which this GPU or build is too old");
     bench(parts);
     if (tsv) std::fclose(tsv);
   } catch (const Error& error) {

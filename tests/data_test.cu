@@ -67,6 +67,22 @@ struct FullDisk {
   void (*handler)(int);
 };
 
+// What load_dataset() gives and says.
+struct Loaded {
+  Split data;
+  std::string out, err;
+};
+Loaded load(const std::string& where, size_t copies = 1) {
+  testing::internal::CaptureStdout();
+  testing::internal::CaptureStderr();
+  Loaded loaded;
+  std::string error = error_of([&] { loaded.data = load_dataset(where, copies); });
+  loaded.out = testing::internal::GetCapturedStdout();
+  loaded.err = testing::internal::GetCapturedStderr();
+  if (error != "no error") throw Error(error);
+  return loaded;
+}
+
 // ---------------------------------------------------------------------------------------------
 // safetensors
 
@@ -141,17 +157,63 @@ TEST_F(DataTest, HostileSafetensorsAreRefused) {
       {safetensors(R"({"__metadata__":{"k":{}}})", ""), "__metadata__ \"k\" is not a string"},
       {safetensors(R"({"__metadata__":[]})", ""), "__metadata__ is not"},
       {safetensors(R"({"__metadata__":{"k":"1","k":"2"}})", ""), "has \"k\" twice"},
+      {safetensors(R"({"__metadata__":"x"})", ""), "__metadata__ is not"},
       {safetensors(R"({"\u001b[2J":1})", ""), "\\u001b[2J"},
+      {safetensors("{\"\xc2\x9b"
+                   "2J\x7f\":1}",
+                   ""),
+       "\"\\xc2\\x9b2J\\x7f\" must have"},
+      {safetensors(R"({"a\n":{"dtype":"\u001b","shape":[2],"data_offsets":[0,8]}})", eight),
+       "\"a\\n\" has an unknown dtype"},
+      {safetensors(R"({"größe":1})", ""), "tensor \"größe\" must"},
   };
   SafetensorsReader(put("good", safetensors(good, eight)));
   SafetensorsReader(put("order", safetensors(two("[8,16]", "[0,8]"), sixteen)));
+  // As the format's own library has it.
+  EXPECT_TRUE(SafetensorsReader(put("null", safetensors(R"({"__metadata__":null})", "")))
+                  .metadata()
+                  .empty());
   for (const auto& row : table) {
     std::string path = put("hostile", row.bytes),
                 error = error_of([&] { SafetensorsReader r(path); });
     EXPECT_PRED_FORMAT2(testing::IsSubstring, row.words, error) << row.bytes.substr(0, 200);
     EXPECT_PRED_FORMAT2(testing::IsSubstring, path, error);
-    EXPECT_EQ(error.find('\n'), std::string::npos) << "one sentence, one line";
+    EXPECT_EQ(error, visible(error)) << "one sentence, one line, fit for a terminal";
   }
+}
+
+TEST(Visible, LettersStayAndNothingIsObeyed) {
+  const std::string pairs[][2] = {{"", ""},
+                                  {"plain ~ text", "plain ~ text"},
+                                  {"größe 日本 🐱", "größe 日本 🐱"},
+                                  {"a\nb\tc\r", "a\\x0ab\\x09c\\x0d"},
+                                  {std::string("\0x", 2), "\\x00x"},
+                                  {"\x1b[31m", "\\x1b[31m"},
+                                  {"\x7f", "\\x7f"},
+                                  {"\xc2\x9b"
+                                   "2J",
+                                   "\\xc2\\x9b2J"},
+                                  {"\x9b"
+                                   "2J",
+                                   "\\x9b2J"},
+                                  {"\xe2\x80\xa8", "\\xe2\\x80\\xa8"},  // a line separator
+                                  {"\xe2\x80\xae", "\\xe2\\x80\\xae"},  // right to left
+                                  {"\xe2\x81\xa6", "\\xe2\\x81\\xa6"},  // the same, isolated
+                                  {"\xc1\x9b", "\\xc1\\x9b"},           // longer than needed
+                                  {"\xe0\x82\x9b", "\\xe0\\x82\\x9b"},
+                                  {"\xed\xa0\x80", "\\xed\\xa0\\x80"},           // half a letter
+                                  {"\xf4\x90\x80\x80", "\\xf4\\x90\\x80\\x80"},  // beyond the last
+                                  {"\xf8\x88\x80\x80\x80", "\\xf8\\x88\\x80\\x80\\x80"},
+                                  {"\xe6\x97", "\\xe6\\x97"},  // cut
+                                  {"\xe6\x97q", "\\xe6\\x97q"},
+                                  {"\xff", "\\xff"}};
+  for (const auto& [text, shown] : pairs) {
+    EXPECT_EQ(visible(text), shown);
+    EXPECT_EQ(error_of([&, &text = text] { fail("%s", text.c_str()); }), visible(text.c_str()));
+  }
+  std::string error = error_of([] { fail("%s: do this", std::string(100000, 'x').c_str()); });
+  EXPECT_LE(error.size(), 1100u);
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "x: do this", error) << "what helps is not cut off";
 }
 
 TEST_F(DataTest, EveryTruncationOfASafetensorsFileIsRefused) {
@@ -168,6 +230,16 @@ TEST_F(DataTest, WhatIsNotAFileCannotBeRead) {
   EXPECT_ERROR(SafetensorsReader r(at("none")), "No such file");
   EXPECT_ERROR(SafetensorsReader r(folder_), "not a regular file");
   EXPECT_ERROR(SafetensorsReader r(at("pipe")), "not a regular file");
+  size_t C, H, W;
+  for (std::string path : {at("pipe"), std::string("/dev/zero"), folder_})
+    EXPECT_ERROR(read_png(path, &C, &H, &W), "cannot read " + path + ": it is not a regular file");
+  EXPECT_ERROR(read_idx(at("pipe"), {}), "not a regular file");
+  fs::create_directory(at("idx"));
+  fs::create_symlink(at("pipe"), at("idx/train-images-idx3-ubyte.gz"));
+  fs::create_symlink("/dev/zero", at("idx/train-labels-idx1-ubyte.gz"));
+  EXPECT_ERROR(load_dataset(at("idx"), 1), "ubyte.gz: it is not a regular file");
+  fs::rename(at("pipe"), at("x.safetensors"));
+  EXPECT_ERROR(load_dataset(at("x.safetensors"), 1), "not a regular file");
 }
 
 TEST_F(DataTest, NamesShapesKindsAndRangesAreChecked) {
@@ -468,8 +540,184 @@ TEST_F(DataTest, PngClampsAndRefuses) {
   EXPECT_ERROR(read_png(put("text.png", "not a picture"), &c, &h, &w), "not a whole PNG");
   EXPECT_ERROR(read_png(put("empty.png", ""), &c, &h, &w), "not a whole PNG");
   std::string whole = get(at("wild.png"));
-  for (size_t n = 0; n + 12 < whole.size(); ++n)  // the last 12 bytes say only that it ends
-    EXPECT_ERROR(read_png(put("cut.png", whole.substr(0, n)), &c, &h, &w), "not a whole PNG");
+  for (size_t n = 0; n < whole.size(); ++n)
+    EXPECT_ERROR(read_png(put("cut.png", whole.substr(0, n)), &c, &h, &w), "cannot read");
+}
+
+std::string big_endian(std::vector<uint32_t> numbers) {
+  std::string bytes;
+  for (uint32_t n : numbers)
+    for (int shift : {24, 16, 8, 0}) bytes += char(n >> shift);
+  return bytes;
+}
+std::string chunk(const std::string& type, const std::string& data) {
+  std::string body = type + data;
+  auto sum = crc32(0, reinterpret_cast<const Bytef*>(body.data()), uInt(body.size()));
+  return big_endian({uint32_t(data.size())}) + body + big_endian({uint32_t(sum)});
+}
+std::string deflated(const std::string& raw) {
+  std::string out(compressBound(raw.size()), '\0');
+  uLongf size = out.size();
+  compress(reinterpret_cast<Bytef*>(out.data()), &size, reinterpret_cast<const Bytef*>(raw.data()),
+           raw.size());
+  return out.substr(0, size);
+}
+const std::string kSignature = "\x89PNG\r\n\x1a\n";
+std::string header(uint32_t W, uint32_t H, int depth, int color, int interlaced = 0) {
+  return kSignature + chunk("IHDR", big_endian({W, H}) + char(depth) + char(color) +
+                                        std::string(2, '\0') + char(interlaced));
+}
+// A picture of one row. `before`: chunks before its numbers.
+std::string png_row(uint32_t W, int depth, int color, const std::string& row,
+                    const std::string& before = "", int interlaced = 0) {
+  return header(W, 1, depth, color, interlaced) + before +
+         chunk("IDAT", deflated(std::string(1, '\0') + row)) + chunk("IEND", "");
+}
+
+// Every kind of PNG, as numbers of 255.
+TEST_F(DataTest, EveryKindOfPngIsReadForWhatItShows) {
+  using std::string;
+  const string transparent_3 = chunk("tRNS", string("\0\3", 2));
+  struct {
+    const char* kind;
+    string bytes;
+    size_t C;
+    std::vector<double> levels;  // (C, W)
+  } table[] = {
+      {"grey", png_row(3, 8, 0, string("\0\x7f\xff", 3)), 1, {0, 127, 255}},
+      {"1 bit", png_row(3, 1, 0, "\xa0"), 1, {255, 0, 255}},
+      {"4 bits", png_row(2, 4, 0, "\x1f"), 1, {17, 255}},
+      {"16 bits", png_row(2, 16, 0, string("\x12\x34\xff\xff", 4)), 1, {0x1234 / 257.0, 255}},
+      {"rgb", png_row(1, 8, 2, "\x01\x02\x03"), 3, {1, 2, 3}},
+      {"rgb, 16 bits",
+       png_row(1, 16, 2, string("\1\0\2\0\3\0", 6)),
+       3,
+       {256 / 257.0, 512 / 257.0, 768 / 257.0}},
+      {"palette",
+       png_row(2, 8, 3, string("\1\0", 2), chunk("PLTE", "abcdef")),
+       3,
+       {'d', 'a', 'e', 'b', 'f', 'c'}},
+      {"palette, one colour half seen",
+       png_row(2, 8, 3, string("\1\0", 2), chunk("PLTE", "abcdef") + chunk("tRNS", "\xff\x33")),
+       3,
+       {'d' / 5.0, 'a', 'e' / 5.0, 'b', 'f' / 5.0, 'c'}},
+      {"one grey unseen", png_row(2, 8, 0, "\3\4", transparent_3), 1, {0, 4}},
+      {"grey, alpha", png_row(3, 8, 4, string("\x64\0\x64\x33\x64\xff", 6)), 1, {0, 20, 100}},
+      {"rgb, alpha",
+       png_row(2, 8, 6, string("\x0a\x14\x1e\0\x0a\x14\x1e\x33", 8)),
+       3,
+       {0, 2, 0, 4, 0, 6}},
+      {"interlaced", png_row(2, 8, 0, "\5" + string("\0\6", 2), "", 1), 1, {5, 6}},
+      {"two pieces",
+       header(1, 1, 8, 0) + chunk("IDAT", deflated(string("\0\7", 2)).substr(0, 3)) +
+           chunk("IDAT", deflated(string("\0\7", 2)).substr(3)) + chunk("IEND", ""),
+       1,
+       {7}},
+  };
+  for (const auto& row : table) {
+    SCOPED_TRACE(row.kind);
+    size_t C, H, W;
+    std::vector<float> image = read_png(put("x.png", row.bytes), &C, &H, &W);
+    ASSERT_EQ(C, row.C);
+    ASSERT_EQ(image.size(), row.levels.size());
+    for (size_t i = 0; i < image.size(); ++i)
+      EXPECT_NEAR(image[i], row.levels[i] / 127.5 - 1, 2e-7) << i;
+  }
+  // What nobody sees leaves no bit.
+  size_t C, H, W;
+  std::vector<float> one, other;
+  one = read_png(put("x.png", png_row(2, 8, 6, string("\1\2\3\0\x0a\x14\x1e\xff", 8))), &C, &H, &W);
+  other =
+      read_png(put("x.png", png_row(2, 8, 6, string("\7\7\7\0\x0a\x14\x1e\xff", 8))), &C, &H, &W);
+  EXPECT_EQ(one, other);
+  // A number of eight bits is what it is in a picture without alpha, to the last bit.
+  for (int level = 0; level < 256; ++level) {
+    one = read_png(put("x.png", png_row(1, 8, 0, string(1, char(level)))), &C, &H, &W);
+    ASSERT_EQ(one[0], float(level) / 127.5f - 1);
+  }
+}
+
+TEST_F(DataTest, ADamagedPngIsRefused) {
+  size_t C, H, W;
+  auto error = [&](const std::string& bytes) {
+    return error_of([&] { read_png(put("x.png", bytes), &C, &H, &W); });
+  };
+  const std::string good = png_row(
+      3, 8, 2, "abcdefghi", chunk("tEXt", std::string("a\0b", 3)) + chunk("gAMA", "\1\2\3\4"));
+  ASSERT_EQ(error(good), "no error");
+  for (size_t i = 0; i < good.size(); ++i)
+    for (int bit = 0; bit < 8; ++bit) {
+      std::string changed = good;
+      changed[i] = char(changed[i] ^ 1 << bit);
+      EXPECT_PRED_FORMAT2(testing::IsSubstring, "cannot read", error(changed)) << "byte " << i;
+    }
+  auto with = [&](const std::string& stream) {
+    return header(3, 1, 8, 0) + chunk("IDAT", stream) + chunk("IEND", "");
+  };
+  std::string stream = deflated(std::string("\0abc", 4)), damaged = stream;
+  damaged.back() = char(damaged.back() ^ 1);
+  EXPECT_EQ(error(with(stream)), "no error");
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "incorrect data check", error(with(damaged)));
+  for (size_t n = 0; n < stream.size(); ++n)
+    EXPECT_NE(error(with(stream.substr(0, n))), "no error") << n;
+  EXPECT_NE(error(with(deflated(std::string("\0ab", 3)))), "no error") << "too few pixels";
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "not a whole PNG",
+                      error(with(deflated(std::string(100'000'000, '\0')))));
+  EXPECT_NE(error(header(3, 1, 8, 0) + chunk("IEND", "")), "no error") << "no pixels";
+}
+
+// Beside a row is its caption, and nothing else changes.
+TEST_F(DataTest, CaptionsStandBesideTheRowsOfAGrid) {
+  constexpr size_t rows = 3, columns = 2, side = 24;
+  std::vector<float> images(rows * columns * 3 * side * side, level(99));
+  struct Picture {
+    size_t C, H, W;
+    std::vector<float> pixels;
+  };
+  auto draw = [&](const std::vector<std::string>& captions, size_t height, size_t scale) {
+    write_png_grid(at("grid.png"), images.data(), rows, columns, 3, height, side, scale, captions);
+    Picture p;
+    p.pixels = read_png(at("grid.png"), &p.C, &p.H, &p.W);
+    return p;
+  };
+  for (size_t scale : {1, 2, 4}) {
+    Picture bare = draw({}, side, scale), p = draw({"ankle boot", "bag", ""}, side, scale);
+    ASSERT_EQ(p.H, bare.H);
+    ASSERT_GT(p.W, bare.W);
+    size_t left = p.W - bare.W;
+    size_t ink[rows] = {}, first[rows] = {left, left, left};
+    for (size_t c = 0; c < 3; ++c)
+      for (size_t y = 0; y < p.H; ++y)
+        for (size_t x = 0; x < p.W; ++x) {
+          float v = p.pixels[(c * p.H + y) * p.W + x];
+          size_t row = y / (side * scale + 2);
+          float expected = x < left ? v == 1 ? 1 : -1  // black on white
+                                    : bare.pixels[(c * p.H + y) * bare.W + x - left];
+          ASSERT_EQ(v, expected);
+          if (x < left && v != 1) ++ink[row], first[row] = std::min(first[row], x);
+        }
+    EXPECT_GT(ink[0], ink[1]);
+    EXPECT_GT(ink[1], 0u);
+    EXPECT_GT(ink[2], 0u) << "(empty)";
+    EXPECT_LT(first[0], first[1]) << "a longer one begins further left";
+    EXPECT_GT(first[0], 2u);
+  }
+  // Images lower than a line of text make room for it.
+  EXPECT_EQ(draw({"g", "g", "g"}, 4, 1).H, 3 * 12 + 2 * 2u);
+  EXPECT_EQ(draw({}, 4, 1).H, 3 * 4 + 2 * 2u);
+  const std::string pairs[][2] = {{"a\nb\tc", "a b c"},
+                                  {"größe 日本", "gr??e ??"},
+                                  {"\x1b[1m\x7f", " [1m?"},
+                                  {"", "(empty)"},
+                                  {std::string(32, 'x'), std::string(32, 'x')},
+                                  {std::string(5000, 'x'), std::string(29, 'x') + "..."}};
+  for (const auto& [caption, label] : pairs) EXPECT_EQ(grid_label(caption), label);
+  std::string all;
+  for (int c = 1; c < 256; ++c) all += char(c);
+  for (size_t i = 0; i < all.size(); i += 20) draw({all.substr(i, 20), "", ""}, side, 2);
+  EXPECT_ERROR(grid_layout("x.png", 1, 1, 1, 4, 16380, 1, {"wide"}), "more than 16384 a side");
+  EXPECT_ERROR(grid_layout("x.png", 1, 1, 1, 4, 16380, 1), "no error");
+  EXPECT_ERROR(grid_layout("x.png", 2000, 1, 1, 4, 4, 1, {"high"}), "more than 16384 a side");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -529,12 +777,6 @@ TEST(Text, Captions) {
 // ---------------------------------------------------------------------------------------------
 // Fashion-MNIST
 
-std::string big_endian(std::vector<uint32_t> numbers) {
-  std::string bytes;
-  for (uint32_t n : numbers)
-    for (int shift : {24, 16, 8, 0}) bytes += char(n >> shift);
-  return bytes;
-}
 std::string pixels(size_t n) {
   std::string bytes;
   for (size_t i = 0; i < n * 784; ++i) bytes += char(i * 7);
@@ -549,10 +791,12 @@ class IdxTest : public DataTest {
     gzclose(file);
     return get(at("gz"));
   }
-  // A folder with two training images, and these files.
+  // A folder with these files to train on, and two images to validate on.
   std::string folder(const std::string& images, const std::string& labels) const {
     put("idx/train-images-idx3-ubyte.gz", images);
     put("idx/train-labels-idx1-ubyte.gz", labels);
+    put("idx/t10k-images-idx3-ubyte.gz", images_);
+    put("idx/t10k-labels-idx1-ubyte.gz", labels_);
     return at("idx");
   }
   std::string images_ = gzip(big_endian({0x803, 2, 28, 28}) + pixels(2));
@@ -560,7 +804,11 @@ class IdxTest : public DataTest {
 };
 
 TEST_F(IdxTest, ReadsAndPads) {
-  Dataset data = load_fashion_mnist(folder(images_, labels_), true, 8, 16);
+  testing::internal::CaptureStderr();
+  Dataset data = load_fashion_mnist(folder(images_, labels_), 1, 8, 16).train;
+  EXPECT_EQ(
+      testing::internal::GetCapturedStderr(),
+      "note: " + at("idx") + " has other labels than Fashion-MNIST: its captions are 0 to 9\n");
   EXPECT_EQ(data.images, 2u);
   EXPECT_EQ(data.image_size(), 1024u);
   ASSERT_EQ(data.pixels.size(), 2048u);
@@ -574,11 +822,14 @@ TEST_F(IdxTest, ReadsAndPads) {
   EXPECT_EQ(data.captions, 10u);
   ASSERT_EQ(data.text.size(), 10u * 8 * 16);
   EXPECT_EQ(std::vector<float>(data.text.begin() + 7 * 128, data.text.begin() + 8 * 128),
-            encode_text("a photo of a sneaker", 8, 16));
-  auto boot = encode_text("a photo of an ankle boot", 8, 16);
-  EXPECT_EQ(std::vector<float>(data.text.end() - 8 * 16, data.text.end()), boot);
+            encode_text("a photo of a 7", 8, 16))
+      << "not a sneaker: this is not Fashion-MNIST";
+  EXPECT_EQ(data.names[9], "9");
   EXPECT_EQ(data.empty_text, encode_text("", 8, 16));
-  EXPECT_EQ(load_dataset(at("idx"), true).text_dim, 64u);
+  Loaded loaded = load(at("idx"));
+  EXPECT_EQ(loaded.out, "4 images of 1x32x32, 10 captions, 2 held out\n");
+  EXPECT_EQ(loaded.data.train.text_dim, 64u);
+  EXPECT_EQ(loaded.data.held_out.caption, (std::vector<int32_t>{7, 2}));
 }
 
 TEST_F(IdxTest, DamagedFilesAreRefused) {
@@ -611,19 +862,26 @@ TEST_F(IdxTest, DamagedFilesAreRefused) {
   };
   for (const auto& row : table) {
     std::string path = folder(row.images, row.labels);
-    EXPECT_ERROR(load_fashion_mnist(path, true), row.words);
+    EXPECT_ERROR(load_fashion_mnist(path, 1), row.words);
   }
-  EXPECT_ERROR(load_fashion_mnist(at("idx"), false), "t10k-images-idx3-ubyte.gz: No such file");
+  folder(images_, labels_);
+  fs::remove(at("idx/t10k-images-idx3-ubyte.gz"));
+  EXPECT_ERROR(load_fashion_mnist(at("idx"), 1), "t10k-images-idx3-ubyte.gz: No such file");
 }
 
 TEST(FashionMnist, HasTheKnownImages) {
+  Loaded loaded;
+  try {
+    loaded = load("fashion-mnist");
+  } catch (const Error& error) {
+    GTEST_SKIP() << error.what();
+  }
+  EXPECT_EQ(loaded.out, "70000 images of 1x32x32, 10 captions, 10000 held out\n");
+  EXPECT_EQ(loaded.err, "");
   for (bool train : {true, false}) {
-    Dataset data;
-    try {
-      data = load_dataset("fashion-mnist", train);
-    } catch (const Error& error) {
-      GTEST_SKIP() << error.what();
-    }
+    const Dataset& data = train ? loaded.data.train : loaded.data.held_out;
+    EXPECT_EQ(data.names[7], "sneaker");
+    EXPECT_EQ(data.text, load("fashion-mnist", 0).data.train.text);
     ASSERT_EQ(data.images, train ? 60000u : 10000u);
     std::vector<int32_t> first(data.caption.begin(), data.caption.begin() + 12);
     EXPECT_EQ(first, train ? (std::vector<int32_t>{9, 0, 0, 3, 0, 2, 7, 2, 5, 5, 0, 9})
@@ -681,9 +939,68 @@ TEST_F(DataTest, LoadsLatents) {
   latents.extra = "empty";
   EXPECT_EQ(load_latents(latents.save(at("x.safetensors"))).empty_text,
             std::vector<float>(6, 0.25f));
-  EXPECT_EQ(load_dataset(at("x.safetensors"), true).pixels, (std::vector<float>{0, 1, 2, 3}));
-  EXPECT_EQ(load_dataset(at("x.safetensors"), false).pixels, (std::vector<float>{4, 5, 6, 7}));
-  EXPECT_EQ(load_dataset(at("x.safetensors"), false).caption, (std::vector<int32_t>{0}));
+  Loaded loaded = load(at("x.safetensors"));
+  EXPECT_EQ(loaded.data.train.pixels, (std::vector<float>{0, 1, 2, 3}));
+  EXPECT_EQ(loaded.data.held_out.pixels, (std::vector<float>{4, 5, 6, 7}));
+  EXPECT_EQ(loaded.data.held_out.caption, (std::vector<int32_t>{0}));
+  EXPECT_EQ(loaded.data.train.name_of(1), "caption 1");
+  EXPECT_EQ(loaded.out,
+            "2 images of 1x2x2, 2 captions, 1 held out (captions that have no other image: 1)\n");
+  // All but the pixels, for those who need no more.
+  fs::rename(at("x.safetensors"), at("x.SafeTensors"));
+  Loaded sizes = load(at("x.SafeTensors"), 0);
+  EXPECT_EQ(sizes.out, loaded.out);
+  EXPECT_TRUE(sizes.data.train.pixels.empty());
+  EXPECT_EQ(sizes.data.held_out.caption, loaded.data.held_out.caption);
+  EXPECT_EQ(sizes.data.train.text, loaded.data.train.text);
+}
+
+// A file of N latents (1,64,64) of zeros, in bf16: a hole, which takes no room on the disk.
+std::string hollow_latents(const std::string& path, size_t N) {
+  const size_t text = N * 4096 * 2, caption = text + 4, end = caption + N;
+  auto tensor = [](const char* name, const char* dtype, const std::string& shape, size_t begin,
+                   size_t end) {
+    return std::string("\"") + name + R"(":{"dtype":")" + dtype + R"(","shape":[)" + shape +
+           R"(],"data_offsets":[)" + std::to_string(begin) + "," + std::to_string(end) + "]}";
+  };
+  std::string n = std::to_string(N), header = "{" +
+                                              tensor("latents", "BF16", n + ",1,64,64", 0, text) +
+                                              "," + tensor("text", "F32", "1,1,1", text, caption) +
+                                              "," + tensor("caption", "U8", n, caption, end) + "}";
+  std::ofstream(path, std::ios::binary) << safetensors(header, "");
+  fs::resize_file(path, 8 + header.size() + end);
+  return path;
+}
+
+// Refused by what the header says, before a number is read; what needs no pixels works all the same.
+TEST_F(DataTest, LatentsThatMemoryCannotHoldAreRefusedUnread) {
+  const size_t N = Device().available() / 4096 / sizeof(float) + 1;
+  std::string path = hollow_latents(at("x.safetensors"), N), error = error_of([&] { load(path); });
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, path + " does not fit into memory: as floats it takes ",
+                      error);
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, " GB are free", error);
+  char twice[32];
+  std::snprintf(twice, sizeof twice, "takes %.2f GB", 2e-9 * double(N) * 16384);
+  EXPECT_ERROR(load(path, 2), twice);
+  EXPECT_EQ(load(path, 0).data.train.images, N - N / 16);
+}
+
+// A limit that nobody told of is met while reading.
+TEST_F(DataTest, MemoryThatIsNotGivenIsAnError) {
+#ifdef __SANITIZE_ADDRESS__
+  GTEST_SKIP() << "the sanitizer takes memory of its own";
+#endif
+  std::string path = hollow_latents(at("x.safetensors"), 12'000);  // 200 MB as floats
+  size_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  rlimit before, now;
+  getrlimit(RLIMIT_AS, &before);
+  now = before, now.rlim_cur = pages * size_t(sysconf(_SC_PAGESIZE)) + 100'000'000;
+  setrlimit(RLIMIT_AS, &now);
+  std::string error = error_of([&] { load(path); });
+  setrlimit(RLIMIT_AS, &before);
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "into the memory that this process may take", error);
+  EXPECT_EQ(load(path).data.train.images, 11'250u);
 }
 
 TEST_F(DataTest, BadLatentsAreRefused) {
@@ -743,78 +1060,236 @@ TEST_F(DataTest, LatentsOfTheWrongKindAreRefused) {
   EXPECT_ERROR(load_latents(save("F64", "I64", raw<double>({1e300, 0, 0}))), "is inf");
 }
 
-TEST_F(DataTest, LoadsAFolderOfPictures) {
-  auto picture = [&](const std::string& name, size_t C, size_t side, float value) {
+class FolderTest : public DataTest {
+ protected:
+  void picture(const std::string& name, float value = 0, size_t C = 1, size_t side = 4) const {
     fs::create_directories(fs::path(at(name)).parent_path());
     std::vector<float> image(C * side * side, value);
-    write_png_grid(at(name), image.data(), 1, 1, C, side, side, 1);
-  };
-  picture("images/sneaker/2.png", 3, 4, level(20));
-  picture("images/sneaker/10.png", 3, 4, level(10));
-  picture("images/ankle boot/1.png", 3, 4, level(1));
-  put("images/sneaker/notes.txt", "passed over");
-  fs::create_directories(at("images/none"));
-  Dataset data = load_folder(at("images"), 8, 16);
+    write_png_grid(at("picture.png"), image.data(), 1, 1, C, side, side, 1);
+    fs::rename(at("picture.png"), at(name));
+  }
+};
+
+TEST_F(FolderTest, LoadsPicturesInOrder) {
+  picture("images/sneaker/2.png", level(20), 3);
+  picture("images/sneaker/10.png", level(10), 3);
+  picture("images/ankle boot/1.png", level(1), 3);
+  std::string passed_over;
+  Dataset data = load_folder(at("images"), &passed_over, 1, 8, 16);
+  EXPECT_EQ(passed_over, "");
   EXPECT_EQ(data.images, 3u);
   EXPECT_EQ(std::vector<size_t>({data.channels, data.height, data.width}),
             (std::vector<size_t>{3, 4, 4}));
   EXPECT_EQ(data.captions, 2u);
+  EXPECT_EQ(data.names, (std::vector<std::string>{"ankle boot", "sneaker"}));
   EXPECT_EQ(data.caption, (std::vector<int32_t>{0, 1, 1}));
   const size_t levels[] = {1, 10, 20};
   for (size_t i = 0; i < data.pixels.size(); ++i)
     ASSERT_NEAR(data.pixels[i], level(levels[i / 48]), 1e-6) << i;
   EXPECT_EQ(std::vector<float>(data.text.begin(), data.text.begin() + 8 * 16),
             encode_text("a photo of an ankle boot", 8, 16));
+  Dataset sizes = load_folder(at("images"), &passed_over, 0, 8, 16);
+  EXPECT_EQ(std::pair(sizes.images, sizes.image_size()), std::pair(size_t(3), size_t(48)));
+  EXPECT_TRUE(sizes.pixels.empty());
 
-  picture("images/trouser/1.png", 3, 5, 0);
-  EXPECT_ERROR(load_folder(at("images")), "trouser/1.png is 3 x 5 x 5");
-  picture("images/trouser/1.png", 1, 4, 0);
-  EXPECT_ERROR(load_folder(at("images")), "trouser/1.png is 1 x 4 x 4");
+  picture("images/trouser/1.png", 0, 3, 5);
+  EXPECT_ERROR(load_folder(at("images"), &passed_over), "trouser/1.png is 3 x 5 x 5");
+  picture("images/trouser/1.png", 0, 1, 4);
+  EXPECT_ERROR(load_folder(at("images"), &passed_over), "trouser/1.png is 1 x 4 x 4");
   put("images/trouser/1.png", "no picture");
-  EXPECT_ERROR(load_folder(at("images")), "trouser/1.png: it is not a whole PNG");
-  EXPECT_ERROR(load_folder(at("images/none")), "holds no PNG images in sub-folders");
-  EXPECT_ERROR(load_folder(at("nowhere")), "cannot read the folder");
+  EXPECT_ERROR(load_folder(at("images"), &passed_over), "trouser/1.png: it is not a whole PNG");
+  fs::create_directory(at("none"));
+  EXPECT_ERROR(load_folder(at("none"), &passed_over), "holds no PNG images in sub-folders");
+  EXPECT_ERROR(load_folder(at("nowhere"), &passed_over), "cannot read the folder");
+  picture("long/one two three four five/1.png");
+  EXPECT_ERROR(load(at("long")), "9 words, but there are 8 text tokens: use fewer words");
 }
 
-TEST(Split, EveryImageIsTrainedOnOrHeldOut) {
+// Capitals in an extension change neither what is taken nor its order.
+TEST_F(FolderTest, ExtensionsMayBeInCapitals) {
+  const char* names[] = {"1", "10", "2", "2.Q", "2.a", "2-", "A", "b"};
+  for (bool capitals : {false, true})
+    for (size_t i = 0; i < std::size(names); ++i)
+      picture((capitals ? "upper/x/" : "lower/x/") + std::string(names[i]) +
+                  (!capitals ? ".png"
+                   : i % 2   ? ".PNG"
+                             : ".Png"),
+              level(i));
+  Loaded lower = load(at("lower")), upper = load(at("upper"));
+  EXPECT_EQ(lower.out, "8 images of 1x4x4, 1 captions, 1 held out\n");
+  EXPECT_EQ(upper.out, lower.out);
+  EXPECT_EQ(upper.data.train.pixels, lower.data.train.pixels);
+  EXPECT_EQ(upper.data.held_out.pixels, lower.data.held_out.pixels);
+}
+
+TEST_F(FolderTest, WhatIsPassedOverIsSaid) {
+  for (int i = 0; i < 20; ++i) picture("x/cat/" + std::to_string(i) + ".png");
+  picture("x/dog/1.png");
+  ASSERT_EQ(load(at("x")).out, "21 images of 1x4x4, 2 captions, 1 held out\n");
+  const Split bare = load(at("x")).data;
   struct {
-    size_t images;
-    std::vector<int32_t> held_out;
-  } table[] = {{1, {0}}, {2, {1}}, {5, {4}}, {16, {15}}, {17, {15}}, {40, {15, 31}}};
+    std::function<void()> add;
+    std::string words;
+  } table[] = {
+      {[&] { put("x/cat/notes.txt", ""), put("x/dog/1.jpg", ""); },
+       ", 2 files passed over (2 not PNG, as cat/notes.txt)"},
+      {[&] { put("x/cat/png", ""), put("x/cat/1.png~", ""); },
+       ", 2 files passed over (2 not PNG, as cat/1.png~)"},
+      {[&] { picture("x/.ipynb_checkpoints/1-checkpoint.png"), picture("x/.git/a/b/c.png"); },
+       ", 2 files passed over (2 hidden, as .git/a/b/c.png)"},
+      {[&] { put("x/.DS_Store", ""), put("x/cat/._1.png", ""), put("x/dog/.png", ""); },
+       ", 3 files passed over (3 hidden, as .DS_Store)"},
+      {[&] { picture("x/top.png"), put("x/README", ""); },
+       ", 2 files passed over (2 at the top, outside the captions' folders, as README)"},
+      {[&] { picture("x/cat/deep/1.png"), picture("x/cat/deep/er/1.png"); },
+       ", 2 files passed over (2 deeper than a caption's folder, as cat/deep/1.png)"},
+      {[&] {
+         mkfifo(at("x/cat/pipe.png").c_str(), 0600),
+             fs::create_symlink("/dev/zero", at("x/cat/zero.png"));
+       },
+       ", 2 files passed over (2 not a regular file, as cat/pipe.png)"},
+      {[&] { fs::create_symlink("nowhere", at("x/cat/2b.png")); },
+       ", 1 files passed over (1 not a regular file, as cat/2b.png)"},
+      {[&] { fs::create_directories(at("x/bird")), fs::create_directories(at("x/axe/one")); },
+       ", folders without images: axe, bird"},
+      {[&] { put("x/bird/1.jpeg", ""); },
+       ", folders without images: bird, 1 files passed over (1 not PNG, as bird/1.jpeg)"},
+      {[&] { fs::create_symlink(".", at("x/self")), fs::create_symlink("loop", at("x/loop")); },
+       ", 2 files passed over (2 at the top, outside the captions' folders, as loop)"},
+      {[&] {
+         fs::create_symlink("..", at("x/cat/up")), fs::create_symlink("../..", at("x/dog/up"));
+       },
+       ", 2 files passed over (2 deeper than a caption's folder, as cat/up)"},
+      {[&] { put("x/cat/\x1b[2J\n", ""); },
+       ", 1 files passed over (1 not PNG, as cat/\\x1b[2J\\x0a)"},
+      {[&] { put("x/cat/notes.txt", ""), put("x/.hidden", ""), put("x/dog/a.gif", ""); },
+       ", 3 files passed over (1 hidden, as .hidden; 2 not PNG, as cat/notes.txt)"},
+  };
+  fs::copy(at("x"), at("saved"), fs::copy_options::recursive);
   for (const auto& row : table) {
-    std::vector<int32_t> seen;
-    for (bool train : {true, false}) {
-      Dataset data;
-      data.images = row.images, data.channels = 1, data.height = 1, data.width = 2;
-      for (size_t n = 0; n < row.images; ++n) {
-        data.pixels.insert(data.pixels.end(), {float(n), -float(n)});
-        data.caption.push_back(int32_t(n));
-      }
-      keep_split(data, train);
-      ASSERT_EQ(data.caption.size(), data.images);
-      ASSERT_EQ(data.pixels.size(), 2 * data.images);
-      for (size_t n = 0; n < data.images; ++n) {
-        EXPECT_EQ(data.pixels[2 * n], float(data.caption[n]));
-        EXPECT_EQ(data.pixels[2 * n + 1], -float(data.caption[n]));
-      }
-      EXPECT_TRUE(train || data.caption == row.held_out) << row.images;
-      seen.insert(seen.end(), data.caption.begin(), data.caption.end());
-    }
+    row.add();
+    Loaded loaded = load(at("x"));
+    EXPECT_EQ(loaded.out, "21 images of 1x4x4, 2 captions, 1 held out" + row.words + "\n");
+    EXPECT_EQ(loaded.err, "");
+    EXPECT_EQ(loaded.data.train.caption, bare.train.caption);
+    fs::remove_all(at("x"));
+    fs::copy(at("saved"), at("x"), fs::copy_options::recursive);
+  }
+  fs::create_symlink("cat", at("x/kitten"));
+  EXPECT_EQ(load(at("x")).data.train.names, (std::vector<std::string>{"cat", "dog", "kitten"}))
+      << "a link to a folder is one";
+  // Nothing to take: why is said here too.
+  picture("flat/1.png"), picture("flat/a/b/1.png");
+  EXPECT_ERROR(load(at("flat")), "1 deeper than a caption's folder, as a/b/1.png");
+}
+
+TEST_F(FolderTest, CaptionsOfTheSameWordsAreToldApartByNobody) {
+  picture("x/Hot  dog/1.png"), picture("x/hot dog/1.png"), picture("x/\x1b/1.png");
+  EXPECT_EQ(load(at("x")).err, "note: " + at("x") +
+                                   "/hot dog has the same words as Hot  dog: to "
+                                   "the network they are one\n");
+  picture("y/ /1.png");
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "y/  has the same words as no caption",
+                      load(at("y")).err);
+  picture("z/cat/1.png"),
+      picture(
+          "z/a photo of a \x1b"
+          "cat/1.png"),
+      picture("z/A photo of a cat/1.png");
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "z/cat has the same words as A photo of a cat",
+                      load(at("z")).err);
+}
+
+// Images (1,1,2) of n and -n, each with the caption that is given.
+Dataset numbered(const std::vector<int32_t>& captions, size_t names) {
+  Dataset data;
+  data.images = captions.size(), data.channels = 1, data.height = 1, data.width = 2;
+  data.caption = captions, data.names.resize(names), data.captions = names;
+  for (size_t n = 0; n < data.images; ++n)
+    data.pixels.insert(data.pixels.end(), {float(n), -float(n)});
+  return data;
+}
+// The images' numbers, which their pixels and captions must agree on.
+std::vector<size_t> numbers_of(const Dataset& data, const std::vector<int32_t>& captions) {
+  std::vector<size_t> numbers;
+  EXPECT_EQ(data.caption.size(), data.images);
+  EXPECT_EQ(data.pixels.size(), 2 * data.images);
+  for (size_t i = 0; i < data.images; ++i) {
+    size_t n = size_t(data.pixels[2 * i]);
+    EXPECT_EQ(data.pixels[2 * i + 1], -float(n));
+    EXPECT_EQ(data.caption[i], captions[n]);
+    numbers.push_back(n);
+  }
+  return numbers;
+}
+
+TEST(Split, EveryImageIsTrainedOnOrHeldOutAndEveryWordIsTrainedOn) {
+  auto same = [](size_t n, int32_t caption = 0) { return std::vector<int32_t>(n, caption); };
+  auto with = [](std::vector<int32_t> captions, std::map<size_t, int32_t> others) {
+    for (auto [n, caption] : others) captions[n] = caption;
+    return captions;
+  };
+  struct {
+    std::vector<int32_t> captions;
+    size_t names;
+    std::vector<size_t> held_out;
+    bool both = false;
+  } table[] = {
+      {same(1), 0, {0}, true},
+      {same(2), 0, {1}},
+      {same(5), 0, {4}},
+      {same(16), 0, {15}},
+      {same(17), 0, {15}},
+      {same(40), 0, {15, 31}},
+      // Captions that are numbers may be alike, and are held out whole.
+      {{0, 1}, 0, {1}},
+      {with(same(32), {{15, 1}}), 0, {15, 31}},
+      // Words.
+      {same(1), 1, {0}, true},
+      {{0, 1}, 2, {1}, true},
+      {same(40), 1, {15, 31}},
+      {with(same(32), {{15, 1}}), 2, {14, 31}},
+      {with(same(32), {{14, 1}, {15, 1}}), 2, {15, 31}},
+      {with(same(32), {{15, 1}, {31, 1}}), 2, {15, 30}},
+      {with(same(16), {{15, 1}, {14, 2}, {13, 3}}), 4, {12}},
+      {{0, 1, 2, 3, 3}, 4, {4}},
+      {{0, 0, 1, 2, 3}, 4, {1}},
+      {{0, 1, 2, 3, 4}, 5, {4}, true},
+  };
+  for (const auto& row : table) {
+    Dataset data = numbered(row.captions, row.names), held_out = hold_out(data);
+    std::vector<size_t> seen = numbers_of(data, row.captions),
+                        out = numbers_of(held_out, row.captions);
+    EXPECT_EQ(out, row.held_out);
+    if (!row.both) seen.insert(seen.end(), out.begin(), out.end());
     std::sort(seen.begin(), seen.end());
-    EXPECT_EQ(seen.size(), row.images + (row.images == 1));
-    EXPECT_EQ(size_t(std::unique(seen.begin(), seen.end()) - seen.begin()), row.images);
+    std::vector<size_t> all(row.captions.size());
+    for (size_t i = 0; i < all.size(); ++i) all[i] = i;
+    EXPECT_EQ(seen, all);
   }
 }
 
+TEST_F(FolderTest, AClassOfOneImageIsTrainedOn) {
+  for (int i = 0; i < 15; ++i) picture("x/cat/" + std::to_string(i) + ".png");
+  picture("x/dog/1.png", level(1));
+  Loaded loaded = load(at("x"));
+  EXPECT_EQ(loaded.out, "16 images of 1x4x4, 2 captions, 1 held out\n");
+  EXPECT_EQ(loaded.data.train.caption.back(), 1);
+  picture("y/cat/1.png"), picture("y/dog/1.png");
+  EXPECT_EQ(load(at("y")).out,
+            "2 images of 1x4x4, 2 captions, 0 held out (none can be spared: it is "
+            "validated on images that it trains on)\n");
+}
+
 TEST_F(DataTest, WhatIsNoDataSetIsRefused) {
-  EXPECT_ERROR(load_dataset(at("nowhere"), true), "expected fashion-mnist, a .safetensors file");
-  EXPECT_ERROR(load_dataset(put("x.txt", "x"), true), "expected fashion-mnist");
-  EXPECT_ERROR(load_dataset(at("x.safetensors"), true), "No such file");
-  EXPECT_ERROR(load_dataset(folder_, true), "holds no PNG images");
-  EXPECT_ERROR(load_dataset(std::string(300, 'x'), true), "expected fashion-mnist");
+  EXPECT_ERROR(load(at("nowhere")), "expected fashion-mnist, a .safetensors file");
+  EXPECT_ERROR(load(put("x.txt", "x")), "expected fashion-mnist");
+  EXPECT_ERROR(load(at("x.safetensors")), "No such file");
+  EXPECT_ERROR(load(folder_), "holds no PNG images");
+  EXPECT_ERROR(load(std::string(300, 'x')), "expected fashion-mnist");
   fs::path before = fs::current_path();
   fs::current_path(folder_);
-  std::string error = error_of([] { load_dataset("fashion-mnist", true); });
+  std::string error = error_of([] { load("fashion-mnist"); });
   fs::current_path(before);
   if (fs::exists("/usr/share/datasets/fashion-mnist")) return;
   EXPECT_PRED_FORMAT2(testing::IsSubstring, "bash data/fetch.sh", error);

@@ -567,6 +567,7 @@ TEST(Gemm, AgreesWithATripleLoopInFloat) { on_every_device(check_gemms<float, fl
 TEST(Gemm, AgreesWithATripleLoopInBf16) { on_every_device(check_gemms<bf16, bf16>); }
 TEST(Gemm, AgreesWithATripleLoopFromBf16IntoFloat) { on_every_device(check_gemms<bf16, float>); }
 
+#ifdef _OPENMP
 template <class T>
 std::vector<T> product_on(int threads, Sizes s) {
   omp_set_num_threads(threads);
@@ -593,6 +594,7 @@ TEST(Gemm, BitsDoNotDependOnTheNumberOfThreads) {
   }
   omp_set_num_threads(before);
 }
+#endif
 
 // ---------------------------------------------------------------------------------------------
 // 6. Random numbers

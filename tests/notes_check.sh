@@ -4,6 +4,7 @@
 # test of a statement must be in it. A name stands in backticks after its file; Suite.* means any
 # test of the suite. Exit status 1 and a line a fault otherwise.
 set -uo pipefail
+export LC_ALL=C.UTF-8  # decimal points, not commas
 notes=${1:-NOTES.md} faults=0
 fault() {
   echo "$notes: $1"

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Runs the test programs in folder $1 and adds up. Last line: "N passed, N failed, N skipped".
+# Runs the test programs in the folders $@ and adds up. Last line: "N passed, N failed, N skipped".
 set -uo pipefail
+export LC_ALL=C.UTF-8  # decimal points, not commas
 passed=0 failed=0 skipped=0
-for test in "$1"/*_test; do
+for test in ${@/%//*_test}; do
+  [ $# -eq 1 ] || echo "== $test"
   log=$(mktemp)
   "$test" --gtest_brief=1 2>&1 | tee "$log"
   status=${PIPESTATUS[0]}

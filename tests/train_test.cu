@@ -2486,6 +2486,21 @@ TEST_F(CommandTest, ProbeReadsTimeOffTheStates) {
   }
 }
 
+// By itself bf16 is for tensor cores: of a GPU from 8.0 on, by a binary that has code for them.
+TEST(Precision, IsBf16WhereTensorCoresTakeIt) {
+  bool fast = built_for() >= 800;
+#ifdef __CUDACC__
+  cudaDeviceProp properties;
+  if (Device::gpus() > 0 && cudaGetDeviceProperties(&properties, 0) == cudaSuccess)
+    fast = fast && properties.major >= 8;
+#endif
+  EXPECT_EQ((Machine{"cpu", "auto"}.chosen_precision()), "fp32");
+  EXPECT_EQ((Machine{"gpu", "auto"}.chosen_precision()), fast ? "bf16" : "fp32");
+  EXPECT_EQ((Machine{"auto", "auto"}.chosen_precision()),
+            Device::gpus() > 0 && fast ? "bf16" : "fp32");
+  EXPECT_EQ((Machine{"gpu", "bf16"}.chosen_precision()), "bf16");
+}
+
 // What fails for want of gates says what helps.
 TEST(Gradcheck, SaysWhatAChaoticNetworkNeeds) {
   const std::string flags = "--device cpu --depth 3 --tolerance 1e-30 --residual ";

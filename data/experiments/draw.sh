@@ -2,7 +2,11 @@
 # shellcheck shell=bash disable=SC2154  # root, figures, csv, experiment, work: the driver's
 
 # The packed file $1 (runs, losses, diagnostics) of experiment $2, by default the present one.
-unpacked() { gzip -dc "$csv/${2:-$experiment}_$1.csv.gz"; }
+unpacked() {
+  local file=$csv/${2:-$experiment}_$1.csv.gz
+  [ -e "$file" ] || die "there is no $file to draw from: run ${2:-$experiment} first"
+  gzip -dc "$file"
+}
 
 # Puts one run's losses and diagnostics into $work/RUN as train would have written them: log.csv,
 # diagnostics.csv. $2: its experiment.
@@ -79,7 +83,7 @@ results_table() {
       if (count[g, i] == 1) return sprintf("%.3f", sum[g, i])
       return sprintf("%.3f (%.3f to %.3f)", sum[g, i] / count[g, i], low[g, i], high[g, i]) }
     END { for (k = 1; k <= groups; k++) { g = order[k]
-      printf "| %s | %d | %d | %s | %s | %s | %s |\n", g, n[g], trained[g], others[g] == "" ? "-" : others[g],
+      printf "| %s | %d | %d | %s | %s | %s | %s |\n", g, n[g], trained[g], (others[g] == "" ? "-" : others[g]),
         shown(g, 1), shown(g, 2), shown(g, 3) } }'
   echo
   made_by
@@ -87,12 +91,10 @@ results_table() {
 
 # Where, in what time and by which commit the runs were made. (Runs from before the driver have no time.)
 made_by() {
-  unpacked runs | awk -F, 'NR > 1 { s += $12; if ($12 == "") untimed = 1; on[$13] = 1; of[$14] = 1; n++ }
-    END { printf "%d runs, %son", n, untimed ? "" : sprintf("%.0f s in all, ", s)
-      for (m in on) printf " %s", m
-      printf "; commit"
-      for (c in of) printf " %s", c
-      print "." }'
+  unpacked runs | awk -F, 'NR > 1 { s += $12; if ($12 == "") untimed = 1; n++
+      if (!on[$13]++) machines = machines " " $13
+      if (!of[$14]++) commits = commits " " $14 }
+    END { printf "%d runs, %son%s; commit%s.\n", n, (untimed ? "" : sprintf("%.0f s in all, ", s)), machines, commits }'
   echo
 }
 

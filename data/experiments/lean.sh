@@ -40,7 +40,7 @@ differences() {
       print "|---|---|---|---|---|"
       line("states", "lean, seed 1, less fp32, seed 1"); line("seeds", "fp32, seed 2, less fp32, seed 1")
       printf "\nThe states differ by %s than the seeds do (largest and mean).\n\n",
-        most["states"] <= most["seeds"] && all["states"] <= all["seeds"] ? "no more" : "MORE" }
+        (most["states"] <= most["seeds"] && all["states"] <= all["seeds"] ? "no more" : "MORE") }
     function compare(what, one, s,  d, a) {
       d = mean[one, s] - mean["fp32_1", s]; a = d < 0 ? -d : d
       print s, d >(work "/" what)

@@ -14,7 +14,7 @@ draw() {
   draw_losses pictures_loss "400 layers, MV-Split"
   echo "![samples]($figures/pictures_mvsplit.png)"
   local collapsed
-  collapsed=$figures/scream_$(screamed 2>/dev/null).png
+  collapsed=$figures/scream_$(screamed 2>/dev/null || true).png
   if [ -e "$collapsed" ]; then echo "![samples of a collapsed network]($collapsed)"; fi
   echo
 }

@@ -16,7 +16,7 @@ runs() {
 # At nine depths, from the first block's input to the trunk's output.
 after() {
   local depth images=4096
-  depth=$(option depth "$1/config.ini")
+  depth=$(option depth "$1/recipe.ini")
   if [ "$SCALE" = tiny ]; then images=512; fi
   "$program" probe --weights "$1/weights.safetensors" --layers "$(layers 9 $((depth + 1)))" \
     --images $images --out "$1/probe.csv"

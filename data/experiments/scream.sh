@@ -21,11 +21,11 @@ runs() {
 # Puts the diagnostics of every step from 100 before the collapse to 100 after it among those of every tenth.
 after() {
   local dir=$1/event at first last steps
-  at=$(judge "$1/log.csv" | cut -d, -f4) steps=$(option steps "$1/config.ini")
+  at=$(judge "$1/log.csv" | cut -d, -f4) steps=$(option steps "$1/recipe.ini")
   [ -n "$at" ] || return 0
   first=$((at > 100 ? at - 100 : 1)) last=$((at + 100 < steps ? at + 100 : steps))
   rm -rf "$dir"
-  mkdir "$dir" && cp "$1/config.ini" "$dir" &&
+  mkdir "$dir" && cp "$1/recipe.ini" "$dir" &&
     train "$dir" --steps $((first - 1)) && train "$dir" --steps $last --diagnose-every 1 &&
     cmp "$dir/log.csv" <(head -n $((last + 1)) "$1/log.csv") &&
     {
