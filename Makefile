@@ -5,7 +5,8 @@
 # make bench-peer  and beside PyTorch, whose outputs and gradients are compared too
 # make        build the program, build/mvsplit
 # make figures RUN=dir   draw a run's diagnostics (train --diagnose-every N) into dir/figures
-# make experiment NAME=scream   run an experiment, or all: see NOTES.md (QUICK=1: smaller; REDRAW=1: draw only)
+# make experiment NAME=scream   run an experiment, or all (QUICK=1: smaller; REDRAW=1: draw only);
+#             data/experiments/RESULTS.md tells what they found
 # make compile_commands   write compile_commands.json, for clangd
 # make help   print this
 #

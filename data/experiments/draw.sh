@@ -123,7 +123,7 @@ trajectory() {
     END { if (head != "") printf "| %s: mean of the 50 steps to |%s\n|---|%s\n| loss |%s\n\n", run, head, line, row }'
 }
 
-# The report of a spike that run $1 left, for the notes, after a line that counts which gradients lead.
+# The report of a spike that run $1 left, for RESULTS.md, after a line that counts which gradients lead.
 spike_report() {
   local file=$csv/${experiment}_$1_spike.txt
   [ -e "$file" ] || { echo "No report of a spike of the run $1 is kept."; echo; return 0; }
