@@ -684,7 +684,7 @@ inline void add_device(Subcommand& sub, Machine& machine) {
 inline void add_machine_options(Subcommand& sub, Machine& machine) {
   add_device(sub, machine);
   sub.add("precision", machine.precision,
-          "of storage: fp64, fp32, bf16; auto: bf16 on a GPU, fp32 on a CPU",
+          "of storage: fp64, fp32, bf16; auto: bf16 on a GPU from 8.0 on, else fp32",
           {"auto", "fp64", "fp32", "bf16"});
 }
 
