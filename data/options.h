@@ -192,11 +192,11 @@ inline std::string take(const std::string& text, double& x) {
   return number ? "" : "a decimal number that a double holds, such as 0.001 or 1e-3";
 }
 inline std::string take(const std::string& text, size_t& x, size_t least = 0,
-                        size_t most = automatic - 1) {
+                        size_t most = SIZE_MAX) {
   std::optional<size_t> number = whole_number(text);
   if (number && *number >= least && *number <= most) return x = *number, "";
   return "a whole number in decimal digits, " +
-         (most < automatic - 1 ? text_of("from %zu to %zu", least, most) : "below 2^64");
+         (most < SIZE_MAX ? text_of("from %zu to %zu", least, most) : "below 2^64");
 }
 
 // The words of a list, which may have been written with brackets, quotes or blanks.
@@ -214,9 +214,9 @@ inline Words split_list(const Words& texts) {
   return words;
 }
 template <class Container>
-std::string join_list(const Container& words) {
+std::string join_list(const Container& words, const char* between = ",") {
   std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : ",") + word;
+  for (const std::string& word : words) text += (text.empty() ? "" : between) + word;
   return text;
 }
 
@@ -239,7 +239,7 @@ class Subcommand {
   }
 
   void add(const char* option, size_t& x, const char* about = "", size_t least = 0,
-           size_t most = automatic - 1) {
+           size_t most = SIZE_MAX) {
     auto read = [=, &x](const Words& texts) { return take(texts[0], x, least, most); };
     add({option, Option::value, read, [&] { return std::to_string(x); }}, "UINT", about);
   }
@@ -259,7 +259,7 @@ class Subcommand {
     auto read = [=, &x](const Words& texts) -> std::string {
       x = texts[0];
       bool known = choices.empty() || std::count(choices.begin(), choices.end(), x);
-      return known ? "" : "one of " + join_list(choices);
+      return known ? "" : "one of " + join_list(choices, ", ");
     };
     add({option, Option::value, read, [&] { return x; }}, "TEXT", about);
   }
@@ -267,7 +267,7 @@ class Subcommand {
   void add_or_auto(const char* option, size_t& x, const char* about) {
     auto read = [&](const Words& texts) {
       if (texts[0] == "auto") return x = automatic, std::string();
-      std::string expected = take(texts[0], x);
+      std::string expected = take(texts[0], x, 0, 100000);
       return expected.empty() ? expected : expected + ", or auto";
     };
     auto write = [&] { return x == automatic ? "auto" : std::to_string(x); };
@@ -367,7 +367,8 @@ inline const Option& known(const Subcommand& sub, const std::vector<Subcommand>&
   for (const Subcommand& other : all)
     if (other.find(name)) others.push_back(other.name);
   for (const Option& o : sub.options) names.push_back(o.name);
-  std::string hint = others.empty() ? like(name, names, dashes) : ", but of " + join_list(others);
+  std::string hint =
+      others.empty() ? like(name, names, dashes) : ", but of " + join_list(others, ", ");
   if (hint.empty()) hint = " (mvsplit " + sub.name + " --help lists them)";
   fail("%s'%s%s' is no option of %s%s", place.c_str(), dashes, name.c_str(), sub.name.c_str(),
        hint.c_str());
@@ -402,7 +403,7 @@ struct CommandLine {
 
 // The words behind the program's name. Fails on what is unknown, in excess or missing.
 inline CommandLine read_words(Words words, const std::vector<Subcommand>& all) {
-  const std::string choices = ": choose one of " + join_list(names_of(all));
+  const std::string choices = ": choose one of " + join_list(names_of(all), ", ");
   size_t at = 0;  // of the subcommand: --config may stand before it
   while (at < words.size() && words[at].rfind("--config", 0) == 0)
     at += words[at] == "--config" ? 2 : 1;
@@ -531,8 +532,8 @@ inline std::map<std::string, GivenOptions> read_ini(const std::string& path,
       std::string name = trimmed(line.substr(1, end - 1));
       section = find(all, name);
       if (!section)
-        fail("%sthere is no section [%s], but [%s]%s", place.c_str(), name.c_str(),
-             join_list(names_of(all)).c_str(), like(name, names_of(all)).c_str());
+        fail("%sthere is no section [%s]: choose one of %s%s", place.c_str(), name.c_str(),
+             join_list(names_of(all), ", ").c_str(), like(name, names_of(all)).c_str());
       continue;
     }
     size_t equals = line.find('=');
@@ -602,20 +603,36 @@ inline void check_output(const Subcommand& sub, const GivenOptions& given) {
 // ---------------------------------------------------------------------------------------------
 // 4. The options
 
+// The names of all merges' gates, each once; and where the gates of a name start, by merge.
+inline Words gate_names() {
+  std::set<std::string> names;
+  for (const Residual& residual : residuals)
+    for (const Gate& gate : about(residual.ffn).gates) names.insert(gate.name);
+  return {names.begin(), names.end()};
+}
+inline std::string starts_of(const std::string& name) {
+  std::string text;
+  Merges::each([&](auto m) {
+    for (const Gate& gate : decltype(m)::gates())
+      if (gate.name == name)
+        text += (text.empty() ? "" : ", ") + (decltype(m)::name + (" " + shortest(gate.start)));
+  });
+  return text;
+}
+
 inline void add_model_options(Subcommand& sub, Config& m) {
   sub.add("depth", m.depth, "blocks");
   sub.add("width", m.width, "channels D of a token");
   sub.add("heads", m.heads, "attention heads");
   sub.add("ffn", m.ffn, "width of the FFN");
   sub.add("patch", m.patch, "pixels along a patch");
-  sub.add("residual", m.residual,
-          "postnorm, prenorm, layerscale, rezero, mvsplit, mvsplit-attention, mvsplit-ffn, "
-          "mvsplit-noleak");
+  Words modes;
+  for (const Residual& residual : residuals) modes.push_back(residual.name);
+  sub.add("residual", m.residual, join_list(modes).c_str());
   sub.add("means", m.means,
           "that MV-Split takes: segment, of image and of text tokens; global, of all");
-  sub.add("alpha", m.alpha, "MV-Split's mean gate at the start");
-  sub.add("beta", m.beta, "MV-Split's centered gate at the start");
-  sub.add("lambda", m.lambda, "LayerScale's or ReZero's gate at the start", "1e-2, 0");
+  for (const std::string& name : gate_names())
+    sub.add(name.c_str(), m.gates[name], ("where this gate starts: " + starts_of(name)).c_str());
   sub.add("writer-std", m.writer_std, "W_O and W2 start as N(0, std^2); -1: the mode's own");
   sub.add("final-std", m.final_std, "so does the final projection");
   sub.add_flag("no-patch-bias", m.patch_bias, "no bias in the patch embedding", false);
@@ -633,7 +650,8 @@ inline void add_data_sizes(Subcommand& sub, Config& m) {
 
 inline void add_train_options(Subcommand& sub, TrainOptions& o) {
   add_model_options(sub, o.model);
-  sub.add_list("fix", o.model.fix, "gates that are not trained: alpha, beta, lambda");
+  sub.add_list("fix", o.model.fix,
+               ("gates that are not trained: " + join_list(gate_names())).c_str());
   sub.add("batch", o.batch, "images of a forward pass");
   sub.add("accumulate", o.accumulate, "passes of a step");
   sub.add("steps", o.steps, "steps, from the start of the run");
@@ -749,7 +767,7 @@ inline Subcommand add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& mac
   o.model.depth = 1000, o.model.width = 16, o.model.heads = 2, o.model.ffn = 24;
   o.model.channels = 2, o.model.height = 4, o.model.image_width = 6, o.model.patch = 2;
   o.model.text_tokens = 3, o.model.text_dim = 5;
-  o.model.alpha = 0.03, o.model.beta = 0.1, o.model.lambda = 0.1;
+  for (const std::string& gate : gate_names()) o.model.gates[gate] = gate == "alpha" ? 0.03 : 0.1;
   o.model.writer_std = 0.25, o.model.final_std = 0.25;
   Subcommand sub(app, "gradcheck", "gradients of the whole network by differences");
   add_model_options(sub, o.model);
@@ -778,7 +796,8 @@ inline Subcommand add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Mac
 
 // Is an option of train kept with the run? All are but where the run is, and gates that it has not.
 inline bool is_kept(const std::string& option, const Config& m) {
-  bool gate = option == "alpha" || option == "beta" || option == "lambda";
+  const Words gates = gate_names();
+  bool gate = std::count(gates.begin(), gates.end(), option);
   return gate ? m.has_gate(option) : option != "config" && option != "out" && option != "resume";
 }
 
@@ -786,7 +805,7 @@ inline bool is_kept(const std::string& option, const Config& m) {
 // kept.
 inline std::string ini_of(TrainOptions o, Machine machine, const char* state) {
   o.state = state, machine.precision = machine.chosen_precision();
-  if (o.model.has_gate("lambda")) o.model.lambda = o.model.lambda_init();
+  for (const Gate& gate : o.model.gates_of_mode()) o.model.gates[gate.name] = o.model.start(gate);
   CLI::App app;
   const Subcommand train = add_train(app, o, machine);
   std::string text =
@@ -822,5 +841,6 @@ inline void set_resumed(const Subcommand& train, const std::vector<Subcommand>& 
   }
   std::printf("options that are not given are those of %s\n", visible(path).c_str());
   if (!silent.empty())
-    std::printf("note: it does not say %s: their defaults are taken\n", join_list(silent).c_str());
+    std::printf("note: it does not say %s: their defaults are taken\n",
+                join_list(silent, ", ").c_str());
 }

@@ -113,7 +113,7 @@ class TrainTest : public testing::Test {
     TrainOptions o;
     Config& m = o.model;
     m.depth = depth, m.width = 32, m.heads = 2, m.ffn = 64, m.patch = 2;
-    m.writer_std = 0.1, m.final_std = 0.1, m.alpha = 0.1, m.beta = 0.5;
+    m.writer_std = 0.1, m.final_std = 0.1, m.gates = {{"alpha", 0.1}, {"beta", 0.5}};
     fit_to_data(m, data_);
     o.batch = 4, o.optimizer.warmup = 2, o.out = folder_;
     return o;
@@ -362,7 +362,8 @@ TEST_F(TrainTest, FixedGatesKeepTheirValuesAndStayOutOfTheNorm) {
     for (const auto& row : rows) {
       SCOPED_TRACE(std::string(row.residual) + row.ends);
       TrainOptions o = options();
-      o.model.residual = row.residual, o.model.lambda = 0.5, o.model.fix = row.fix, o.ema = 0.9;
+      o.model.residual = row.residual, o.model.gates["lambda"] = 0.5, o.model.fix = row.fix,
+      o.ema = 0.9;
       Trainer<decltype(type), decltype(kept)> t(device, o, data_, held_out_);
       const Table& table = t.net.table;
       std::vector<A> first = from(device, t.a.average, table.size);
@@ -1213,7 +1214,7 @@ TEST(Spike, ReportSaysWhatKindItIs) {
 TEST_F(TrainTest, TheLossFalls) {
   every_state([&](Device& device, auto type, auto kept) {
     TrainOptions o = options();
-    o.model.writer_std = -1, o.model.final_std = 0, o.model.alpha = 0, o.model.beta = 1;
+    o.model.writer_std = -1, o.model.final_std = 0, o.model.gates.clear();
     o.batch = 8, o.optimizer.warmup = 10, o.optimizer.lr = 3e-3;
     Trainer<decltype(type), decltype(kept)> t(device, o, data_, held_out_);
     double before = t.validate();
@@ -2641,7 +2642,7 @@ TEST(Gradcheck, PassesAtAThousandLayers) {
   for (const std::string& device : device_flags())
     for (const Residual& residual : residuals) {
       std::string flags = device + " --depth 1000 --recompute 32 --residual " + residual.name;
-      if (residual.attention == Merge::plain || residual.ffn == Merge::plain)
+      if (residual.attention == merge_of<PostNorm> || residual.ffn == merge_of<PostNorm>)
         flags += " --writer-std 0.02";
       Outcome outcome = run("gradcheck", flags);
       EXPECT_EQ(outcome.status, 0) << outcome.out;
@@ -2656,7 +2657,7 @@ TEST(Gradcheck, PassesForEveryResidualAndCanFail) {
       c.residual = residual.name;
       std::string flags = device + " --depth 24 --recompute 7 --residual " + residual.name;
       // Ungated branches drown the early layers unless they are weak.
-      if (residual.attention == Merge::plain || residual.ffn == Merge::plain)
+      if (residual.attention == merge_of<PostNorm> || residual.ffn == merge_of<PostNorm>)
         flags += " --writer-std 0.02";
       Outcome good = run("gradcheck", flags), bad = run("gradcheck", flags, "--tolerance 1e-30");
       EXPECT_EQ(good.status, 0) << good.out;
