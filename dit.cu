@@ -19,27 +19,28 @@
 
 #include <array>
 #include <functional>
+#include <map>
 #include <optional>
 #include <set>
 
 // ---------------------------------------------------------------------------------------------
 // 1. Configuration and parameters
 
-// What a residual mode means: the kind of merge after attention and after the FFN.
+// What a residual mode means: the merge after attention and the one after the FFN.
 struct Residual {
-  const char* name;
+  std::string name;
   Merge attention, ffn;
 };
-inline const Residual residuals[] = {
-    {"postnorm", Merge::plain, Merge::plain},
-    {"prenorm", Merge::prenorm, Merge::prenorm},
-    {"layerscale", Merge::layerscale, Merge::layerscale},
-    {"rezero", Merge::rezero, Merge::rezero},
-    {"mvsplit", Merge::mvsplit, Merge::mvsplit},
-    {"mvsplit-attention", Merge::mvsplit, Merge::plain},  // the split on one branch only
-    {"mvsplit-ffn", Merge::plain, Merge::mvsplit},
-    {"mvsplit-noleak", Merge::mvsplit_noleak, Merge::mvsplit_noleak},
-};
+inline const std::vector<Residual> residuals = [] {
+  std::vector<Residual> all;
+  Merges::each([&](auto m) {
+    all.push_back({decltype(m)::name, merge_of<decltype(m)>, merge_of<decltype(m)>});
+  });
+  all.push_back(
+      {"mvsplit-attention", merge_of<MvSplit>, merge_of<PostNorm>});  // on one branch only
+  all.push_back({"mvsplit-ffn", merge_of<PostNorm>, merge_of<MvSplit>});
+  return all;
+}();
 
 struct Config {
   size_t depth = 48, width = 64, heads = 4, ffn = 192;
@@ -49,11 +50,10 @@ struct Config {
   std::string means = "segment";  // of the merges: over a segment's tokens, or global: a sequence's
   bool patch_bias = true;  // of the patch embedding; without it RMSNorm hides a patch's magnitude
   double norm_eps = 1e-6;  // of the merges and the input norms
-  double alpha = 0, beta = 1;    // MV-Split's gates at the start
-  std::optional<double> lambda;  // LayerScale's or ReZero's; by default 1e-2 and 0
-  std::set<std::string> fix;     // gates that keep these values: alpha, beta, lambda
-  double writer_std = -1;        // W_O, W2 ~ N(0, std^2); negative: the mode's own, see below
-  double final_std = 0;          // the final projection
+  std::map<std::string, std::optional<double>> gates;  // where they start, else as their merge says
+  std::set<std::string> fix;                           // gates that keep these values
+  double writer_std = -1;  // W_O, W2 ~ N(0, std^2); negative: as the merge says
+  double final_std = 0;    // the final projection
 
   size_t image_tokens() const { return height / patch * (image_width / patch); }
   size_t tokens() const { return image_tokens() + text_tokens; }
@@ -70,19 +70,23 @@ struct Config {
     for (const Residual& r : residuals) known += std::string(known.empty() ? "" : ", ") + r.name;
     fail("residual '%s' is not known: choose one of %s", residual.c_str(), known.c_str());
   }
-  double lambda_init() const { return lambda.value_or(residual == "rezero" ? 0 : 1e-2); }
   // Writers start at zero, so that each block starts as the identity (RMSNorm leaves a normalised
-  // token alone, up to eps, while alpha = 0). Not ReZero's: with lambda = 0 and W = 0, dlambda =
-  // sum Delta * F and dF = lambda Delta would both be zero for ever. LayerScale's are the paper's
-  // choice (Table 3).
-  double writer_init() const {
-    if (writer_std >= 0) return writer_std;
-    return residual == "layerscale" || residual == "rezero" ? 0.02 : 0;
+  // token alone, up to eps, while alpha = 0), unless the merge says otherwise.
+  double writer_init() const { return writer_std >= 0 ? writer_std : about(mode().ffn).writer_std; }
+  // The gates of either merge, each once.
+  std::vector<Gate> gates_of_mode() const {
+    std::vector<Gate> all = about(mode().attention).gates;
+    if (all.empty()) all = about(mode().ffn).gates;
+    return all;
   }
   bool has_gate(const std::string& name) const {
-    bool split = splits(mode().attention) || splits(mode().ffn);
-    if (name == "alpha" || name == "beta") return split;
-    return name == "lambda" && !split && has_gates(mode().ffn);
+    for (const Gate& gate : gates_of_mode())
+      if (gate.name == name) return true;
+    return false;
+  }
+  double start(const Gate& gate) const {
+    auto at = gates.find(gate.name);
+    return at == gates.end() ? gate.start : at->second.value_or(gate.start);
   }
   void check() const;
 };
@@ -159,6 +163,12 @@ struct Table {
   }
 };
 
+// A gate's name in a checkpoint, behind its block's: of the merge after attention (0) or the FFN (1).
+inline std::string file_name(const Gate& gate, int merge) {
+  std::string name = gate.file;
+  return name.replace(name.find('#'), 1, std::to_string(merge + 1));
+}
+
 // Each tensor starts at a multiple of 8 elements (16 bytes of bf16). A (D, D) matrix is a multiple
 // of 16 long, so W_Q, W_K, W_V follow one another without a gap and are read as one (3D, D) matrix.
 inline Table parameter_table(const Config& c) {
@@ -168,10 +178,6 @@ inline Table parameter_table(const Config& c) {
     p.offset = round_up(table.size, 8);
     table.size = p.offset + p.count();
     table.parameters.push_back(std::move(p));
-  };
-  auto add_gate = [&](const std::string& name, const char* gate, size_t size, double start) {
-    add(name, {size}, Init::constant, start);
-    table.parameters.back().fixed = c.fix.count(gate);
   };
   auto linear = [](size_t fan_in) { return 1 / std::sqrt(double(fan_in)); };
   size_t D = c.width, p = c.patch;
@@ -189,17 +195,12 @@ inline Table parameter_table(const Config& c) {
     add(block + "operator.proj.weight", {D, D}, Init::normal, c.writer_init());
     add(block + "ffn.w13.weight", {2 * c.ffn, D}, Init::uniform, linear(D));
     add(block + "ffn.w2.weight", {D, c.ffn}, Init::normal, c.writer_init());
-    for (int m = 0; m < 2; ++m) {
-      std::string number = std::to_string(m + 1);
-      if (splits(merges[m])) {
-        add_gate(block + "fused_mvsplit_norm" + number + ".alpha", "alpha", D, c.alpha);
-        add_gate(block + "fused_mvsplit_norm" + number + ".beta", "beta", D, c.beta);
-      } else if (merges[m] == Merge::layerscale) {
-        add_gate(block + "layerscale" + number, "lambda", D, c.lambda_init());
-      } else if (merges[m] == Merge::rezero) {
-        add_gate(block + "rezero" + number, "lambda", 1, c.lambda_init());
+    for (int m = 0; m < 2; ++m)
+      for (const Gate& gate : about(merges[m]).gates) {
+        size_t size = about(merges[m]).one_number ? 1 : D;
+        add(block + file_name(gate, m), {size}, Init::constant, c.start(gate));
+        table.parameters.back().fixed = c.fix.count(gate.name);
       }
-    }
     table.size = round_up(table.size, 64);
     table.block_stride = table.size - start;
   }
@@ -227,7 +228,8 @@ struct Parameters {
     BlockParameters<P> b = first_block;
     auto shift = [&](P*& p) { p = p ? p + i * block_stride : nullptr; };
     for (P** p : {&b.qkv, &b.proj, &b.w13, &b.w2}) shift(*p);
-    for (Gates<P>& g : b.gates) shift(g.alpha), shift(g.beta), shift(g.lambda);
+    for (Gates<P>& g : b.gates)
+      for (P*& p : g.of) shift(p);
     return b;
   }
 };
@@ -239,16 +241,18 @@ Parameters<P> locate(const Config& config, const Table& table, P* slab) {
       if (p.name == name) return slab + p.offset;
     return nullptr;
   };
-  auto gates = [&](Merge merge, const std::string& number) {
-    std::string split = "blocks.0.fused_mvsplit_norm" + number;
-    P* lambda = find((merge == Merge::rezero ? "blocks.0.rezero" : "blocks.0.layerscale") + number);
-    return Gates<P>{merge, find(split + ".alpha"), find(split + ".beta"), lambda};
+  auto gates = [&](Merge merge, int which) {
+    Gates<P> found{merge, {}};
+    const std::vector<Gate>& list = about(merge).gates;
+    for (size_t i = 0; i < list.size(); ++i)
+      found.of[i] = find("blocks.0." + file_name(list[i], which));
+    return found;
   };
   BlockParameters<P> first{find("blocks.0.operator.q_proj.weight"),
                            find("blocks.0.operator.proj.weight"),
                            find("blocks.0.ffn.w13.weight"),
                            find("blocks.0.ffn.w2.weight"),
-                           {gates(config.mode().attention, "1"), gates(config.mode().ffn, "2")}};
+                           {gates(config.mode().attention, 0), gates(config.mode().ffn, 1)}};
   return {find("patch_embed.patch_proj.weight"),
           find("patch_embed.patch_proj.bias"),
           find("context_proj.weight"),
@@ -1298,10 +1302,9 @@ struct BlockScratch {
 // The sizes and tables that all blocks share.
 template <class T>
 struct BlockShape {
-  Tokens tokens;  // in the segments that the merges average over
+  MergeShape merge;  // with tokens in the segments that the merges average over
   Heads heads;
-  size_t D, F;
-  double eps;
+  size_t F;
   Rope<Acc<T>> rope;
 };
 
@@ -1310,7 +1313,7 @@ struct BlockShape {
 template <class T>
 void block_forward(Device& device, BlockSaved<T> s, BlockParameters<const T> w,
                    BlockScratch<T> scratch, const BlockShape<T>& shape, bool again = false) {
-  size_t rows = shape.tokens.rows(), D = shape.D, F = shape.F;
+  size_t rows = shape.merge.tokens.rows(), D = shape.merge.D, F = shape.F;
   linear_forward(device, s.qkv, s.X, w.qkv, rows, 3 * D, D);
   rope_qk_norm_forward(device, s.qkv, s.r_qk, shape.rope, shape.heads);
   if (s.log_sums)
@@ -1318,14 +1321,13 @@ void block_forward(Device& device, BlockSaved<T> s, BlockParameters<const T> w,
   else
     attention_forward(device, s.Y, s.P, scratch.scores, s.qkv, shape.heads);
   linear_forward(device, s.F1, s.Y, w.proj, rows, D, D);
-  merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.gates[0], shape.tokens, D, shape.eps, again);
+  merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.gates[0], shape.merge, again);
 
   linear_forward(device, s.u, s.X1, w.w13, rows, 2 * F, D);
   swiglu_forward(device, s.hidden, s.u, rows, F);
   linear_forward(device, s.F2, s.hidden, w.w2, rows, D, F);
   if (s.X_next)
-    merge_forward(device, s.X_next, s.merge[1], s.X1, s.F2, w.gates[1], shape.tokens, D, shape.eps,
-                  again);
+    merge_forward(device, s.X_next, s.merge[1], s.X1, s.F2, w.gates[1], shape.merge, again);
 }
 
 // G holds dL/dX_next on entry and dL/dX on return; dw, the gradients of the parameters w, = (or +=
@@ -1344,10 +1346,10 @@ template <class T, class P>
 void block_backward(Device& device, T* G, BlockParameters<P> dw, BlockSaved<T> s,
                     BlockParameters<const T> w, BlockScratch<T> scratch, const BlockShape<T>& shape,
                     bool accumulate, const std::function<void(int)>& observe = {}) {
-  size_t rows = shape.tokens.rows(), D = shape.D, F = shape.F;
+  size_t rows = shape.merge.tokens.rows(), D = shape.merge.D, F = shape.F;
   T *dF1 = scratch.dF[0], *dF2 = scratch.dF[1], *G_branch = scratch.G_branch ? scratch.G_branch : G;
-  merge_backward(device, G, dF2, dw.gates[1], G_branch, s.X_next, s.F2, w.gates[1], s.merge[1],
-                 scratch.merge[1], shape.tokens, D, accumulate);
+  merge_backward(device, G, dF2, dw.gates[1], scratch.merge[1],
+                 {G_branch, s.X_next, s.X1, s.F2, w.gates[1], s.merge[1]}, shape.merge, accumulate);
   if (observe) observe(1);
   device.beside(
       [&] { linear_backward_weight(device, dw.w2, dF2, s.hidden, rows, D, F, accumulate); });
@@ -1358,8 +1360,8 @@ void block_backward(Device& device, T* G, BlockParameters<P> dw, BlockSaved<T> s
   });
   linear_backward_input(device, G_branch, scratch.du, w.w13, rows, 2 * F, D, G_branch == G);
 
-  merge_backward(device, G, dF1, dw.gates[0], G_branch, s.X1, s.F1, w.gates[0], s.merge[0],
-                 scratch.merge[0], shape.tokens, D, accumulate);
+  merge_backward(device, G, dF1, dw.gates[0], scratch.merge[0],
+                 {G_branch, s.X1, s.X, s.F1, w.gates[0], s.merge[0]}, shape.merge, accumulate);
   if (observe) observe(0);
   device.beside([&] { linear_backward_weight(device, dw.proj, dF1, s.Y, rows, D, D, accumulate); });
   linear_backward_input(device, scratch.dY, dF1, w.proj, rows, D, D);
@@ -1425,7 +1427,7 @@ struct Arrays {
     for (auto& of_block : merges)
       for (int i = 0; i < 2; ++i) {
         of_block[i] = {c.take<A>(B * m.tokens()), nullptr, nullptr};
-        if (splits(i ? m.mode().ffn : m.mode().attention))
+        if (about(i ? m.mode().ffn : m.mode().attention).means)
           of_block[i].xbar = c.take<A>(means), of_block[i].fbar = c.take<A>(means);
       }
   }
@@ -1462,7 +1464,7 @@ struct Arrays {
     else
       scratch.dS = c.take<T>(squares);
     G = c.take<T>(rows * m.width);
-    if (m.mode().ffn == Merge::prenorm) scratch.G_branch = c.take<T>(rows * m.width);
+    if (about(m.mode().ffn).trunk_apart) scratch.G_branch = c.take<T>(rows * m.width);
     for (T*& dF : scratch.dF) dF = c.take<T>(rows * m.width);
     scratch.dY = c.take<T>(rows * m.width);
     scratch.dhidden = c.take<T>(rows * m.ffn), scratch.du = c.take<T>(2 * rows * m.ffn);
@@ -1719,9 +1721,10 @@ class Network {
   BlockShape<T> shape(size_t b) const {
     Tokens tokens{b, config.image_tokens(), config.text_tokens};
     if (config.means == "global") tokens = {b, config.tokens(), 0};
-    return {tokens,          {b, config.tokens(), config.heads, config.head_dim()},
-            config.width,    config.ffn,
-            config.norm_eps, {arrays.cosine, arrays.sine, config.image_tokens()}};
+    return {{tokens, config.width, config.norm_eps},
+            {b, config.tokens(), config.heads, config.head_dim()},
+            config.ffn,
+            {arrays.cosine, arrays.sine, config.image_tokens()}};
   }
 
   // The input (B, T, D) of block i; of block `depth`: the trunk's output.

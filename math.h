@@ -804,6 +804,158 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
   for_each(device, n, [=] HD(size_t i) { out[i] = Out(in[i]); });
 }
 
+// 4.1 Rows: how the formulas of other files are scheduled
+//
+// An array of rows of D channels, in groups. `Groups` knows them: groups(), begin(group), end(group),
+// and with fours() and four(i) pieces of up to four neighbouring rows of one group. Each function
+// below takes the formula for four channels d to d + 3, a Quad, of one row.
+
+// Neighbouring rows of one group, up to four: what belongs to the group and the channel is read once
+// for all of them. Past the last row it is the last one again.
+struct FourRows {
+  size_t group, first, last;
+
+  HD bool has(int k) const { return first + size_t(k) <= last; }
+  HD size_t row(int k) const { return min_(first + size_t(k), last); }
+};
+
+// finish(group, d, sum) with the sum of term(group, row, d) over each group's rows, once a group and
+// quad of channels; with `zero` for an empty group.
+//
+// A team takes one group and 16 to 128 channels, fewer while there are less than a thousand teams.
+// Its threads are a grid, a quad of channels a column, and each of its lines takes every lines-th
+// row, four at a time, all their loads before the first sum. (On a CPU the grid is 1 x 1.)
+template <class Sum, class Groups, class Term, class Finish>
+void sum_over_rows(const Device& device, Groups groups, size_t D, Sum zero, const Term& term,
+                   const Finish& finish) {
+  int columns = 32;
+  while (columns > 4 && groups.groups() * ceil_div(D, 4 * size_t(columns)) < 1024) columns /= 2;
+  size_t width = 4 * size_t(columns), tiles = ceil_div(D, width);
+  for_each_team(device, groups.groups() * tiles, Team::max_size, [=] HD(Team team) {
+    Team line = team.part(columns);
+    size_t group = team.index / tiles, channel = team.index % tiles * width;
+    size_t begin = groups.begin(group), end = groups.end(group);
+    for (size_t tile = 0; tile < width; tile += 4 * size_t(line.size)) {
+      size_t d = channel + tile + 4 * size_t(line.rank), lines = size_t(team.parts(columns));
+      Sum sum = zero;
+      if (d < D)
+        for (size_t row = begin + line.index; row < end; row += 4 * lines) {
+          Sum terms[4];
+          UNROLL
+          for (size_t k = 0; k < 4; ++k) terms[k] = term(group, min_(row + k * lines, end - 1), d);
+          UNROLL
+          for (size_t k = 0; k < 4; ++k)
+            if (row + k * lines < end) sum = sum + terms[k];
+        }
+      sum = team.sum_rows(sum, columns);
+      if (d < D && line.index == 0) finish(group, d, sum);
+    }
+  });
+}
+
+// Two sums that one pass makes.
+template <class A>
+struct Pair {
+  A a, b;
+};
+template <class A>
+HD Pair<A> operator+(Pair<A> x, Pair<A> y) {
+  return {x.a + y.a, x.b + y.b};
+}
+
+// finish(d, sum) with the sum of term(group, d) over all groups, for each channel d; or with
+// `one_number` that over all channels too, finish(0, sum).
+template <class Sum, class Term, class Finish>
+void sum_over_groups(const Device& device, size_t groups, size_t D, bool one_number, Sum zero,
+                     const Term& term, const Finish& finish) {
+  constexpr int columns = 8;  // channels that a team's threads have at once
+  size_t teams = one_number ? 1 : ceil_div(D, columns);
+  for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
+    Team line = team.part(columns);
+    size_t first = team.index * columns, last = one_number ? D : min_(first + columns, D);
+    Sum total = zero;
+    for (size_t tile = first; tile < last; tile += size_t(line.size)) {
+      size_t d = tile + size_t(line.rank);
+      Sum sum = zero;
+      if (d < last)
+        for (size_t group = line.index; group < groups; group += size_t(team.parts(columns)))
+          sum = sum + term(group, d);
+      if (one_number) {
+        total = total + sum;
+        continue;
+      }
+      sum = team.sum_rows(sum, columns);
+      if (d < last && line.index == 0) finish(d, sum);
+    }
+    if (!one_number) return;
+    total = team.sum_rows(total, 1);
+    if (team.rank == 0) finish(0, total);
+  });
+}
+
+// finish(row, sum) with the sum of term(row, d) over each row's channels.
+template <class A, class Term, class Finish>
+void sum_over_channels(const Device& device, size_t rows, size_t D, const Term& term,
+                       const Finish& finish) {
+  for_each_team(device, rows, threads_for_row(D), [=] HD(Team team) {
+    A sum = 0;
+    each_quad(team, D, [&](size_t d, bool inside) {
+      A one = term(team.index, d);
+      sum += inside ? one : A(0);
+    });
+    sum = team.sum(sum);
+    if (team.rank == 0) finish(team.index, sum);
+  });
+}
+
+// put(row, d, make(group, row, d)) for each row. Four rows are made before one is put: what is put may
+// take the place of what others are made from.
+template <class Groups, class Make, class Put>
+void map_rows(const Device& device, Groups groups, size_t D, const Make& make, const Put& put) {
+  for_each_team(device, groups.fours(), threads_for_fours(D), [=] HD(Team team) {
+    FourRows rows = groups.four(team.index);
+    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
+      decltype(make(0, 0, 0)) out[4];
+      UNROLL
+      for (int k = 0; k < 4; ++k) out[k] = make(rows.group, rows.row(k), d);
+      UNROLL
+      for (int k = 0; k < 4; ++k)
+        if (rows.has(k)) put(rows.row(k), d, out[k]);
+    }
+  });
+}
+
+// put(row, d, v, scale) with v = make(group, row, d) and scale = finish(row, |v|^2), one a row. A
+// thread keeps its first quad of each row, on a GPU up to D = 1024 all that it has; others are made
+// again.
+template <class A, class Groups, class Make, class Finish, class Put>
+void map_rows_by_length(const Device& device, Groups groups, size_t D, const Make& make,
+                        const Finish& finish, const Put& put) {
+  for_each_team(device, groups.fours(), threads_for_fours(D), [=] HD(Team team) {
+    FourRows rows = groups.four(team.index);
+    size_t own = 4 * size_t(team.rank), step = 4 * size_t(team.size);
+    Quad<A> kept[4] = {}, squares = quad(A(0)), scale;
+    for (size_t d = own; d < D; d += step) {
+      UNROLL
+      for (int k = 0; k < 4; ++k) {
+        Quad<A> v = make(rows.group, rows.row(k), d);
+        if (d == own) kept[k] = v;
+        squares[k] += dot(v, v);
+      }
+    }
+    squares = team.sum_rows(squares, 1);
+    UNROLL
+    for (int k = 0; k < 4; ++k)
+      scale[k] = finish(rows.row(k), squares[k], team.rank == 0 && rows.has(k));
+    for (size_t d = own; d < D; d += step) {
+      UNROLL
+      for (int k = 0; k < 4; ++k)
+        if (rows.has(k))
+          put(rows.row(k), d, d == own ? kept[k] : make(rows.group, rows.row(k), d), scale[k]);
+    }
+  });
+}
+
 // A sequence of kernels that is always the same: on a GPU it is recorded once as a CUDA graph and
 // replayed by one launch, on a CPU it simply runs. What changes from step to step (the step number,
 // the learning rate) therefore lives in device memory, never in a kernel's arguments. What goes

@@ -1,50 +1,25 @@
 // mvsplit.cu - the residual merges, in token space.
 //
-// What it is: how a block's branch output F joins the trunk X. Post-Norm, Pre-Norm, LayerScale,
-// ReZero and MV-Split, each fused with the RMSNorm that follows it, forward and backward, and the
-// small algebra of token means that explains why very deep networks need the last of them. What it
-// is not: the network. Attention, the FFN and the chain of blocks are in dit.cu.
+// What it is: how a block's branch output F joins the trunk X, forward and backward, each merge fused
+// with the RMSNorm that follows it; and the algebra of token means that explains why very deep
+// networks need MV-Split. What it is not: the network. Attention, the FFN and the chain of blocks are
+// in dit.cu.
 //
 // The mean here is over TOKENS, never over channels: J X replaces every token of a segment by the
 // average token. (LayerNorm's mean, which runs over the channels of one token, plays no part.)
 //
-// Words: the trunk is X, passed from block to block; a branch (attention or FFN) computes F from
-// it; its last matrix (W_O, W2) is the residual writer; a merge joins F to X. Post-Norm: the norm
-// follows the sum. The leaky term is -alpha * J X in (7). Mean mode screaming is the paper's name
-// for the collapse: the mean part of the writers' gradients bursts, and all tokens become alike.
-// The adjoint of an array is the gradient of the loss by it, on its way back through the network;
-// where a backward begins, and it is given, it is called the cotangent. The adjoint of a linear map
-// is its transpose. <U, V> = tr(U^T V), the inner product of all numbers. The mean-coherent part of
-// a gradient that is a sum over tokens is what their means contribute: dW_mu in section 5.
+// Words. The trunk X is passed from block to block. A branch (attention or FFN) computes F from it;
+// its last matrix (W_O, W2) is the residual writer. A merge joins F to X. The adjoint of an array is
+// the gradient of the loss by it; where a backward begins, and it is given, it is the cotangent.
+// <U, V> = tr(U^T V), the inner product of all numbers. Mean mode screaming is the paper's name for
+// the collapse: the mean part of the writers' gradients bursts, and all tokens become alike.
 //
-// Letters that mean several things, here and in dit.cu:
+// Letters. T tokens of a sequence, N of image and L of text; D channels of a token; B sequences.
+// J the mean over tokens, P = I - J; X, F, Z, X_next the arrays of a merge, G = dL/dX_next, and Delta
+// = dL/dZ, dZ in the code. W a writer, y its input, delta the adjoint of its output. (n) is the
+// equation's number in the paper.
 //
-//          in the derivations                                     in the code
-//     T    the tokens of a sequence, N of image, then L of text   the type that is stored
-//     A    an attention matrix; alignment amplification (6)       Acc<T>, the type of sums
-//     P    I - J, which centers tokens                            the type of parameters'
-//                                                                 gradients; attention's matrix
-//     F    a branch's output                                      the same, or the FFN's width
-//     G    the cotangent that a backward begins with;             the same; in a block the
-//          G_mean and G_ctr are sizes of parts of dW, in 5        trunk's gradient
-//     Y, y what an operation makes; a writer's input in 5 and 6   the same
-//     h    <G, X_next> / D of a token in 4; SwiGLU's output       the first; the sizes of heads
-//     K    attention's keys; <y_t, y_s> in 6                      the same
-//     C    <delta_t, delta_s> in 6                                the same; a product; in shapes
-//                                                                 an image's channels
-//     S    attention's scores                                     in shapes measured sequences
-//     M    products of cosines (6); (P A)^T (P A) in dit.cu       the same
-//     L    text tokens; blocks in 3 and 3.1                       text tokens; in shapes measured
-//                                                                 layers; the type of a line in 4.1
-//
-// delta is the adjoint of F and Delta that of Z (dZ in the code); D the channels of a token, B a
-// batch.
-//
-// How to read it: section 1 defines J and P and proves the three facts that everything uses;
-// section 2 is RMSNorm; section 3 is one formula with all merges in it (skip 3.1 at first: two that
-// are there for comparison); section 4 derives its backward down to the lines of code (skip 4.1 at
-// first: the same formulas, for GPUs alone); section 5 says what the split does to the gradient of
-// a residual writer, and 6 measures both parts. (n) is the equation's number in the paper.
+// How to read it: straight through to the appendix. Geometry (1), mechanism (2), method (3 to 5).
 #pragma once
 
 #include "math.h"
@@ -87,69 +62,27 @@ struct Tokens {
   HD size_t segment_of(size_t row) const {
     return row / length() * 2 + (row % length() < image ? 0 : 1);
   }
+  // 1 / (tokens of a segment). An empty one has no mean and nobody asks: 1 keeps it free of NaN.
+  template <class A>
+  HD A one_over(size_t segment) const {
+    return A(1) / A(max_<size_t>(count(segment % 2), 1));
+  }
 
-  // Neighbouring rows of one segment, up to four. A team that has them reads once what belongs to
-  // the segment and the channel.
-  struct Four {
-    size_t segment, first, last;
-
-    HD bool has(int k) const { return first + size_t(k) <= last; }
-    HD size_t row(int k) const { return min_(first + size_t(k), last); }
-  };
+  // The groups of rows that math.h (4.1) walks over are the segments.
+  HD size_t groups() const { return 2 * batch; }
+  HD size_t begin(size_t segment) const { return segment / 2 * length() + first(segment % 2); }
+  HD size_t end(size_t segment) const { return begin(segment) + count(segment % 2); }
   HD size_t fours(size_t kind) const { return (count(kind) + 3) / 4; }
   HD size_t fours() const { return batch * (fours(0) + fours(1)); }
-  HD Four four(size_t index) const {
+  HD FourRows four(size_t index) const {
     uint32_t each = uint32_t(fours(0) + fours(1)), i = uint32_t(index) % each;
-    size_t sequence = uint32_t(index) / each, kind = i < fours(0) ? 0 : 1;
-    size_t start = sequence * length() + first(kind), end = start + count(kind);
-    size_t row = start + 4 * (kind ? i - fours(0) : i);
-    return {2 * sequence + kind, row, min_(row + 3, end - 1)};
+    size_t segment = 2 * size_t(uint32_t(index) / each) + (i < fours(0) ? 0 : 1);
+    size_t row = begin(segment) + 4 * (segment % 2 ? i - fours(0) : i);
+    return {segment, row, min_(row + 3, end(segment) - 1)};
   }
 };
 
-// Sums over the tokens of each segment, for four channels d..d+3 at a time: adds up what
-// body(segment, row, d) returns for the segment's rows, and calls finish(segment, d, sum) once with
-// the result, or with `zero` for an empty segment. A mean is such a sum, finished with 1 / count.
-//
-// How the work is shared: a team takes one segment and 16 to 128 channels, fewer while there are
-// less than a thousand teams. Its threads are a grid, a quad of channels a column, and each of its
-// `lines` takes every lines-th token. (On a CPU the grid is 1 x 1, and the loop over tiles goes
-// through the channels.)
-template <class Sum, class Body, class Finish>
-void sum_over_tokens(const Device& device, Tokens tokens, size_t D, Sum zero, const Body& body,
-                     const Finish& finish) {
-  int columns = 32;
-  while (columns > 4 && tokens.batch * 2 * ceil_div(D, 4 * size_t(columns)) < 1024) columns /= 2;
-  size_t width = 4 * size_t(columns), tiles = ceil_div(D, width);
-  for_each_team(device, tokens.batch * 2 * tiles, Team::max_size, [=] HD(Team team) {
-    Team line = team.part(columns);
-    size_t segment = team.index / tiles, channel = team.index % tiles * width;
-    size_t start = segment / 2 * tokens.length() + tokens.first(segment % 2);
-    size_t end = start + tokens.count(segment % 2);
-    for (size_t tile = 0; tile < width; tile += 4 * size_t(line.size)) {
-      size_t d = channel + tile + 4 * size_t(line.rank);
-      Sum sum = zero;
-      // Four rows at a time, all their loads before the first sum. Past the end the last row is
-      // read again, and not added.
-      size_t lines = size_t(team.parts(columns));
-      if (d < D)
-        for (size_t row = start + line.index; row < end; row += 4 * lines) {
-          Sum terms[4];
-          UNROLL
-          for (size_t k = 0; k < 4; ++k)
-            terms[k] = body(segment, min_(row + k * lines, end - 1), d);
-          UNROLL
-          for (size_t k = 0; k < 4; ++k)
-            if (row + k * lines < end) sum = sum + terms[k];
-        }
-      sum = team.sum_rows(sum, columns);
-      if (d < D && line.index == 0) finish(segment, d, sum);
-    }
-  });
-}
-
-// Two sums over tokens that one pass makes: of X and of F on the way forward, of dZ and of the
-// terms of a gate's gradient on the way back.
+// Two sums over tokens that one pass makes.
 template <class A>
 struct QuadPair {
   Quad<A> a, b;
@@ -164,21 +97,85 @@ template <class T>
 void segment_means(const Device& device, Acc<T>* xbar, Acc<T>* fbar, const T* X, const T* F,
                    Tokens tokens, size_t D) {
   using A = Acc<T>;
-  sum_over_tokens(
+  sum_over_rows(
       device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
       [=] HD(size_t, size_t row, size_t d) {
         return QuadPair<A>{load<A>(X + row * D + d), load<A>(F + row * D + d)};
       },
       [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
-        // An empty segment has no mean and nobody asks for it; 1/1 keeps it free of NaN.
-        A scale = A(1) / A(max_<size_t>(tokens.count(segment % 2), 1));
-        store(xbar + segment * D + d, scale * sum.a);
-        store(fbar + segment * D + d, scale * sum.b);
+        store(xbar + segment * D + d, tokens.one_over<A>(segment) * sum.a);
+        store(fbar + segment * D + d, tokens.one_over<A>(segment) * sum.b);
       });
 }
 
 // ---------------------------------------------------------------------------------------------
-// 2. RMSNorm
+// 2. What a writer's gradient is made of
+//
+// A residual writer is the last matrix of a branch, F = y W^T: W_O after attention, W2 in the FFN.
+// Let delta (T, D) be the adjoint of F and y (T, n) the writer's input, for one sequence. Its
+// gradient is
+//
+//     dW = sum_t delta_t y_t^T = delta^T y = (J delta + P delta)^T (J y + P y)
+//        = (J delta)^T (J y) + (P delta)^T (P y)
+//        = T dbar ybar^T  +  sum_t dtil_t ytil_t^T  =  dW_mu + dW_c,                      (5), (17)
+//
+// as the cross terms delta^T J P y and delta^T P J y are zero. Each of the T rows of J delta is
+// dbar^T and each of J y is ybar^T, the means; dtil_t and ytil_t are the rows of P delta and P y.
+// G_mean = ||dW_mu||_F, G_ctr = ||dW_c||_F. (As matrices the two are not orthogonal: G_mean^2 +
+// G_ctr^2 is not ||dW||^2.) dW_mu has rank one, and grows like T when tokens agree in delta and y.
+//
+// How large is dW? Square it, and what remains are pairs of tokens:
+//
+//     ||dW||_F^2 = tr(dW^T dW) = sum_ts <delta_t, delta_s> <y_t, y_s> = sum_ts w_t w_s M_ts,
+//     w_t = |delta_t| |y_t|,     M_ts = cos(delta_t, delta_s) cos(y_t, y_s).          (19)-(26)
+//
+// Against what it would be if no two tokens agreed (M = I) it is larger by the alignment
+// amplification
+//
+//     A = ||dW||_F^2 / sum_t w_t^2 = w^T M w / |w|^2.                                          (6)
+//
+// <delta_t, delta_s> <y_t, y_s> is the inner product of the matrices delta_t y_t^T and delta_s
+// y_s^T, so M is a Gram matrix (of these, each divided by w_t): positive semidefinite, with trace
+// T. Its eigenvalues lie between 0 and T, and so does A. M_tt = 1, so the pairs with s = t give 1:
+//
+//     A - 1 = sum_(s != t) w_t w_s M_ts / sum_t w_t^2.
+//
+// With equal w_t that is (1/T) sum_(s != t) M_ts = (T - 1) kappa, kappa the mean of M_ts over pairs
+// (30). In general let khat be the mean of |M_ts| over pairs with weights w_t w_s. Then
+//
+//     |A - 1| <= khat sum_(s != t) w_t w_s / sum_t w_t^2 <= (T - 1) khat,                (31)-(32)
+//
+// as sum_(s != t) w_t w_s = (sum w)^2 - sum w^2 and, by Cauchy-Schwarz, (sum w)^2 <= T sum w^2.
+// (The weights matter: two tokens that agree and outweigh the others give A = 2 for every T, while
+// the plain mean of |M_ts|, if no other pair agrees, falls like 1/T^2.) Hence two limits, for w_t
+// of a given size:
+//
+//     kappa ~ 0:    A ~ 1,   ||dW|| = |w| = O(sqrt T)        tokens that differ
+//     kappa -> 1:   A -> T,  ||dW|| = sqrt(T) |w| = O(T)     tokens alike, and dW = dW_mu
+//
+// That is the lever of the collapse. When tokens become alike, each writer's gradient grows by up
+// to sqrt(T), 16 for 256 tokens, and points in one direction. A step against dW_mu, -eta dW_mu,
+// changes F_t = W y_t by -eta T <ybar, y_t> dbar: every token along the same vector, and by nearly
+// the same amount when the y_t are alike. So nearly all of the step goes into the mean of F; and
+// where that makes the mean larger against the rest, the tokens become more alike still.
+//
+// Which mean? (17) holds for any such pair of projectors. With J_seg, dW_mu is one rank-one term a
+// segment. Let dbar_N and dbar_L be the means over the N image and the L text tokens. J J_seg = J:
+// the global mean of what J_seg left, N rows dbar_N and L rows dbar_L, is dbar, and (17) splits it
+// again. As dbar_N - dbar = (L/T) (dbar_N - dbar_L) and dbar_L - dbar = -(N/T) (dbar_N - dbar_L),
+// and so for y, and N (L/T)^2 + L (N/T)^2 = N L / T,
+//
+//     N dbar_N ybar_N^T + L dbar_L ybar_L^T
+//         = T dbar ybar^T + (N L / T) (dbar_N - dbar_L) (ybar_N - ybar_L)^T.
+//
+// Diagnostics take the global J, as the paper does: they count the second term as centered, though
+// alpha governs it and it grows like T. At alpha = 0 the question is moot: J_seg delta = 0, hence J
+// delta = J J_seg delta = 0, and G_mean = 0 by both counts, up to the rounding of delta. (Were the
+// merge to use the global mean instead, the segment means of delta would only have to cancel, and
+// each segment's own mean-coherent gradient would be free.)
+
+// ---------------------------------------------------------------------------------------------
+// 3. RMSNorm
 //
 // y = r z with r = (|z|^2 / D + eps)^(-1/2), one r a token, no learned gain.
 //
@@ -239,14 +236,11 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 }
 
 // ---------------------------------------------------------------------------------------------
-// 3. The merges
+// 4. The merges
 //
-//     plain        Z = X + F                                   (Post-Norm)
-//     prenorm      Z = X / r_X + F                             (Pre-Norm, see 3.1)
+//     postnorm     Z = X + F
 //     layerscale   Z = X + lambda * F        lambda in R^D
-//     rezero       Z = X + lambda F          lambda a number
 //     mvsplit      Z = X + beta * P F + alpha * J (F - X)      alpha, beta in R^D             (7)
-//     mvsplit_noleak      without the leaky term: Z = X + beta * P F + alpha * J F
 //
 // and always X_next = RMSNorm(Z)  (8). J and P act within segments; * is by channel.
 //
@@ -256,9 +250,9 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 //     J Z = (1 - alpha) * J X + alpha * J F                                                   (9)
 //
 // while the mean is a leaky integrator: for 0 < alpha < 2 the old mean decays, and what the
-// branches write into it comes in with gain alpha. Over depth, with F = 0 and each Z the next X,
-// J Z_L = prod_l (1 - alpha_l) * J X_0 while P Z_L = P X_0. At alpha = 0, the start, J Z = J X: no
-// branch can write into the mean at all.
+// branches write into it comes in with gain alpha. (-alpha * J X is the leaky term.) Over depth, with
+// F = 0 and each Z the next X, J Z_L = prod_l (1 - alpha_l) * J X_0 while P Z_L = P X_0. At alpha =
+// 0, the start, J Z = J X: no branch can write into the mean at all.
 //
 // All this is exact for Z, with J and P of the segments. The global mean obeys (9) too (J J_seg =
 // J), but what is centered globally does not: the difference of the two segment means leaks as they
@@ -274,141 +268,318 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 // For all X and F these are equal only if alpha = 0, since J X appears in one alone, and then alpha
 // = lambda = beta, all zero. The consequence for training: a lambda small enough to tame the mean
 // slows what the tokens learn about each other as much.
+//
+// Backward. With Delta = dL/dZ, dL = <Delta, dZ>, for MV-Split with dZ = dX + beta * P dF + alpha * J
+// (dF - dX). J and P are symmetric, so they may move to the other side of <,>; so may a gain, which
+// multiplies; and as J and P act on tokens and gains on channels, they commute:
+//
+//     <Delta, beta * P dF> = <beta * Delta, P dF> = <P (beta * Delta), dF> = <beta * P Delta, dF>,
+//
+// and alpha * J likewise. What then stands beside dX and dF are their gradients, token by token with
+// Dbar_s the mean of Delta over the segment s of token i:
+//
+//     dL/dX = Delta - alpha * J Delta               Delta_i - alpha * Dbar_s                  (dX)
+//     dL/dF = beta * P Delta + alpha * J Delta      beta * Delta_i + (alpha - beta) * Dbar_s  (10), (dF)
+//
+// A gate's gradient is the sum over tokens of Delta times what the gate multiplies:
+//
+//     dL/dbeta  = sum_i Delta_i * (F_i - Fbar_s)                                              (dbeta)
+//     dL/dalpha = sum_i Delta_i * (Fbar_s - Xbar_s) = sum_s n_s Dbar_s * (Fbar_s - Xbar_s)    (dalpha)
+//
+// as what alpha multiplies is the same for all n_s tokens of a segment: dalpha takes no further pass.
+//
+// The consequence of (10) for section 2: delta = dL/dF. With the J and P of the merge, row d of a
+// writer's dW_mu is scaled by alpha_d and row d of its dW_c by beta_d, separately; at alpha = 0, where
+// training starts, delta has no segment mean at all, however large Dbar is, and dW_mu is zero.
+// LayerScale scales row d of both by lambda_d, which cannot change their ratio in that row; nor can
+// clipping, which multiplies all of dW by one number (App. J).
 
-enum class Merge { plain, prenorm, layerscale, rezero, mvsplit, mvsplit_noleak };
+// A learned gain of a merge, a number a channel, (D), or one for all.
+struct Gate {
+  const char* name;  // --NAME says where it starts
+  const char* file;  // in a checkpoint, behind the block's; # is 1 after attention, 2 after the FFN
+  double start;
+};
+constexpr int most_gates = 2;
 
-HD constexpr bool splits(Merge merge) {
-  return merge == Merge::mvsplit || merge == Merge::mvsplit_noleak;
-}
-
-HD constexpr bool has_gates(Merge merge) {
-  return merge != Merge::plain && merge != Merge::prenorm;
-}
-
-// The learned gains of one merge, or their gradients. Only those of its kind are there: alpha, beta
-// (D) when it splits, lambda (D) for LayerScale, lambda (1) for ReZero.
-template <class T>
-struct Gates {
-  Merge merge;
-  T *alpha, *beta, *lambda;
+// The values of a merge's gates at four channels, in the order in which it lists them.
+template <class A>
+struct Gains {
+  Quad<A> of[most_gates];
+  HD Quad<A> operator[](int i) const { return of[i]; }
 };
 
-// What the forward leaves for the backward: r (B, T), and the segment means (B, 2, D) if it splits.
-// For Pre-Norm there has to be r_X (B, T), what the merge before left; null where X is the trunk.
+// A merge is a struct as below, and one entry in the list `Merges` (appendix B). x, f are four
+// channels of a token of X, F; xbar, fbar the means over its segment, zero unless the merge `means`
+// to use them; dZ, dZbar those of Delta.
+struct PostNorm {
+  static constexpr const char* name = "postnorm";
+  static std::vector<Gate> gates() { return {}; }
+  static constexpr bool means = false;        // does it need them, on the way forward or back?
+  static constexpr bool trunk_apart = false;  // Pre-Norm alone
+  static constexpr double writer_std = 0;     // where writers start, N(0, std^2)
+
+  template <class A>
+  HD static Quad<A> Z(Gains<A>, Quad<A> x, Quad<A> f, Quad<A>, Quad<A>) {
+    return x + f;
+  }
+  template <class A>
+  HD static Quad<A> dX(Gains<A>, Quad<A> dZ, Quad<A>) {
+    return dZ;
+  }
+  template <class A>
+  HD static Quad<A> dF(Gains<A>, Quad<A> dZ, Quad<A>) {
+    return dZ;
+  }
+  // What the gate `by_token` multiplies in Z, token by token, and the gate `by_segment`, which is the
+  // same for a segment's tokens; -1: there is none.
+  static constexpr int by_token = -1, by_segment = -1;
+  template <class A>
+  HD static Quad<A> token_factor(Quad<A>, Quad<A>, Quad<A>) {
+    return {};
+  }
+  template <class A>
+  HD static A segment_factor(A, A) {
+    return 0;
+  }
+  static constexpr bool one_number = false;  // is its gate one for all channels?
+};
+
+struct LayerScale : PostNorm {
+  static constexpr const char* name = "layerscale";
+  static std::vector<Gate> gates() { return {{"lambda", "layerscale#", 1e-2}}; }
+  static constexpr double writer_std = 0.02;  // the paper's choice (Table 3)
+  enum { lambda };
+
+  template <class A>
+  HD static Quad<A> Z(Gains<A> g, Quad<A> x, Quad<A> f, Quad<A>, Quad<A>) {
+    return multiply_add(g[lambda], f, x);
+  }
+  template <class A>
+  HD static Quad<A> dF(Gains<A> g, Quad<A> dZ, Quad<A>) {
+    return g[lambda] * dZ;
+  }
+  static constexpr int by_token = lambda;
+  template <class A>
+  HD static Quad<A> token_factor(Quad<A>, Quad<A> f, Quad<A>) {
+    return f;
+  }
+};
+
+struct MvSplit : PostNorm {
+  static constexpr const char* name = "mvsplit";
+  static std::vector<Gate> gates() {
+    return {{"alpha", "fused_mvsplit_norm#.alpha", 0}, {"beta", "fused_mvsplit_norm#.beta", 1}};
+  }
+  static constexpr bool means = true;
+  enum { alpha, beta };
+
+  template <class A>
+  HD static Quad<A> Z(Gains<A> g, Quad<A> x, Quad<A> f, Quad<A> xbar, Quad<A> fbar) {
+    return multiply_add(g[alpha], fbar - xbar, multiply_add(g[beta], f - fbar, x));  // (7)
+  }
+  template <class A>
+  HD static Quad<A> dX(Gains<A> g, Quad<A> dZ, Quad<A> dZbar) {
+    return dZ - g[alpha] * dZbar;  // (dX)
+  }
+  template <class A>
+  HD static Quad<A> dF(Gains<A> g, Quad<A> dZ, Quad<A> dZbar) {
+    return g[beta] * dZ + (g[alpha] - g[beta]) * dZbar;  // (dF)
+  }
+  static constexpr int by_token = beta, by_segment = alpha;
+  template <class A>
+  HD static Quad<A> token_factor(Quad<A>, Quad<A> f, Quad<A> fbar) {
+    return f - fbar;  // (dbeta)
+  }
+  template <class A>
+  HD static A segment_factor(A xbar, A fbar) {
+    return fbar - xbar;  // (dalpha)
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// 5. A merge with its RMSNorm, forward and backward: (8) and the paper's (49)-(54)
+//
+// Forward: the means, if the merge has a use for them, then each token's Z, r and X_next = r Z.
+//
+// Backward. Given G = dL/dX_next, RMSNorm first: by (Delta), token i of dL/dZ is
+//
+//     Delta_i = r_i G_i - (r_i^3 / D) <G_i, Z_i> Z_i.
+//
+// Z is not stored, but r is, and so is X_next = r Z, which the next layer kept as its input. With Z =
+// X_next / r the second term is (r / D) <G, X_next> X_next, so
+//
+//     Delta = r (G - h X_next),        h = <G, X_next> / D,       for each token            (Delta')
+//
+// Three passes (two without gates): over channels for h; over tokens for Dbar and the gates; and one
+// for the outputs of section 4. Delta is made in each of the last two. To store it would write one
+// array and read one in the third pass; this reads two, writes none, takes no (B, T, D) array and
+// rounds no Delta.
+
+// Which merge, and its gates (P = const T) or their gradients, in the order in which it lists them.
+struct Merge {
+  int index;  // in the list
+  bool operator==(Merge other) const { return index == other.index; }
+};
+template <class P>
+struct Gates {
+  Merge merge;
+  P* of[most_gates];
+};
+
+// The sizes that all merges of a network share.
+struct MergeShape {
+  Tokens tokens;
+  size_t D;
+  double eps;
+};
+
+// What the forward leaves for the backward: r (B, T), and the segment means (B, 2, D) if the merge
+// needs them. For Pre-Norm there has to be r_X (B, T), what the merge before left; null where X is
+// the trunk.
 template <class A>
 struct MergeSaved {
   A *r, *xbar, *fbar;
   const A* r_X = nullptr;
 };
 
-// The gates at four channels: beta or lambda, and alpha, where the merge has them.
-template <class A>
-struct GateValues {
-  Quad<A> gain, alpha;
-};
-template <Merge merge, class T>
-HD GateValues<Acc<T>> gates_at(Gates<const T> gates, size_t d) {
+// A merge's gains at channels d to d + 3.
+template <class M, class T>
+HD Gains<Acc<T>> gains_at(Gates<const T> gates, size_t d) {
+  Gains<Acc<T>> gains = {};
+  for (int i : {M::by_token, M::by_segment})
+    if (i >= 0)
+      gains.of[i] = M::one_number ? quad(Acc<T>(gates.of[i][0])) : load<Acc<T>>(gates.of[i] + d);
+  return gains;
+}
+
+// X_next = RMSNorm(Z(X, F)) and what is saved, (7)-(8). X, F, X_next (B, T, D). `again`: a replay
+// (dit.cu, 7) from the same X and F, with what was saved the first time: one pass, the same bits.
+template <class M, class T>
+void merge_forward_passes(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
+                          const T* F, Gates<const T> gates, MergeShape shape, bool again) {
   using A = Acc<T>;
-  if (merge == Merge::layerscale) return {load<A>(gates.lambda + d), {}};
-  if (merge == Merge::rezero) return {quad(A(gates.lambda[0])), {}};
-  if (splits(merge)) return {load<A>(gates.beta + d), load<A>(gates.alpha + d)};
-  return {};
-}
-
-// Z at four channels of one token: the only place where the merges differ on the way forward.
-// xbar and fbar are the means over the token's segment. For Pre-Norm x is that of X / r_X.
-template <Merge merge, class A>
-HD Quad<A> merge_rule(GateValues<A> gates, Quad<A> x, Quad<A> f, Quad<A> xbar, Quad<A> fbar) {
-  if (merge == Merge::plain || merge == Merge::prenorm) return x + f;
-  if (merge == Merge::layerscale || merge == Merge::rezero) return multiply_add(gates.gain, f, x);
-  Quad<A> to_mean = merge == Merge::mvsplit ? fbar - xbar : fbar;
-  return multiply_add(gates.alpha, to_mean, multiply_add(gates.gain, f - fbar, x));
-}
-
-// All of a merge in one kernel (4.1), where there is one: on a GPU, for bf16, a merge that splits,
-// some D, and sequences that fit. Elsewhere it does nothing and returns false.
-template <class T>
-bool fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
-                         const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps);
-
-// Call f with the kind of merge as a compile-time constant: a kernel for each kind, without
-// branches between its loads.
-template <class F>
-void with_kind(Merge merge, const F& f) {
-  switch (merge) {
-    case Merge::plain:
-      return f(std::integral_constant<Merge, Merge::plain>());
-    case Merge::prenorm:
-      return f(std::integral_constant<Merge, Merge::prenorm>());
-    case Merge::layerscale:
-      return f(std::integral_constant<Merge, Merge::layerscale>());
-    case Merge::rezero:
-      return f(std::integral_constant<Merge, Merge::rezero>());
-    case Merge::mvsplit:
-      return f(std::integral_constant<Merge, Merge::mvsplit>());
-    case Merge::mvsplit_noleak:
-      return f(std::integral_constant<Merge, Merge::mvsplit_noleak>());
+  size_t D = shape.D;
+  A eps = A(shape.eps);
+  if (M::means && !again) segment_means(device, saved.xbar, saved.fbar, X, F, shape.tokens, D);
+  auto Z = [=] HD(size_t segment, size_t row, size_t d) {
+    Quad<A> x = load<A>(X + row * D + d), xbar = {}, fbar = {};
+    if (M::trunk_apart && saved.r_X) x = A(1) / saved.r_X[row] * x;
+    if (M::means) {
+      xbar = load<A>(saved.xbar + segment * D + d), fbar = load<A>(saved.fbar + segment * D + d);
+    }
+    return M::Z(gains_at<M>(gates, d), x, load<A>(F + row * D + d), xbar, fbar);
+  };
+  if (again) {
+    map_rows(device, shape.tokens, D, Z, [=] HD(size_t row, size_t d, Quad<A> z) {
+      store(X_next + row * D + d, saved.r[row] * z);
+    });
+    return;
   }
+  map_rows_by_length<A>(
+      device, shape.tokens, D, Z,
+      [=] HD(size_t row, A squares, bool mine) {
+        A r = inverse_rms(squares, D, eps);
+        if (mine) saved.r[row] = r;
+        return r;
+      },
+      [=] HD(size_t row, size_t d, Quad<A> z, A r) { store(X_next + row * D + d, r * z); });
 }
 
-// X_next and r from X, F and, where it splits, the segment means. `again`: a replay (dit.cu, 7), r
-// and the means are saved already.
-template <Merge merge, class T>
-void merge_rows(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X, const T* F,
-                Gates<const T> gates, Tokens tokens, size_t D, double eps, bool again) {
-  using A = Acc<T>;
-  for_each_team(device, tokens.fours(), threads_for_fours(D), [=] HD(Team team) {
-    Tokens::Four rows = tokens.four(team.index);
-    auto z = [&](int k, size_t d) {
-      Quad<A> x = load<A>(X + rows.row(k) * D + d), f = load<A>(F + rows.row(k) * D + d);
-      if (merge == Merge::prenorm && saved.r_X) x = A(1) / saved.r_X[rows.row(k)] * x;
-      Quad<A> xbar = {}, fbar = {};
-      if (splits(merge)) {
-        xbar = load<A>(saved.xbar + rows.segment * D + d);
-        fbar = load<A>(saved.fbar + rows.segment * D + d);
-      }
-      return merge_rule<merge>(gates_at<merge>(gates, d), x, f, xbar, fbar);
-    };
-    // kept[k]: Z of row k at the thread's first channels, on a GPU up to D = 1024 all that it has.
-    // They are read before anything is written, so that all loads can be on their way at once.
-    size_t own = 4 * size_t(team.rank), step = 4 * size_t(team.size);
-    Quad<A> kept[4] = {}, squares = quad(A(0)), r;
-    for (size_t d = own; d < (again ? min_(own + 1, D) : D); d += step) {
-      UNROLL
-      for (int k = 0; k < 4; ++k) {
-        Quad<A> v = z(k, d);
-        if (d == own) kept[k] = v;
-        squares[k] += dot(v, v);
-      }
-    }
-    if (!again) squares = team.sum_rows(squares, 1);
-    UNROLL
-    for (int k = 0; k < 4; ++k) {
-      r[k] = again ? saved.r[rows.row(k)] : inverse_rms(squares[k], D, A(eps));
-      if (!again && team.rank == 0 && rows.has(k)) saved.r[rows.row(k)] = r[k];
-    }
-    for (size_t d = own; d < D; d += step) {
-      UNROLL
-      for (int k = 0; k < 4; ++k)
-        if (rows.has(k)) store(X_next + rows.row(k) * D + d, r[k] * (d == own ? kept[k] : z(k, d)));
-    }
-  });
-}
+// Scratch of the backward: h (B, T), of the passes alone; and (B, 2, D): dZbar, Delta's segment
+// means, and dgate, a segment's sums of Delta times what the gate `by_token` multiplies.
+template <class A>
+struct MergeScratch {
+  A *h, *dZbar, *dgate;
+};
 
-// X_next = RMSNorm(Z(X, F)), eqs. (7)-(8). X, F, X_next (B, T, D). `again`: from the same X and F
-// as before, with what that saved: one pass then, and the same bits.
+// What a merge's backward reads: G = dL/dX_next, and what its forward read and left.
 template <class T>
-void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
-                   const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps,
-                   bool again = false) {
-  if (!again && fused_merge_forward(device, X_next, saved, X, F, gates, tokens, D, eps)) return;
-  if (!again && splits(gates.merge)) segment_means(device, saved.xbar, saved.fbar, X, F, tokens, D);
-  with_kind(gates.merge, [&](auto kind) {
-    merge_rows<decltype(kind)::value>(device, X_next, saved, X, F, gates, tokens, D, eps, again);
-  });
+struct MergeBackwardInputs {
+  const T *G, *X_next, *X, *F;  // (B, T, D)
+  Gates<const T> gates;
+  MergeSaved<Acc<T>> saved;
+};
+
+// dX (=), dF (=) (B, T, D), and in scratch what the gates' gradients are made of. dX may be G itself,
+// except for Pre-Norm, where it is dL/dZ_next on entry and dL/dZ on return.
+template <class M, class T>
+void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
+                           MergeBackwardInputs<T> in, MergeShape shape) {
+  using A = Acc<T>;
+  size_t D = shape.D;
+  Tokens tokens = shape.tokens;
+  sum_over_channels<A>(
+      device, tokens.rows(), D,
+      [=] HD(size_t row, size_t d) {
+        return dot(load<A>(in.G + row * D + d), load<A>(in.X_next + row * D + d));
+      },
+      [=] HD(size_t row, A sum) { scratch.h[row] = sum / A(D); });
+  auto dZ = [=] HD(size_t row, size_t d) {
+    return in.saved.r[row] * (load<A>(in.G + row * D + d) -
+                              scratch.h[row] * load<A>(in.X_next + row * D + d));  // (Delta')
+  };
+  if (M::means || M::by_token >= 0)
+    sum_over_rows(
+        device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
+        [=] HD(size_t segment, size_t row, size_t d) {
+          Quad<A> dZ_i = dZ(row, d), fbar = {};
+          if (M::means) fbar = load<A>(in.saved.fbar + segment * D + d);
+          Quad<A> x = load<A>(in.X + row * D + d), f = load<A>(in.F + row * D + d);
+          return QuadPair<A>{dZ_i, dZ_i * M::token_factor(x, f, fbar)};
+        },
+        [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
+          store(scratch.dZbar + segment * D + d, tokens.one_over<A>(segment) * sum.a);
+          store(scratch.dgate + segment * D + d, sum.b);
+        });
+  map_rows(
+      device, tokens, D,
+      [=] HD(size_t segment, size_t row, size_t d) {
+        Gains<A> gains = gains_at<M>(in.gates, d);
+        Quad<A> dZ_i = dZ(row, d), dZbar = {};
+        if (M::trunk_apart) dZ_i = load<A>(dX + row * D + d) + dZ_i;  // (trunk), appendix B
+        if (M::means) dZbar = load<A>(scratch.dZbar + segment * D + d);
+        return QuadPair<A>{M::dX(gains, dZ_i, dZbar), M::dF(gains, dZ_i, dZbar)};
+      },
+      [=] HD(size_t row, size_t d, QuadPair<A> out) {
+        store(dX + row * D + d, out.a), store(dF + row * D + d, out.b);
+      });
 }
 
-// 3.1 For comparison; skip at first
+// *to = sum, or += if `accumulate`.
+template <class P, class A>
+HD void set_or_add(P* to, A sum, bool accumulate) {
+  *to = P(accumulate ? A(*to) + sum : sum);
+}
+
+// The gates' gradients (=, or += if `accumulate`) from the segments' sums: (dbeta), (dalpha).
+template <class M, class T, class P>
+void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> saved,
+                    MergeScratch<Acc<T>> scratch, MergeShape shape, bool accumulate) {
+  using A = Acc<T>;
+  size_t D = shape.D;
+  Tokens tokens = shape.tokens;
+  auto term = [=] HD(size_t segment, size_t d) {
+    size_t at = segment * D + d;
+    Pair<A> sum{scratch.dgate[at], 0};
+    if (M::by_segment >= 0) {
+      A factor = M::segment_factor(saved.xbar[at], saved.fbar[at]);
+      sum.b = A(tokens.count(segment % 2)) * scratch.dZbar[at] * factor;
+    }
+    return sum;
+  };
+  auto finish = [=] HD(size_t d, Pair<A> sum) {
+    if (M::by_token >= 0) set_or_add(dgates.of[M::by_token] + d, sum.a, accumulate);
+    if (M::by_segment >= 0) set_or_add(dgates.of[M::by_segment] + d, sum.b, accumulate);
+  };
+  sum_over_groups(device, tokens.groups(), D, M::one_number, Pair<A>{}, term, finish);
+}
+
+// Appendix. The straight way ends here. Below: merges for comparison and the list of all (A), the same
+// merges in one kernel on a GPU (B), what the network calls (C), measuring (D).
+
+// ---------------------------------------------------------------------------------------------
+// A. Merges for comparison, and the list of all
 //
 // Pre-Norm. The trunk Z is used twice: normalised, X_next = RMSNorm(Z) = r Z, it is what the next
 // branch reads; as it is, it goes on along the trunk, Z_next = Z + F(X_next). What is stored is
@@ -422,235 +593,135 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // RMSNorm of the last merge is the usual one before the final projection.)
 //
 // Backward. As Z is used twice, its gradient has two parts. G comes back from the branch alone, and
-// through the norm it is the Delta of section 2; from the trunk comes dL/dZ_next as it is. So
+// through the norm it is the Delta of section 3; from the trunk comes dL/dZ_next as it is. So
 //
 //     dL/dZ = dL/dZ_next + Delta,     dL/dF = dL/dZ,                                      (trunk)
 //
 // and as Z = Z_prev + F with Z_prev = X / r_X, dL/dZ is the dL/dZ_next of the merge before. No
 // norm stands in its way: all of it reaches the first block.
-//
-// DeepNorm is a ReZero whose lambda stays at 1 / a: a X + F = a (X + F / a), and RMSNorm takes the
-// factor away (and divides its eps by a^2). DeepNet has a = (2 L)^(1/4) for L blocks.
+struct PreNorm : PostNorm {
+  static constexpr const char* name = "prenorm";
+  static constexpr bool trunk_apart = true;
+};
+
+// Z = X + lambda F, lambda a number. DeepNorm is a ReZero whose lambda stays at 1 / a: a X + F = a (X +
+// F / a), and RMSNorm takes the factor away (and divides its eps by a^2). DeepNet has a = (2 L)^(1/4)
+// for L blocks. ReZero's writers do not start at zero: with lambda = 0 and W = 0, dlambda = sum Delta
+// * F and dF = lambda Delta would both be zero for ever.
+struct ReZero : LayerScale {
+  static constexpr const char* name = "rezero";
+  static std::vector<Gate> gates() { return {{"lambda", "rezero#", 0}}; }
+  static constexpr bool one_number = true;
+};
+
+// MV-Split without the leaky term: Z = X + beta * P F + alpha * J F.
+struct MvSplitNoLeak : MvSplit {
+  static constexpr const char* name = "mvsplit-noleak";
+
+  template <class A>
+  HD static Quad<A> Z(Gains<A> g, Quad<A> x, Quad<A> f, Quad<A>, Quad<A> fbar) {
+    return multiply_add(g[alpha], fbar, multiply_add(g[beta], f - fbar, x));
+  }
+  template <class A>
+  HD static Quad<A> dX(Gains<A>, Quad<A> dZ, Quad<A>) {
+    return dZ;
+  }
+  template <class A>
+  HD static A segment_factor(A, A fbar) {
+    return fbar;
+  }
+};
+
+// Hard centering (App. J): Z = X + P F. The mean of the branch is thrown away and the trunk's kept, so
+// dX = Delta and dF = P Delta = Delta - Dbar.
+struct Centered : PostNorm {
+  static constexpr const char* name = "centered";
+  static constexpr bool means = true;
+
+  template <class A>
+  HD static Quad<A> Z(Gains<A>, Quad<A> x, Quad<A> f, Quad<A>, Quad<A> fbar) {
+    return x + (f - fbar);
+  }
+  template <class A>
+  HD static Quad<A> dF(Gains<A>, Quad<A> dZ, Quad<A> dZbar) {
+    return dZ - dZbar;
+  }
+};
+
+// MV-Split's leak on both parts: Z = X + alpha * (F - X). dX = (1 - alpha) * Delta, dF = alpha * Delta,
+// dalpha = sum_i Delta_i * (F_i - X_i).
+struct Leaky : PostNorm {
+  static constexpr const char* name = "leaky";
+  static std::vector<Gate> gates() { return {{"alpha", "leaky#", 0.1}}; }
+  enum { alpha };
+
+  template <class A>
+  HD static Quad<A> Z(Gains<A> g, Quad<A> x, Quad<A> f, Quad<A>, Quad<A>) {
+    return multiply_add(g[alpha], f - x, x);
+  }
+  template <class A>
+  HD static Quad<A> dX(Gains<A> g, Quad<A> dZ, Quad<A>) {
+    return dZ - g[alpha] * dZ;
+  }
+  template <class A>
+  HD static Quad<A> dF(Gains<A> g, Quad<A> dZ, Quad<A>) {
+    return g[alpha] * dZ;
+  }
+  static constexpr int by_token = alpha;
+  template <class A>
+  HD static Quad<A> token_factor(Quad<A> x, Quad<A> f, Quad<A>) {
+    return f - x;
+  }
+};
+
+template <class... All>
+struct MergeList {
+  // f(M()) for the merge M in place `index`.
+  template <class F>
+  static void with(int index, const F& f) {
+    int i = 0;
+    (void)((i++ == index && (f(All()), true)) || ...);
+  }
+  // f(M()) for each.
+  template <class F>
+  static void each(const F& f) {
+    (f(All()), ...);
+  }
+  template <class M>
+  static constexpr int index_of() {
+    int index = 0;
+    (void)((std::is_same_v<M, All> || (++index, false)) || ...);
+    return index;
+  }
+};
+
+// All there are: options, tables of parameters, files, tests and reports follow from this line.
+using Merges =
+    MergeList<PostNorm, PreNorm, LayerScale, ReZero, MvSplit, MvSplitNoLeak, Centered, Leaky>;
+
+// What the list says of a merge to those who do not compute with it.
+struct MergeAbout {
+  std::string name;
+  std::vector<Gate> gates;
+  bool means, trunk_apart, one_number;
+  double writer_std;
+};
+inline const MergeAbout& about(Merge merge) {
+  static const std::vector<MergeAbout> all = [] {
+    std::vector<MergeAbout> list;
+    Merges::each([&](auto m) {
+      using M = decltype(m);
+      list.push_back({M::name, M::gates(), M::means, M::trunk_apart, M::one_number, M::writer_std});
+    });
+    return list;
+  }();
+  return all.at(size_t(merge.index));
+}
+template <class M>
+constexpr Merge merge_of{Merges::index_of<M>()};
 
 // ---------------------------------------------------------------------------------------------
-// 4. The merges, backward: the paper's (49)-(54)
-//
-// Given G = dL/dX_next. RMSNorm first: by (Delta), token i of dL/dZ is
-//
-//     Delta_i = r_i G_i - (r_i^3 / D) <G_i, Z_i> Z_i.
-//
-// (Pre-Norm: 3.1.) Then dL = <Delta, dZ>, for MV-Split with dZ = dX + beta * P dF + alpha * J (dF -
-// dX) from (7). J and P are symmetric, so they may move to the other side of <,>; so may a gain,
-// which multiplies; and as J and P act on tokens and gains on channels, they commute:
-//
-//     <Delta, beta * P dF> = <beta * Delta, P dF> = <P (beta * Delta), dF> = <beta * P Delta, dF>,
-//
-// and alpha * J likewise. Hence dL = <Delta - alpha * J Delta, dX> + <beta * P Delta + alpha * J
-// Delta, dF>: what stands beside dX and dF are their gradients. A gain's is the sum over tokens of
-// Delta times what it multiplies:
-//
-//     dL/dX = Delta - alpha * J Delta
-//         token i:  Delta_i - alpha * Dbar_s                                                  (dX)
-//     dL/dF = beta * P Delta + alpha * J Delta                                                (10)
-//           = beta * (Delta - J Delta) + alpha * J Delta
-//         token i:  beta * Delta_i + (alpha - beta) * Dbar_s                                  (dF)
-//     dL/dalpha = sum_i Delta_i * (J (F - X))_i = sum_s n_s Dbar_s * (Fbar_s - Xbar_s)    (dalpha)
-//     dL/dbeta  = sum_i Delta_i * (P F)_i       = sum_i Delta_i * (F_i - Fbar_s)           (dbeta)
-//
-// with Dbar_s the mean of Delta over the tokens of i's segment s. In (dalpha) the second factor is
-// constant within a segment, so the sum over its n_s tokens is n_s Dbar_s: the gate's gradient
-// costs no further pass. Without the leaky term, dX_i = Delta_i and Xbar drops out of dalpha.
-// LayerScale and ReZero: dX = Delta, dF = lambda * Delta, dlambda = sum_i Delta_i * F_i.
-//
-// Consequence of (dF): the segment mean of dF is alpha * Dbar. At alpha = 0, where training starts,
-// the branch's adjoint has no mean at all, however large Dbar is.
-//
-// What it reads. Z is not stored, but r is, and so is the merge's output X_next = r Z, which the
-// next layer kept as its input. With Z = X_next / r the second term of Delta is, for each token,
-// (r^3 / D) <G, Z> Z = (r / D) <G, X_next> X_next:
-//
-//     Delta = r (G - h X_next),        h = <G, X_next> / D,       for each token      (Delta')
-//
-// so X is not needed at all, and F for the gates alone. Three passes (two without gates): over rows
-// for h; over tokens for Dbar and the gates; and one for the outputs. Delta is made in each of the
-// last two from G and X_next. To store it would write one array and read one in the third pass;
-// this reads two, writes none, takes no (B, T, D) array and rounds no Delta to bf16.
-//
-// In the code the gradients dL/dX, dL/dF and dL/dZ = Delta are dX, dF and dZ, and Dbar is dZbar.
-// (For Pre-Norm dL/dZ is Delta and the trunk's part, which the third pass adds.)
-
-// Scratch of the backward: h (B, T), of the passes alone; and (B, 2, D): dZbar, dZ's segment means,
-// and dgate, a segment's sums of dZ * (F - Fbar_s), or of dZ * F where nothing is split.
-template <class A>
-struct MergeScratch {
-  A *h, *dZbar, *dgate;
-};
-
-// *to = sum, or += if `accumulate`.
-template <class P, class A>
-HD void set_or_add(P* to, A sum, bool accumulate) {
-  *to = P(accumulate ? A(*to) + sum : sum);
-}
-
-// Gate gradients from the segments' sums, (dalpha), (dbeta): dalpha, dbeta or dlambda (=, or += if
-// `accumulate`).
-template <class T, class P>
-void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> saved,
-                    MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
-  using A = Acc<T>;
-  constexpr int columns = 8;  // channels that a team's threads have at once
-  size_t segments = 2 * tokens.batch;
-  if (dgates.merge == Merge::rezero) {  // one number: a sum over channels as well
-    for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
-      Team line = team.part(columns);
-      A total = 0;
-      for (size_t d = size_t(line.rank); d < D; d += size_t(line.size)) {
-        A sum = 0;
-        for (size_t s = line.index; s < segments; s += size_t(team.parts(columns)))
-          sum += scratch.dgate[s * D + d];
-        total += sum;
-      }
-      total = team.sum(total);
-      if (team.rank == 0) set_or_add(dgates.lambda, total, accumulate);
-    });
-    return;
-  }
-  bool leak = dgates.merge == Merge::mvsplit, split = splits(dgates.merge);
-  P *dalpha = dgates.alpha, *dgain = split ? dgates.beta : dgates.lambda;
-  for_each_team(device, ceil_div(D, columns), Team::max_size, [=] HD(Team team) {
-    Team line = team.part(columns);
-    size_t first = team.index * columns, last = min_(first + columns, D);
-    for (size_t tile = first; tile < last; tile += size_t(line.size)) {
-      size_t d = tile + size_t(line.rank);
-      A alpha_sum = 0, gain_sum = 0;
-      if (d < last)
-        for (size_t s = line.index; s < segments; s += size_t(team.parts(columns))) {
-          gain_sum += scratch.dgate[s * D + d];
-          if (!split) continue;
-          A to_mean = saved.fbar[s * D + d] - (leak ? saved.xbar[s * D + d] : A(0));
-          alpha_sum += A(tokens.count(s % 2)) * scratch.dZbar[s * D + d] * to_mean;  // (dalpha)
-        }
-      gain_sum = team.sum_rows(gain_sum, columns);
-      if (split) alpha_sum = team.sum_rows(alpha_sum, columns);
-      if (d >= last || line.index != 0) continue;
-      set_or_add(dgain + d, gain_sum, accumulate);
-      if (split) set_or_add(dalpha + d, alpha_sum, accumulate);
-    }
-  });
-}
-
-// The second pass: dZbar and dgate. dZ(row, d) is (Delta').
-template <Merge merge, class T, class Adjoint>
-void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, const T* F,
-                      MergeSaved<Acc<T>> saved, Tokens tokens, size_t D, const Adjoint& dZ) {
-  using A = Acc<T>;
-  sum_over_tokens(
-      device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
-      [=] HD(size_t segment, size_t row, size_t d) {
-        Quad<A> f = load<A>(F + row * D + d), dZ_i = dZ(row, d);
-        if (splits(merge)) f = f - load<A>(saved.fbar + segment * D + d);
-        return QuadPair<A>{dZ_i, dZ_i * f};  // (dbeta)
-      },
-      [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
-        A scale = A(1) / A(max_<size_t>(tokens.count(segment % 2), 1));
-        store(scratch.dZbar + segment * D + d, scale * sum.a);
-        store(scratch.dgate + segment * D + d, sum.b);
-      });
-}
-
-// dX and dF at four channels of one token, from dZ there and its mean over the token's segment.
-template <class A>
-struct MergeGradients {
-  Quad<A> dX, dF;
-};
-template <Merge merge, class A>
-HD MergeGradients<A> merge_rule_backward(GateValues<A> gates, Quad<A> dZ, Quad<A> dZbar) {
-  if (!has_gates(merge)) return {dZ, dZ};
-  if (!splits(merge)) return {dZ, gates.gain * dZ};
-  return {merge == Merge::mvsplit ? dZ - gates.alpha * dZbar : dZ,  // (dX)
-          gates.gain * dZ + (gates.alpha - gates.gain) * dZbar};    // (dF)
-}
-
-// The third pass: dX and dF.
-template <Merge merge, class T, class Adjoint>
-void merge_backward_rows(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                         Gates<const T> gates, Tokens tokens, size_t D, const Adjoint& dZ) {
-  using A = Acc<T>;
-  for_each_team(device, tokens.fours(), threads_for_fours(D), [=] HD(Team team) {
-    Tokens::Four rows = tokens.four(team.index);
-    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
-      GateValues<A> values = gates_at<merge>(gates, d);
-      Quad<A> dZbar = {};
-      if (splits(merge)) dZbar = load<A>(scratch.dZbar + rows.segment * D + d);
-      // All four are read before any is written: dX may be G, so the compiler could not move a
-      // later load up by itself.
-      MergeGradients<A> out[4];
-      UNROLL
-      for (int k = 0; k < 4; ++k) {
-        Quad<A> dZ_k = dZ(rows.row(k), d);
-        if (merge == Merge::prenorm) dZ_k = load<A>(dX + rows.row(k) * D + d) + dZ_k;  // (trunk)
-        out[k] = merge_rule_backward<merge>(values, dZ_k, dZbar);
-      }
-      UNROLL
-      for (int k = 0; k < 4; ++k)
-        if (rows.has(k)) {
-          store(dX + rows.row(k) * D + d, out[k].dX);
-          store(dF + rows.row(k) * D + d, out[k].dF);
-        }
-    }
-  });
-}
-
-// The three passes: h, the sums over tokens, the outputs.
-template <class T>
-void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                           const T* G, const T* X_next, const T* F, Gates<const T> gates,
-                           MergeSaved<Acc<T>> saved, Tokens tokens, size_t D) {
-  using A = Acc<T>;
-  for_each_team(device, tokens.rows(), threads_for_row(D), [=] HD(Team team) {
-    size_t row = team.index;
-    A sum = 0;  // <G, X_next>
-    each_quad(team, D, [&](size_t d, bool inside) {
-      A product = dot(load<A>(G + row * D + d), load<A>(X_next + row * D + d));
-      sum += inside ? product : A(0);
-    });
-    sum = team.sum(sum);
-    if (team.rank == 0) scratch.h[row] = sum / A(D);
-  });
-  auto dZ = [=] HD(size_t row, size_t d) {
-    return saved.r[row] *
-           (load<A>(G + row * D + d) - scratch.h[row] * load<A>(X_next + row * D + d));  // (Delta')
-  };
-  with_kind(gates.merge, [&](auto kind) {
-    constexpr Merge merge = decltype(kind)::value;
-    if (has_gates(merge)) merge_token_sums<merge>(device, scratch, F, saved, tokens, D, dZ);
-    merge_backward_rows<merge>(device, dX, dF, scratch, gates, tokens, D, dZ);
-  });
-}
-
-// All of it in one kernel (4.1), where fused_merge_forward() has one. Elsewhere it does nothing and
-// returns false.
-template <class T>
-bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                          const T* G, const T* X_next, const T* F, Gates<const T> gates,
-                          MergeSaved<Acc<T>> saved, Tokens tokens, size_t D);
-
-// dX (=), dF (=) (B, T, D) and the gates' gradients (=, or += if `accumulate`) from G = dL/dX_next,
-// X_next and F (read where there are gates). dX may be G itself, except for Pre-Norm, where it is
-// dL/dZ_next on entry and dL/dZ on return. The gates' gradients are made beside what follows: they
-// are there, and `scratch` may be used again, after device.join().
-template <class T, class P>
-void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, const T* X_next,
-                    const T* F, Gates<const T> gates, MergeSaved<Acc<T>> saved,
-                    MergeScratch<Acc<T>> scratch, Tokens tokens, size_t D, bool accumulate) {
-  if (!fused_merge_backward(device, dX, dF, scratch, G, X_next, F, gates, saved, tokens, D))
-    merge_backward_passes(device, dX, dF, scratch, G, X_next, F, gates, saved, tokens, D);
-  if (has_gates(gates.merge))
-    device.beside(
-        [&] { gate_gradients<T>(device, dgates, saved, scratch, tokens, D, accumulate); });
-}
-
-// 4.1 Forward and backward, each in one kernel
+// B. For a GPU: forward and backward, each in one kernel
 //
 // A segment's mean needs all its tokens, so between adding them up and using the sum all thread
 // blocks must meet: that is why there are several kernels above, each of which reads X and F (or G
@@ -666,7 +737,7 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, const T* G, c
 //    those of their segment, in the same order.
 // 3. It writes its rows, from what it holds.
 //
-// The formulas are those above: merge_rule(), (Delta'), merge_rule_backward().
+// The formulas are those above: those of 4 and (Delta').
 
 #ifdef __CUDACC__
 // Where a line is, two to a block. A sequence's lines come one after the other, first those of the
@@ -808,7 +879,7 @@ struct Held {
   }
 };
 
-template <Merge merge, int D, int held>
+template <class M, int D, int held>
 __global__ void __launch_bounds__(D / 2, 1)
     merge_forward_kernel(bf16* X_next, MergeSaved<float> saved, const bf16* X, const bf16* F,
                          Gates<const bf16> gates, Tokens tokens, float eps, float* place,
@@ -826,7 +897,7 @@ __global__ void __launch_bounds__(D / 2, 1)
     QuadPair<float> terms = {rows.first(k), rows.second(k)};
     if (line.has(k)) sum = sum + terms;
   }
-  GateValues<float> values = gates_at<merge>(gates, size_t(line.d));
+  Gains<float> gains = gains_at<M>(gates, size_t(line.d));
   sum = meet(line, sum, place, blocks);
   float scale = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1));
   Quad<float> xbar = scale * sum.a, fbar = scale * sum.b;
@@ -839,7 +910,7 @@ __global__ void __launch_bounds__(D / 2, 1)
     float squares[4];
     UNROLL
     for (int i = 0; i < 4; ++i) {
-      Quad<float> z = merge_rule<merge>(values, rows.first(k + i), rows.second(k + i), xbar, fbar);
+      Quad<float> z = M::Z(gains, rows.first(k + i), rows.second(k + i), xbar, fbar);
       squares[i] = dot(z, z);
       rows.put(k + i, z);
     }
@@ -857,7 +928,7 @@ __global__ void __launch_bounds__(D / 2, 1)
 
 // dX may be G: all of a line's rows are read before any is written. F is not held: it is read while
 // the sums are made, from the L2 cache, where it was asked for at the beginning.
-template <Merge merge, int D, int held>
+template <class M, int D, int held>
 __global__ void __launch_bounds__(D / 2, 1)
     merge_backward_kernel(bf16* dX, bf16* dF, MergeScratch<float> scratch, const bf16* G,
                           const bf16* X_next, const bf16* F, Gates<const bf16> gates,
@@ -897,12 +968,12 @@ __global__ void __launch_bounds__(D / 2, 1)
       Quad<float> dZ =
           r[line.place][k + i] *
           (rows.first(k + i) - h.value[line.place][k + i] * rows.second(k + i));  // (Delta')
-      QuadPair<float> terms = {dZ, dZ * (rows.floats(f[i]) - fbar)};              // (dbeta)
+      QuadPair<float> terms = {dZ, dZ * M::token_factor(Quad<float>{}, rows.floats(f[i]), fbar)};
       if (line.has(k + i)) sum = sum + terms;
       rows.put(k + i, dZ);
     }
   }
-  GateValues<float> values = gates_at<merge>(gates, size_t(line.d));
+  Gains<float> gains = gains_at<M>(gates, size_t(line.d));
   sum = meet(line, sum, place, blocks);
   Quad<float> dZbar = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1)) * sum.a;
   if (line.number == line.first) {
@@ -911,8 +982,10 @@ __global__ void __launch_bounds__(D / 2, 1)
   }
   UNROLL
   for (int k = 0; k < held; ++k) {
-    MergeGradients<float> out = merge_rule_backward<merge>(values, rows.get(k), dZbar);
-    if (line.has(k)) store(dX + line.at() + k * D, out.dX), store(dF + line.at() + k * D, out.dF);
+    Quad<float> dZ = rows.get(k);
+    if (!line.has(k)) continue;
+    store(dX + line.at() + k * D, M::dX(gains, dZ, dZbar));
+    store(dF + line.at() + k * D, M::dF(gains, dZ, dZbar));
   }
 }
 
@@ -923,11 +996,12 @@ template <class T, class F>
 bool with_held_rows(const Device& device, Merge merge, size_t D, const F& f) {
   if (!device.gpu || !std::is_same_v<T, bf16>) return false;
   auto with_width = [&](auto width, auto held) {
-    using Split = std::integral_constant<Merge, Merge::mvsplit>;
-    using NoLeak = std::integral_constant<Merge, Merge::mvsplit_noleak>;
-    if (merge == Merge::mvsplit) return f(Split(), width, held);
-    if (merge == Merge::mvsplit_noleak) return f(NoLeak(), width, held);
-    return false;
+    bool done = false;
+    Merges::with(merge.index, [&](auto m) {
+      using M = decltype(m);
+      if constexpr (M::means && M::by_token >= 0) done = f(m, width, held);
+    });
+    return done;
   };
   using std::integral_constant;
   if (D == 128) return with_width(integral_constant<int, 128>(), integral_constant<int, 12>());
@@ -953,112 +1027,69 @@ bool launch_held(const Device& device, void (*kernel)(Parameters...), Tokens tok
 }
 #endif
 
+// False where there is no such kernel: then nothing is done.
 template <class T>
 bool fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
-                         const T* F, Gates<const T> gates, Tokens tokens, size_t D, double eps) {
+                         const T* F, Gates<const T> gates, MergeShape shape) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>)
-    return with_held_rows<T>(device, gates.merge, D, [&](auto kind, auto width, auto held) {
+    return with_held_rows<T>(device, gates.merge, shape.D, [&](auto m, auto width, auto held) {
       constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
       return launch_held<HeldLine<columns, rows>>(
-          device, merge_forward_kernel<decltype(kind)::value, columns, rows>, tokens, rows, X_next,
-          saved, X, F, gates, tokens, float(eps));
+          device, merge_forward_kernel<decltype(m), columns, rows>, shape.tokens, rows, X_next,
+          saved, X, F, gates, shape.tokens, float(shape.eps));
     });
 #endif
-  (void)device, (void)X_next, (void)saved, (void)X, (void)F, (void)gates, (void)tokens, (void)D;
-  return (void)eps, false;
+  (void)device, (void)X_next, (void)saved, (void)X, (void)F, (void)gates, (void)shape;
+  return false;
 }
 
 template <class T>
 bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                          const T* G, const T* X_next, const T* F, Gates<const T> gates,
-                          MergeSaved<Acc<T>> saved, Tokens tokens, size_t D) {
+                          MergeBackwardInputs<T> in, MergeShape shape) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>)
-    return with_held_rows<T>(device, gates.merge, D, [&](auto kind, auto width, auto held) {
+    return with_held_rows<T>(device, in.gates.merge, shape.D, [&](auto m, auto width, auto held) {
       constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
       return launch_held<HeldLine<columns, rows>>(
-          device, merge_backward_kernel<decltype(kind)::value, columns, rows>, tokens, rows, dX, dF,
-          scratch, G, X_next, F, gates, saved, tokens);
+          device, merge_backward_kernel<decltype(m), columns, rows>, shape.tokens, rows, dX, dF,
+          scratch, in.G, in.X_next, in.F, in.gates, in.saved, shape.tokens);
     });
 #endif
-  (void)device, (void)dX, (void)dF, (void)scratch, (void)G, (void)X_next, (void)F, (void)gates;
-  return (void)saved, (void)tokens, (void)D, false;
+  (void)device, (void)dX, (void)dF, (void)scratch, (void)in, (void)shape;
+  return false;
 }
 
 // ---------------------------------------------------------------------------------------------
-// 5. What the split does to a writer's gradient
-//
-// A residual writer is the last matrix of a branch, F = y W^T: W_O after attention, W2 in the FFN.
-// Let delta (T, D) be the adjoint of F and y (T, n) the writer's input, for one sequence. Its
-// gradient is
-//
-//     dW = sum_t delta_t y_t^T = delta^T y = (J delta + P delta)^T (J y + P y)
-//        = (J delta)^T (J y) + (P delta)^T (P y)
-//        = T dbar ybar^T  +  sum_t dtil_t ytil_t^T  =  dW_mu + dW_c,                      (5), (17)
-//
-// as the cross terms delta^T J P y and delta^T P J y are zero. Each of the T rows of J delta is
-// dbar^T and each of J y is ybar^T, the means; dtil_t and ytil_t are the rows of P delta and P y.
-// G_mean = ||dW_mu||_F, G_ctr = ||dW_c||_F. (As matrices the two are not orthogonal: G_mean^2 +
-// G_ctr^2 is not ||dW||^2.) dW_mu has rank one, and grows like T when tokens agree in delta and y.
-//
-// How large is dW? Square it, and what remains are pairs of tokens:
-//
-//     ||dW||_F^2 = tr(dW^T dW) = sum_ts <delta_t, delta_s> <y_t, y_s> = sum_ts w_t w_s M_ts,
-//     w_t = |delta_t| |y_t|,     M_ts = cos(delta_t, delta_s) cos(y_t, y_s).          (19)-(26)
-//
-// Against what it would be if no two tokens agreed (M = I) it is larger by the alignment
-// amplification
-//
-//     A = ||dW||_F^2 / sum_t w_t^2 = w^T M w / |w|^2.                                          (6)
-//
-// <delta_t, delta_s> <y_t, y_s> is the inner product of the matrices delta_t y_t^T and delta_s
-// y_s^T, so M is a Gram matrix (of these, each divided by w_t): positive semidefinite, with trace
-// T. Its eigenvalues lie between 0 and T, and so does A. M_tt = 1, so the pairs with s = t give 1:
-//
-//     A - 1 = sum_(s != t) w_t w_s M_ts / sum_t w_t^2.
-//
-// With equal w_t that is (1/T) sum_(s != t) M_ts = (T - 1) kappa, kappa the mean of M_ts over pairs
-// (30). In general let khat be the mean of |M_ts| over pairs with weights w_t w_s. Then
-//
-//     |A - 1| <= khat sum_(s != t) w_t w_s / sum_t w_t^2 <= (T - 1) khat,                (31)-(32)
-//
-// as sum_(s != t) w_t w_s = (sum w)^2 - sum w^2 and, by Cauchy-Schwarz, (sum w)^2 <= T sum w^2.
-// (The weights matter: two tokens that agree and outweigh the others give A = 2 for every T, while
-// the plain mean of |M_ts|, if no other pair agrees, falls like 1/T^2.) Hence two limits, for w_t
-// of a given size:
-//
-//     kappa ~ 0:    A ~ 1,   ||dW|| = |w| = O(sqrt T)        tokens that differ
-//     kappa -> 1:   A -> T,  ||dW|| = sqrt(T) |w| = O(T)     tokens alike, and dW = dW_mu
-//
-// That is the lever of the collapse. When tokens become alike, each writer's gradient grows by up
-// to sqrt(T), 16 for 256 tokens, and points in one direction. A step against dW_mu, -eta dW_mu,
-// changes F_t = W y_t by -eta T <ybar, y_t> dbar: every token along the same vector, and by nearly
-// the same amount when the y_t are alike. So nearly all of the step goes into the mean of F; and
-// where that makes the mean larger against the rest, the tokens become more alike still.
-//
-// MV-Split acts on delta: by (10), delta = beta * P Delta + alpha * J Delta with Delta = dL/dZ.
-// With the J and P of the merge, within each segment, row d of dW_mu is scaled by alpha_d and row d
-// of dW_c by beta_d, separately. LayerScale scales row d of both by lambda_d, which cannot change
-// their ratio in that row; nor can clipping, which multiplies all of dW by one number (App. J).
-//
-// Which mean? (17) holds for any such pair of projectors. With J_seg, dW_mu is one rank-one term a
-// segment. Let dbar_N and dbar_L be the means over the N image and the L text tokens. J J_seg = J:
-// the global mean of what J_seg left, N rows dbar_N and L rows dbar_L, is dbar, and (17) splits it
-// again. As dbar_N - dbar = (L/T) (dbar_N - dbar_L) and dbar_L - dbar = -(N/T) (dbar_N - dbar_L),
-// and so for y, and N (L/T)^2 + L (N/T)^2 = N L / T,
-//
-//     N dbar_N ybar_N^T + L dbar_L ybar_L^T
-//         = T dbar ybar^T + (N L / T) (dbar_N - dbar_L) (ybar_N - ybar_L)^T.
-//
-// Diagnostics take the global J, as the paper does: they count the second term as centered, though
-// alpha governs it and it grows like T. At alpha = 0 the question is moot: J_seg delta = 0, hence J
-// delta = J J_seg delta = 0, and G_mean = 0 by both counts, up to the rounding of delta. (Were the
-// merge to use the global mean instead, the segment means of delta would only have to cancel, and
-// each segment's own mean-coherent gradient would be free.)
+// C. What the network calls: the merge that `gates` names, in one kernel or in passes
+
+// X_next = RMSNorm(Z(X, F)) and what is saved; see merge_forward_passes().
+template <class T>
+void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
+                   const T* F, Gates<const T> gates, MergeShape shape, bool again = false) {
+  if (!again && fused_merge_forward(device, X_next, saved, X, F, gates, shape)) return;
+  Merges::with(gates.merge.index, [&](auto m) {
+    merge_forward_passes<decltype(m)>(device, X_next, saved, X, F, gates, shape, again);
+  });
+}
+
+// dX, dF and the gates' gradients (=, or += if `accumulate`); see merge_backward_passes(). The gates'
+// are made beside what follows: they are there, and `scratch` may be used again, after device.join().
+template <class T, class P>
+void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, MergeScratch<Acc<T>> scratch,
+                    MergeBackwardInputs<T> in, MergeShape shape, bool accumulate) {
+  bool done = fused_merge_backward(device, dX, dF, scratch, in, shape);
+  Merges::with(in.gates.merge.index, [&](auto m) {
+    using M = decltype(m);
+    if (!done) merge_backward_passes<M>(device, dX, dF, scratch, in, shape);
+    if (M::by_token >= 0)
+      device.beside(
+          [&] { gate_gradients<M, T>(device, dgates, in.saved, scratch, shape, accumulate); });
+  });
+}
 
 // ---------------------------------------------------------------------------------------------
-// 6. Measuring the two parts
+// D. Measuring the two parts of a writer's gradient
 //
 // Of a state. By (3) and orthogonality |X|^2 = |mu(X)|^2 + |c(X)|^2 (Frobenius norms), and most
 // numbers that describe a state of tokens are ratios of these two energies.
@@ -1079,7 +1110,7 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
 // sequence is taken over a power of two near its largest number, which rounds nothing, and G_ctr
 // gets it back in fp64.
 //
-// Alignment. In section 5's letters w_t w_s M_ts = K_ts C_ts, hence
+// Alignment. In section 2's letters w_t w_s M_ts = K_ts C_ts, hence
 //
 //     A    = sum_ts K_ts C_ts / sum_t K_tt C_tt,                                               (6)
 //     khat = sum_(s != t) |K_ts C_ts| / sum_(s != t) w_t w_s,      w_t^2 = K_tt C_tt.    (31)-(32)
@@ -1148,11 +1179,11 @@ struct WriterScratch {
 template <class T>
 void token_means(const Device& device, Acc<T>* means, const T* x, Tokens tokens, size_t n) {
   using A = Acc<T>;
-  sum_over_tokens(
+  sum_over_rows(
       device, tokens, n, quad(A(0)),
       [=] HD(size_t, size_t row, size_t d) { return load<A>(x + row * n + d); },
       [=] HD(size_t segment, size_t d, Quad<A> sum) {
-        store(means + segment * n + d, A(1) / A(max_<size_t>(tokens.count(segment % 2), 1)) * sum);
+        store(means + segment * n + d, tokens.one_over<A>(segment) * sum);
       });
 }
 
@@ -1162,7 +1193,7 @@ template <class T>
 void token_spreads(const Device& device, Acc<T>* spreads, const T* x, const Acc<T>* means,
                    Tokens tokens, size_t n) {
   using A = Acc<T>;
-  sum_over_tokens(
+  sum_over_rows(
       device, tokens, n, quad(A(0)),
       [=] HD(size_t segment, size_t row, size_t d) {
         Quad<A> rest = load<A>(x + row * n + d) - load<A>(means + segment * n + d);

@@ -626,7 +626,7 @@ struct RunArrays {
 inline size_t graph_bytes(const TrainOptions& o) {
   Residual mode = o.model.mode();
   size_t graphs = std::min<size_t>(o.accumulate, 3) + (o.diagnose_every > 0);
-  size_t gated = size_t(has_gates(mode.attention)) + size_t(has_gates(mode.ffn));
+  size_t gated = size_t(!about(mode.attention).gates.empty()) + !about(mode.ffn).gates.empty();
   return graphs * o.model.depth * (200'000 + 115'000 * gated);
 }
 
@@ -1099,9 +1099,7 @@ Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, si
   // Where it began: what has been learned since then hides it.
   m["no_patch_bias"] = o.model.patch_bias ? "false" : "true";
   m["writer_std"] = exact(o.model.writer_std), m["final_std"] = exact(o.model.final_std);
-  for (auto [gate, start] : {std::pair("alpha", o.model.alpha), std::pair("beta", o.model.beta),
-                             std::pair("lambda", o.model.lambda_init())})
-    if (o.model.has_gate(gate)) m[gate] = exact(start);
+  for (const Gate& gate : o.model.gates_of_mode()) m[gate.name] = exact(o.model.start(gate));
   return m;
 }
 template <class T, class Kept>
@@ -1173,9 +1171,9 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
   bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
   const uint64_t hashes[] = {hash_data(data), hash_data(every_nth(validation, V))};
   // A state need not say what no bit of it depends on any more.
-  const std::set<std::string> optional = {
-      "val_images", "val_images_hash", "no_patch_bias", "alpha",
-      "beta",       "lambda",          "writer_std",    "final_std"};
+  std::set<std::string> optional = {"val_images", "val_images_hash", "no_patch_bias", "writer_std",
+                                    "final_std"};
+  for (const Gate& gate : o.model.gates_of_mode()) optional.insert(gate.name);
   std::string others;
   for (const auto& [key, value] : describe_state<T>(o, lean, hashes[0], V, hashes[1])) {
     std::string was =
@@ -1790,7 +1788,8 @@ class Gradcheck {
     }
     Arrays<double>& a = net_.arrays;
     size_t pixels = o.batch * m.pixels(), words = o.batch * m.text_size(), first = size_t(1) << 20;
-    for (auto [x, n] : {std::pair{a.z, pixels}, {a.dvelocity, pixels}, {a.text, words}}) {
+    using Input = std::pair<double*, size_t>;
+    for (auto [x, n] : {Input{a.z, pixels}, Input{a.dvelocity, pixels}, Input{a.text, words}}) {
       device.fill(x, 0, n * sizeof(double));
       move_along(device, x, n, 1, o.seed, first++);
     }
@@ -1911,7 +1910,7 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
   std::printf("largest relative error %.2e: %s (limit %.0e)\n", worst, good ? "ok" : "WRONG",
               o.tolerance);
   const Residual& mode = o.model.mode();
-  bool bare = mode.attention == Merge::plain || mode.ffn == Merge::plain;
+  bool bare = mode.attention == merge_of<PostNorm> || mode.ffn == merge_of<PostNorm>;
   if (!good && bare && o.model.writer_std > 0.02)
     std::printf("without gates a deep network is too chaotic for differences: --writer-std 0.02\n");
   return good ? 0 : 1;
@@ -2031,7 +2030,8 @@ std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& dat
 // for; else the usual number, or as many as there are.
 inline Dataset probe_images(const ProbeOptions& o) {
   constexpr size_t least = 64;
-  auto [train, held_out] = load_dataset(o.data, 2);
+  auto [train, held_out, shared] = load_dataset(o.data, 2);
+  if (shared) held_out = without_images(train);
   // Three quarters of the images are to train on, rounded up.
   size_t most = std::min(4 * held_out.images + 3, train.images * 4 / 3);
   if (most < least)
@@ -2146,7 +2146,7 @@ inline int command(int argc, const char* const* argv) {
     const Config& model = is("gradcheck") ? gradcheck_options.model
                           : is("plan")    ? plan_options.model
                                           : train_options.model;
-    for (std::string gate : {"alpha", "beta", "lambda"})
+    for (const std::string& gate : gate_names())
       if (given.count(gate) && !model.has_gate(gate))
         fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
     if (is("plan"))

@@ -101,16 +101,16 @@ inline Assumed read_config(const SafetensorsReader& file, const std::string& pat
   c.patch_bias = file.find("patch_embed.patch_proj.bias") != nullptr;
   c.depth = 0;
   while (file.find("blocks." + std::to_string(c.depth) + ".ffn.w2.weight")) ++c.depth;
-  auto has = [&](const char* name) {
-    return file.find(std::string("blocks.0.") + name) != nullptr;
-  };
-  bool first = has("fused_mvsplit_norm1.alpha"), second = has("fused_mvsplit_norm2.alpha");
-  c.residual = first && second      ? "mvsplit"
-               : first              ? "mvsplit-attention"
-               : second             ? "mvsplit-ffn"
-               : has("layerscale1") ? "layerscale"
-               : has("rezero1")     ? "rezero"
-                                    : "postnorm";
+  // The mode of which all gates are there; of several, one with the most.
+  size_t most = 0;
+  for (const Residual& mode : residuals) {
+    size_t gates = 0, found = 0;
+    for (int merge : {0, 1})
+      for (const Gate& gate : about(merge ? mode.ffn : mode.attention).gates)
+        ++gates, found += file.find("blocks.0." + file_name(gate, merge)) != nullptr;
+    if (found == gates && (gates > most || &mode == &residuals[0]))
+      c.residual = mode.name, most = gates;
+  }
   const Metadata& m = file.metadata();
   auto integer = [&](const char* key, size_t& value) {
     auto at = m.find(key);

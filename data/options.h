@@ -603,20 +603,36 @@ inline void check_output(const Subcommand& sub, const GivenOptions& given) {
 // ---------------------------------------------------------------------------------------------
 // 4. The options
 
+// The names of all merges' gates, each once; and where the gates of a name start, by merge.
+inline Words gate_names() {
+  std::set<std::string> names;
+  for (const Residual& residual : residuals)
+    for (const Gate& gate : about(residual.ffn).gates) names.insert(gate.name);
+  return {names.begin(), names.end()};
+}
+inline std::string starts_of(const std::string& name) {
+  std::string text;
+  Merges::each([&](auto m) {
+    for (const Gate& gate : decltype(m)::gates())
+      if (gate.name == name)
+        text += (text.empty() ? "" : ", ") + (decltype(m)::name + (" " + shortest(gate.start)));
+  });
+  return text;
+}
+
 inline void add_model_options(Subcommand& sub, Config& m) {
   sub.add("depth", m.depth, "blocks");
   sub.add("width", m.width, "channels D of a token");
   sub.add("heads", m.heads, "attention heads");
   sub.add("ffn", m.ffn, "width of the FFN");
   sub.add("patch", m.patch, "pixels along a patch");
-  sub.add("residual", m.residual,
-          "postnorm, prenorm, layerscale, rezero, mvsplit, mvsplit-attention, mvsplit-ffn, "
-          "mvsplit-noleak");
+  Words modes;
+  for (const Residual& residual : residuals) modes.push_back(residual.name);
+  sub.add("residual", m.residual, join_list(modes).c_str());
   sub.add("means", m.means,
           "that MV-Split takes: segment, of image and of text tokens; global, of all");
-  sub.add("alpha", m.alpha, "MV-Split's mean gate at the start");
-  sub.add("beta", m.beta, "MV-Split's centered gate at the start");
-  sub.add("lambda", m.lambda, "LayerScale's or ReZero's gate at the start", "1e-2, 0");
+  for (const std::string& name : gate_names())
+    sub.add(name.c_str(), m.gates[name], ("where this gate starts: " + starts_of(name)).c_str());
   sub.add("writer-std", m.writer_std, "W_O and W2 start as N(0, std^2); -1: the mode's own");
   sub.add("final-std", m.final_std, "so does the final projection");
   sub.add_flag("no-patch-bias", m.patch_bias, "no bias in the patch embedding", false);
@@ -634,7 +650,8 @@ inline void add_data_sizes(Subcommand& sub, Config& m) {
 
 inline void add_train_options(Subcommand& sub, TrainOptions& o) {
   add_model_options(sub, o.model);
-  sub.add_list("fix", o.model.fix, "gates that are not trained: alpha, beta, lambda");
+  sub.add_list("fix", o.model.fix,
+               ("gates that are not trained: " + join_list(gate_names())).c_str());
   sub.add("batch", o.batch, "images of a forward pass");
   sub.add("accumulate", o.accumulate, "passes of a step");
   sub.add("steps", o.steps, "steps, from the start of the run");
@@ -750,7 +767,7 @@ inline Subcommand add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& mac
   o.model.depth = 1000, o.model.width = 16, o.model.heads = 2, o.model.ffn = 24;
   o.model.channels = 2, o.model.height = 4, o.model.image_width = 6, o.model.patch = 2;
   o.model.text_tokens = 3, o.model.text_dim = 5;
-  o.model.alpha = 0.03, o.model.beta = 0.1, o.model.lambda = 0.1;
+  for (const std::string& gate : gate_names()) o.model.gates[gate] = gate == "alpha" ? 0.03 : 0.1;
   o.model.writer_std = 0.25, o.model.final_std = 0.25;
   Subcommand sub(app, "gradcheck", "gradients of the whole network by differences");
   add_model_options(sub, o.model);
@@ -779,7 +796,8 @@ inline Subcommand add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Mac
 
 // Is an option of train kept with the run? All are but where the run is, and gates that it has not.
 inline bool is_kept(const std::string& option, const Config& m) {
-  bool gate = option == "alpha" || option == "beta" || option == "lambda";
+  const Words gates = gate_names();
+  bool gate = std::count(gates.begin(), gates.end(), option);
   return gate ? m.has_gate(option) : option != "config" && option != "out" && option != "resume";
 }
 
@@ -787,7 +805,7 @@ inline bool is_kept(const std::string& option, const Config& m) {
 // kept.
 inline std::string ini_of(TrainOptions o, Machine machine, const char* state) {
   o.state = state, machine.precision = machine.chosen_precision();
-  if (o.model.has_gate("lambda")) o.model.lambda = o.model.lambda_init();
+  for (const Gate& gate : o.model.gates_of_mode()) o.model.gates[gate.name] = o.model.start(gate);
   CLI::App app;
   const Subcommand train = add_train(app, o, machine);
   std::string text =

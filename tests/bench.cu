@@ -90,7 +90,7 @@ Config model(size_t depth, size_t width, size_t heads, size_t ffn, size_t text,
   Config c;
   c.depth = depth, c.width = width, c.heads = heads, c.ffn = ffn, c.patch = 2;
   c.text_tokens = text, c.residual = residual, c.writer_std = 0.02, c.final_std = 0.02;
-  c.alpha = 0.1;
+  c.gates["alpha"] = 0.1;
   return c;
 }
 
@@ -128,8 +128,8 @@ void kernels(Device& device) {
   Parameters<A> d = locate<A>(net.config, net.table, net.gradients());
   BlockScratch<T>& scratch = net.arrays.scratch;
   auto saved = [&](int k) { return net.saved(size_t(k)); };
-  double X = double(b.tokens.rows() * b.D) * sizeof(T),
-         U = double(b.tokens.rows() * b.F) * sizeof(T);
+  double X = double(b.merge.tokens.rows() * b.merge.D) * sizeof(T),
+         U = double(b.merge.tokens.rows() * b.F) * sizeof(T);
   // Gradients of their own for each turn: 8 arrays would not fit a cache either.
   std::vector<std::unique_ptr<Slab>> G, dF;
   for (int k = 0; k < sets; ++k) {
@@ -144,21 +144,20 @@ void kernels(Device& device) {
   };
   time("merge forward", 3 * X, 0, [&](int k) {
     BlockSaved<T> s = saved(k);
-    merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.block(size_t(k)).gates[0], b.tokens, b.D,
-                  b.eps);
+    merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.block(size_t(k)).gates[0], b.merge);
   });
   time("merge replay", 3 * X, 0, [&](int k) {
     BlockSaved<T> s = saved(k);
-    merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.block(size_t(k)).gates[0], b.tokens, b.D,
-                  b.eps, true);
+    merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.block(size_t(k)).gates[0], b.merge, true);
   });
   time("merge backward", 5 * X, 0, [&](int k) {
     BlockSaved<T> s = saved(k);
-    merge_backward(device, df((k + 1) % sets), df(k), d.block(size_t(k)).gates[0], g(k), s.X1, s.F1,
-                   w.block(size_t(k)).gates[0], s.merge[0], scratch.merge[0], b.tokens, b.D, false);
+    merge_backward(device, df((k + 1) % sets), df(k), d.block(size_t(k)).gates[0], scratch.merge[0],
+                   {g(k), s.X1, s.X, s.F1, w.block(size_t(k)).gates[0], s.merge[0]}, b.merge,
+                   false);
     device.join();
   });
-  double attention = 4 * double(B * b.heads.length * b.heads.length) * double(b.D);
+  double attention = 4 * double(B * b.heads.length * b.heads.length) * double(b.merge.D);
   time("rope + QK-norm forward", 4 * X, 0, [&](int k) {
     BlockSaved<T> s = saved(k);
     rope_qk_norm_forward(device, s.qkv, s.r_qk, b.rope, b.heads);
@@ -172,10 +171,11 @@ void kernels(Device& device) {
     fused_attention_backward(device, scratch.dqkv, scratch.inner, g(k), s.Y, s.Y_rest, s.log_sums,
                              s.qkv, s.r_qk, b.rope, b.heads);
   });
-  time("SwiGLU forward", 3 * U, 0,
-       [&](int k) { swiglu_forward(device, saved(k).hidden, saved(k).u, b.tokens.rows(), b.F); });
+  time("SwiGLU forward", 3 * U, 0, [&](int k) {
+    swiglu_forward(device, saved(k).hidden, saved(k).u, b.merge.tokens.rows(), b.F);
+  });
   time("SwiGLU backward", 5 * U, 0, [&](int k) {
-    swiglu_backward(device, scratch.du, saved(k).hidden, saved(k).u, b.tokens.rows(), b.F);
+    swiglu_backward(device, scratch.du, saved(k).hidden, saved(k).u, b.merge.tokens.rows(), b.F);
   });
 }
 
@@ -190,7 +190,8 @@ void gemms(Device& device, size_t rows, size_t D, size_t F) {
     const char* name;
     size_t out, in;
   };
-  for (Shape s : {Shape{"qkv", 3 * D, D}, {"proj", D, D}, {"w13", 2 * F, D}, {"w2", D, F}}) {
+  for (Shape s :
+       {Shape{"qkv", 3 * D, D}, Shape{"proj", D, D}, Shape{"w13", 2 * F, D}, Shape{"w2", D, F}}) {
     double flops = 2 * double(rows) * double(s.out) * double(s.in);
     std::string name = s.name;
     T* y = reinterpret_cast<T*>(c.data);

@@ -1157,16 +1157,18 @@ double growth(Device& device, Merge merge, double alpha, double common) {
     Tensor means[4] = {of(2 * D), of(2 * D), of(2 * D), of(2 * D)}, dgains[2] = {of(D), of(D)};
     Tensor gain = of(D), one = of(D);
     gain.set(std::vector<double>(D, alpha)), one.set(std::vector<double>(D, 1.0));
-    Gates<const double> gates{merge, gain.data<double>(), one.data<double>(), gain.data<double>()};
-    Gates<double> dgates{merge, dgains[0].data<double>(), dgains[1].data<double>(),
-                         dgains[1].data<double>()};
+    Gates<const double> gates{merge, {gain.data<double>(), one.data<double>()}};
+    Gates<double> dgates{merge, {dgains[0].data<double>(), dgains[1].data<double>()}};
     MergeSaved<double> saved{r.data<double>(), means[0].data<double>(), means[1].data<double>()};
     MergeScratch<double> scratch{q.data<double>(), means[2].data<double>(),
                                  means[3].data<double>()};
+    MergeShape shape{tokens, D, 1e-6};
     merge_forward(device, next.data<double>(), saved, X.data<double>(), F.data<double>(), gates,
-                  tokens, D, 1e-6);
-    merge_backward(device, dX.data<double>(), dF.data<double>(), dgates, G.data<double>(),
-                   next.data<double>(), F.data<double>(), gates, saved, scratch, tokens, D, false);
+                  shape);
+    merge_backward(
+        device, dX.data<double>(), dF.data<double>(), dgates, scratch,
+        {G.data<double>(), next.data<double>(), X.data<double>(), F.data<double>(), gates, saved},
+        shape, false);
     linear_backward_weight(device, dW.data<double>(), dF.data<double>(), y.data<double>(), T, D, D,
                            false);
     lengths.push_back(double(T));
@@ -1183,9 +1185,9 @@ TEST(Statement, SqrtTAndTScaling) {
     auto slope = [&](Merge merge, double alpha, double common) {
       return growth(*device, merge, alpha, common);
     };
-    double apart = slope(Merge::plain, 0, 0), alike = slope(Merge::plain, 0, 1);
-    double split = slope(Merge::mvsplit, 0, 1), leaking = slope(Merge::mvsplit, 0.5, 1);
-    double scaled = slope(Merge::layerscale, 0.01, 1);
+    double apart = slope(merge_of<PostNorm>, 0, 0), alike = slope(merge_of<PostNorm>, 0, 1);
+    double split = slope(merge_of<MvSplit>, 0, 1), leaking = slope(merge_of<MvSplit>, 0.5, 1);
+    double scaled = slope(merge_of<LayerScale>, 0.01, 1);
     auto off = [](double a, double b) { return std::abs(a - b); };
     expect_statement(*device, "sqrt(T): tokens unlike, Post-Norm", off(apart, 0.5),
                      {{"T", off(apart, 1)}}, 0.03);

@@ -10,7 +10,7 @@ struct Shape {
   size_t D;
 };
 const Shape shapes[] = {{{2, 5, 3}, 8}, {{2, 37, 11}, 136}, {{1, 6, 0}, 12}};
-// For 4.1 of mvsplit.cu: less and more rows than a line holds, no text, a line too many, and more
+// For appendix B of mvsplit.cu: less and more rows than a line holds, no text, a line too many, and more
 // sequences than fit at once.
 const Shape one_kernel_shapes[] = {{{2, 5, 3}, 128},   {{3, 300, 7}, 128},   {{2, 70, 65}, 256},
                                    {{2, 130, 0}, 512}, {{3, 256, 64}, 1024}, {{1, 67, 9}, 1024},
@@ -45,20 +45,21 @@ MergeOp prenorm_op(Device& device, Shape shape) {
   T *Y = op.output.data<T>(), *g = op.cotangent.data<T>();
   MergeSaved<A> first{r1, m, m}, second{r2, m, m, r1};
   MergeScratch<A> scratch{h.data<A>(), m, m};
-  Gates<const T> gates{Merge::prenorm, nullptr, nullptr, nullptr};
-  Gates<A> none{Merge::prenorm, nullptr, nullptr, nullptr};
+  Gates<const T> gates{merge_of<PreNorm>, {}};
+  Gates<A> none{merge_of<PreNorm>, {}};
+  MergeShape sizes{tokens, D, 1e-6};
   Device* d = &device;
   op.forward = [=] {
-    merge_forward(*d, Y, first, X.data<T>(), F.data<T>(), gates, tokens, D, 1e-6);
-    merge_forward(*d, Y + n, second, Y, F2.data<T>(), gates, tokens, D, 1e-6);
+    merge_forward(*d, Y, first, X.data<T>(), F.data<T>(), gates, sizes);
+    merge_forward(*d, Y + n, second, Y, F2.data<T>(), gates, sizes);
   };
   op.backward = [=] {
     T* G = dX.data<T>();
     d->fill(G, 0, n * sizeof(T));
-    merge_backward(*d, G, dF2.data<T>(), none, g + n, Y + n, F2.data<T>(), gates, second, scratch,
-                   tokens, D, false);
-    merge_backward(*d, G, dF.data<T>(), none, g, Y, F.data<T>(), gates, first, scratch, tokens, D,
-                   false);
+    merge_backward(*d, G, dF2.data<T>(), none, scratch,
+                   {g + n, Y + n, Y, F2.data<T>(), gates, second}, sizes, false);
+    merge_backward(*d, G, dF.data<T>(), none, scratch,
+                   {g, Y, X.data<T>(), F.data<T>(), gates, first}, sizes, false);
   };
   return op;
 }
@@ -66,7 +67,7 @@ MergeOp prenorm_op(Device& device, Shape shape) {
 // `passes`: never in one kernel.
 template <class T>
 MergeOp merge_op(Device& device, Merge merge, Shape shape, bool passes = false) {
-  if (merge == Merge::prenorm) return prenorm_op<T>(device, shape);
+  if (about(merge).trunk_apart) return prenorm_op<T>(device, shape);
   using A = Acc<T>;
   Tokens tokens = shape.tokens;
   size_t D = shape.D, n = tokens.rows() * D, means = 2 * tokens.batch * D;
@@ -82,16 +83,13 @@ MergeOp merge_op(Device& device, Merge merge, Shape shape, bool passes = false) 
         {name, Tensor::random<T>(device, size, seed, 0.6), Tensor::of<A>(device, size)});
     return op.inputs.back();
   };
-  Gates<const T> gates{merge, nullptr, nullptr, nullptr};
-  Gates<A> dgates{merge, nullptr, nullptr, nullptr};
-  if (splits(merge)) {
-    Op::Input alpha = gate("alpha", D, 3), beta = gate("beta", D, 4);
-    gates.alpha = alpha.value.data<T>(), dgates.alpha = alpha.gradient.data<A>();
-    gates.beta = beta.value.data<T>(), dgates.beta = beta.gradient.data<A>();
-  } else if (merge != Merge::plain) {
-    Op::Input lambda = gate("lambda", merge == Merge::rezero ? 1 : D, 5);
-    gates.lambda = lambda.value.data<T>(), dgates.lambda = lambda.gradient.data<A>();
+  Gates<const T> gates{merge, {}};
+  Gates<A> dgates{merge, {}};
+  for (size_t i = 0; i < about(merge).gates.size(); ++i) {
+    Op::Input g = gate(about(merge).gates[i].name, about(merge).one_number ? 1 : D, 3 + i);
+    gates.of[i] = g.value.data<T>(), dgates.of[i] = g.gradient.data<A>();
   }
+  MergeShape sizes{tokens, D, 1e-6};
   op.output = Tensor::of<T>(device, n), op.cotangent = Tensor::random<T>(device, n, 6);
   Tensor r = Tensor::of<A>(device, tokens.rows()), h = Tensor::of<A>(device, tokens.rows());
   op.xbar = Tensor::of<A>(device, means), op.fbar = Tensor::of<A>(device, means);
@@ -103,11 +101,12 @@ MergeOp merge_op(Device& device, Merge merge, Shape shape, bool passes = false) 
   Device* d = &device;
   Tensor dX = op.inputs[0].gradient, dF = op.inputs[1].gradient;
   auto forward = [=](bool again) {
-    merge_forward(*d, Y.data<T>(), saved, X.data<T>(), F.data<T>(), gates, tokens, D, 1e-6, again);
+    merge_forward(*d, Y.data<T>(), saved, X.data<T>(), F.data<T>(), gates, sizes, again);
   };
   auto backward = [=](Tensor to) {
-    merge_backward(*d, to.data<T>(), dF.data<T>(), dgates, G.data<T>(), Y.data<T>(), F.data<T>(),
-                   gates, saved, scratch, tokens, D, false);
+    merge_backward(*d, to.data<T>(), dF.data<T>(), dgates, scratch,
+                   {G.data<T>(), Y.data<T>(), X.data<T>(), F.data<T>(), gates, saved}, sizes,
+                   false);
   };
   op.forward = [=] { forward(false); };
   op.backward = [=] { backward(dX); };
@@ -115,27 +114,33 @@ MergeOp merge_op(Device& device, Merge merge, Shape shape, bool passes = false) 
   op.backward_in_place = [=] { backward(G); };
   if (!passes) return op;
   op.forward = [=] {
-    segment_means(*d, saved.xbar, saved.fbar, X.data<T>(), F.data<T>(), tokens, D);
-    with_kind(merge, [&](auto kind) {
-      merge_rows<decltype(kind)::value>(*d, Y.data<T>(), saved, X.data<T>(), F.data<T>(), gates,
-                                        tokens, D, 1e-6, false);
+    Merges::with(merge.index, [&](auto m) {
+      merge_forward_passes<decltype(m)>(*d, Y.data<T>(), saved, X.data<T>(), F.data<T>(), gates,
+                                        sizes, false);
     });
   };
   op.backward = [=] {
-    merge_backward_passes(*d, dX.data<T>(), dF.data<T>(), scratch, G.data<T>(), Y.data<T>(),
-                          F.data<T>(), gates, saved, tokens, D);
-    gate_gradients<T>(*d, dgates, saved, scratch, tokens, D, false);
+    Merges::with(merge.index, [&](auto m) {
+      using M = decltype(m);
+      merge_backward_passes<M>(*d, dX.data<T>(), dF.data<T>(), scratch,
+                               {G.data<T>(), Y.data<T>(), X.data<T>(), F.data<T>(), gates, saved},
+                               sizes);
+      gate_gradients<M, T>(*d, dgates, saved, scratch, sizes, false);
+    });
   };
   return op;
 }
 
-const Merge all_merges[] = {Merge::plain,  Merge::prenorm, Merge::layerscale,
-                            Merge::rezero, Merge::mvsplit, Merge::mvsplit_noleak};
+const std::vector<Merge> all_merges = [] {
+  std::vector<Merge> all;
+  Merges::each([&](auto m) { all.push_back(merge_of<decltype(m)>); });
+  return all;
+}();
 
 TEST(Merge, GradientsAgreeWithDifferences) {
   for (Merge merge : all_merges)
     for (const Shape& shape : shapes) {
-      SCOPED_TRACE(testing::Message() << "merge " << int(merge) << " D " << shape.D);
+      SCOPED_TRACE(testing::Message() << about(merge).name << " D " << shape.D);
       check_gradients([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shape); });
     }
 }
@@ -143,12 +148,12 @@ TEST(Merge, GradientsAgreeWithDifferences) {
 TEST(Merge, AgreesOnBothDevices) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
   for (Merge merge : all_merges) {
-    SCOPED_TRACE(int(merge));
+    SCOPED_TRACE(about(merge).name);
     check_devices([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shapes[1]); });
   }
-  for (Merge merge : {Merge::mvsplit, Merge::mvsplit_noleak})
+  for (Merge merge : {merge_of<MvSplit>, merge_of<MvSplitNoLeak>})
     for (const Shape& shape : one_kernel_shapes) {
-      SCOPED_TRACE(testing::Message() << int(merge) << " D " << shape.D);
+      SCOPED_TRACE(testing::Message() << about(merge).name << " D " << shape.D);
       check_devices([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shape); });
     }
 }
@@ -158,9 +163,9 @@ TEST(Merge, AgreesOnBothDevices) {
 TEST(Merge, OneKernelDoesWhatThePassesDo) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
   Device& gpu = *devices()[1];
-  for (Merge merge : {Merge::mvsplit, Merge::mvsplit_noleak})
+  for (Merge merge : {merge_of<MvSplit>, merge_of<MvSplitNoLeak>})
     for (const Shape& shape : one_kernel_shapes) {
-      SCOPED_TRACE(testing::Message() << int(merge) << " D " << shape.D);
+      SCOPED_TRACE(testing::Message() << about(merge).name << " D " << shape.D);
       MergeOp one = merge_op<bf16>(gpu, merge, shape), wrong = merge_op<bf16>(gpu, merge, shape);
       MergeOp passes = merge_op<bf16>(gpu, merge, shape, true);
       std::vector<double> X = wrong.inputs[0].value.get();
@@ -203,7 +208,7 @@ std::vector<double> add_mean(const MergeOp& op, const Shape& shape, std::vector<
 
 TEST(Merge, WrongBackwardsAreRejected) {
   Shape shape = shapes[0];
-  MergeOp op = merge_op<double>(*devices()[0], Merge::mvsplit, shape);
+  MergeOp op = merge_op<double>(*devices()[0], merge_of<MvSplit>, shape);
   op.forward(), op.backward();
   std::vector<double> alpha = op.input("alpha").value.get(), beta = op.input("beta").value.get();
   std::vector<double> dX = op.input("X").gradient.get(), dF = op.input("F").gradient.get();
@@ -243,7 +248,7 @@ TEST(Merge, WrongBackwardsAreRejected) {
 
 // The other gates: a gradient that forgets a token, or scales the trunk by lambda as well.
 TEST(Merge, WrongScaleGradientsAreRejected) {
-  for (Merge merge : {Merge::layerscale, Merge::rezero}) {
+  for (Merge merge : {merge_of<LayerScale>, merge_of<ReZero>}) {
     Shape shape = shapes[0];
     MergeOp op = merge_op<double>(*devices()[0], merge, shape);
     op.forward(), op.backward();
@@ -264,7 +269,7 @@ TEST(Merge, WrongScaleGradientsAreRejected) {
 // Pre-Norm: of the gradient r (g - h Y) of the branch and the trunk's, which must stay whole.
 TEST(Merge, WrongTrunkGradientsAreRejected) {
   Shape shape = shapes[0];
-  MergeOp op = merge_op<double>(*devices()[0], Merge::prenorm, shape);
+  MergeOp op = merge_op<double>(*devices()[0], merge_of<PreNorm>, shape);
   op.forward(), op.backward();
   std::vector<double> Y = op.output.get(), g = op.cotangent.get(), r = op.kept[0].get();
   std::vector<double> dX = op.input("X").gradient.get(), trunk = op.input("F2").gradient.get();
@@ -298,7 +303,7 @@ TEST(Merge, WrongTrunkGradientsAreRejected) {
 TEST(Merge, PreNormAddsToWhatIsNotNormalised) {
   for (Device* device : devices()) {
     Shape shape = shapes[0];
-    MergeOp op = merge_op<double>(*device, Merge::prenorm, shape);
+    MergeOp op = merge_op<double>(*device, merge_of<PreNorm>, shape);
     op.forward();
     std::vector<double> trunk = op.input("X").value.get(), want;
     for (const char* branch : {"F", "F2"}) {
@@ -319,7 +324,7 @@ TEST(Merge, PreNormAddsToWhatIsNotNormalised) {
 TEST(Merge, ForwardFollowsTheDefinition) {
   for (Device* device : devices())
     for (Merge merge : all_merges) {
-      if (merge == Merge::prenorm) continue;  // it has two: see above
+      if (about(merge).trunk_apart) continue;  // it has two merges: see above
       Shape shape = shapes[0];
       MergeOp op = merge_op<double>(*device, merge, shape);
       op.forward();
@@ -340,16 +345,23 @@ TEST(Merge, ForwardFollowsTheDefinition) {
         double squares = 0;
         for (size_t d = 0; d < D; ++d) {
           size_t i = row * D + d;
-          double mean = J(f, row, d), leak = merge == Merge::mvsplit ? J(x, row, d) : 0;
-          if (splits(merge))
-            z[i] += gate("beta", d) * (f[i] - mean) + gate("alpha", d) * (mean - leak);
-          else
-            z[i] += (merge == Merge::plain ? 1 : gate("lambda", d)) * f[i];
+          double fbar = J(f, row, d), xbar = J(x, row, d);
+          const std::map<std::string, std::function<double()>> updates = {
+              {"postnorm", [&] { return f[i]; }},
+              {"layerscale", [&] { return gate("lambda", d) * f[i]; }},
+              {"rezero", [&] { return gate("lambda", d) * f[i]; }},
+              {"mvsplit",
+               [&] { return gate("beta", d) * (f[i] - fbar) + gate("alpha", d) * (fbar - xbar); }},
+              {"mvsplit-noleak",
+               [&] { return gate("beta", d) * (f[i] - fbar) + gate("alpha", d) * fbar; }},
+              {"centered", [&] { return f[i] - fbar; }},
+              {"leaky", [&] { return gate("alpha", d) * (f[i] - x[i]); }}};
+          z[i] += updates.at(about(merge).name)();
           squares += z[i] * z[i];
         }
         for (size_t d = 0; d < D; ++d) z[row * D + d] /= std::sqrt(squares / double(D) + 1e-6);
       }
-      EXPECT_LE(relative_difference(op.output.get(), z), 1e-14) << int(merge);
+      EXPECT_LE(relative_difference(op.output.get(), z), 1e-14) << about(merge).name;
     }
 }
 
@@ -357,7 +369,7 @@ TEST(Merge, ForwardFollowsTheDefinition) {
 TEST(Merge, BranchAdjointHasNoMeanAtAlphaZero) {
   for (Device* device : devices()) {
     Shape shape = shapes[1];
-    MergeOp op = merge_op<double>(*device, Merge::mvsplit, shape);
+    MergeOp op = merge_op<double>(*device, merge_of<MvSplit>, shape);
     auto largest_mean = [&] {
       op.forward(), op.backward();
       std::vector<double> g = op.input("F").gradient.get(), mean(2 * shape.tokens.batch * shape.D);
@@ -375,7 +387,7 @@ TEST(Merge, BranchAdjointHasNoMeanAtAlphaZero) {
 
 TEST(Merge, AccumulatesGateGradients) {
   for (Device* device : devices()) {
-    MergeOp op = merge_op<float>(*device, Merge::mvsplit, shapes[0]);
+    MergeOp op = merge_op<float>(*device, merge_of<MvSplit>, shapes[0]);
     op.forward(), op.backward();
     std::vector<double> once = op.input("beta").gradient.get();
     Tokens tokens = shapes[0].tokens;
@@ -384,9 +396,11 @@ TEST(Merge, AccumulatesGateGradients) {
     MergeScratch<float> scratch{h.data<float>(), op.dZbar.data<float>(), dgate.data<float>()};
     MergeSaved<float> saved{nullptr, op.xbar.data<float>(), op.fbar.data<float>()};
     auto run = [&](bool accumulate) {
-      Gates<float> d{Merge::mvsplit, op.input("alpha").gradient.data<float>(),
-                     op.input("beta").gradient.data<float>(), nullptr};
-      gate_gradients<float>(*device, d, saved, scratch, tokens, shapes[0].D, accumulate);
+      Gates<float> d{
+          merge_of<MvSplit>,
+          {op.input("alpha").gradient.data<float>(), op.input("beta").gradient.data<float>()}};
+      gate_gradients<MvSplit, float>(*device, d, saved, scratch, {tokens, shapes[0].D, 1e-6},
+                                     accumulate);
       return op.input("beta").gradient.get();
     };
     std::vector<double> sum = run(true), second = run(false);
@@ -448,9 +462,9 @@ TEST(Tokens, KnowTheirSegments) {
   for (Tokens any : {t, Tokens{1, 4, 1}, Tokens{2, 6, 0}, Tokens{2, 9, 8}}) {
     std::vector<int> seen(any.rows());
     for (size_t i = 0; i < any.fours(); ++i) {
-      Tokens::Four rows = any.four(i);
+      FourRows rows = any.four(i);
       for (int k = 0; k < 4; ++k) {
-        EXPECT_EQ(any.segment_of(rows.row(k)), rows.segment);
+        EXPECT_EQ(any.segment_of(rows.row(k)), rows.group);
         seen[rows.row(k)] += rows.has(k);
       }
     }
@@ -706,13 +720,13 @@ TEST(Check, SingularValuesOfAKnownMatrix) {
 struct Merged {
   Dense X_next, Z, Delta, dX, dF;
 };
-struct Gains {
+struct MergeGains {
   Merge merge;
   std::vector<double> alpha, beta, lambda;
 };
 
-Merged merged(Device& device, Tokens tokens, const Gains& gains, const Dense& X, const Dense& F,
-              const Dense& G) {
+Merged merged(Device& device, Tokens tokens, const MergeGains& gains, const Dense& X,
+              const Dense& F, const Dense& G) {
   auto tensor = [&](const std::vector<double>& values) {
     Tensor t = Tensor::of<double>(device, values.size());
     if (!values.empty()) t.set(values);  // a gate that this merge does not have
@@ -726,12 +740,18 @@ Merged merged(Device& device, Tokens tokens, const Gains& gains, const Dense& X,
          r = tensor(row), h = tensor(row), xbar = tensor(mean), fbar = tensor(mean),
          dZbar = tensor(mean), dgate = tensor(mean);
   auto at = [](const Tensor& t) { return t.data<double>(); };
-  Gates<const double> gates{gains.merge, at(alpha), at(beta), at(lambda)};
-  Gates<double> dgates{gains.merge, at(da), at(db), at(dl)};
+  Gates<const double> gates{gains.merge, {}};
+  Gates<double> dgates{gains.merge, {}};
+  for (size_t i = 0; i < about(gains.merge).gates.size(); ++i) {
+    std::string name = about(gains.merge).gates[i].name;
+    gates.of[i] = at(name == "alpha" ? alpha : name == "beta" ? beta : lambda);
+    dgates.of[i] = at(name == "alpha" ? da : name == "beta" ? db : dl);
+  }
   MergeSaved<double> saved{at(r), at(xbar), at(fbar)};
-  merge_forward(device, at(y), saved, at(x), at(f), gates, tokens, D, 1e-6);
-  merge_backward(device, at(dx), at(df), dgates, at(g), at(y), at(f), gates, saved,
-                 MergeScratch<double>{at(h), at(dZbar), at(dgate)}, tokens, D, false);
+  MergeShape shape{tokens, D, 1e-6};
+  merge_forward(device, at(y), saved, at(x), at(f), gates, shape);
+  merge_backward(device, at(dx), at(df), dgates, MergeScratch<double>{at(h), at(dZbar), at(dgate)},
+                 {at(g), at(y), at(x), at(f), gates, saved}, shape, false);
   Merged m{{T, D, y.get()}, {T, D}, {T, D}, {T, D, dx.get()}, {T, D, df.get()}};
   std::vector<double> rs = r.get(), hs = h.get();
   for (size_t i = 0; i < T * D; ++i) {
@@ -758,8 +778,8 @@ std::vector<double> minus(const std::vector<double>& a, const std::vector<double
 // term is Z = J for alpha = 1, beta = 0 and Z = P for alpha = 0, beta = 1.
 Dense projector(Device& device, Tokens tokens, double mean) {
   size_t T = tokens.length();
-  Gains gains{
-      Merge::mvsplit_noleak, std::vector<double>(T, mean), std::vector<double>(T, 1 - mean), {}};
+  MergeGains gains{
+      merge_of<MvSplitNoLeak>, std::vector<double>(T, mean), std::vector<double>(T, 1 - mean), {}};
   return merged(device, tokens, gains, Dense(T, T), identity(T), Dense(T, T)).Z;
 }
 
@@ -819,7 +839,7 @@ TEST(Statement, Eq7_10_OneMerge) {
     for (Tokens tokens : {one_segment, two_segments}) {
       size_t T = tokens.length(), D = 8;
       Dense X = random_dense(T, D, 1), F = random_dense(T, D, 2), G = random_dense(T, D, 3);
-      Gains gains{Merge::mvsplit, gain(4, D), gain(5, D), {}};
+      MergeGains gains{merge_of<MvSplit>, gain(4, D), gain(5, D), {}};
       Merged m = merged(*device, tokens, gains, X, F, G);
       std::vector<double> one(D, 1.0);
       Dense I = identity(T), J = mean_over({T}), J_seg = mean_over(groups(tokens));
@@ -872,8 +892,9 @@ TEST(Statement, Eq7_10_LeakyIntegratorOverDepth) {
           if (l) but_one[d] *= 1 - alpha[d];
         }
         leaky =
-            merged(*device, tokens, {Merge::mvsplit, alpha, gain(5, D), {}}, leaky, zero, zero).Z;
-        kept = merged(*device, tokens, {Merge::mvsplit_noleak, alpha, gain(5, D), {}}, kept, zero,
+            merged(*device, tokens, {merge_of<MvSplit>, alpha, gain(5, D), {}}, leaky, zero, zero)
+                .Z;
+        kept = merged(*device, tokens, {merge_of<MvSplitNoLeak>, alpha, gain(5, D), {}}, kept, zero,
                       zero)
                    .Z;
       }
@@ -893,7 +914,7 @@ TEST(Statement, Eq7_10_LeakyIntegratorOverDepth) {
       // rest, not about the size of X_next.
       Dense mean = J * X0;
       double rms = norm(mean) / std::sqrt(double(T * D));
-      Gains gains{Merge::mvsplit, std::vector<double>(D, 0.25), gain(5, D), {}};
+      MergeGains gains{merge_of<MvSplit>, std::vector<double>(D, 0.25), gain(5, D), {}};
       Merged m = merged(*device, tokens, gains, 1 / rms * mean, zero, zero);
       expect_statement(*device, "RMSNorm restores a pure mean",
                        difference(m.X_next, 1 / rms * mean),
@@ -907,9 +928,9 @@ TEST(Merge, ReZeroAtOneOverAIsDeepNorm) {
     size_t T = two_segments.length(), D = 8;
     double a = std::pow(2 * 1000, 0.25);
     Dense X = random_dense(T, D, 1), F = random_dense(T, D, 2), G = random_dense(T, D, 3);
-    Merged deep = merged(*device, two_segments, {Merge::plain, {}, {}, {}}, a * X, F, G);
+    Merged deep = merged(*device, two_segments, {merge_of<PostNorm>, {}, {}, {}}, a * X, F, G);
     auto residual = [&](double lambda) {
-      Merged m = merged(*device, two_segments, {Merge::rezero, {}, {}, {lambda}}, X, F, G);
+      Merged m = merged(*device, two_segments, {merge_of<ReZero>, {}, {}, {lambda}}, X, F, G);
       return difference(m.X_next, deep.X_next) + difference(m.dF, deep.dF) +
              difference(m.dX, a * deep.dX);
     };
@@ -939,26 +960,28 @@ TEST(Statement, Eq40_42_LayerScaleIsNotASplit) {
     Dense y = random_dense(T, 6, 6), J = mean_over(groups(tokens)), P = identity(T) - J;
     for (size_t i = 0; i < T * D; ++i) F.v[i] += 0.7;
     std::vector<double> alpha = gain(4, D), beta = gain(5, D), zero(D);
-    auto update = [&](const Gains& gains) { return merged(*device, tokens, gains, X, F, G).Z - X; };
-    auto distance = [&](const Gains& g) { return distance_from_layerscale(update(g), F); };
+    auto update = [&](const MergeGains& gains) {
+      return merged(*device, tokens, gains, X, F, G).Z - X;
+    };
+    auto distance = [&](const MergeGains& g) { return distance_from_layerscale(update(g), F); };
     // Rounding of a difference of squares: the root of 1e-16.
-    expect_statement(*device, "(40) LayerScale", distance({Merge::layerscale, {}, {}, beta}),
-                     {{"MV-Split", distance({Merge::mvsplit, alpha, beta, {}})},
-                      {"alpha = 0", distance({Merge::mvsplit, zero, beta, {}})},
-                      {"beta = 0", distance({Merge::mvsplit, alpha, zero, {}})},
-                      {"alpha = beta, which leaks", distance({Merge::mvsplit, beta, beta, {}})},
-                      {"no leak", distance({Merge::mvsplit_noleak, alpha, beta, {}})}},
+    expect_statement(*device, "(40) LayerScale", distance({merge_of<LayerScale>, {}, {}, beta}),
+                     {{"MV-Split", distance({merge_of<MvSplit>, alpha, beta, {}})},
+                      {"alpha = 0", distance({merge_of<MvSplit>, zero, beta, {}})},
+                      {"beta = 0", distance({merge_of<MvSplit>, alpha, zero, {}})},
+                      {"alpha = beta, which leaks", distance({merge_of<MvSplit>, beta, beta, {}})},
+                      {"no leak", distance({merge_of<MvSplitNoLeak>, alpha, beta, {}})}},
                      1e-7);
     // The two cases in which they agree after all.
-    EXPECT_LE(distance({Merge::mvsplit_noleak, beta, beta, {}}), 1e-7);
-    EXPECT_LE(norm(update({Merge::mvsplit, zero, zero, {}})), 1e-14);  // Z = X, up to rounding
+    EXPECT_LE(distance({merge_of<MvSplitNoLeak>, beta, beta, {}}), 1e-7);
+    EXPECT_LE(norm(update({merge_of<MvSplit>, zero, zero, {}})), 1e-14);  // Z = X, up to rounding
 
     // (41), (42): gains of the update's and of the writer gradient's two parts. Rows of dW are the
     // channels of dF: dW_mu = diag(mean gain) (J Delta)^T J y, dW_c = diag(rest) (P Delta)^T P y.
-    auto gains_are = [&](const Gains& g, const std::vector<double>& mean,
+    auto gains_are = [&](const MergeGains& g, const std::vector<double>& mean,
                          const std::vector<double>& rest) {
       Merged m = merged(*device, tokens, g, X, F, G);
-      Dense into_mean = g.merge == Merge::mvsplit ? F - X : F;
+      Dense into_mean = g.merge == merge_of<MvSplit> ? F - X : F;
       return difference(J * (m.Z - X), J * into_mean * diagonal(mean)) +
              difference(P * (m.Z - X), P * F * diagonal(rest)) +
              difference(transpose(J * m.dF) * (J * y),
@@ -966,7 +989,7 @@ TEST(Statement, Eq40_42_LayerScaleIsNotASplit) {
              difference(transpose(P * m.dF) * (P * y),
                         diagonal(rest) * transpose(P * m.Delta) * (P * y));
     };
-    Gains split{Merge::mvsplit, alpha, beta, {}}, scale{Merge::layerscale, {}, {}, beta};
+    MergeGains split{merge_of<MvSplit>, alpha, beta, {}}, scale{merge_of<LayerScale>, {}, {}, beta};
     expect_statement(*device, "(41) LayerScale's gains", gains_are(scale, beta, beta),
                      {{"of a split", gains_are(split, beta, beta)},
                       {"two gains", gains_are(scale, alpha, beta)}});
@@ -1009,7 +1032,7 @@ ClosedForm closed_form(const MergeOp& op, const Dense& J, double q_factor, doubl
 
 TEST(Statement, Eq50_54_ClosedFormBackward) {
   for (Device* device : devices()) {
-    MergeOp op = merge_op<double>(*device, Merge::mvsplit, shapes[0]);
+    MergeOp op = merge_op<double>(*device, merge_of<MvSplit>, shapes[0]);
     op.forward(), op.backward();
     Dense segments = mean_over({5, 3, 5, 3}), sequences = mean_over({8, 8});
     auto parts = [&](const ClosedForm& c) {

@@ -113,7 +113,7 @@ class TrainTest : public testing::Test {
     TrainOptions o;
     Config& m = o.model;
     m.depth = depth, m.width = 32, m.heads = 2, m.ffn = 64, m.patch = 2;
-    m.writer_std = 0.1, m.final_std = 0.1, m.alpha = 0.1, m.beta = 0.5;
+    m.writer_std = 0.1, m.final_std = 0.1, m.gates = {{"alpha", 0.1}, {"beta", 0.5}};
     fit_to_data(m, data_);
     o.batch = 4, o.optimizer.warmup = 2, o.out = folder_;
     return o;
@@ -362,7 +362,8 @@ TEST_F(TrainTest, FixedGatesKeepTheirValuesAndStayOutOfTheNorm) {
     for (const auto& row : rows) {
       SCOPED_TRACE(std::string(row.residual) + row.ends);
       TrainOptions o = options();
-      o.model.residual = row.residual, o.model.lambda = 0.5, o.model.fix = row.fix, o.ema = 0.9;
+      o.model.residual = row.residual, o.model.gates["lambda"] = 0.5, o.model.fix = row.fix,
+      o.ema = 0.9;
       Trainer<decltype(type), decltype(kept)> t(device, o, data_, held_out_);
       const Table& table = t.net.table;
       std::vector<A> first = from(device, t.a.average, table.size);
@@ -1213,7 +1214,7 @@ TEST(Spike, ReportSaysWhatKindItIs) {
 TEST_F(TrainTest, TheLossFalls) {
   every_state([&](Device& device, auto type, auto kept) {
     TrainOptions o = options();
-    o.model.writer_std = -1, o.model.final_std = 0, o.model.alpha = 0, o.model.beta = 1;
+    o.model.writer_std = -1, o.model.final_std = 0, o.model.gates.clear();
     o.batch = 8, o.optimizer.warmup = 10, o.optimizer.lr = 3e-3;
     Trainer<decltype(type), decltype(kept)> t(device, o, data_, held_out_);
     double before = t.validate();
@@ -2989,7 +2990,7 @@ TEST_F(CommandTest, CaptionsOfAFolderAreAskedForByName) {
     write_png_grid(at("pets/") + name, all_.pixels.data(), 1, 1, 1, 8, 8, 1);
   }
   std::string data = " --data " + at("pets");
-  Outcome trained = run("train", train_, data + " --steps 1 --out " + at("named"));
+  Outcome trained = run("train", train_, data + " --final-std 0.5 --out " + at("named"));
   ASSERT_EQ(trained.status, 0) << trained.err;
   EXPECT_EQ(trained.out.rfind("4 images of 1x8x8, 2 captions, 1 held out\n", 0), 0u) << trained.out;
   EXPECT_EQ(trained.out.find("images of", 10), std::string::npos) << "once";
@@ -3005,19 +3006,19 @@ TEST_F(CommandTest, CaptionsOfAFolderAreAskedForByName) {
     return read_text(at("out.safetensors"));
   };
   std::string cat = drawn("cat", data), dog = drawn("dog", data);
-  EXPECT_NE(cat, dog);
-  EXPECT_EQ(drawn(" CAT\n", data), cat);
-  EXPECT_EQ(drawn("a photo of a cat", data), cat);
-  EXPECT_EQ(drawn("0", data), cat);
-  EXPECT_EQ(drawn("1", data), dog);
-  EXPECT_NE(drawn("cat dog", data), cat) << "words that it knows, in an order that it does not";
-  EXPECT_EQ(drawn("", data), drawn("", "--data="));
+  EXPECT_TRUE(cat != dog);
+  EXPECT_TRUE(drawn(" CAT\n", data) == cat);
+  EXPECT_TRUE(drawn("a photo of a cat", data) == cat);
+  EXPECT_TRUE(drawn("0", data) == cat);
+  EXPECT_TRUE(drawn("1", data) == dog);
+  EXPECT_TRUE(drawn("cat dog", data) != cat) << "words that it knows, in an order that it does not";
+  EXPECT_TRUE(drawn("", data) == drawn("", "--data="));
   for (const char* wrong : {"cow", "cat cow", "2", "-1", "1x"})
     expect_refused(sample(wrong, data),
                    std::string("--prompt ") + wrong + ": " + at("pets") + " has captions cat, dog");
   // Without --data there is nothing to hold it against.
-  EXPECT_EQ(drawn("cat", "--data="), cat);
-  EXPECT_NE(drawn("cow", "--data="), cat);
+  EXPECT_TRUE(drawn("cat", "--data=") == cat);
+  EXPECT_TRUE(drawn("cow", "--data=") != cat);
   // Beside a row is its caption.
   size_t C, H, W, wide;
   for (const char* prompt : {"cat", "cat dog cat"}) {
@@ -3066,7 +3067,8 @@ TEST_F(CommandTest, ProbeReadsTimeOffTheStates) {
   Outcome most = run(words);
   EXPECT_EQ(most.status, 0) << most.err;
   EXPECT_PRED_FORMAT2(testing::IsSubstring, "\n259 images, as many as there are", most.out);
-  EXPECT_PRED_FORMAT2(testing::IsSubstring, "# 259", read_text(at("probe.csv")));
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, " 147 to fit, 48 to choose",
+                      read_text(at("probe.csv")));
   for (const std::string& device : device_flags()) {
     std::string all = probe(device + " --precision auto --layers all");
     EXPECT_EQ(std::count(all.begin(), all.end(), '\n'),
@@ -3101,7 +3103,7 @@ TEST(Gradcheck, PassesAtAThousandLayers) {
   for (const std::string& device : device_flags())
     for (const Residual& residual : residuals) {
       std::string flags = device + " --depth 1000 --recompute 32 --residual " + residual.name;
-      if (residual.attention == Merge::plain || residual.ffn == Merge::plain)
+      if (residual.attention == merge_of<PostNorm> || residual.ffn == merge_of<PostNorm>)
         flags += " --writer-std 0.02";
       Outcome outcome = run("gradcheck", flags);
       EXPECT_EQ(outcome.status, 0) << outcome.out;
@@ -3116,7 +3118,7 @@ TEST(Gradcheck, PassesForEveryResidualAndCanFail) {
       c.residual = residual.name;
       std::string flags = device + " --depth 24 --recompute 7 --residual " + residual.name;
       // Ungated branches drown the early layers unless they are weak.
-      if (residual.attention == Merge::plain || residual.ffn == Merge::plain)
+      if (residual.attention == merge_of<PostNorm> || residual.ffn == merge_of<PostNorm>)
         flags += " --writer-std 0.02";
       Outcome good = run("gradcheck", flags), bad = run("gradcheck", flags, "--tolerance 1e-30");
       EXPECT_EQ(good.status, 0) << good.out;
