@@ -2141,7 +2141,7 @@ inline int command(int argc, const char* const* argv) {
     std::error_code ignored;
     if (is("train") && train_options.resume &&
         std::filesystem::exists(train_options.out + "/config.ini", ignored))
-      set_resumed(*line.sub, all, given, train_options, machine);
+      set_resumed(*line.sub, all, given, train_options);
     check_output(*line.sub, given);
     // A gate that is asked for by hand and not there would be passed over in silence.
     const Config& model = is("gradcheck") ? gradcheck_options.model
