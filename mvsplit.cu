@@ -501,6 +501,40 @@ struct MergeBackwardInputs {
   MergeSaved<Acc<T>> saved;
 };
 
+// h (rows) of (Delta'): <G, X_next> / D for each token, from G, X_next (rows, D).
+template <class T>
+void adjoint_products(const Device& device, Acc<T>* h, const T* G, const T* X_next, size_t rows,
+                      size_t D) {
+  using A = Acc<T>;
+  sum_over_channels<A>(
+      device, rows, D,
+      [=] HD(size_t row, size_t d) {
+        return dot(load<A>(G + row * D + d), load<A>(X_next + row * D + d));
+      },
+      [=] HD(size_t row, A sum) { h[row] = sum / A(D); });
+}
+
+// scratch.dZbar, and scratch.dgate by (dbeta); dZ(row, d) is (Delta').
+template <class M, class T, class Adjoint>
+void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, MergeBackwardInputs<T> in,
+                      MergeShape shape, const Adjoint& dZ) {
+  using A = Acc<T>;
+  size_t D = shape.D;
+  Tokens tokens = shape.tokens;
+  sum_over_rows(
+      device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
+      [=] HD(size_t segment, size_t row, size_t d) {
+        Quad<A> dZ_i = dZ(row, d), fbar = {};
+        if (M::means) fbar = load<A>(in.saved.fbar + segment * D + d);
+        Quad<A> x = load<A>(in.X + row * D + d), f = load<A>(in.F + row * D + d);
+        return QuadPair<A>{dZ_i, dZ_i * M::token_factor(x, f, fbar)};
+      },
+      [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
+        store(scratch.dZbar + segment * D + d, tokens.one_over<A>(segment) * sum.a);
+        store(scratch.dgate + segment * D + d, sum.b);
+      });
+}
+
 // dX (=), dF (=) (B, T, D), and in scratch what the gates' gradients are made of. dX may be G itself,
 // except for Pre-Norm, where it is dL/dZ_next on entry and dL/dZ on return.
 template <class M, class T>
@@ -509,29 +543,12 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
   using A = Acc<T>;
   size_t D = shape.D;
   Tokens tokens = shape.tokens;
-  sum_over_channels<A>(
-      device, tokens.rows(), D,
-      [=] HD(size_t row, size_t d) {
-        return dot(load<A>(in.G + row * D + d), load<A>(in.X_next + row * D + d));
-      },
-      [=] HD(size_t row, A sum) { scratch.h[row] = sum / A(D); });
+  adjoint_products(device, scratch.h, in.G, in.X_next, tokens.rows(), D);
   auto dZ = [=] HD(size_t row, size_t d) {
     return in.saved.r[row] * (load<A>(in.G + row * D + d) -
                               scratch.h[row] * load<A>(in.X_next + row * D + d));  // (Delta')
   };
-  if (M::means || M::by_token >= 0)
-    sum_over_rows(
-        device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
-        [=] HD(size_t segment, size_t row, size_t d) {
-          Quad<A> dZ_i = dZ(row, d), fbar = {};
-          if (M::means) fbar = load<A>(in.saved.fbar + segment * D + d);
-          Quad<A> x = load<A>(in.X + row * D + d), f = load<A>(in.F + row * D + d);
-          return QuadPair<A>{dZ_i, dZ_i * M::token_factor(x, f, fbar)};
-        },
-        [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
-          store(scratch.dZbar + segment * D + d, tokens.one_over<A>(segment) * sum.a);
-          store(scratch.dgate + segment * D + d, sum.b);
-        });
+  if constexpr (M::means || M::by_token >= 0) merge_token_sums<M>(device, scratch, in, shape, dZ);
   map_rows(
       device, tokens, D,
       [=] HD(size_t segment, size_t row, size_t d) {
@@ -983,9 +1000,8 @@ __global__ void __launch_bounds__(D / 2, 1)
   UNROLL
   for (int k = 0; k < held; ++k) {
     Quad<float> dZ = rows.get(k);
-    if (!line.has(k)) continue;
-    store(dX + line.at() + k * D, M::dX(gains, dZ, dZbar));
-    store(dF + line.at() + k * D, M::dF(gains, dZ, dZbar));
+    Quad<float> x = M::dX(gains, dZ, dZbar), f = M::dF(gains, dZ, dZbar);
+    if (line.has(k)) store(dX + line.at() + k * D, x), store(dF + line.at() + k * D, f);
   }
 }
 

@@ -1234,7 +1234,8 @@ inline void set_aside(const std::vector<std::string>& logs) {
   while (std::any_of(logs.begin(), logs.end(), taken)) ++number;
   for (const std::string& log : logs) {
     std::filesystem::rename(log, aside(log));
-    std::printf("%s, of a run without a state, is %s now\n", log.c_str(), aside(log).c_str());
+    std::printf("%s, of a run without a state, is %s now\n", visible(log).c_str(),
+                visible(aside(log)).c_str());
   }
 }
 
@@ -1578,9 +1579,9 @@ void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
   print_plan<T>(o, table, data, on_gpu, choice);
 }
 
-// The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must be
-// among those of that data's captions, or it is the number of one of them, and nothing else where
-// captions are numbers.
+// The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must
+// be among those of that data's captions, or it is the number of one of them, and nothing else
+// where captions are numbers.
 inline Captions prompt_text(const SampleOptions& o, const Config& m) {
   Captions data;
   if (!o.data.empty()) data = load_dataset(o.data, 0).train;
@@ -2140,7 +2141,7 @@ inline int command(int argc, const char* const* argv) {
     std::error_code ignored;
     if (is("train") && train_options.resume &&
         std::filesystem::exists(train_options.out + "/config.ini", ignored))
-      set_resumed(*line.sub, all, given, train_options, machine);
+      set_resumed(*line.sub, all, given, train_options);
     check_output(*line.sub, given);
     // A gate that is asked for by hand and not there would be passed over in silence.
     const Config& model = is("gradcheck") ? gradcheck_options.model

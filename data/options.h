@@ -819,10 +819,9 @@ inline std::string ini_of(TrainOptions o, Machine machine, const char* state) {
 // Set the options of `train`, whose folder holds a config.ini: by this file, and above it by what is
 // given. Lists in o.changes what is other than the file says.
 inline void set_resumed(const Subcommand& train, const std::vector<Subcommand>& all,
-                        GivenOptions given, TrainOptions& o, Machine& machine) {
+                        GivenOptions given, TrainOptions& o) {
   const std::string out = o.out, path = out + "/config.ini";
   GivenOptions kept = read_ini(path, all)["train"];
-  o = {}, machine = {};
   if (kept.empty())
     fail("%s has no options of train: put them back, or remove it and give them as flags",
          path.c_str());

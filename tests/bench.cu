@@ -221,7 +221,7 @@ void utilisation(const Device& device, double s, double model_flops, double done
                   100 * model_flops / s / peak, 100 * done_flops / s / peak, 1e-12 * peak, name);
   };
   line("the largest product measured", gemm_ceiling);
-  line("the dense bf16 peak", peak_flops(device.name));
+  line("the dense bf16 peak", peak_flops<bf16>(device.name));
 }
 
 // A block's forward, recomputation and backward: what eight more blocks cost.

@@ -1731,7 +1731,6 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   fs::create_directories(at("torn"));
   fs::rename(cut("run/state.safetensors"), at("torn/state.safetensors"));
   const std::string weights = cut("run/weights.safetensors");
-  std::ofstream(at("typo.ini")) << "[train]\ndpth = 3\n";
   std::ofstream(at("lambda.ini")) << "[train]\nlambda = 1\n[plan]\nlambda = 1\n";
   fs::create_directories(at("foreign"));
   std::ofstream(at("foreign/weights.safetensors")) << "somebody's";
@@ -1755,12 +1754,28 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--patch 3", "image of 8x8 cannot be cut into patches of 3x3"},
       {"train", "--residual magic", "residual 'magic' is not known: choose one of postnorm"},
       {"train", "--means no", "means 'no' is not known: choose segment or global"},
-      {"train", "--magic 1", "'--magic' was not expected"},
+      {"train", "--magic 1", "'--magic' is no option of train (mvsplit train --help lists them)"},
+      {"train", "--stepps 1", "'--stepps' is no option of train; did you mean --steps?"},
+      {"train", "--save_every 1",
+       "'--save_every' is no option of train; did you mean --save-every?"},
+      {"train", "--weight 1", "did you mean --weight-decay?"},
+      {"train", "--confg 1", "did you mean --config?"},
+      {"train", "--prompt cat", "'--prompt' is no option of train, but of sample"},
+      {"sample", "--depth 3", "'--depth' is no option of sample, but of train, gradcheck, plan"},
+      {"train", "--resume=perhaps", "--resume perhaps: expected true or false"},
+      {"train", "--resume yes", "'yes' was not expected: a value that has blanks needs quotes"},
+      {"train", "--resume sample", "train and sample: give one subcommand"},
+      {"probe", "--weights --seed", "--seed needs a value"},
+      {"trian", "",
+       "'trian' is not a subcommand: choose one of train, sample, forward, probe, "
+       "gradcheck, plan; did you mean train?"},
+      {"forward", "", "forward needs --weights"},
       {"magic", "", "'magic' is not a subcommand: choose one of train, sample"},
       {"train", "--batch -4", "--batch"},
       {"train", "--batch 0", "--batch"},
       {"train", "--batch 2000000", "must be from 1 to 1,048,575"},
-      {"train", "--batch four", "--batch = four"},
+      {"train", "--batch four",
+       "--batch four: expected a whole number in decimal digits, below 2^64"},
       {"train", "--batch 1000000 --width 4096", "the largest --batch that fits is"},
       {"plan", "--depth 1 --patch 65536 --channels 4096", "larger than any machine"},
       {"plan", "--depth 100000 --batch 1048575", "larger than any machine"},
@@ -1770,22 +1785,22 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
        "larger than any machine"},
       {"train", "--accumulate 0", "--batch and --accumulate must be from 1"},
       {"train", "--depth 0", "at least 1"},
-      {"train", "--depth -1", "--depth: -1 is not a positive integer"},
-      {"train", "--steps -5", "--steps: -5 is not a positive integer"},
-      {"train", "--weight-decay nan", "--weight-decay must be"},
+      {"train", "--depth -1", "--depth -1: expected a whole number in decimal digits"},
+      {"train", "--steps -5", "--steps -5: expected a whole number in decimal digits"},
+      {"train", "--weight-decay nan", "--weight-decay nan: expected a decimal number"},
       {"train", "--clip -1", "--clip must be"},
-      {"train", "--beta nan", "must be finite"},
-      {"train", "--warmup -5", "--warmup: -5"},
-      {"train", "--recompute -1", "--recompute: -1"},
-      {"train", "--val-images -1", "--val-images: -1"},
-      {"train", "--clip nan", "--clip must be at least 0"},
+      {"train", "--beta nan", "--beta nan: expected a decimal number"},
+      {"train", "--warmup -5", "--warmup -5: expected"},
+      {"train", "--recompute -1",
+       "--recompute -1: expected a whole number in decimal digits, from 0 to 100000, or auto"},
+      {"train", "--val-images -1", "--val-images -1: expected"},
+      {"train", "--clip nan", "--clip nan: expected a decimal number"},
       {"train", "--weight-decay -1", "--weight-decay must be at least 0"},
-      {"train", "--alpha nan", "must be finite"},
+      {"train", "--alpha nan", "--alpha nan: expected a decimal number"},
       {"train", "--out " + at("foreign"), "weights.safetensors exists, but no state to go on from"},
-      {"train", "--config " + at("typo.ini"), "dpth"},
       {"train", "--ffn 6", "ffn 6 is not a multiple of 4"},
       {"train", "--lr 0", "--lr must be positive"},
-      {"train", "--lr nan", "--lr must be positive"},
+      {"train", "--lr nan", "--lr nan: expected a decimal number"},
       {"train", "--ema 1", "--ema must be"},
       {"train", "--dropout 1.5", "--dropout must be"},
       {"train", "--time-shift -1", "--time-shift must be"},
@@ -1795,10 +1810,11 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--diagnose-layers 0,4", "'4' is not a layer: give numbers from 0 to 3"},
       {"train", "--diagnose-layers first", "'first' is not a layer"},
       {"train", "--diagnose-layers -1", "'-1' is not a layer"},
-      {"train", "--diagnose-every -1", "--diagnose-every: -1 is not a positive integer"},
+      {"train", "--diagnose-every -1",
+       "--diagnose-every -1: expected a whole number in decimal digits"},
       {"train", "--diagnose-samples 0", "--diagnose-samples must be at least 1"},
       {"train", "--spike-factor 0.5", "--spike-factor must be 0 (off) or above 1"},
-      {"train", "--spike-factor nan", "--spike-factor must be 0 (off) or above 1"},
+      {"train", "--spike-factor nan", "--spike-factor nan: expected a decimal number"},
       {"train", "--device tpu", "--device"},
       {"train", "--precision fp8", "--precision"},
       {"train", "--config " + at("none.ini"), "none.ini"},
@@ -1810,21 +1826,22 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--out " + std::string(300, 'x'), "cannot create xxx"},
       {"train", "--resume --out " + std::string(300, 'x'), "x/state.safetensors: File name too"},
       {"train", "--resume --out " + at("torn"), "torn/state.safetensors: truncated"},
-      {"train", "--resume --depth 5", "was made with depth = 4, this run has 5"},
+      {"train", "--resume --depth 5", "was made with depth = 4 (now 5): resume with the same"},
       {"train", "--resume --residual postnorm", "made with residual = mvsplit"},
       {"train", "--resume --means global", "made with means = segment"},
       {"train", "--resume --batch 5", "was made with batch = 4"},
-      {"train", "--resume --no-patch-bias", "unknown tensor \"master.patch_embed.patch_proj.bias"},
+      {"train", "--resume --no-patch-bias", "was made with no-patch-bias = false (now true)"},
       {"train", "--resume --seed 2", "was made with seed = 1"},
-      {"train", "--resume --data " + at("other.safetensors"), "was made with data_hash ="},
+      {"train", "--resume --data " + at("other.safetensors"),
+       "was made with other images or captions than " + at("other.safetensors")},
       {"train", "--resume --data " + at("other_validation.safetensors"),
-       "was made with val_images_hash ="},
-      {"train", "--resume --val-images 3", "was made with val_images = 4, this run has 3"},
-      {"train", "--resume --fix beta,alpha", "made with fix = nothing, this run has alpha,beta"},
+       "was made with other held-out images than " + at("other_validation.safetensors")},
+      {"train", "--resume --val-images 3", "was made with val-images = 4 (now 3)"},
+      {"train", "--resume --fix beta,alpha", "made with fix = nothing (now alpha,beta)"},
       {"train", "--fix lambda", "fix 'lambda': residual mvsplit has no such gate"},
       {"train", "--fix alpha --residual rezero", "fix 'alpha': residual rezero has no such gate"},
       {"train", "--fix beta,gamma", "fix 'gamma': residual mvsplit has no such gate"},
-      {"train", "--lambda nan --residual rezero", "must be finite"},
+      {"train", "--lambda nan --residual rezero", "--lambda nan: expected a decimal number"},
       {"train", "--lambda 1", "--lambda: residual mvsplit has no such gate"},
       {"train", "--alpha 0 --residual postnorm", "--alpha: residual postnorm has no such gate"},
       {"train", "--config " + at("lambda.ini"), "--lambda: residual mvsplit has no such gate"},
@@ -1865,7 +1882,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"sample", "--columns 0", "--columns"},
       {"bare sample", "", "was trained on captions from a file: name it with --data"},
       {"sample", "--out " + at("out.jpg"), "out.jpg: the name must end in .png or .safetensors"},
-      {"sample", "--cfg nan", "--cfg finite"},
+      {"sample", "--cfg nan", "--cfg nan: expected a decimal number"},
       {"sample", "--norm-eps 0", "norm-eps 0 is not in"},
       {"probe", "--norm-eps -1", "norm-eps -1 is not in"},
       {"sample", "--time-shift -1", "must be positive"},
@@ -1880,7 +1897,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
        "is too small to probe: it has 60 training and 4 held-out images, expected at least 48 and "
        "16"},
       {"probe", "--images 260", "960 training and 64 held-out images of " + at("many.safetensors")},
-      {"probe", "--images -64", "--images: -64 is not a positive integer"},
+      {"probe", "--images -64", "--images -64: expected a whole number in decimal digits"},
       {"probe", "--batch 0", "--batch"},
       {"probe", "--data " + at("run/weights.safetensors"), "unknown tensor"},
       {"probe", "--data " + at("textless.safetensors"), "tensor text (M,L,d_text) is missing"},
@@ -1922,7 +1939,8 @@ TEST_F(CommandTest, AFullDiskLeavesWhatWasThere) {
   auto numbers = [&] {
     std::map<std::string, std::string> kept;
     for (const auto& [path, bytes] : files())
-      if (fs::path(path).extension() != ".csv") kept[path] = bytes;  // logs grow while they can
+      if (path.find(".csv") == std::string::npos && path.find(".ini") == std::string::npos)
+        kept[path] = bytes;  // logs grow while they can, and the options say what is wanted
     return kept;
   };
   auto before = numbers();
@@ -2110,6 +2128,445 @@ TEST_F(CommandTest, AConfigurationFileGivesWhatNoFlagDoes) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------
+// 8.1 Options, from words and from files
+
+// The options of two subcommands, and what reads them.
+struct OptionsOf {
+  CLI::App app;
+  TrainOptions train;
+  SampleOptions sample;
+  Machine machine;
+  const std::vector<Subcommand> all = {add_train(app, train, machine),
+                                       add_sample(app, sample, machine)};
+
+  void take(const Words& words) {
+    CommandLine line = read_words(words, all);
+    set_options(*line.sub, line.given);
+  }
+  void take_file(const std::string& path, const std::string& bytes) {
+    std::ofstream(path, std::ios::binary) << bytes;
+    for (const auto& [name, given] : read_ini(path, all)) set_options(*find(all, name), given);
+  }
+};
+
+TEST_F(TrainTest, NumbersAreDecimalAndFit) {
+  const std::string ini = at("x.ini");
+  const char* no_whole[] = {
+      "",      "-1",    "+5",   " 5",   "5 ",    "5.0", "1e3", "0x10",
+      "1_000", "1'000", "0b11", "true", "1,000", "nan", "٣",   "18446744073709551616"};
+  const char* no_decimal[] = {"",       "nan",    "inf",  "-infinity", "1e400", "1e-400", "0,001",
+                              "1e-3ab", "0x1p-3", "+0.1", " 1",        "1 ",    "1_000",  "1'000",
+                              "--1",    "1e",     "1e 3", ".",         "1.2.3", "true",   "-"};
+  for (const char* text : no_whole) {
+    std::string expected = text + std::string(": expected a whole number in decimal digits");
+    EXPECT_ERROR(OptionsOf().take({"train", "--seed", text}), "--seed " + expected);
+    EXPECT_ERROR(OptionsOf().take({"train", std::string("--seed=") + text}), "--seed " + expected);
+    EXPECT_ERROR(OptionsOf().take_file(ini, "[train]\n" + ini_line("seed", text)),
+                 "x.ini:2: seed = " + expected);
+    EXPECT_ERROR(positive_integer(text, "it"), "it is '" + std::string(text));
+  }
+  for (const char* text : no_decimal) {
+    std::string expected = text + std::string(": expected a decimal number");
+    EXPECT_ERROR(OptionsOf().take({"train", "--lr", text}), "--lr " + expected);
+    EXPECT_ERROR(OptionsOf().take_file(ini, "[train]\n" + ini_line("lr", text)),
+                 "x.ini:2: lr = " + expected);
+    EXPECT_ERROR(finite_number(text, "it"), "it is '" + std::string(text));
+  }
+  std::pair<const char*, size_t> wholes[] = {
+      {"0", 0}, {"010", 10}, {"0009", 9}, {"18446744073709551615", SIZE_MAX}};
+  for (auto [text, value] : wholes) {
+    OptionsOf words, file;
+    words.take({"train", "--seed", text}),
+        file.take_file(ini, "[train]\nseed = " + std::string(text));
+    EXPECT_EQ(words.train.seed, value) << text;
+    EXPECT_EQ(file.train.seed, value) << text;
+  }
+  std::pair<const char*, double> decimals[] = {{"1e-3", 1e-3},   {".5", 0.5}, {"5.", 5},
+                                               {"-0.25", -0.25}, {"010", 10}, {"1E+2", 100}};
+  for (auto [text, value] : decimals) {
+    OptionsOf words, file;
+    words.take({"train", "--lr", text}), file.take_file(ini, "[train]\nlr = " + std::string(text));
+    EXPECT_EQ(words.train.optimizer.lr, value) << text;
+    EXPECT_EQ(file.train.optimizer.lr, value) << text;
+  }
+  for (double x : {0.1, 1e-6, 1.0 / 3, 1e300, 4.9e-324, -7.0})
+    EXPECT_EQ(finite_number(shortest(x), ""), x);
+  EXPECT_ERROR(OptionsOf().take({"train", "--columns", "1001"}), "digits, from 1 to 1000");
+  EXPECT_ERROR(OptionsOf().take({"train", "--recompute", "18446744073709551615"}), "or auto");
+}
+
+// Whatever a text holds, it is one text and stays as it is.
+TEST_F(TrainTest, TextsAreTakenAsTheyAre) {
+  const Words texts = {"",
+                       "cat",
+                       "a,b",
+                       "a b",
+                       "[cat]",
+                       "[cat, dog]",
+                       "[]",
+                       "[[cat]]",
+                       "{}",
+                       "{a,b}",
+                       "%%",
+                       "-x",
+                       "--",
+                       "--x",
+                       "'",
+                       "\"",
+                       "'a'",
+                       "\"a\"",
+                       "a\"b",
+                       "it's",
+                       "a\\nb",
+                       "a\nb",
+                       "a#b",
+                       "a # b",
+                       "# a",
+                       "; a",
+                       "a ; b",
+                       " a ",
+                       "\ta",
+                       "a=b",
+                       "=",
+                       "@x",
+                       "$HOME",
+                       "🐱",
+                       "\\",
+                       "train",
+                       "-h",
+                       "--help",
+                       "true",
+                       "\r",
+                       "a\x01z",
+                       "[train]",
+                       std::string(5000, 'x')};
+  Words words = {"sample"};
+  std::string ini = "[sample]\n";
+  for (const std::string& text : texts) {
+    words.push_back("--prompt"), words.push_back(text), ini += ini_line("prompt", text);
+    for (const char* option : {"weights", "data", "out"}) {
+      OptionsOf one, joined, file;
+      one.take({"sample", std::string("--") + option, text});
+      joined.take({"sample", std::string("--") + option + "=" + text});
+      file.take_file(at("x.ini"), "[sample]\n" + ini_line(option, text));
+      for (const OptionsOf* o : {&one, &joined, &file})
+        EXPECT_EQ(o->all[1].find(option)->write(), text);
+    }
+  }
+  OptionsOf from_words, from_file;
+  from_words.take(words), from_file.take_file(at("x.ini"), ini);
+  EXPECT_EQ(from_words.sample.prompts, texts);
+  EXPECT_EQ(from_file.sample.prompts, texts);
+  from_words.take({"sample", "--prompt=--steps", "--prompt", "cat", "--steps", "3"});
+  EXPECT_EQ(from_words.sample.prompts, (Words{"--steps", "cat"}));
+  EXPECT_ERROR(from_words.take({"sample", "--prompt", "--steps", "3"}), "--prompt needs a value");
+  EXPECT_ERROR(from_words.take({"sample", "--prompt"}), "--prompt needs a value");
+  for (const char* word : {"-steps", "---steps", "--", "-", "-5"})
+    EXPECT_ERROR(from_words.take({"sample", word, "3"}),
+                 "'" + std::string(word) + "' was not expected: options begin with two dashes");
+  EXPECT_ERROR(from_words.take({"sample", "--prompt", "cat", "dog"}), "'dog' was not expected");
+  EXPECT_ERROR(from_words.take({"train", "--steps", "3", "--lr", "1", "--steps=4"}),
+               "--steps is given twice, as 3 and as 4: leave one out");
+}
+
+TEST_F(TrainTest, ConfigurationFilesAreReadOrRefused) {
+  const std::string bom = "\xef\xbb\xbf", nul(1, '\0');
+  const std::string good[] = {
+      "[train]\nsteps=3\n",
+      "[train]\r\nsteps=3\r\n",
+      bom + "[train]\nsteps=3\n",
+      bom + "# a run\n[train]\nsteps=3",
+      "; x\r\n# y\r\n[train]\r\nsteps=3",
+      "[ train ] # mine\n steps =\t3",
+      "[train]\nsteps=3 ; three\n",
+      "[train]\nsteps = 3 # three\n",
+      "[train]\nsteps=\"3\" # three",
+      "[train]\nsteps='3'\n\n",
+      "[sample]\nsteps=4\n[train]\nsteps=3",
+      "[train]\n[train]\n#\n  ;\nsteps=3",
+  };
+  for (const std::string& bytes : good) {
+    OptionsOf o;
+    o.take_file(at("x.ini"), bytes);
+    EXPECT_EQ(o.train.steps, 3u) << bytes;
+  }
+  const std::pair<std::string, std::string> bad[] = {
+      {"[train]\n\ndpth = 3\n", "x.ini:3: 'dpth' is no option of train; did you mean depth?"},
+      {"[train]\n--depth=3", "x.ini:2: '--depth' is no option of train; did you mean depth?"},
+      {"[train]\nprompt=3", "x.ini:2: 'prompt' is no option of train, but of sample"},
+      {"[sample]\nstps=3", "x.ini:2: 'stps' is no option of sample; did you mean steps?"},
+      {"[trian]\nsteps=3",
+       "x.ini:1: there is no section [trian]: choose one of train, sample; did"},
+      {"[train\nsteps=3", "x.ini:1: '[train' is no section"},
+      {"[train] steps=3", "x.ini:1: '[train] steps=3' is no section"},
+      {"steps=3\n[train]", "x.ini:1: 'steps' stands before the first section"},
+      {"train.steps=3", "x.ini:1: 'train.steps' stands before the first section"},
+      {"[train]\nsteps=3\nlr=1\nsteps=3", "x.ini:4: steps is given twice"},
+      {"[train]\nsteps", "x.ini:2: 'steps' has no value: expected steps = ..."},
+      {"[train]\nsteps=", "x.ini:2: steps = : expected a whole number"},
+      {"[train]\nsteps= # three", "x.ini:2: steps = : expected a whole number"},
+      {"[train]\n=3", "x.ini:2: '' is no option of train"},
+      {"[train]\nsteps=3#4", "x.ini:2: steps = 3#4: expected a whole number"},
+      {"[train]\nsteps=3 4", "x.ini:2: steps = 3 4: expected a whole number"},
+      {"[train]\nsteps=\"3", "x.ini:2: the quote \" has no partner"},
+      {"[train]\nout='a' b", "x.ini:2: 'b' follows the quotes"},
+      {"[train]\nout=\"\\d\"", "x.ini:2: \"\\d\" is no text: write \\\\ for a backslash"},
+      {"[train]\nout=\"\\u0000\"", "is no text"},
+      {"[train]\nno-patch-bias=1", "x.ini:2: no-patch-bias = 1: expected true or false"},
+      {"[train]\ndevice=tpu", "x.ini:2: device = tpu: expected one of auto, cpu, gpu"},
+      {"[train]\nconfig=y.ini", "x.ini:2: a configuration file cannot name another"},
+      {"[train]\nsteps=" + nul + "3", "x.ini:2: there is a zero byte"},
+      {"[train]\n\x1b[31m=3", "x.ini:2: '\\x1b[31m' is no option"},
+      {"\xff\xfe[" + nul, "x.ini is UTF-16: save it as UTF-8"},
+      {"\xfe\xff" + nul + "[", "x.ini is UTF-16: save it as UTF-8"},
+      {std::string(1 << 20, '#'), "x.ini is too large"},
+  };
+  for (const auto& [bytes, words] : bad)
+    EXPECT_ERROR(OptionsOf().take_file(at("x.ini"), bytes), words) << bytes;
+  for (const char* list : {"alpha,beta", "alpha, beta", "alpha beta", "[alpha,beta] # two",
+                           "[\"alpha\", \"beta\"]", "\"alpha\" \"beta\"", "'alpha','beta'"}) {
+    OptionsOf file, words;
+    file.take_file(at("x.ini"), "[train]\nfix = " + std::string(list));
+    EXPECT_EQ(file.train.model.fix, (std::set<std::string>{"alpha", "beta"})) << list;
+  }
+  OptionsOf o;
+  o.take({"train", "--fix", "alpha", "--fix", "lambda,beta", "--diagnose-layers=0,3",
+          "--resume=false"});
+  EXPECT_EQ(o.train.model.fix, (std::set<std::string>{"alpha", "beta", "lambda"}));
+  EXPECT_EQ(o.train.diagnose_layers, (Words{"0", "3"}));
+  EXPECT_FALSE(o.train.resume);
+  o.take_file(at("x.ini"), "[train]\nfix=\nno-patch-bias=true\nresume=true\nrecompute=auto");
+  EXPECT_TRUE(o.train.model.fix.empty() && !o.train.model.patch_bias && o.train.resume);
+  EXPECT_EQ(o.train.recompute, automatic);
+
+  ASSERT_EQ(mkfifo(at("pipe").c_str(), 0600), 0);
+  EXPECT_ERROR(read_ini(at("pipe"), o.all), "pipe: it is not a regular file");
+  EXPECT_ERROR(read_ini(folder_, o.all), "it is not a regular file");
+  EXPECT_ERROR(read_ini(at("none.ini"), o.all), "none.ini: No such file or directory");
+  EXPECT_ERROR(read_ini("", o.all), "--config must name a file");
+}
+
+TEST(Options, TheNearestNameIsMeant) {
+  const Words names = {"depth", "width", "steps", "lr", "weight-decay", "diagnose-every"};
+  for (auto [word, name] : {std::pair("dpth", "depth"),
+                            {"detph", "depth"},
+                            {"stepss", "steps"},
+                            {"rl", "lr"},
+                            {"weight_decay", "weight-decay"},
+                            {"diag", "diagnose-every"}})
+    EXPECT_EQ(like(word, names), "; did you mean " + std::string(name) + "?");
+  const Words strangers = {"magic", "x", "learning-rate", "", std::string(100000, 's')};
+  for (const std::string& word : strangers) EXPECT_EQ(like(word, names), "") << word;
+}
+
+TEST(Options, HelpSaysWhatThereIsAndTheDefaults) {
+  OptionsOf o;
+  for (const Subcommand& sub : o.all) {
+    Outcome outcome = run(sub.name.c_str(), "--help");
+    EXPECT_EQ(outcome.status, 0);
+    EXPECT_EQ(outcome.err, "");
+    for (const Option& option : sub.options) {
+      EXPECT_PRED_FORMAT2(testing::IsSubstring, " --" + option.name, outcome.out);
+      std::string value = option.write();
+      bool said = outcome.out.find("[" + value + "]") < outcome.out.size() ||
+                  outcome.out.find("=" + value) < outcome.out.size();
+      EXPECT_TRUE(said || value.empty() || option.kind == Option::flag) << option.name;
+    }
+  }
+  const char* words[] = {"mvsplit", "--help"};
+  testing::internal::CaptureStdout();
+  EXPECT_EQ(command(2, words), 0);
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "gradcheck", testing::internal::GetCapturedStdout());
+  for (int argc : {0, 1}) {
+    testing::internal::CaptureStderr();
+    EXPECT_EQ(command(argc, words), 2);
+    EXPECT_EQ(
+        testing::internal::GetCapturedStderr(),
+        "mvsplit: no subcommand: choose one of train, sample, forward, probe, gradcheck, plan\n");
+  }
+}
+
+// A run that goes on has the options of its folder, and by that file it is made again.
+TEST_F(CommandTest, AResumedRunHasTheOptionsOfItsFolder) {
+  const std::string flags =
+      "--ema 0.9 --beta 0.3 --fix beta --clip 0.5 --dropout 0.2 --time-shift 2 --seed 7 --warmup 3 "
+      "--accumulate 2 --weight-decay 0.3 --no-patch-bias --norm-eps 1e-5 --writer-std 0.01 --batch "
+      "3 "
+      "--val-images 3 --diagnose-every 1 --diagnose-layers 0,3 --lr 3e-3 --spike-factor 7 --out ";
+  ASSERT_EQ(run("train", train_, flags + at("through") + " --steps 4").status, 0);
+  ASSERT_EQ(run("train", train_, flags + at("stopped") + " --steps 2").status, 0);
+  Outcome resumed = run("train", "--resume --steps 4 --out " + at("stopped"));
+  EXPECT_EQ(resumed.status, 0) << resumed.err;
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "note: steps was 2 and goes on as 4\n", resumed.out);
+  ASSERT_EQ(run("train", "--config " + at("stopped/config.ini") + " --out " + at("again")).status,
+            0);
+  EXPECT_EQ(run("train", "--resume --out " + at("again")).status, 0);
+  for (const char* name : {"weights.safetensors", "ema.safetensors", "state.safetensors", "log.csv",
+                           "diagnostics.csv", "samples.png", "config.ini"})
+    for (const char* folder : {"stopped/", "again/"})
+      EXPECT_TRUE(read_text(at("through/") + name) == read_text(at(folder) + name))
+          << folder << name;
+  for (const Residual& residual : residuals) {
+    std::string out = at(residual.name), name = std::string(" --residual ") + residual.name;
+    ASSERT_EQ(run("train", train_, name + " --steps 1 --out " + out).status, 0);
+    EXPECT_EQ(run("train", "--resume --steps 2 --out " + out).status, 0) << name;
+    EXPECT_EQ(run("train", "--config " + out + "/config.ini --out " + out + "2").status, 0) << name;
+    EXPECT_EQ(read_text(out + "/weights.safetensors"), read_text(out + "2/weights.safetensors"));
+  }
+}
+
+// What is given and other than it was: all that cannot be is named at once, and nothing is touched;
+// what may be is taken, and told.
+TEST_F(CommandTest, WhatAResumedRunIsGivenIsTakenOrNamed) {
+  const std::string resume = "--resume --out " + at("run");
+  auto before = files();
+  expect_refused(
+      run("train", resume + " --steps 3 --depth 5 --fix beta --beta 0.03 --seed 2 --lr 1"
+                            " --precision fp64 --val-images 3 --residual mvsplit-ffn"),
+      "state.safetensors was made with beta = 1 (now 0.03), depth = 4 (now 5), fix = nothing "
+      "(now beta), precision = fp32 (now fp64), residual = mvsplit (now mvsplit-ffn), seed = "
+      "1 (now 2), val-images = 4 (now 3), other held-out images than ");
+  expect_refused(
+      run("train", resume + " --alpha 1 --writer-std 0.5 --final-std 1 --no-patch-bias"),
+      "made with alpha = 0 (now 1), final-std = 0 (now 1), no-patch-bias = false (now true), "
+      "writer-std = -1 (now 0.5): resume with the same");
+  EXPECT_TRUE(files() == before);
+  fs::rename(at("data.safetensors"), at("moved.safetensors"));
+  expect_refused(run("train", resume), "data.safetensors: No such file");
+  Outcome resumed =
+      run("train", resume + " --steps 3 --lr 2e-3 --clip 0 --log-every 2 --columns 3 --data " +
+                       at("moved.safetensors") + " --precision auto --state auto");
+  EXPECT_EQ(resumed.status, 0) << resumed.err;
+  for (const std::string& note :
+       {std::string("steps was 2 and goes on as 3"),
+        std::string("lr was 0.001 and goes on as 0.002"),
+        std::string("clip was 1 and goes on as 0"),
+        std::string("log-every was 10 and goes on as 2"),
+        std::string("columns was 8 and goes on as 3"),
+        "data was " + at("data.safetensors") + " and goes on as " + at("moved")})
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, "note: " + note, resumed.out);
+  std::string ini = read_text(at("run/config.ini"));
+  for (const char* line : {"\nsteps=3\n", "\nlr=0.002\n", "\nclip=0\n", "\nlog-every=2\n",
+                           "\nprecision=fp32\n", "\nstate=fp32\n"})
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, line, ini);
+  EXPECT_EQ(run("train", resume).out.find("note:"), std::string::npos) << "all is as it was";
+}
+
+TEST_F(CommandTest, AChangedConfigurationOfARunIsSaid) {
+  const std::string path = at("run/config.ini"), ini = read_text(path),
+                    resume = "--resume --out " + at("run");
+  auto with = [&](const std::string& from, const std::string& to) {
+    std::string changed = ini;
+    return changed.replace(changed.find(from), from.size(), to);
+  };
+  const std::pair<std::string, std::string> bad[] = {
+      {ini + "dpth=3\n", "config.ini:45: 'dpth' is no option of train; did you mean depth?"},
+      {"", "config.ini has no options of train"},
+      {with("\ndepth=4", "\ndepth=5"), "made with depth = 4 (now 5)"},
+      {with("\nbeta=1", "\nbeta=2"), "made with beta = 1 (now 2)"},
+      {with("\nseed=1", "\nseed=x"), "seed = x: expected a whole number"},
+      {with("[train]", "[tain]"), "no section [tain]"},
+      {with("\nwidth", "\nwid\nwidth"), "'wid' is no option of train; did you mean width?"},
+      {"\xff\xfe" + ini, "is UTF-16"},
+      {ini + std::string(1, '\0'), "a zero byte"},
+  };
+  for (const auto& [bytes, words] : bad) {
+    std::ofstream(path, std::ios::binary) << bytes;
+    auto before = files();
+    expect_refused(run("train", resume), words);
+    EXPECT_TRUE(files() == before) << words;
+  }
+  // Comments stay where nothing is to be changed; what is missing is told.
+  std::string edited = "# mine\n" + with("\nclip=1\n", "\n");
+  std::ofstream(path, std::ios::binary) << edited;
+  Outcome outcome = run("train", resume);
+  EXPECT_EQ(outcome.status, 0) << outcome.err;
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "note: it does not say clip: ", outcome.out);
+  EXPECT_EQ(read_text(path), edited);
+  // Without the file the flags say it all, as they did when the run began.
+  fs::remove(path);
+  EXPECT_EQ(run("train", train_, "--resume --steps 3").status, 0);
+  EXPECT_EQ(read_text(path), with("\nsteps=2", "\nsteps=3"));
+  // Without a state the run begins anew, with these options; what is given wins.
+  fs::remove(at("run/state.safetensors")), fs::remove(at("run/weights.safetensors"));
+  fs::remove(at("run/samples.png"));
+  EXPECT_EQ(run("train", resume + " --steps 1 --depth 3").status, 0);
+  Config c;
+  read_config(SafetensorsReader(at("run/weights.safetensors")), "", c);
+  EXPECT_EQ((std::vector<size_t>{c.depth, c.width}), (std::vector<size_t>{3, 32}));
+  EXPECT_EQ(read_text(at("run/config.ini.1")), with("\nsteps=2", "\nsteps=3"));
+}
+
+// Neither an input, by whatever name, nor other tensors are written over.
+TEST_F(CommandTest, WhatIsReadIsNotWrittenOver) {
+  const std::string weights = at("run/weights.safetensors"), data = at("data.safetensors");
+  std::string z_and_text = at("inputs.safetensors");
+  {
+    SafetensorsWriter inputs(z_and_text);
+    inputs.declare("z", "F32", {1, 1, 8, 8}), inputs.declare("text", "F32", {1, 3, 5});
+    std::vector<float> numbers(64 + 15);
+    inputs.write(numbers.data(), 64), inputs.write(numbers.data(), 15);
+    inputs.finish();
+  }
+  fs::copy(weights, at("w.safetensors.tmp"));
+  fs::create_symlink(weights, at("link.safetensors"));
+  fs::create_hard_link(weights, at("hard.safetensors"));
+  fs::create_symlink(at("run"), at("linked"));
+  fs::create_directories(at("pictures/cat"));
+  std::vector<float> picture(64);
+  for (const char* name : {"pictures/cat/1.png", "pictures/cat/2.png"})
+    write_png_grid(at(name), picture.data(), 1, 1, 1, 8, 8, 1);
+  std::ofstream(at("sample.ini")) << "[sample]\nsteps=2\n[probe]\nseed=1\n[train]\nsteps=1\n";
+  const std::string forward =
+      "--device cpu --weights " + weights + " --inputs " + z_and_text + " --out ";
+  struct {
+    const char* subcommand;
+    std::string flags, changes, words;
+  } rows[] = {
+      {"sample", sample_, "--out " + weights, "would be written over --weights"},
+      {"sample", sample_, "--out " + at("run/../run/./weights.safetensors"), "over --weights"},
+      {"sample", sample_, "--out " + at("linked/weights.safetensors"), "over --weights"},
+      {"sample", sample_, "--out " + at("link.safetensors"), "over --weights"},
+      {"sample", sample_, "--out " + at("hard.safetensors"), "over --weights"},
+      {"sample", sample_, "--out " + data, "over --data"},
+      {"sample", sample_, "--out " + at("w.safetensors") + " --weights " + at("w.safetensors.tmp"),
+       "over --weights"},
+      {"sample", sample_, "--out " + at("run/state.safetensors"), "holds other tensors"},
+      {"sample", sample_, "--out " + at("pictures/cat/1.png") + " --data " + at("pictures"),
+       "over --data " + at("pictures") + ", or into it"},
+      {"sample", sample_, "--out " + at("pictures/new.png") + " --data " + at("pictures"),
+       "or into it"},
+      {"forward", forward + weights, "", "over --weights"},
+      {"forward", forward + z_and_text, "", "over --inputs"},
+      {"forward", forward + data, "", "holds other tensors"},
+      {"probe", probe_, "--out " + weights, "over --weights"},
+      {"probe", probe_, "--out " + at("many.safetensors"), "over --data"},
+      {"probe", probe_, "--out " + data, "holds other tensors"},
+      {"probe", probe_, "--out " + at("sample.ini") + " --config " + at("sample.ini"),
+       "over --config"},
+      {"train", train_, "--out " + data, "over --data"},
+      {"train", train_, "--out " + at("pictures") + " --data " + at("pictures"), "over --data"},
+      {"train", train_, "--out " + at("pictures/run") + " --data " + at("pictures/"), "or into it"},
+      {"train", train_, "--resume --out " + at("run") + " --data " + at("linked/ema.safetensors"),
+       "over --data"},
+      {"train", train_, "--out " + at("sample.ini") + " --config " + at("sample.ini"),
+       "over --config"},
+  };
+  fs::create_hard_link(data, at("run/ema.safetensors"));
+  auto before = files();
+  for (const auto& row : rows) {
+    expect_refused(run(row.subcommand, row.flags, row.changes), row.words);
+    EXPECT_TRUE(files() == before) << row.words;
+  }
+  // An earlier output is.
+  for (int again = 0; again < 2; ++again) {
+    EXPECT_EQ(run("sample", sample_).status, 0);
+    EXPECT_EQ(run("forward", forward + at("velocity.safetensors")).status, 0);
+    EXPECT_EQ(run("probe", probe_).status, 0);
+  }
+}
+
 // The line of a plan that begins with this word.
 std::string line_of(const std::string& out, const std::string& word) {
   size_t begin = out.find("  " + word + " "), end = out.find('\n', begin);
@@ -2217,7 +2674,7 @@ TEST_F(CommandTest, AResumedRunKeepsItsState) {
     expect_refused(run("train", train_, flags + " --resume --steps 4 --state " + other),
                    std::string("was made with state = ") + state);
     expect_refused(run("train", train_, flags + " --resume --precision fp32"),
-                   "was made with precision = bf16, this run has fp32: resume with the same");
+                   "was made with precision = bf16 (now fp32): resume with the same");
     expect_refused(run("train", train_, flags + " --resume --steps 4 --save weights"),
                    "resume with --save all");
     fs::remove_all(at("kept"));
@@ -2231,7 +2688,9 @@ TEST_F(CommandTest, AStateNeedNotSayWhatItWasValidatedOn) {
     bytes[bytes.find(key) + 1] = '_';
   std::ofstream(path, std::ios::binary) << bytes;
   EXPECT_EQ(run("train", train_, "--resume --steps 3 --val-images 3").status, 0);
-  expect_refused(run("train", train_, "--resume --steps 4"), "made with val_images = 3");
+  EXPECT_EQ(run("train", train_, "--resume --steps 4").status, 0);
+  expect_refused(run("train", train_, "--resume --steps 5 --val-images 4"),
+                 "made with val-images = 3 (now 4)");
 }
 
 // Weights alone, without the state: half a file, and nothing to resume from.
@@ -2428,13 +2887,15 @@ TEST_F(CommandTest, ARunWithoutAStateKeepsTheLogsThatWereThere) {
   for (const char* number : {".1", ".2"}) {
     begin_again();
     auto before = files();
-    expect_refused(run("train", train_, flags), at("begun") + " holds logs, but no state");
+    expect_refused(run("train", train_, flags),
+                   at("begun") + " holds logs or a config.ini, but no state");
     EXPECT_TRUE(files() == before);
     EXPECT_EQ(run("train", train_, flags + " --resume").status, 0);
     for (const std::string& name : logs) {
       EXPECT_EQ(read_text(at("begun/") + name + number), "old " + name);
       fresh[at("begun/") + name + number] = "old " + name;
     }
+    fresh[at("begun/config.ini") + number] = fresh[at("begun/config.ini")];
     EXPECT_TRUE(files() == fresh);
   }
 }
