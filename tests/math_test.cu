@@ -66,7 +66,9 @@ bf16 bf16_of(uint32_t bits) {
 TEST(Errors, FailThrowsTheFormattedSentence) {
   EXPECT_EQ(error_of([] { fail("width %zu, %d %s", size_t(10), 3, "heads"); }),
             "width 10, 3 heads");
-  EXPECT_EQ(error_of([] { fail("%s", std::string(5000, 'x').c_str()); }), std::string(1023, 'x'));
+  std::string half(500, 'x'), end(500, 'y');
+  EXPECT_EQ(error_of([&] { fail("%s%s%s", half.c_str(), half.c_str(), end.c_str()); }),
+            half + "..." + end);
 }
 
 TEST(ErrorsDeathTest, DieSaysWhereAndExits) {
