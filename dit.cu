@@ -1992,34 +1992,116 @@ bool fused_attention_backward(Device& device, const Block<T>& block) {
 // ---------------------------------------------------------------------------------------------
 // E. Diagnostics: the quantities that the paper argues with (its Table 2)
 //
-// All of them describe the first S sequences of a batch in a few chosen blocks, and are read off
-// during the backward, when what the forward saved and the writers' adjoints are both there. The
+// All of them describe the first `samples` sequences of a batch in a few chosen blocks, and are read
+// off during the backward, when what the forward saved and the writers' adjoints are both there. The
 // kernels write to arrays of their own, so a step with them has the same bits as one without.
 //
-// Two facts about an attention matrix A keep this short. Its rows sum to one, A 1 = 1, hence A J =
-// (1/T) A 1 1^T = J and P A J = P J = 0. So
-//
-//     P A P = P A (I - J) = P A:
-//
-// centering A's columns is all there is to do. (The left P matters: 1^T A is not 1^T. If all tokens
-// look at one, a "sink", A = 1 e^T, then ||A P||_2 is about sqrt(T) and P A P = 0.) And mu_eff =
-// ||P A P||_2 is the root of the largest eigenvalue of M = (P A)^T (P A), which power iteration on
-// M finds from below: |M x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two parts,
-// c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A Z, the leakage (Prop. 1).
+// A measurement is one struct, as WritersMeasured: how many numbers it leaves, its scratch, the
+// kernels that make them, and the columns of diagnostics.csv that are read off them; and one entry in
+// the list `Measurements`.
 
-// out = P x for each x (n, D) of a batch: every column is centered.
-template <class A, class T>
-void center_columns(const Device& device, A* out, const T* x, size_t batch, size_t n, size_t D) {
-  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
-    size_t first = team.index * n * D;
-    for (size_t d = team.rank; d < D; d += team.size) {
-      A sum = 0;
-      for (size_t t = 0; t < n; ++t) sum += A(x[first + t * D + d]);
-      for (size_t t = 0; t < n; ++t) out[first + t * D + d] = A(x[first + t * D + d]) - sum / A(n);
-    }
-  });
+// The sizes of what is measured.
+struct MeasuredSizes {
+  Config config;
+  size_t samples;
+
+  Tokens tokens() const { return {samples, config.image_tokens(), config.text_tokens}; }
+  Heads heads() const { return {samples, config.tokens(), config.heads, config.head_dim()}; }
+};
+
+// What there is to see during a backward: what a block saved, one of its writers, 0 (W_O) or 1 (W2),
+// with its input y (B, T, n), its adjoint delta (B, T, D), and the X, F (B, T, D) of its merge.
+template <class T>
+struct Sight {
+  const BlockSaved<T>& saved;
+  int writer;
+  const T* delta;
+
+  const T* y() const { return writer ? saved.hidden : saved.Y; }
+  const T* X() const { return writer ? saved.X1 : saved.X; }
+  const T* F() const { return writer ? saved.F2 : saved.F1; }
+};
+
+// One column of diagnostics.csv.
+struct Reading {
+  std::string name, about;
+  double value;
+};
+
+// The mean of of(i) for i < n over those that are defined: one sample without a ratio does not take
+// the others'.
+template <class Of>
+double mean_of(size_t n, const Of& of) {
+  double sum = 0, count = 0;
+  for (size_t i = 0; i < n; ++i)
+    if (double x = of(i); !std::isnan(x)) sum += x, ++count;
+  return count > 0 ? sum / count : NAN;
+}
+inline std::string branch_name(int writer) { return writer ? "ffn_" : "attention_"; }
+inline std::string shape_text(size_t rows, size_t columns) {
+  return "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
 }
 
+// What a measurement need not say.
+struct Measurement {
+  static constexpr bool of_writers = false;  // once for each of a block's writers, or once a block?
+  static constexpr bool of_spikes = false;   // also where only spikes are watched for (train.cu)?
+
+  // Lay out the scratch; measurements take the same bytes by turns.
+  void lay(Carver&, const MeasuredSizes&) {}
+  // Enqueue what makes the numbers `to`: during a backward, or after it, from gradients.
+  template <class T>
+  void during(Device&, double*, const Sight<T>&, const MeasuredSizes&) {}
+  template <class Kept>
+  void after(Device&, double*, const BlockParameters<Kept>&, const MeasuredSizes&) {}
+};
+
+// The two parts of the writers' gradients, and their alignment (mvsplit.cu, appendix D).
+template <class T>
+struct WritersMeasured : Measurement {
+  static constexpr bool of_writers = true, of_spikes = true;
+  WriterScratch<Acc<T>> scratch[2];
+
+  // How many numbers (double) it leaves: WriterModes (samples).
+  static size_t count(const MeasuredSizes& m) {
+    return m.samples * sizeof(WriterModes) / sizeof(double);
+  }
+  static size_t inputs(int writer, const Config& c) { return writer ? c.ffn : c.width; }
+  void lay(Carver& c, const MeasuredSizes& m) {
+    Carver second = c;
+    scratch[0].lay(c, m.tokens(), inputs(0, m.config), m.config.width);
+    scratch[1].lay(second, m.tokens(), inputs(1, m.config), m.config.width);
+    c.used = std::max(c.used, second.used);
+  }
+  void during(Device& device, double* to, const Sight<T>& see, const MeasuredSizes& m) {
+    writer_modes(device, reinterpret_cast<WriterModes*>(to), scratch[see.writer], see.y(),
+                 see.delta, m.tokens(), inputs(see.writer, m.config), m.config.width);
+  }
+  static std::vector<Reading> read(const double* from, int w, const MeasuredSizes& m) {
+    std::string branch = branch_name(w), writer = w ? "W2" : "W_O";
+    auto mode = [&](double WriterModes::*field) {
+      return mean_of(m.samples, [&](size_t i) {
+        return reinterpret_cast<const WriterModes*>(from)[i].*field;
+      });
+    };
+    return {{branch + "g_mean",
+             "|dW_mu|_F of " + writer + " " + shape_text(m.config.width, inputs(w, m.config)) +
+                 ", global mean (5)",
+             mode(&WriterModes::g_mean)},
+            {branch + "g_ctr", "|dW_c|_F of " + writer + ", global mean (5)",
+             mode(&WriterModes::g_ctr)},
+            {branch + "g_mean_seg", "the same with a mean for image and one for text tokens",
+             mode(&WriterModes::g_mean_seg)},
+            {branch + "g_ctr_seg", "the same", mode(&WriterModes::g_ctr_seg)},
+            {branch + "amplification", "A = |dW|_F^2 / sum_t |delta_t|^2 |y_t|^2 (26)",
+             mode(&WriterModes::amplification)},
+            {branch + "khat", "weighted mean |cos(y_t, y_s) cos(delta_t, delta_s)|, s != t (32)",
+             mode(&WriterModes::khat)}};
+  }
+};
+
+// States of tokens.
+//
 // Energies (3, B, 2) of X and F (B, T, D), and of X with every token scaled to length 1. The mean
 // u of T unit vectors has |u|^2 = (T + the sum of their T (T - 1) pairwise cosines) / T^2, so the
 // mean cosine is (T |u|^2 - 1) / (T - 1): TCS, from the mean's energy T |u|^2.
@@ -2045,6 +2127,175 @@ void state_energies(const Device& device, double* energies, const T* X, const T*
                     });
 }
 
+template <class T>
+struct StatesMeasured : Measurement {
+  static constexpr bool of_writers = true;
+  Acc<T>* inverse_norms;  // (samples, T)
+
+  // Energies (3, samples, 2) of X, of F, and of X's unit tokens.
+  static size_t count(const MeasuredSizes& m) { return 3 * m.samples * 2; }
+  void lay(Carver& c, const MeasuredSizes& m) { inverse_norms = c.take<Acc<T>>(m.tokens().rows()); }
+  void during(Device& device, double* to, const Sight<T>& see, const MeasuredSizes& m) {
+    state_energies(device, to, see.X(), see.F(), inverse_norms, m.tokens(), m.config.width);
+  }
+  static std::vector<Reading> read(const double* from, int w, const MeasuredSizes& m) {
+    std::string branch = branch_name(w);
+    double tokens = double(m.config.tokens());
+    auto mean = [&](size_t kind, size_t i) { return from[(kind * m.samples + i) * 2]; };
+    auto rest = [&](size_t kind, size_t i) { return from[(kind * m.samples + i) * 2 + 1]; };
+    auto all = [&](size_t kind, size_t i) { return mean(kind, i) + rest(kind, i); };
+    auto mean_root = [&](auto of) {
+      return mean_of(m.samples, [&](size_t i) { return std::sqrt(of(i)); });
+    };
+    return {{branch + "rho", "|mu(X)|_F / |c(X)|_F of the merge's trunk X",
+             mean_root([&](size_t i) { return mean(0, i) / rest(0, i); })},
+            {branch + "tr", "|F|_F / |X|_F",
+             mean_root([&](size_t i) { return all(1, i) / all(0, i); })},
+            {branch + "vargain", "|c(F)|_F / |c(X)|_F",
+             mean_root([&](size_t i) { return rest(1, i) / rest(0, i); })},
+            {branch + "tcs", "mean cosine of two tokens of X",
+             mean_of(m.samples, [&](size_t i) { return (mean(2, i) - 1) / (tokens - 1); })}};
+  }
+};
+
+// Attention. Two facts about its matrix A keep this short. Its rows sum to one, A 1 = 1, hence A J =
+// (1/T) A 1 1^T = J and P A J = P J = 0. So
+//
+//     P A P = P A (I - J) = P A:
+//
+// centering A's columns is all there is to do. (The left P matters: 1^T A is not 1^T. If all tokens
+// look at one, a "sink", A = 1 e^T, then ||A P||_2 is about sqrt(T) and P A P = 0.) And mu_eff =
+// ||P A P||_2 is the root of the largest eigenvalue of (P A)^T (P A), which power iteration finds from
+// below: |(P A)^T (P A) x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two parts,
+// c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A Z, the leakage (Prop. 1).
+
+// out = P x for each x (n, D) of a batch: every column is centered.
+template <class A, class T>
+void center_columns(const Device& device, A* out, const T* x, size_t batch, size_t n, size_t D) {
+  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
+    size_t first = team.index * n * D;
+    for (size_t d = team.rank; d < D; d += team.size) {
+      A sum = 0;
+      for (size_t t = 0; t < n; ++t) sum += A(x[first + t * D + d]);
+      for (size_t t = 0; t < n; ++t) out[first + t * D + d] = A(x[first + t * D + d]) - sum / A(n);
+    }
+  });
+}
+
+// norms (batch) = ||P A P||_2 of row-stochastic A (batch, n, n): power iteration on (P A)^T (P A),
+// squared twice beforehand, so that a step counts for four. Scratch: centered, power as A; x (batch,
+// 2, n).
+//
+// After k steps the estimate is short by at most about ln(n) / 4k of itself, however close the
+// singular values are; after these 400, by at most 1.2e-5 for random matrices of 72 and 264 tokens.
+// P A is brought to |P A|_F = 1 first: of one that is small, the power would vanish in fp32.
+constexpr int power_steps = 100;
+
+template <class A>
+void centered_norms(Device& device, double* norms, const A* matrices, A* centered, A* power, A* x,
+                    size_t batch, size_t n) {
+  auto square = [&](A* to, A* from, bool of_columns) {
+    Matrix<A> m = Matrix<A>(from, n).batch(n * n, 0);
+    gemm(device, Matrix<A>(to, n).batch(n * n, 0), of_columns ? m.transpose() : m, m,
+         {n, n, n, batch});
+  };
+  center_columns(device, centered, matrices, batch, n, n);
+  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
+    A* c = centered + team.index * n * n;
+    double squares = 0;
+    for (size_t i = team.rank; i < n * n; i += team.size) squares += double(c[i]) * double(c[i]);
+    double length = std::sqrt(team.sum(squares));
+    A inverse = length > 0 ? A(1 / length) : A(0);
+    for (size_t i = team.rank; i < n * n; i += team.size) c[i] *= inverse;
+    if (team.rank == 0) norms[team.index] = length;
+  });
+  square(power, centered, true);   // (P A)^T (P A)
+  square(centered, power, false);  // its 2nd
+  square(power, centered, false);  // and 4th power
+  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
+    const A* m = power + team.index * n * n;
+    A *v = x + team.index * 2 * n, *next = v + n;
+    for (size_t i = team.rank; i < n; i += team.size)
+      v[i] = A(2 * uniform(0, streams::check, i) - 1);  // fixed, and orthogonal to nothing special
+    A scale = 0;
+    // The first product has no unit vector yet: one more.
+    for (int step = 0; step <= power_steps; ++step) {
+      team.sync();
+      A squares = 0;
+      for (size_t j = team.rank; j < n; j += team.size) {
+        A sum = 0;
+        for (size_t i = 0; i < n; ++i) sum += m[i * n + j] * v[i];  // it is symmetric
+        next[j] = sum;
+        squares += sum * sum;
+      }
+      scale = std::sqrt(team.sum(squares));
+      A inverse = scale > 0 ? A(1) / scale : A(0);
+      for (size_t j = team.rank; j < n; j += team.size) v[j] = inverse * next[j];
+    }
+    if (team.rank == 0) norms[team.index] *= pow(double(scale), 0.125);  // |power^4 x|^(1/8)
+  });
+}
+
+template <class T>
+struct AttentionMeasured : Measurement {
+  using A = Acc<T>;
+  A *probs, *columns, *products, *vectors;  // three (samples, H, T, T), (samples, H, 2, T)
+  A *centered, *moved;                      // (samples, T, D), (samples, H, T, D)
+
+  // Energies of A (samples, H, 2), and of A c(X), X the block's input, likewise; those of X (samples,
+  // 2); and ||P A P||_2 (samples, H).
+  template <class Number>
+  struct Numbers {
+    Number *of_A, *of_moved, *of_X, *norms;
+    Numbers(Number* at, Heads h)
+        : of_A(at),
+          of_moved(of_A + h.batch * h.heads * 2),
+          of_X(of_moved + h.batch * h.heads * 2),
+          norms(of_X + h.batch * 2) {}
+  };
+  static size_t count(const MeasuredSizes& m) { return m.samples * (5 * m.config.heads + 2); }
+  void lay(Carver& c, const MeasuredSizes& m) {
+    size_t n = m.config.tokens(), D = m.config.width, pairs = m.samples * m.config.heads;
+    for (A** squares : {&probs, &columns, &products}) *squares = c.take<A>(pairs * n * n);
+    vectors = c.take<A>(pairs * 2 * n);
+    centered = c.take<A>(m.samples * n * D), moved = c.take<A>(pairs * n * D);
+  }
+  void during(Device& device, double* to, const Sight<T>& see, const MeasuredSizes& m) {
+    if (see.writer != 0) return;
+    Heads h = m.heads();
+    size_t n = h.length, D = h.width(), pairs = h.batch * h.heads;
+    Numbers<double> numbers(to, h);
+    attention_matrices(device, probs, probs, see.saved.qkv, h);
+    centered_norms(device, numbers.norms, probs, columns, products, vectors, pairs, n);
+    matrix_energies(device, numbers.of_A, probs, pairs, n, n);
+    matrix_energies(device, numbers.of_X, see.X(), h.batch, n, D);
+    center_columns(device, centered, see.X(), h.batch, n, D);
+    gemm(device, Matrix<A>(moved, D).batch(h.heads * n * D, n * D), head_square(probs, h),
+         Matrix<A>(centered, D).batch(n * D, 0), {n, D, n, h.batch, h.heads});
+    matrix_energies(device, numbers.of_moved, moved, pairs, n, D);
+  }
+  static std::vector<Reading> read(const double* from, int, const MeasuredSizes& m) {
+    size_t H = m.config.heads, pairs = m.samples * H;
+    Numbers<const double> x(from, m.heads());
+    double largest = NAN;  // which fmax() passes over
+    for (size_t i = 0; i < pairs; ++i) largest = std::fmax(largest, x.norms[i]);
+    auto mean = [&](auto of) { return mean_of(pairs, of); };
+    return {
+        {"mu_eff", "|P A P|_2, mean over samples and heads (4)",
+         mean([&](size_t i) { return x.norms[i]; })},
+        {"mu_eff_max", "the largest of them", largest},
+        {"row_diversity", "|A - J A|_F / |A|_F, mean over samples and heads", mean([&](size_t i) {
+           return std::sqrt(x.of_A[2 * i + 1] / (x.of_A[2 * i] + x.of_A[2 * i + 1]));
+         })},
+        {"retention", "|c(A c(X))|_F / |c(X)|_F, X the block's input, mean over samples and heads",
+         mean([&](size_t i) { return std::sqrt(x.of_moved[2 * i + 1] / x.of_X[i / H * 2 + 1]); })},
+        {"leakage", "|mu(A c(X))|_F / |c(X)|_F, likewise",
+         mean([&](size_t i) { return std::sqrt(x.of_moved[2 * i] / x.of_X[i / H * 2 + 1]); })}};
+  }
+};
+
+// Queries and keys: the whole step's gradients (Lemma 1).
+
 // squares (count): |x|^2 of each of `count` stretches of x, `size` long.
 template <class P>
 void sum_squares(const Device& device, double* squares, const P* x, size_t count, size_t size) {
@@ -2059,240 +2310,119 @@ void sum_squares(const Device& device, double* squares, const P* x, size_t count
   });
 }
 
-// norms (batch) = ||P A P||_2 of row-stochastic A (batch, n, n): power iteration on M = (P A)^T (P
-// A), squared twice beforehand, so that a step counts for four. Scratch: C, M as A; x (batch, 2,
-// n).
-//
-// After k steps of M the estimate is short by at most about ln(n) / 4k of itself, however close the
-// singular values are; after these 400, by at most 1.2e-5 for random matrices of 72 and 264 tokens.
-// P A is brought to |P A|_F = 1 first: of one that is small, M^4 would vanish in fp32.
-constexpr int power_steps = 100;
-
-template <class A>
-void centered_norms(Device& device, double* norms, const A* matrices, A* C, A* M, A* x,
-                    size_t batch, size_t n) {
-  auto square = [&](A* to, A* from, bool of_columns) {
-    Matrix<A> m = Matrix<A>(from, n).batch(n * n, 0);
-    gemm(device, Matrix<A>(to, n).batch(n * n, 0), of_columns ? m.transpose() : m, m,
-         {n, n, n, batch});
-  };
-  center_columns(device, C, matrices, batch, n, n);
-  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
-    A* c = C + team.index * n * n;
-    double squares = 0;
-    for (size_t i = team.rank; i < n * n; i += team.size) squares += double(c[i]) * double(c[i]);
-    double length = std::sqrt(team.sum(squares));
-    A inverse = length > 0 ? A(1 / length) : A(0);
-    for (size_t i = team.rank; i < n * n; i += team.size) c[i] *= inverse;
-    if (team.rank == 0) norms[team.index] = length;
-  });
-  square(M, C, true);                        // (P A)^T (P A)
-  square(C, M, false), square(M, C, false);  // its 2nd and 4th power
-  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
-    const A* m = M + team.index * n * n;
-    A *v = x + team.index * 2 * n, *next = v + n;
-    for (size_t i = team.rank; i < n; i += team.size)
-      v[i] = A(2 * uniform(0, streams::check, i) - 1);  // fixed, and orthogonal to nothing special
-    A scale = 0;
-    // The first product has no unit vector yet: one more.
-    for (int step = 0; step <= power_steps; ++step) {
-      team.sync();
-      A squares = 0;
-      for (size_t j = team.rank; j < n; j += team.size) {
-        A sum = 0;
-        for (size_t i = 0; i < n; ++i) sum += m[i * n + j] * v[i];  // M is symmetric
-        next[j] = sum;
-        squares += sum * sum;
-      }
-      scale = std::sqrt(team.sum(squares));
-      A inverse = scale > 0 ? A(1) / scale : A(0);
-      for (size_t j = team.rank; j < n; j += team.size) v[j] = inverse * next[j];
-    }
-    if (team.rank == 0) norms[team.index] *= pow(double(scale), 0.125);  // |M^4 x|^(1/8)
-  });
-}
-
-// What is measured in L blocks on S sequences, as the kernels leave it. The host makes ratios and
-// means of it.
-struct Measurements {
-  WriterModes* modes;        // (L, 2, S): of W_O, of W2
-  double* states;            // (L, 2, 3, S, 2): energies of a merge's X, F, and of X's unit tokens
-  double* attention;         // (L, S, H, 2): energies of A
-  double* moved;             // (L, S, H, 2): energies of A c(X), X the block's input
-  double* norms;             // (L, S, H): ||P A P||_2
-  double* gradient_squares;  // (L, 2): |dW_Q|^2, |dW_K|^2
-
-  void lay(Carver& c, size_t L, size_t S, size_t H) {
-    modes = c.take<WriterModes>(L * 2 * S);
-    states = c.take<double>(L * 2 * 3 * S * 2);
-    attention = c.take<double>(L * S * H * 2), moved = c.take<double>(L * S * H * 2);
-    norms = c.take<double>(L * S * H), gradient_squares = c.take<double>(L * 2);
+struct QueriesAndKeysMeasured : Measurement {
+  static size_t count(const MeasuredSizes&) { return 2; }  // |dW_Q|^2, |dW_K|^2
+  template <class Kept>
+  void after(Device& device, double* to, const BlockParameters<Kept>& d, const MeasuredSizes& m) {
+    sum_squares(device, to, d.qkv, 2, m.config.width * m.config.width);
+  }
+  static std::vector<Reading> read(const double* from, int, const MeasuredSizes& m) {
+    size_t D = m.config.width;
+    return {{"q_grad_rms", "root mean square of the whole batch's dL/dW_Q " + shape_text(D, D),
+             std::sqrt(from[0]) / double(D)},
+            {"k_grad_rms", "of dL/dW_K", std::sqrt(from[1]) / double(D)}};
   }
 };
 
-// One column of diagnostics.csv.
-struct Reading {
-  std::string name, about;
-  double value;
-};
+// All there are. Columns come in this order: those of one writer, those of the other, then a block's.
+template <class T>
+using Measurements =
+    std::tuple<WritersMeasured<T>, StatesMeasured<T>, AttentionMeasured<T>, QueriesAndKeysMeasured>;
 
 template <class T>
 class Diagnostics {
  public:
-  using A = Acc<T>;
-
-  const Config config;
+  const MeasuredSizes sizes;
   const std::vector<size_t> layers;  // the chosen blocks, in order
-  const size_t samples;              // S
-  Measurements measured;
+  const size_t samples;
 
   Diagnostics(const Config& c, std::vector<size_t> chosen, size_t first_samples)
-      : config(c), layers(std::move(chosen)), samples(first_samples) {}
+      : sizes{c, first_samples}, layers(std::move(chosen)), samples(first_samples) {}
 
   void lay(Carver& c) {
-    size_t n = config.tokens(), H = config.heads, D = config.width;
     results_ = c.used = round_up(c.used, 256);
-    measured.lay(c, layers.size(), samples, H);
-    results_bytes_ = c.used - results_;
     base_ = c.base;
-    // The scratch of the two halves of observe() is the same bytes.
-    Carver writers = c, states = c;
-    writer_[0].lay(writers, tokens(), D, D);
-    writers.used = c.used;
-    writer_[1].lay(writers, tokens(), config.ffn, D);
-    inverse_norms_ = states.take<A>(samples * n);
-    centered_ = states.take<A>(samples * n * D), moved_ = states.take<A>(samples * H * n * D);
-    for (A** squares : {&attention_, &columns_, &products_})
-      *squares = states.take<A>(samples * H * n * n);
-    vectors_ = states.take<A>(samples * H * 2 * n);
-    c.used = std::max(writers.used, states.used);
+    lay_numbers(c, numbers_);
+    results_bytes_ = c.used - results_;
+    Carver end = c;
+    each([&](auto& m, size_t) {
+      Carver own = c;
+      m.lay(own, sizes);
+      end.used = std::max(end.used, own.used);
+    });
+    c = end;
   }
 
-  // Measure during a backward: the writers' modes, and with `all` the states and the attention.
+  // Measure during a backward: what spikes are described by, and with `all` the rest.
   void observe(Device& device, size_t block, int writer, const BlockSaved<T>& s, const T* delta,
                bool all) {
     auto at = std::find(layers.begin(), layers.end(), block);
     if (at == layers.end()) return;
-    size_t slot = size_t(at - layers.begin()), piece = slot * 2 + size_t(writer), D = config.width;
-    writer_modes(device, measured.modes + piece * samples, writer_[writer], writer ? s.hidden : s.Y,
-                 delta, tokens(), writer ? config.ffn : D, D);
-    if (!all) return;
-    double* states = measured.states + piece * 3 * samples * 2;
-    state_energies(device, states, writer ? s.X1 : s.X, writer ? s.F2 : s.F1, inverse_norms_,
-                   tokens(), D);
-    if (writer == 0) attention(device, slot, s);
+    each([&](auto& m, size_t k) {
+      if (all || m.of_spikes)
+        m.during(device, numbers(m, numbers_[k], size_t(at - layers.begin()), writer),
+                 Sight<T>{s, writer, delta}, sizes);
+    });
   }
 
   // After a backward, from the whole batch's gradients.
   template <class Kept>
   void gradients(Device& device, const Parameters<Kept>& d) {
-    size_t squares = config.width * config.width;
     for (size_t slot = 0; slot < layers.size(); ++slot)
-      sum_squares(device, measured.gradient_squares + 2 * slot, d.block(layers[slot]).qkv, 2,
-                  squares);
+      each([&](auto& m, size_t k) {
+        m.after(device, numbers(m, numbers_[k], slot, 0), d.block(layers[slot]), sizes);
+      });
   }
 
-  // The chosen layers' readings; waits for the device.
+  // (layers, 2, samples) on the device: of W_O, of W2.
+  const WriterModes* modes() const { return reinterpret_cast<const WriterModes*>(numbers_[0]); }
+
+  // The chosen layers' columns; waits for the device.
   std::vector<std::vector<Reading>> read(const Device& device) const {
     std::vector<std::byte> host(results_bytes_);
     device.download(host.data(), base_ + results_, results_bytes_);
-    Measurements m;
-    Carver carver{host.data()};
-    m.lay(carver, layers.size(), samples, config.heads);
-    std::vector<std::vector<Reading>> all;
-    for (size_t slot = 0; slot < layers.size(); ++slot) all.push_back(readings(m, slot));
-    return all;
+    Carver c{host.data()};
+    Numbers of_host{};
+    lay_numbers(c, of_host);
+    std::vector<std::vector<Reading>> rows(layers.size());
+    for (size_t slot = 0; slot < layers.size(); ++slot) {
+      auto add = [&](int writer, bool of_writers) {
+        each([&](auto& m, size_t k) {
+          if (m.of_writers != of_writers) return;
+          for (Reading& r : m.read(numbers(m, of_host[k], slot, writer), writer, sizes))
+            rows[slot].push_back(std::move(r));
+        });
+      };
+      add(0, true), add(1, true), add(0, false);
+    }
+    return rows;
   }
 
  private:
+  using Numbers = std::array<double*, std::tuple_size_v<Measurements<T>>>;
+  Measurements<T> all_;
+  Numbers numbers_{};  // of each measurement: (layers, 2 if of writers, else 1, count())
   std::byte* base_ = nullptr;
   size_t results_ = 0, results_bytes_ = 0;
-  WriterScratch<A> writer_[2];
-  A *inverse_norms_, *centered_, *moved_;           // (S, T), (S, T, D), (S, H, T, D)
-  A *attention_, *columns_, *products_, *vectors_;  // three (S, H, T, T), (S, H, 2, T)
 
-  Tokens tokens() const { return {samples, config.image_tokens(), config.text_tokens}; }
-
-  void attention(Device& device, size_t slot, const BlockSaved<T>& s) {
-    size_t n = config.tokens(), D = config.width, first = slot * samples * config.heads;
-    Heads h{samples, n, config.heads, config.head_dim()};
-    attention_matrices(device, attention_, attention_, s.qkv, h);
-    centered_norms(device, measured.norms + first, attention_, columns_, products_, vectors_,
-                   samples * h.heads, n);
-    matrix_energies(device, measured.attention + 2 * first, attention_, samples * h.heads, n, n);
-    center_columns(device, centered_, s.X, samples, n, D);
-    gemm(device, Matrix<A>(moved_, D).batch(h.heads * n * D, n * D), head_square(attention_, h),
-         Matrix<A>(centered_, D).batch(n * D, 0), {n, D, n, samples, h.heads});
-    matrix_energies(device, measured.moved + 2 * first, moved_, samples * h.heads, n, D);
+  template <class F>
+  void each(const F& f) {
+    size_t k = 0;
+    std::apply([&](auto&... m) { (f(m, k++), ...); }, all_);
   }
-
-  std::vector<Reading> readings(const Measurements& m, size_t slot) const;
+  template <class F>
+  void each(const F& f) const {
+    size_t k = 0;
+    std::apply([&](auto&... m) { (f(m, k++), ...); }, all_);
+  }
+  void lay_numbers(Carver& c, Numbers& to) const {
+    each([&](auto& m, size_t k) {
+      to[k] = c.take<double>(layers.size() * (m.of_writers ? 2 : 1) * m.count(sizes));
+    });
+  }
+  template <class M>
+  double* numbers(const M& m, double* of, size_t slot, int writer) const {
+    size_t piece = m.of_writers ? slot * 2 + size_t(writer) : slot;
+    return of + piece * m.count(sizes);
+  }
 };
-
-// The columns of diagnostics.csv for one of the chosen layers: ratios and means of what was
-// measured.
-template <class T>
-std::vector<Reading> Diagnostics<T>::readings(const Measurements& m, size_t slot) const {
-  std::vector<Reading> row;
-  size_t S = samples, H = config.heads, D = config.width;
-  double tokens = double(config.tokens());
-  // Of those that are defined: one sample without a ratio does not take the others'.
-  auto mean = [](size_t n, auto of) {
-    double sum = 0, count = 0;
-    for (size_t i = 0; i < n; ++i)
-      if (double x = of(i); !std::isnan(x)) sum += x, ++count;
-    return count > 0 ? sum / count : NAN;
-  };
-  auto add = [&](const std::string& name, const std::string& about, double value) {
-    row.push_back({name, about, value});
-  };
-  for (size_t w = 0; w < 2; ++w) {
-    std::string branch = w ? "ffn_" : "attention_", writer = w ? "W2" : "W_O";
-    std::string shape = "(" + std::to_string(D) + ", " + std::to_string(w ? config.ffn : D) + ")";
-    const WriterModes* modes = m.modes + (slot * 2 + w) * S;
-    auto mode = [&](double WriterModes::*field) {
-      return mean(S, [&](size_t i) { return modes[i].*field; });
-    };
-    add(branch + "g_mean", "|dW_mu|_F of " + writer + " " + shape + ", global mean (5)",
-        mode(&WriterModes::g_mean));
-    add(branch + "g_ctr", "|dW_c|_F of " + writer + ", global mean (5)", mode(&WriterModes::g_ctr));
-    add(branch + "g_mean_seg", "the same with a mean for image and one for text tokens",
-        mode(&WriterModes::g_mean_seg));
-    add(branch + "g_ctr_seg", "the same", mode(&WriterModes::g_ctr_seg));
-    add(branch + "amplification", "A = |dW|_F^2 / sum_t |delta_t|^2 |y_t|^2 (26)",
-        mode(&WriterModes::amplification));
-    add(branch + "khat", "weighted mean |cos(y_t, y_s) cos(delta_t, delta_s)|, s != t (32)",
-        mode(&WriterModes::khat));
-    // Energies of X, F and X's unit tokens; e(kind, i, 0) of the mean, e(kind, i, 1) of the rest.
-    const double* states = m.states + (slot * 2 + w) * 3 * S * 2;
-    auto e = [&](size_t kind, size_t i, size_t part) { return states[(kind * S + i) * 2 + part]; };
-    auto total = [&](size_t kind, size_t i) { return e(kind, i, 0) + e(kind, i, 1); };
-    add(branch + "rho", "|mu(X)|_F / |c(X)|_F of the merge's trunk X",
-        mean(S, [&](size_t i) { return std::sqrt(e(0, i, 0) / e(0, i, 1)); }));
-    add(branch + "tr", "|F|_F / |X|_F",
-        mean(S, [&](size_t i) { return std::sqrt(total(1, i) / total(0, i)); }));
-    add(branch + "vargain", "|c(F)|_F / |c(X)|_F",
-        mean(S, [&](size_t i) { return std::sqrt(e(1, i, 1) / e(0, i, 1)); }));
-    add(branch + "tcs", "mean cosine of two tokens of X",
-        mean(S, [&](size_t i) { return (e(2, i, 0) - 1) / (tokens - 1); }));
-  }
-  const double *norms = m.norms + slot * S * H, *squares = m.gradient_squares + slot * 2;
-  const double *a = m.attention + slot * S * H * 2, *moved = m.moved + slot * S * H * 2;
-  const double* trunk = m.states + slot * 2 * 3 * S * 2;
-  add("mu_eff", "|P A P|_2, mean over samples and heads (4)",
-      mean(S * H, [&](size_t i) { return norms[i]; }));
-  double largest = NAN;  // which fmax() passes over
-  for (size_t i = 0; i < S * H; ++i) largest = std::fmax(largest, norms[i]);
-  add("mu_eff_max", "the largest of them", largest);
-  add("row_diversity", "|A - J A|_F / |A|_F, mean over samples and heads",
-      mean(S * H, [&](size_t i) { return std::sqrt(a[2 * i + 1] / (a[2 * i] + a[2 * i + 1])); }));
-  add("retention", "|c(A c(X))|_F / |c(X)|_F, X the block's input, mean over samples and heads",
-      mean(S * H, [&](size_t i) { return std::sqrt(moved[2 * i + 1] / trunk[i / H * 2 + 1]); }));
-  add("leakage", "|mu(A c(X))|_F / |c(X)|_F, likewise",
-      mean(S * H, [&](size_t i) { return std::sqrt(moved[2 * i] / trunk[i / H * 2 + 1]); }));
-  std::string square = "(" + std::to_string(D) + ", " + std::to_string(D) + ")";
-  add("q_grad_rms", "root mean square of the whole batch's dL/dW_Q " + square,
-      std::sqrt(squares[0]) / double(D));
-  add("k_grad_rms", "of dL/dW_K", std::sqrt(squares[1]) / double(D));
-  return row;
-}
