@@ -2,17 +2,17 @@
 //
 // What it is: each operation with its backward, derived above the two; one block; and the chain of
 // blocks with activation checkpointing. What it is not: training (train.cu), or how a branch joins
-// the trunk (mvsplit.cu). The model has no AdaLN and no timestep embedding: it reads the noise level
-// off its input. Blocks have no biases.
+// the trunk (mvsplit.cu). The model has no AdaLN and no timestep embedding: it reads the noise
+// level off its input. Blocks have no biases.
 //
-// How to read it: straight through to the appendix. Operations in the order of the forward pass (1 to
-// 3), a block (4), the chain of blocks and its two ends (5). `net`, in 5, is the class Network of
-// appendix C: the parameters, arrays and sizes in one place.
+// How to read it: straight through to the appendix. Operations in the order of the forward pass (1
+// to 3), a block (4), the chain of blocks and its two ends (5). `net`, in 5, is the class Network
+// of appendix C: the parameters, arrays and sizes in one place.
 //
 // Shapes: B sequences of T tokens (N image tokens, then L text tokens) of D channels; H heads of hd
 // = D/H channels; an FFN of width ffn. Rows (B T) of any array are its tokens; every weight is
-// (out, in) and acts as y = x W^T. The letters of the mathematics are those of mvsplit.cu; here also
-// Q, K, V, the attention matrix A and its scores S.
+// (out, in) and acts as y = x W^T. The letters of the mathematics are those of mvsplit.cu; here
+// also Q, K, V, the attention matrix A and its scores S.
 #pragma once
 
 #include "mvsplit.cu"
@@ -155,10 +155,10 @@ struct Rope {
   size_t image_tokens;
 };
 
-// Both go through the heads of Q and K by replace_heads() (appendix D). It calls its first function
-// once a head, with the sum of x x or g y over it; then, for each point, the second, with what the
-// first returned, and puts what comes out in the place of x or g. `number` is a head's place in r (B,
-// T, 2, H); `mine`: of several threads that call, this one writes there.
+// The two ways, forward and back, go through the heads of Q and K by replace_heads() (appendix D).
+// Its first function gets a head's |x|^2 or <g, y>, and returns what the second needs; the second
+// is called for each point, and what it returns takes the place of x or g. `number` is the head's
+// place in r (B, T, 2, H); `mine`: of the threads that call, this one writes there.
 
 // y = r R x for Q and K inside qkv (B, T, 3, H, hd), in place; r is kept. hd/2 is even.
 template <class T>
@@ -230,7 +230,9 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
 // could tell tokens apart, stand still. (MV-Split at alpha = 0 has dbar = 0: then the writer gets
 // nothing either.) On the way there dS is linear in V - J V: it falls in proportion to the spread
 // of the values. Image and text collapsed each to a mean of its own are not Lemma 1's case: a row
-// of dA then has two values, and dS still moves weight from one segment to the other.
+// of dA then has two values, and dS still moves weight from one segment to the other. (Its test:
+// dit_test Statement.Lemma1_EqualValuesStopQueriesAndKeys. Its picture: q_grad_rms and k_grad_rms
+// in data/figures/scream_event.png, upper right.)
 //
 // Finally S = Q K^T / sqrt(hd) gives
 //     dQ = dS K / sqrt(hd),     dK = dS^T Q / sqrt(hd).
@@ -250,9 +252,9 @@ Matrix<T> head_square(T* a, Heads h) {
   return Matrix<T>(a, h.length).batch(h.heads * h.length * h.length, h.length * h.length);
 }
 
-// The probabilities A (B, H, T, T), `probs`, from qkv (B, T, 3, H, hd). The scores S (B, H, T, T) are
-// scratch, in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd)) would be
-// off by up to 0.016, and its probability by 1.6%. Both may be one array.
+// The probabilities A (B, H, T, T), `probs`, from qkv (B, T, 3, H, hd). The scores S (B, H, T, T)
+// are scratch, in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd))
+// would be off by up to 0.016, and its probability by 1.6%. Both may be one array.
 template <class T, class Probability>
 void attention_matrices(Device& device, Probability* probs, Acc<T>* scores, const T* qkv, Heads h) {
   using A = Acc<T>;
@@ -371,8 +373,8 @@ struct BlockSaved {
   T *X, *qkv, *probs, *Y, *F1, *X1, *u, *hidden, *F2, *X_next;
   Acc<T>* r_qk;  // (B, T, 2, H)
   std::array<MergeSaved<Acc<T>>, 2> merge;
-  T* Y_rest;         // where attention runs on tensor cores (appendix D) these two stand in the
-  Acc<T>* log_sums;  // place of probs
+  Acc<T>* log_sums;  // these two are there in place of probs where attention runs on tensor cores
+  T* Y_rest;         // (appendix D)
 };
 
 // Arrays that live within one block's pass, shared by all blocks. On tensor cores attention needs
@@ -394,6 +396,7 @@ struct BlockShape {
   Rope<Acc<T>> rope;
 };
 
+// A block, with all that its two passes work on.
 template <class T>
 struct Block {
   BlockParameters<const T> w;
@@ -427,9 +430,10 @@ void block_forward(Device& device, const Block<T>& block, bool again = false) {
 
 // G holds dL/dX_next on entry and dL/dX on return; dw, the gradients of the parameters w, = (or +=
 // if `accumulate`). Each line of block_forward has its backward here, last first; a linear map has
-// two, its weight's and its input's. X1 and X are read twice, by the merge and by the branch: so the
-// merge replaces G, and the branch's first linear map adds its part. Nothing in a backward waits for
-// a weight's gradient: they run beside.
+// two, its weight's and its input's. X1 and X are read twice, by the merge and by the branch: so
+// the merge replaces G, and the branch's first linear map adds its part. Nothing in a backward
+// waits for a weight's gradient: they run beside. (Of Pre-Norm's trunk alone: a merge is told the
+// dF of the one after it, which dF1 and dF2 still hold.)
 //
 // `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of writer i: 1 (W2), then 0
 // (W_O).
@@ -453,7 +457,7 @@ void block_backward(Device& device, T* G, BlockParameters<P> dw, const Block<T>&
   linear_backward_input(device, scratch.dhidden, dF2, w.w2, rows, D, ffn);
   swiglu_backward(device, scratch.du, scratch.dhidden, s.u, rows, ffn);
   weight_gradient(dw.w13, scratch.du, s.X1, 2 * ffn, D);
-  linear_backward_input(device, G, scratch.du, w.w13, rows, 2 * ffn, D, true);
+  linear_backward_input(device, G, scratch.du, w.w13, rows, 2 * ffn, D, true);  // +=
 
   merge_backward(device, G, dF1, dw.gates[0], scratch.merge[0],
                  {G, s.X1, s.X, s.F1, w.gates[0], s.merge[0], dF2}, shape.merge, accumulate);
@@ -466,7 +470,7 @@ void block_backward(Device& device, T* G, BlockParameters<P> dw, const Block<T>&
     rope_qk_norm_backward(device, scratch.dqkv, s.qkv, s.r_qk, shape.rope, shape.heads);
   }
   weight_gradient(dw.qkv, scratch.dqkv, s.X, 3 * D, D);
-  linear_backward_input(device, G, scratch.dqkv, w.qkv, rows, 3 * D, D, true);
+  linear_backward_input(device, G, scratch.dqkv, w.qkv, rows, 3 * D, D, true);  // +=
   device.join();  // before scratch, or what the block saved, is overwritten
 }
 
@@ -565,9 +569,9 @@ void trunk_backward(Net& net, const Parameters<P>& dw, const Parameters<const T>
 
 // 5.2 Images and patches
 //
-// A patch of p x p pixels of the image is one token. Going in, its numbers are ordered (channel, row,
-// column), as a convolution's weight is; coming out, (row, column, channel). For either order the
-// two functions are inverse permutations, so each is the other's backward.
+// A patch of p x p pixels of the image is one token. Going in, its numbers are ordered (channel,
+// row, column), as a convolution's weight is; coming out, (row, column, channel). For either order
+// the two functions are inverse permutations, so each is the other's backward.
 
 enum class PatchOrder { channel_first, channel_last };
 
@@ -615,7 +619,19 @@ void tokens_to_image(const Device& device, A* image, const A* tokens, const T* b
 // 5.3 The two ends, and the whole
 //
 // In front, patches and text are projected to D channels, and each token is normalised. Behind, the
-// image tokens are projected to patches of the velocity. The arrays are those of appendix B.
+// image tokens are projected to patches of the velocity.
+
+// The arrays outside the trunk, part of net.arrays.
+template <class T>
+struct EndArrays {
+  Acc<T>*z, *velocity;                       // (B, channels, height, width): in and out
+  T* text;                                   // (B, L, text_dim): in
+  T *patches, *image_embed, *text_embed;     // (B, N, p p channels), (B, N, D), (B, L, D)
+  Acc<T>*r_image, *r_text;                   // (B, N), (B, L)
+  Acc<T>* prediction;                        // (B, T, p p channels)
+  Acc<T>*dvelocity, *dz, *dtext, *dpatches;  // their gradients
+  T *dimage_embed, *dtext_embed, *dprediction;
+};
 
 // The trunk's input from arrays.z and arrays.text.
 template <class Net, class T>
@@ -661,8 +677,8 @@ void embed_backward(Net& net, const Parameters<P>& dw, const Parameters<const T>
     convert(device, a.dtext, a.dtext_embed, b * L * D);
 }
 
-// arrays.velocity from the trunk's output. Text tokens are projected too, and ignored: 3% more work,
-// and no gather.
+// arrays.velocity from the trunk's output. Text tokens are projected too, and ignored: 3% more
+// work, and no gather.
 template <class Net, class T>
 void output_forward(Net& net, const Parameters<const T>& w, size_t b) {
   const auto& c = net.config;
@@ -673,8 +689,8 @@ void output_forward(Net& net, const Parameters<const T>& w, size_t b) {
                   PatchOrder::channel_last);
 }
 
-// arrays.G = dL/d(the trunk's output), and dw, from arrays.dvelocity. (image_to_tokens gives the rows
-// of text tokens a zero gradient.)
+// arrays.G = dL/d(the trunk's output), and dw, from arrays.dvelocity. (image_to_tokens gives the
+// rows of text tokens a zero gradient.)
 template <class Net, class T, class P>
 void output_backward(Net& net, const Parameters<P>& dw, const Parameters<const T>& w, size_t b,
                      const BackwardOptions<T>& o) {
@@ -699,8 +715,8 @@ void network_forward(Net& net, const Parameters<const T>& w, size_t b,
   output_forward(net, w, b);
 }
 
-// arrays.dvelocity  ->  the gradients dw of all parameters, and with o.inputs arrays.dz, arrays.dtext:
-// after network_forward() with the same inputs.
+// arrays.dvelocity  ->  the gradients dw of all parameters, and with o.inputs arrays.dz,
+// arrays.dtext: after network_forward() with the same inputs.
 template <class Net, class T, class P>
 void network_backward(Net& net, const Parameters<P>& dw, const Parameters<const T>& w, size_t b,
                       const BackwardOptions<T>& o) {
@@ -854,7 +870,8 @@ struct Table {
   }
 };
 
-// A gate's name in a checkpoint, behind its block's: of the merge after attention (0) or the FFN (1).
+// A gate's name in a checkpoint, behind its block's: of the merge after attention (0) or the FFN
+// (1).
 inline std::string file_name(const Gate& gate, int merge) {
   std::string name = gate.file;
   return name.replace(name.find('#'), 1, std::to_string(merge + 1));
@@ -901,6 +918,7 @@ inline Table parameter_table(const Config& c) {
   return table;
 }
 
+// Where the parameters are in a slab, or their gradients.
 template <class P>
 Parameters<P> locate(const Config& config, const Table& table, P* slab) {
   auto find = [&](const std::string& name) -> P* {
@@ -970,21 +988,14 @@ bool fused_attention(bool gpu, size_t head_dim) {
 // All arrays of a network for a largest batch, and the functions that lay them out. With a Carver
 // that has no base they only count, which is how `plan` knows the bytes without taking them.
 template <class T>
-struct Arrays {
+struct Arrays : EndArrays<T> {
   using A = Acc<T>;
   T *inputs, *output;                 // (spans, B, T, D), (B, T, D): inputs of spans; the last X
   std::vector<BlockSaved<T>> blocks;  // what a span's blocks save
   std::vector<std::array<MergeSaved<A>, 2>> merges;  // of every block
   BlockScratch<T> scratch;
-  T* G;                                         // (B, T, D), the trunk's gradient
-  A *z, *velocity, *dvelocity, *dz;             // (B, C, H, W)
-  T* text;                                      // (B, L, d_text)
-  A* dtext;                                     // (B, L, d_text)
-  T *patches, *image_embed, *text_embed;        // (B, N, p p C), (B, N, D), (B, L, D)
-  A *r_image, *r_text;                          // (B, N), (B, L)
-  T *dimage_embed, *dtext_embed, *dprediction;  // (B, N, D), (B, L, D), (B, T, p p C)
-  A *prediction, *dpatches;                     // (B, T, p p C), (B, N, p p C)
-  A *cosine, *sine;                             // (N, hd / 2)
+  T* G;              // (B, T, D), the trunk's gradient
+  A *cosine, *sine;  // (N, hd / 2)
 
   // Without training, blocks pass two arrays back and forth.
   void lay_checkpoints(Carver& c, const Config& m, size_t B, size_t span, bool trains) {
@@ -1043,20 +1054,21 @@ struct Arrays {
   }
 
   void lay_ends(Carver& c, const Config& m, size_t B, bool trains) {
+    EndArrays<T>& e = *this;
     size_t N = B * m.image_tokens(), L = B * m.text_tokens, rows = N + L, dim = m.patch_dim();
-    z = c.take<A>(B * m.pixels()), velocity = c.take<A>(B * m.pixels());
-    text = c.take<T>(B * m.text_size());
-    patches = c.take<T>(N * dim), image_embed = c.take<T>(N * m.width);
-    text_embed = m.projects_text() ? c.take<T>(L * m.width) : text;
-    r_image = c.take<A>(N), r_text = c.take<A>(L);
-    prediction = c.take<A>(rows * dim);
+    e.z = c.take<A>(B * m.pixels()), e.velocity = c.take<A>(B * m.pixels());
+    e.text = c.take<T>(B * m.text_size());
+    e.patches = c.take<T>(N * dim), e.image_embed = c.take<T>(N * m.width);
+    e.text_embed = m.projects_text() ? c.take<T>(L * m.width) : e.text;
+    e.r_image = c.take<A>(N), e.r_text = c.take<A>(L);
+    e.prediction = c.take<A>(rows * dim);
     cosine = c.take<A>(m.image_tokens() * m.head_dim() / 2);
     sine = c.take<A>(m.image_tokens() * m.head_dim() / 2);
     if (!trains) return;
-    dvelocity = c.take<A>(B * m.pixels()), dz = c.take<A>(B * m.pixels());
-    dtext = c.take<A>(B * m.text_size());
-    dimage_embed = c.take<T>(N * m.width), dtext_embed = c.take<T>(L * m.width);
-    dprediction = c.take<T>(rows * dim), dpatches = c.take<A>(N * dim);
+    e.dvelocity = c.take<A>(B * m.pixels()), e.dz = c.take<A>(B * m.pixels());
+    e.dtext = c.take<A>(B * m.text_size());
+    e.dimage_embed = c.take<T>(N * m.width), e.dtext_embed = c.take<T>(L * m.width);
+    e.dprediction = c.take<T>(rows * dim), e.dpatches = c.take<A>(N * dim);
   }
 };
 
@@ -1148,7 +1160,7 @@ Plan network_plan(const Config& config, const Table& table, size_t batch, size_t
 
 // Floating-point operations of one forward pass: 2 for each weight and token it acts on, and 4 T D
 // a token for the two products of attention. A backward has twice as many; a replay, once. (As in
-// 4.2: what 4.3 makes again is not counted. Nor is the final projection of text tokens, which
+// 2.2: what D.2 makes again is not counted. Nor is the final projection of text tokens, which
 // nobody reads.)
 inline double forward_flops(const Config& m, size_t batch) {
   double D = double(m.width), T = double(m.tokens()), N = double(m.image_tokens());
@@ -1229,9 +1241,9 @@ class Network {
     network_forward(*this, parameters(), b, observe);
   }
 
-  // arrays.dvelocity -> gradients of all parameters (=, or += if `accumulate`), after forward(b) with
-  // the same inputs; with `inputs` also arrays.dz and arrays.dtext. `dither`: where gradients are
-  // rounded.
+  // arrays.dvelocity -> gradients of all parameters (=, or += if `accumulate`), after forward(b)
+  // with the same inputs; with `inputs` also arrays.dz and arrays.dtext. `dither`: where gradients
+  // are rounded.
   void backward(size_t b, bool accumulate, bool inputs = false, const Observer<T>& observe = {},
                 Dither dither = {}) {
     if (rounds_gradients && !dither.pass) fail("gradients that are rounded need a Dither");
@@ -1333,12 +1345,12 @@ struct HeadPiece {
   }
 };
 
-// For each head of Q and K inside x and y (B, T, 3, H, hd): found = finish(number, <x, y>, mine), and
-// x = put(x, y, R, found) for each of its points. (With one array y is x.)
+// For each head of Q and K inside x and y (B, T, 3, H, hd): found = finish(number, <x, y>, mine),
+// and x = put(x, y, R, found) for each of its points. (With one array y is x.)
 //
-// A group of threads takes `at_once` heads at a time: it has all its loads on the way, and reads its
-// angles once for all of them. A thread has `wide` neighbouring channels of each half, and keeps the
-// first that it has, on a GPU up to hd = 64 wide all of them.
+// A group of threads takes `at_once` heads at a time: it has all its loads on the way, and reads
+// its angles once for all of them. A thread has `wide` neighbouring channels of each half, and
+// keeps the first that it has, on a GPU up to hd = 64 wide all of them.
 template <int wide, int at_once, int arrays, class T, class Finish, class Put>
 void replace_heads_by(const Device& device, T* x, const T* y, Rope<Acc<T>> rope, Heads h,
                       const Finish& finish, const Put& put) {
@@ -1965,8 +1977,8 @@ bool fused_attention_forward(Device& device, const BlockSaved<T>& s, Heads h) {
   return true;
 }
 
-// attention_backward() and rope_qk_norm_backward() on tensor cores: scratch.dqkv (=) from scratch.dY
-// and what the forward saved; or false.
+// attention_backward() and rope_qk_norm_backward() on tensor cores: scratch.dqkv (=) from
+// scratch.dY and what the forward saved; or false.
 template <class T>
 bool fused_attention_backward(Device& device, const Block<T>& block) {
   const BlockSaved<T>& s = block.saved;
@@ -1992,13 +2004,14 @@ bool fused_attention_backward(Device& device, const Block<T>& block) {
 // ---------------------------------------------------------------------------------------------
 // E. Diagnostics: the quantities that the paper argues with (its Table 2)
 //
-// All of them describe the first `samples` sequences of a batch in a few chosen blocks, and are read
-// off during the backward, when what the forward saved and the writers' adjoints are both there. The
-// kernels write to arrays of their own, so a step with them has the same bits as one without.
+// All of them describe the first `samples` sequences of a batch in a few chosen blocks, and are
+// read off during the backward, when what the forward saved and the writers' adjoints are both
+// there. The kernels write to arrays of their own, so a step with them has the same bits as one
+// without.
 //
 // A measurement is one struct, as WritersMeasured: how many numbers it leaves, its scratch, the
-// kernels that make them, and the columns of diagnostics.csv that are read off them; and one entry in
-// the list `Measurements`.
+// kernels that make them, and the columns of diagnostics.csv that are read off them; and one entry
+// in the list `Measurements`.
 
 // The sizes of what is measured.
 struct MeasuredSizes {
@@ -2009,8 +2022,9 @@ struct MeasuredSizes {
   Heads heads() const { return {samples, config.tokens(), config.heads, config.head_dim()}; }
 };
 
-// What there is to see during a backward: what a block saved, one of its writers, 0 (W_O) or 1 (W2),
-// with its input y (B, T, n), its adjoint delta (B, T, D), and the X, F (B, T, D) of its merge.
+// What there is to see during a backward: what a block saved, one of its writers, 0 (W_O) or 1
+// (W2), with its input y (B, T, n), its adjoint delta (B, T, D), and the X, F (B, T, D) of its
+// merge.
 template <class T>
 struct Sight {
   const BlockSaved<T>& saved;
@@ -2158,16 +2172,17 @@ struct StatesMeasured : Measurement {
   }
 };
 
-// Attention. Two facts about its matrix A keep this short. Its rows sum to one, A 1 = 1, hence A J =
-// (1/T) A 1 1^T = J and P A J = P J = 0. So
+// Attention. Two facts about its matrix A keep this short. Its rows sum to one, A 1 = 1, hence A J
+// = (1/T) A 1 1^T = J and P A J = P J = 0. So
 //
 //     P A P = P A (I - J) = P A:
 //
 // centering A's columns is all there is to do. (The left P matters: 1^T A is not 1^T. If all tokens
 // look at one, a "sink", A = 1 e^T, then ||A P||_2 is about sqrt(T) and P A P = 0.) And mu_eff =
-// ||P A P||_2 is the root of the largest eigenvalue of (P A)^T (P A), which power iteration finds from
-// below: |(P A)^T (P A) x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two parts,
-// c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A Z, the leakage (Prop. 1).
+// ||P A P||_2 is the root of the largest eigenvalue of (P A)^T (P A), which power iteration finds
+// from below: |(P A)^T (P A) x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two
+// parts, c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A Z, the leakage
+// (Prop. 1).
 
 // out = P x for each x (n, D) of a batch: every column is centered.
 template <class A, class T>
@@ -2183,8 +2198,8 @@ void center_columns(const Device& device, A* out, const T* x, size_t batch, size
 }
 
 // norms (batch) = ||P A P||_2 of row-stochastic A (batch, n, n): power iteration on (P A)^T (P A),
-// squared twice beforehand, so that a step counts for four. Scratch: centered, power as A; x (batch,
-// 2, n).
+// squared twice beforehand, so that a step counts for four. Scratch: centered, power as A; x
+// (batch, 2, n).
 //
 // After k steps the estimate is short by at most about ln(n) / 4k of itself, however close the
 // singular values are; after these 400, by at most 1.2e-5 for random matrices of 72 and 264 tokens.
@@ -2242,8 +2257,8 @@ struct AttentionMeasured : Measurement {
   A *probs, *columns, *products, *vectors;  // three (samples, H, T, T), (samples, H, 2, T)
   A *centered, *moved;                      // (samples, T, D), (samples, H, T, D)
 
-  // Energies of A (samples, H, 2), and of A c(X), X the block's input, likewise; those of X (samples,
-  // 2); and ||P A P||_2 (samples, H).
+  // Energies of A (samples, H, 2), and of A c(X), X the block's input, likewise; those of X
+  // (samples, 2); and ||P A P||_2 (samples, H).
   template <class Number>
   struct Numbers {
     Number *of_A, *of_moved, *of_X, *norms;
@@ -2324,7 +2339,8 @@ struct QueriesAndKeysMeasured : Measurement {
   }
 };
 
-// All there are. Columns come in this order: those of one writer, those of the other, then a block's.
+// All there are. Columns come in this order: those of one writer, those of the other, then a
+// block's.
 template <class T>
 using Measurements =
     std::tuple<WritersMeasured<T>, StatesMeasured<T>, AttentionMeasured<T>, QueriesAndKeysMeasured>;

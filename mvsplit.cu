@@ -502,7 +502,8 @@ struct MergeBackwardInputs {
   const T* dF_next = nullptr;  // dF of the merge after, for Pre-Norm alone; zeros if there is none
 };
 
-// dX (=), dF (=) (B, T, D), and in scratch what the gates' gradients are made of. dX may be G itself.
+// dX (=), dF (=) (B, T, D), and in scratch what the gates' gradients are made of. dX may be G
+// itself.
 template <class M, class T>
 void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
                            MergeBackwardInputs<T> in, MergeShape shape) {
@@ -599,9 +600,10 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
 //
 //     dL/dZ = dL/dZ_next + Delta,     dL/dF = dL/dZ,                                      (trunk)
 //
-// and as Z = Z_prev + F with Z_prev = X / r_X, dL/dZ is the dL/dZ_next of the merge before: which reads
-// it as the dF of this one. No norm stands in its way: all of it reaches the first block. So dX, what
-// comes back to X other than along the trunk, is zero; but for the first X, which is the trunk: dZ.
+// and as Z = Z_prev + F with Z_prev = X / r_X, dL/dZ is the dL/dZ_next of the merge before: which
+// reads it as the dF of this one. No norm stands in its way: all of it reaches the first block. So
+// dX, what comes back to X other than along the trunk, is zero; but for the first X, which is the
+// trunk: dZ.
 struct PreNorm : PostNorm {
   static constexpr const char* name = "prenorm";
   static constexpr bool trunk_apart = true;

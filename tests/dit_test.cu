@@ -307,10 +307,11 @@ TEST(Patches, OrdersAreEachOthersBackward) {
   EXPECT_EQ(p.pixel(5, (1 * 2 + 0) * 3 + 2, PatchOrder::channel_last), size_t(2 * 24 + 3 * 6 + 4));
 }
 
-// The way over tensor cores, and 2.2 of dit.cu in bf16, against 2.2 in fp64 on the CPU from the same bf16 Q,
-// K, V and cotangent: Y, and through RoPE and QK-norm dQ, dK, dV. Values are vbar + spread times
-// noise, keys have a common part of size `mean`. `forget` drops the last token's cotangent from the
-// reference, and unless `with_rest` the backward does not get what rounding took from Y: both show.
+// The way over tensor cores, and 2.2 of dit.cu in bf16, against 2.2 in fp64 on the CPU from the
+// same bf16 Q, K, V and cotangent: Y, and through RoPE and QK-norm dQ, dK, dV. Values are vbar +
+// spread times noise, keys have a common part of size `mean`. `forget` drops the last token's
+// cotangent from the reference, and unless `with_rest` the backward does not get what rounding took
+// from Y: both show.
 struct AttentionErrors {
   std::vector<double> fused, plain;  // of Y, dQ, dK, dV
 };
@@ -380,8 +381,8 @@ AttentionErrors attention_errors(Device& gpu, Heads h, double spread, double mea
 
 const char* const attention_parts[] = {"Y", "dQ", "dK", "dV"};
 
-// Not much further off than the readable version in bf16, which rounds more. One forgotten cotangent
-// in hundreds is, in each of dQ, dK and dV.
+// Not much further off than the readable version in bf16, which rounds more. One forgotten
+// cotangent in hundreds is, in each of dQ, dK and dV.
 TEST(Attention, OnTensorCoresAgreesWithTheReadableOne) {
   if (devices().size() < 2 || !Device::has_bf16()) GTEST_SKIP() << "no GPU with tensor cores";
   for (size_t dim : {64, 128})
@@ -482,8 +483,8 @@ TEST(Table, HasThePapersSizes) {
   EXPECT_NEAR(1e-9 * double(parameter_table(c).count()), 13.64, 0.01);
 }
 
-// 24 + 3 tokens of 16 channels in 2 heads of 8, patches and outputs of 8 numbers, text of 5, an FFN of
-// 24.
+// 24 + 3 tokens of 16 channels in 2 heads of 8, patches and outputs of 8 numbers, text of 5, an FFN
+// of 24.
 TEST(Flops, AreThoseOfTheProducts) {
   auto product = [](double m, double n, double k) { return 2 * m * n * k; };
   double block = product(27, 3 * 16, 16)                // Q, K, V
