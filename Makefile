@@ -1,6 +1,6 @@
 # make run    train an ultra-deep model on this machine and draw pictures from it
 # make test   build and run every test (SAN=1: under AddressSanitizer and UBSan)
-# make test-gpu    the tests of the GPU build alone (of both builds, on a Hopper)
+# make test-gpu    the same, and an error where there is no GPU to test
 # make bench       time every kernel, product, block and step on a GPU
 # make bench-peer  and beside PyTorch, whose outputs and gradients are compared too
 # make        build the program, build/mvsplit
@@ -24,7 +24,7 @@ MACHINE := $(if $(and $(NVCC),$(GPU_ARCH)),gpu,cpu)
 
 # A toolkit takes some host compilers and GPUs only (CUDA 13.0: g++ up to 15, clang up to 20, GPUs from
 # sm_75 on). Where no GPU needs it, the GPU build is then left out.
-HOST := $(if $(filter-out default,$(origin CXX)),-ccbin $(CXX))
+HOST := $(if $(filter-out default,$(origin CXX)),-ccbin $(lastword $(CXX)))
 nvcc_fault := $(if $(and $(NVCC),$(shell command -v $(CXX))),$(shell \
     $(NVCC) $(HOST) -arch=$(ARCH) -x cu -E /dev/null 2>&1 >/dev/null | grep -m 1 -E 'error|fatal'))
 no_gpu_build := $(if $(NVCC),$(nvcc_fault),no nvcc)
@@ -35,7 +35,7 @@ endif
 
 # Without OpenMP (a clang without libomp) the program is serial. Asked when it is built: setup may
 # have installed it.
-openmp = $(if $(shell $(CXX) -fopenmp -include omp.h -x c++ -fsyntax-only /dev/null 2>&1 || echo none),-Wno-unknown-pragmas,-fopenmp)
+openmp = $(if $(shell $(CXX) -fopenmp -include omp.h -x c++ -fsyntax-only /dev/null >/dev/null 2>&1 || echo none),-Wno-unknown-pragmas,-fopenmp)
 HOSTFLAGS = -march=native $(openmp) -Wall -Wextra
 CXXFLAGS = -std=c++17 $(if $(SAN),-O1 -g -fsanitize=address$(comma)undefined -fno-sanitize-recover=all,-O3) \
            $(HOSTFLAGS) $(if $(WERROR),-Werror)
@@ -101,6 +101,7 @@ RUN_gpu := --depth 400 --width 128 --heads 2 --ffn 384 --patch 2 --batch 32 --st
            --lr 1e-3 --warmup 100 --save-every 200
 export RUN ?= run
 run: build/mvsplit data
+	$(if $(GPU_ARCH),$(if $(NVCC),,$(info there is a GPU, but no nvcc: this build is for the CPU)))
 	build/mvsplit train $(RUN_$(MACHINE)) --residual mvsplit --resume --out "$$RUN"
 	@bash data/curve.sh "$$RUN"
 

@@ -1317,11 +1317,6 @@ class Run {
       if (o_.resume) std::printf("no state in %s: starting at step 1\n", o_.out.c_str());
       set_aside(logs_in(o_.out));
     }
-    if (!o_.ini.empty()) {
-      SafeFile file(o_.out + "/config.ini");
-      file.write(o_.ini);
-      file.commit();
-    }
     logged_ = first_ = trainer_.step;
     if (o_.diagnose_every) {  // first: it may refuse, before anything is written
       const Diagnostics<T>& d = trainer_.diagnostics;  // nothing is measured yet: for the names
@@ -1332,6 +1327,11 @@ class Run {
     }
     log_ = std::make_unique<CsvLog>(o_.out + "/log.csv", "step,loss,gradient_norm,lr", logged_);
     validation_ = std::make_unique<CsvLog>(o_.out + "/validation.csv", "step,loss", logged_);
+    if (!o_.ini.empty()) {
+      SafeFile file(o_.out + "/config.ini");
+      file.write(o_.ini);
+      file.commit();
+    }
   }
 
   int go() {
@@ -1788,7 +1788,8 @@ class Gradcheck {
     }
     Arrays<double>& a = net_.arrays;
     size_t pixels = o.batch * m.pixels(), words = o.batch * m.text_size(), first = size_t(1) << 20;
-    for (auto [x, n] : {std::pair{a.z, pixels}, {a.dvelocity, pixels}, {a.text, words}}) {
+    using Input = std::pair<double*, size_t>;
+    for (auto [x, n] : {Input{a.z, pixels}, Input{a.dvelocity, pixels}, Input{a.text, words}}) {
       device.fill(x, 0, n * sizeof(double));
       move_along(device, x, n, 1, o.seed, first++);
     }
@@ -2029,7 +2030,8 @@ std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& dat
 // for; else the usual number, or as many as there are.
 inline Dataset probe_images(const ProbeOptions& o) {
   constexpr size_t least = 64;
-  auto [train, held_out] = load_dataset(o.data, 2);
+  auto [train, held_out, shared] = load_dataset(o.data, 2);
+  if (shared) held_out = without_images(train);
   // Three quarters of the images are to train on, rounded up.
   size_t most = std::min(4 * held_out.images + 3, train.images * 4 / 3);
   if (most < least)

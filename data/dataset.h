@@ -34,6 +34,7 @@ struct Dataset : Captions {
 // What is trained on, and what is validated on.
 struct Split {
   Dataset train, held_out;
+  bool shared = false;  // the held-out images are training images too
 };
 
 // The data set without its images.
@@ -225,7 +226,7 @@ inline Dataset load_idx(const std::string& folder, bool train, size_t copies) {
 // note. Fails on a missing or damaged file.
 inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t tokens = 8,
                                 size_t dim = 64) {
-  Split data{load_idx(folder, true, copies), load_idx(folder, false, copies)};
+  Split data{load_idx(folder, true, copies), load_idx(folder, false, copies), false};
   auto is = [](const Dataset& part, uint64_t hash) {
     Fnv1a labels;
     for (int32_t label : part.caption) labels.mix(uint32_t(label));
@@ -484,7 +485,6 @@ inline Split load_dataset(const std::string& where, size_t copies) {
     if (!holds_idx()) fail("Fashion-MNIST is not here: run `bash data/fetch.sh`, which fetches it");
   }
   Split data;
-  bool both = false;
   try {
     if (holds_idx()) {
       data = load_fashion_mnist(folder, copies);
@@ -496,7 +496,7 @@ inline Split load_dataset(const std::string& where, size_t copies) {
                                      : load_folder(where, &passed_over, copies);
       size_t all = data.train.images;
       data.held_out = hold_out(data.train);
-      both = data.train.images == all;
+      data.shared = data.train.images == all;
     }
   } catch (const std::bad_alloc&) {  // a limit that Device::available() does not know
     fail("%s does not fit into the memory that this process may take", where.c_str());
@@ -506,12 +506,12 @@ inline Split load_dataset(const std::string& where, size_t copies) {
   for (int32_t c : train.caption) trained[size_t(c)] = true;
   for (int32_t c : held_out.caption) unseen[size_t(c)] = !trained[size_t(c)];
   auto count = size_t(std::count(unseen.begin(), unseen.end(), true));
+  size_t held = data.shared ? 0 : held_out.images;
   std::string remark;
-  if (both) remark = " (none can be spared: it is validated on images that it trains on)";
+  if (data.shared) remark = " (none can be spared: it is validated on images that it trains on)";
   if (count) remark = " (captions that have no other image: " + std::to_string(count) + ")";
-  std::printf("%zu images of %zux%zux%zu, %zu captions, %zu held out%s%s\n",
-              train.images + (both ? 0 : held_out.images), train.channels, train.height,
-              train.width, train.captions, both ? 0 : held_out.images, remark.c_str(),
+  std::printf("%zu images of %zux%zux%zu, %zu captions, %zu held out%s%s\n", train.images + held,
+              train.channels, train.height, train.width, train.captions, held, remark.c_str(),
               passed_over.c_str());
   return data;
 }

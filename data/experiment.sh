@@ -114,7 +114,8 @@ read_recipe() {
 # For the run in folder $1, of two runs of a few steps at 16 blocks, measured once a machine:
 # milliseconds that a block takes a step, that diagnosing a block adds, and seconds that a run takes
 # besides. They have the run's width and batch; without a GPU those of the small version, since the
-# full one's would take minutes or hours: a larger block takes longer as it has more operations.
+# full one's would take minutes or hours. A larger block then counts by its operations, which is up to
+# twice too much: wide ones are quicker at each.
 measure_speed() {
   local speeds=$root/speed dir=$root/speed.tmp of=$1/recipe.ini size="" few plain diagnosed o
   if [ "$machine" = CPU ]; then of=${base/full/small}; fi
@@ -197,14 +198,15 @@ announce() {
 
 # Ends the script, which has begun nothing and leaves nothing, because of the time $1.
 refuse() {
-  local dir
+  local dir smaller=""
+  [ "$SCALE" != full ] || smaller=", or QUICK=1 for a smaller version (of $quick)"
   for dir in "${listed[@]}"; do
     [ -e "$dir/train.log" ] || rm -f "$dir"/*.ini
     rmdir -p "$dir" 2>/dev/null || true  # what is empty
   done
   [ -z "$not_quick" ] ||
     die "$quick have a quick version,$not_quick not: in full it takes $1; to begin that say YES=1"
-  die "this takes $1: to begin say YES=1, or MINUTES=60 for what an hour holds, or QUICK=1 for a smaller version (of $quick)"
+  die "this takes $1: to begin say YES=1, or MINUTES=60 for what an hour holds$smaller"
 }
 
 # --- Running -----------------------------------------------------------------------------------
@@ -431,10 +433,10 @@ main() {
     SCALE=full
   fi
   choose_scale
-  # Two at once would take the same runs. The lock is its holder's and ends with it.
+  # Two at once would take the same runs. The lock is its holder's and its runs', and ends with the last.
   if [ -z "$REDRAW" ] && command -v flock >/dev/null; then
     exec 9>"$root/lock"
-    flock -n 9 || die "another is at work in $root: wait for its end, or stop it"
+    flock -w 2 9 || die "another is at work in $root: wait for its end, or stop it"
   fi
   [ -n "$REDRAW" ] || rm -f "$root/failed"
   if ! command -v gnuplot >/dev/null; then

@@ -192,11 +192,11 @@ inline std::string take(const std::string& text, double& x) {
   return number ? "" : "a decimal number that a double holds, such as 0.001 or 1e-3";
 }
 inline std::string take(const std::string& text, size_t& x, size_t least = 0,
-                        size_t most = automatic - 1) {
+                        size_t most = SIZE_MAX) {
   std::optional<size_t> number = whole_number(text);
   if (number && *number >= least && *number <= most) return x = *number, "";
   return "a whole number in decimal digits, " +
-         (most < automatic - 1 ? text_of("from %zu to %zu", least, most) : "below 2^64");
+         (most < SIZE_MAX ? text_of("from %zu to %zu", least, most) : "below 2^64");
 }
 
 // The words of a list, which may have been written with brackets, quotes or blanks.
@@ -214,9 +214,9 @@ inline Words split_list(const Words& texts) {
   return words;
 }
 template <class Container>
-std::string join_list(const Container& words) {
+std::string join_list(const Container& words, const char* between = ",") {
   std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : ",") + word;
+  for (const std::string& word : words) text += (text.empty() ? "" : between) + word;
   return text;
 }
 
@@ -239,7 +239,7 @@ class Subcommand {
   }
 
   void add(const char* option, size_t& x, const char* about = "", size_t least = 0,
-           size_t most = automatic - 1) {
+           size_t most = SIZE_MAX) {
     auto read = [=, &x](const Words& texts) { return take(texts[0], x, least, most); };
     add({option, Option::value, read, [&] { return std::to_string(x); }}, "UINT", about);
   }
@@ -259,7 +259,7 @@ class Subcommand {
     auto read = [=, &x](const Words& texts) -> std::string {
       x = texts[0];
       bool known = choices.empty() || std::count(choices.begin(), choices.end(), x);
-      return known ? "" : "one of " + join_list(choices);
+      return known ? "" : "one of " + join_list(choices, ", ");
     };
     add({option, Option::value, read, [&] { return x; }}, "TEXT", about);
   }
@@ -267,7 +267,7 @@ class Subcommand {
   void add_or_auto(const char* option, size_t& x, const char* about) {
     auto read = [&](const Words& texts) {
       if (texts[0] == "auto") return x = automatic, std::string();
-      std::string expected = take(texts[0], x);
+      std::string expected = take(texts[0], x, 0, 100000);
       return expected.empty() ? expected : expected + ", or auto";
     };
     auto write = [&] { return x == automatic ? "auto" : std::to_string(x); };
@@ -367,7 +367,8 @@ inline const Option& known(const Subcommand& sub, const std::vector<Subcommand>&
   for (const Subcommand& other : all)
     if (other.find(name)) others.push_back(other.name);
   for (const Option& o : sub.options) names.push_back(o.name);
-  std::string hint = others.empty() ? like(name, names, dashes) : ", but of " + join_list(others);
+  std::string hint =
+      others.empty() ? like(name, names, dashes) : ", but of " + join_list(others, ", ");
   if (hint.empty()) hint = " (mvsplit " + sub.name + " --help lists them)";
   fail("%s'%s%s' is no option of %s%s", place.c_str(), dashes, name.c_str(), sub.name.c_str(),
        hint.c_str());
@@ -402,7 +403,7 @@ struct CommandLine {
 
 // The words behind the program's name. Fails on what is unknown, in excess or missing.
 inline CommandLine read_words(Words words, const std::vector<Subcommand>& all) {
-  const std::string choices = ": choose one of " + join_list(names_of(all));
+  const std::string choices = ": choose one of " + join_list(names_of(all), ", ");
   size_t at = 0;  // of the subcommand: --config may stand before it
   while (at < words.size() && words[at].rfind("--config", 0) == 0)
     at += words[at] == "--config" ? 2 : 1;
@@ -531,8 +532,8 @@ inline std::map<std::string, GivenOptions> read_ini(const std::string& path,
       std::string name = trimmed(line.substr(1, end - 1));
       section = find(all, name);
       if (!section)
-        fail("%sthere is no section [%s], but [%s]%s", place.c_str(), name.c_str(),
-             join_list(names_of(all)).c_str(), like(name, names_of(all)).c_str());
+        fail("%sthere is no section [%s]: choose one of %s%s", place.c_str(), name.c_str(),
+             join_list(names_of(all), ", ").c_str(), like(name, names_of(all)).c_str());
       continue;
     }
     size_t equals = line.find('=');
@@ -684,7 +685,7 @@ inline void add_device(Subcommand& sub, Machine& machine) {
 inline void add_machine_options(Subcommand& sub, Machine& machine) {
   add_device(sub, machine);
   sub.add("precision", machine.precision,
-          "of storage: fp64, fp32, bf16; auto: bf16 on a GPU, fp32 on a CPU",
+          "of storage: fp64, fp32, bf16; auto: bf16 on a GPU from 8.0 on, else fp32",
           {"auto", "fp64", "fp32", "bf16"});
 }
 
@@ -840,5 +841,6 @@ inline void set_resumed(const Subcommand& train, const std::vector<Subcommand>& 
   }
   std::printf("options that are not given are those of %s\n", visible(path).c_str());
   if (!silent.empty())
-    std::printf("note: it does not say %s: their defaults are taken\n", join_list(silent).c_str());
+    std::printf("note: it does not say %s: their defaults are taken\n",
+                join_list(silent, ", ").c_str());
 }

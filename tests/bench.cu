@@ -188,7 +188,8 @@ void gemms(Device& device, size_t rows, size_t D, size_t F) {
     const char* name;
     size_t out, in;
   };
-  for (Shape s : {Shape{"qkv", 3 * D, D}, {"proj", D, D}, {"w13", 2 * F, D}, {"w2", D, F}}) {
+  for (Shape s :
+       {Shape{"qkv", 3 * D, D}, Shape{"proj", D, D}, Shape{"w13", 2 * F, D}, Shape{"w2", D, F}}) {
     double flops = 2 * double(rows) * double(s.out) * double(s.in);
     std::string name = s.name;
     T* y = reinterpret_cast<T*>(c.data);
@@ -218,7 +219,7 @@ void utilisation(const Device& device, double s, double model_flops, double done
                   100 * model_flops / s / peak, 100 * done_flops / s / peak, 1e-12 * peak, name);
   };
   line("the largest product measured", gemm_ceiling);
-  line("the dense bf16 peak", peak_flops(device.name));
+  line("the dense bf16 peak", peak_flops<bf16>(device.name));
 }
 
 // A block's forward, recomputation and backward: what eight more blocks cost.

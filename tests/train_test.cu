@@ -100,10 +100,9 @@ void save_latents(const std::string& path, const Dataset& d) {
 // A test with the data set, as it is and split as a file of it would be, and an empty folder.
 class TrainTest : public testing::Test {
  protected:
-  TrainTest() : all_(synthetic()), data_(all_), held_out_(all_) {
+  TrainTest() : all_(synthetic()), data_(all_), held_out_(hold_out(data_)) {
     std::string pattern = testing::TempDir() + "/train_test.XXXXXX";
     folder_ = mkdtemp(pattern.data());
-    keep_split(data_, true), keep_split(held_out_, false);
   }
   ~TrainTest() override { fs::remove_all(folder_); }
 
@@ -124,7 +123,7 @@ class TrainTest : public testing::Test {
   std::map<std::string, std::string> files() const {
     std::map<std::string, std::string> all;
     for (const auto& entry : fs::recursive_directory_iterator(folder_))
-      all[entry.path()] = entry.is_directory() ? "folder" : read_text(entry.path());
+      all[entry.path()] = entry.is_regular_file() ? read_text(entry.path()) : "no file";
     return all;
   }
 
@@ -1297,10 +1296,16 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
       std::string path = at("w.safetensors");
       save_tensors(path, about, device, table, Stored{"", weights.data()});
       Config read;
-      if (silent) read.heads = 3, read.height = 6, read.image_width = 9, read.text_tokens = 5;
-      testing::internal::CaptureStderr();
-      read_config(SafetensorsReader(path), path, read);
-      EXPECT_EQ(testing::internal::GetCapturedStderr().empty(), !silent) << "a note";
+      if (silent) read.height = 6, read.image_width = 9, read.text_tokens = 5;
+      SafetensorsReader file(path);
+      std::optional<size_t> heads;
+      if (silent) {
+        EXPECT_ERROR(read_config(file, path, read),
+                     "does not say how many attention heads it has: "
+                     "give --heads (the author's released model has 8)");
+        heads = 3;
+      }
+      EXPECT_EQ(read_config(file, path, read, heads).list.empty(), !silent);
       // Some have the same tensors: only the metadata can tell.
       std::string looks_like = c.residual == "mvsplit-noleak" ? "mvsplit"
                                : c.residual == "prenorm"      ? "postnorm"
@@ -1382,6 +1387,11 @@ TEST_F(TrainTest, ConfigurationsThatContradictTheirFileAreRefused) {
     Config read;
     EXPECT_ERROR(read_config(SafetensorsReader(at("w.safetensors")), "w", read), words);
   }
+  save_tensors(at("w.safetensors"), describe(c, 1), device, table, Stored{"", weights.data()});
+  SafetensorsReader file(at("w.safetensors"));
+  Config read;
+  EXPECT_ERROR(read_config(file, "w", read, 4), "--heads 4: w says that it has 2");
+  EXPECT_EQ(read_config(file, "w", read, 2).list, "");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1619,8 +1629,7 @@ std::vector<std::string> arguments(const char* subcommand, const std::string& fl
   return words;
 }
 
-Outcome run(const char* subcommand, const std::string& flags, const std::string& changes = "") {
-  std::vector<std::string> words = arguments(subcommand, flags, changes);
+Outcome run(const std::vector<std::string>& words) {
   std::vector<const char*> argv;
   for (const std::string& word : words) argv.push_back(word.c_str());
   testing::internal::CaptureStdout();
@@ -1628,6 +1637,9 @@ Outcome run(const char* subcommand, const std::string& flags, const std::string&
   int status = command(int(argv.size()), argv.data());
   std::string out = testing::internal::GetCapturedStdout();
   return {status, out, testing::internal::GetCapturedStderr()};
+}
+Outcome run(const char* subcommand, const std::string& flags, const std::string& changes = "") {
+  return run(arguments(subcommand, flags, changes));
 }
 
 // The program as a process of its own, which begins with prepare().
@@ -1654,6 +1666,16 @@ pid_t start_program(const std::vector<std::string>& words, const std::string& co
 std::vector<std::string> device_flags() {
   if (Device::gpus() == 0) return {"--device cpu"};
   return {"--device cpu", "--device gpu"};
+}
+
+// The file's tensors with "__metadata__": null, which is none.
+void without_metadata(const std::string& from, const std::string& to) {
+  std::string bytes = read_text(from), key = "\"__metadata__\":";
+  uint64_t length;
+  std::memcpy(&length, bytes.data(), 8);
+  size_t begin = bytes.find(key) + key.size(), size = bytes.find('}', begin) + 1 - begin;
+  bytes.replace(begin, size, "null" + std::string(size - 4, ' '));
+  std::ofstream(to, std::ios::binary) << bytes;
 }
 
 // Status 2 and one line that says what is wrong.
@@ -1824,8 +1846,22 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"sample", "--weights " + at("none"), "none: No such file"},
       {"sample", "--weights " + weights, "cut.safetensors: truncated"},
       {"sample", "--weights " + at("data.safetensors"), "not the weights of this model"},
-      {"sample", "--prompt 4", "has captions 0 to 3"},
-      {"sample", "--prompt sneaker", "--prompt is 'sneaker', expected a positive integer"},
+      {"sample", "--prompt 4", "--prompt 4: " + at("data.safetensors") + " has captions 0 to 3"},
+      {"sample", "--prompt 18446744073709551617", "has captions 0 to 3"},
+      {"sample", "--prompt sneaker",
+       "--prompt sneaker: " + at("data.safetensors") + " has captions"},
+      {"sample", "--prompt=", "--prompt : " + at("data.safetensors") + " has captions 0 to 3"},
+      {"sample", "--heads 4",
+       "--heads 4: " + at("run/weights.safetensors") + " says that it has 2"},
+      {"sample", "--size 16", "says that its images are 8x8"},
+      {"sample", "--text-tokens 8", "says that it has 3"},
+      {"sample", "--columns 1000 --out " + at("out.png"), "pixels are more than 16384 a side"},
+      {"sample", "--weights " + at("bare.safetensors"),
+       "bare.safetensors does not say how many attention heads it has: give --heads"},
+      {"probe", "--weights " + at("bare.safetensors"), "give --heads (the author's released model"},
+      {"forward", "--weights " + at("bare.safetensors"), "give --heads (the author's released"},
+      {"sample", "--weights " + at("pipe"), "pipe: it is not a regular file"},
+      {"train", "--data " + at("pipe.safetensors"), "it is not a regular file"},
       {"sample", "--columns 0", "--columns"},
       {"bare sample", "", "was trained on captions from a file: name it with --data"},
       {"sample", "--out " + at("out.jpg"), "out.jpg: the name must end in .png or .safetensors"},
@@ -1840,6 +1876,9 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"probe", "--layers 0,5", "--layers: '5' is not a layer: give numbers from 0 to 4"},
       {"probe", "--layers z", "'z' is not a layer"},
       {"probe", "--images 63", "--images 63: it must be at least 64, and at most 259"},
+      {"probe", "--data " + at("data.safetensors"),
+       "is too small to probe: it has 60 training and 4 held-out images, expected at least 48 and "
+       "16"},
       {"probe", "--images 260", "960 training and 64 held-out images of " + at("many.safetensors")},
       {"probe", "--images -64", "--images: -64 is not a positive integer"},
       {"probe", "--batch 0", "--batch"},
@@ -1855,9 +1894,19 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
     textless.write(all_.pixels.data(), 64);
     textless.finish();
   }
+  {
+    SafetensorsWriter inputs(at("in.safetensors"));
+    inputs.declare("z", "F32", {1, 1, 8, 8}), inputs.declare("text", "F32", {1, 3, 5});
+    inputs.write(all_.pixels.data(), 64), inputs.write(all_.text.data(), 15);
+    inputs.finish();
+  }
+  without_metadata(at("run/weights.safetensors"), at("bare.safetensors"));
+  ASSERT_EQ(mkfifo(at("pipe").c_str(), 0600), 0);
+  fs::create_symlink(at("pipe"), at("pipe.safetensors"));
   const std::string huge = "--width 1048576 --height 65536 --image-width 65536 --memory 1";
   std::map<std::string, std::string> flags = {
       {"train", train_}, {"sample", sample_}, {"probe", probe_}, {"plan", huge}};
+  flags["forward"] = "--device cpu --inputs " + at("in.safetensors") + " --out " + at("out");
   flags["bare sample"] = "--device cpu --prompt 3 --weights " + at("run/weights.safetensors") +
                          " --out " + at("out.png");
   auto before = files();
@@ -2446,9 +2495,79 @@ TEST_F(CommandTest, WhatTheWeightsDoNotSayIsToldOrAFlag) {
   without({"residual", "means", "norm_eps"});
   EXPECT_PRED_FORMAT2(testing::IsSubstring,
                       "note: the metadata of " + silent +
-                          " does not say all of residual, means and norm_eps: they are taken to be "
-                          "postnorm, segment and 1e-06\n",
+                          " does not say all: taken are residual postnorm, means segment, norm_eps "
+                          "1e-06\n",
                       sample(silent, "", 1));
+  // Of what no shape says heads must be told; for the rest there is a guess, which is told.
+  std::string bare = at("bare.safetensors");
+  without_metadata(path, bare);
+  expect_refused(run("sample", sample_, "--weights " + bare), "give --heads");
+  EXPECT_PRED_FORMAT2(
+      testing::IsSubstring,
+      "taken are residual postnorm, means segment, norm_eps 1e-06, time shift 1 (the "
+      "author's released model has 4: --time-shift)\n",
+      sample(bare, "--heads 2 --size 8 --text-tokens 3", 1));
+  EXPECT_PRED_FORMAT2(testing::IsSubstring,
+                      "released model has 4: --time-shift), images of 32x32 (--size)\n",
+                      sample(bare, "--heads 2 --text-tokens 3", 1));
+  expect_refused(run("sample", sample_, "--heads 2 --weights " + bare),
+                 "captions of 3 x 5 numbers, the model takes 8 x 5");
+  EXPECT_PRED_FORMAT2(
+      testing::IsSubstring, "taken are residual postnorm, means segment\n",
+      sample(bare, "--heads 2 --size 8 --text-tokens 3 --norm-eps 0.25 --time-shift 1", 1));
+  // Inputs and data say the sizes themselves.
+  Outcome probed = run("probe", probe_, "--heads 2 --norm-eps 0.25 --weights " + bare);
+  EXPECT_EQ(probed.status, 0);
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "taken are residual postnorm, means segment\n",
+                      probed.err);
+}
+
+// Of a folder, captions are asked for by name, in words that it has, or by number.
+TEST_F(CommandTest, CaptionsOfAFolderAreAskedForByName) {
+  for (const char* name : {"cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"}) {
+    fs::create_directories(fs::path(at("pets/") + name).parent_path());
+    write_png_grid(at("pets/") + name, all_.pixels.data(), 1, 1, 1, 8, 8, 1);
+  }
+  std::string data = " --data " + at("pets");
+  Outcome trained = run("train", train_, data + " --final-std 0.5 --out " + at("named"));
+  ASSERT_EQ(trained.status, 0) << trained.err;
+  EXPECT_EQ(trained.out.rfind("4 images of 1x8x8, 2 captions, 1 held out\n", 0), 0u) << trained.out;
+  EXPECT_EQ(trained.out.find("images of", 10), std::string::npos) << "once";
+  auto sample = [&](const std::string& prompt, const std::string& changes) {
+    std::vector<std::string> words =
+        arguments("sample", sample_, changes + " --weights " + at("named/weights.safetensors"));
+    *(std::find(words.begin(), words.end(), "--prompt") + 1) = prompt;
+    return run(words);
+  };
+  auto drawn = [&](const std::string& prompt, const std::string& changes) {
+    Outcome outcome = sample(prompt, changes);
+    EXPECT_EQ(outcome.status, 0) << outcome.err;
+    return read_text(at("out.safetensors"));
+  };
+  std::string cat = drawn("cat", data), dog = drawn("dog", data);
+  EXPECT_TRUE(cat != dog);
+  EXPECT_TRUE(drawn(" CAT\n", data) == cat);
+  EXPECT_TRUE(drawn("a photo of a cat", data) == cat);
+  EXPECT_TRUE(drawn("0", data) == cat);
+  EXPECT_TRUE(drawn("1", data) == dog);
+  EXPECT_TRUE(drawn("cat dog", data) != cat) << "words that it knows, in an order that it does not";
+  EXPECT_TRUE(drawn("", data) == drawn("", "--data="));
+  for (const char* wrong : {"cow", "cat cow", "2", "-1", "1x"})
+    expect_refused(sample(wrong, data),
+                   std::string("--prompt ") + wrong + ": " + at("pets") + " has captions cat, dog");
+  // Without --data there is nothing to hold it against.
+  EXPECT_TRUE(drawn("cat", "--data=") == cat);
+  EXPECT_TRUE(drawn("cow", "--data=") != cat);
+  // Beside a row is its caption.
+  size_t C, H, W, wide;
+  for (const char* prompt : {"cat", "cat dog cat"}) {
+    drawn(prompt, data + " --out " + at("out.PNG"));
+    read_png(at("out.PNG"), &C, &H, &wide);
+    EXPECT_GT(wide, prompt[3] ? W + 20 : 2 * 16 + 2 + 20);
+    W = wide;
+  }
+  read_png(at("named/samples.png"), &C, &H, &W);
+  EXPECT_GT(W, 8 * 18 + 20u);
 }
 
 // A row a layer and kind of features, the time where it must be and not where it cannot be; the
@@ -2480,6 +2599,15 @@ TEST_F(CommandTest, ProbeReadsTimeOffTheStates) {
   EXPECT_LT(r2["0text_mean"], 0.1) << "the caption knows nothing of t";
   EXPECT_EQ(probe("--layers 0,4 --batch 7"), csv);
   EXPECT_NE(probe("--layers 0,4 --seed 2"), csv);
+  // As many as there are, if no number is given.
+  std::vector<std::string> words = arguments("probe", probe_, "");
+  auto images = std::find(words.begin(), words.end(), "--images");
+  words.erase(images, images + 2);
+  Outcome most = run(words);
+  EXPECT_EQ(most.status, 0) << most.err;
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "\n259 images, as many as there are", most.out);
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, " 147 to fit, 48 to choose",
+                      read_text(at("probe.csv")));
   for (const std::string& device : device_flags()) {
     std::string all = probe(device + " --precision auto --layers all");
     EXPECT_EQ(std::count(all.begin(), all.end(), '\n'),
