@@ -44,9 +44,9 @@ void linear_backward_input(Device& device, TX* dX, const T* G, const T* W, size_
 }
 
 // dW (out, in) = G^T X, or += if `accumulate`.
-template <class P, class T>
-void linear_backward_weight(Device& device, P* dW, const T* G, const T* X, size_t rows, size_t out,
-                            size_t in, bool accumulate) {
+template <class Number, class T>
+void linear_backward_weight(Device& device, Number* dW, const T* G, const T* X, size_t rows,
+                            size_t out, size_t in, bool accumulate) {
   gemm(device, Matrix(dW, in), Matrix(G, out).transpose(), Matrix(X, in), {out, in, rows}, 1,
        accumulate);
 }
@@ -59,8 +59,8 @@ void bias_forward(const Device& device, T* Y, const T* bias, size_t rows, size_t
 }
 
 // dbias (n) = the sum of the rows of G (rows, n), or += if `accumulate`.
-template <class P, class T>
-void bias_backward(const Device& device, P* dbias, const T* G, size_t rows, size_t n,
+template <class Number, class T>
+void bias_backward(const Device& device, Number* dbias, const T* G, size_t rows, size_t n,
                    bool accumulate) {
   for_each_team(device, n, Team::max_size, [=] HD(Team team) {
     Acc<T> sum = 0;
@@ -359,11 +359,11 @@ void swiglu_backward(const Device& device, T* du, const T* dhidden, const T* u, 
 //     hidden = SwiGLU(u),            F2 = hidden W2^T
 //     X_next = merge_2(X1, F2)
 
-// Pointers to a block's parameters (P = const T) or to their gradients (P their type).
-template <class P>
+// Pointers to a block's parameters (Number = const T) or to their gradients.
+template <class Number>
 struct BlockParameters {
-  P *qkv, *proj, *w13, *w2;  // (3D, D); W_O, (D, D); (2 ffn, D), gate half first; W2, (D, ffn)
-  Gates<P> gates[2];         // after attention, after the FFN
+  Number *qkv, *proj, *w13, *w2;  // (3D, D); W_O, (D, D); (2 ffn, D), gate half first; W2, (D, ffn)
+  Gates<Number> gates[2];         // after attention, after the FFN
 };
 
 // What a block's forward leaves for its backward: the arrays above and what attention and the
@@ -437,8 +437,8 @@ void block_forward(Device& device, const Block<T>& block, bool again = false) {
 //
 // `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of writer i: 1 (W2), then 0
 // (W_O).
-template <class T, class P>
-void block_backward(Device& device, T* G, BlockParameters<P> dw, const Block<T>& block,
+template <class T, class Number>
+void block_backward(Device& device, T* G, BlockParameters<Number> dw, const Block<T>& block,
                     bool accumulate, const std::function<void(int)>& observe = {}) {
   const BlockParameters<const T>& w = block.w;
   const BlockSaved<T>& s = block.saved;
@@ -446,7 +446,7 @@ void block_backward(Device& device, T* G, BlockParameters<P> dw, const Block<T>&
   const BlockShape<T>& shape = block.shape;
   size_t rows = shape.merge.tokens.rows(), D = shape.merge.D, ffn = shape.ffn;
   T *dF1 = scratch.dF[0], *dF2 = scratch.dF[1];
-  auto weight_gradient = [&](P* dW, const T* dY, const T* X, size_t out, size_t in) {
+  auto weight_gradient = [&](Number* dW, const T* dY, const T* X, size_t out, size_t in) {
     device.beside([&] { linear_backward_weight(device, dW, dY, X, rows, out, in, accumulate); });
   };
 
@@ -478,18 +478,18 @@ void block_backward(Device& device, T* G, BlockParameters<P> dw, const Block<T>&
 // 5. The network: a chain of blocks and its two ends
 
 // Pointers to all parameters, or to their gradients. What the configuration does not have is null.
-template <class P>
+template <class Number>
 struct Parameters {
-  P *patch_weight, *patch_bias, *context, *final_weight, *final_bias;
-  BlockParameters<P> first_block;
+  Number *patch_weight, *patch_bias, *context, *final_weight, *final_bias;
+  BlockParameters<Number> first_block;
   size_t block_stride;
 
-  BlockParameters<P> block(size_t i) const {
-    BlockParameters<P> b = first_block;
-    auto shift = [&](P*& p) { p = p ? p + i * block_stride : nullptr; };
-    for (P** p : {&b.qkv, &b.proj, &b.w13, &b.w2}) shift(*p);
-    for (Gates<P>& g : b.gates)
-      for (P*& p : g.of) shift(p);
+  BlockParameters<Number> block(size_t i) const {
+    BlockParameters<Number> b = first_block;
+    auto shift = [&](Number*& p) { p = p ? p + i * block_stride : nullptr; };
+    for (Number** p : {&b.qkv, &b.proj, &b.w13, &b.w2}) shift(*p);
+    for (Gates<Number>& g : b.gates)
+      for (Number*& p : g.of) shift(p);
     return b;
   }
 };
@@ -546,8 +546,8 @@ struct BackwardOptions {
 };
 
 // net.arrays.G from dL/d(the trunk's output) to dL/d(its input), and the blocks' gradients dw.
-template <class Net, class T, class P>
-void trunk_backward(Net& net, const Parameters<P>& dw, const Parameters<const T>& w, size_t b,
+template <class Net, class T, class Number>
+void trunk_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w, size_t b,
                     const BackwardOptions<T>& o) {
   for (size_t first, end = net.config.depth; end > 0; end = first) {
     first = (end - 1) / net.span * net.span;
@@ -651,8 +651,8 @@ void embed_forward(Net& net, const Parameters<const T>& w, size_t b) {
 }
 
 // dw from arrays.G, dL/d(the trunk's input); with o.inputs also arrays.dz and arrays.dtext.
-template <class Net, class T, class P>
-void embed_backward(Net& net, const Parameters<P>& dw, const Parameters<const T>& w, size_t b,
+template <class Net, class T, class Number>
+void embed_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w, size_t b,
                     const BackwardOptions<T>& o) {
   Device& device = net.device;
   const auto& c = net.config;
@@ -691,8 +691,8 @@ void output_forward(Net& net, const Parameters<const T>& w, size_t b) {
 
 // arrays.G = dL/d(the trunk's output), and dw, from arrays.dvelocity. (image_to_tokens gives the
 // rows of text tokens a zero gradient.)
-template <class Net, class T, class P>
-void output_backward(Net& net, const Parameters<P>& dw, const Parameters<const T>& w, size_t b,
+template <class Net, class T, class Number>
+void output_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w, size_t b,
                      const BackwardOptions<T>& o) {
   Device& device = net.device;
   const auto& c = net.config;
@@ -717,9 +717,9 @@ void network_forward(Net& net, const Parameters<const T>& w, size_t b,
 
 // arrays.dvelocity  ->  the gradients dw of all parameters, and with o.inputs arrays.dz,
 // arrays.dtext: after network_forward() with the same inputs.
-template <class Net, class T, class P>
-void network_backward(Net& net, const Parameters<P>& dw, const Parameters<const T>& w, size_t b,
-                      const BackwardOptions<T>& o) {
+template <class Net, class T, class Number>
+void network_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w,
+                      size_t b, const BackwardOptions<T>& o) {
   output_backward(net, dw, w, b, o);
   trunk_backward(net, dw, w, b, o);
   embed_backward(net, dw, w, b, o);
@@ -919,25 +919,25 @@ inline Table parameter_table(const Config& c) {
 }
 
 // Where the parameters are in a slab, or their gradients.
-template <class P>
-Parameters<P> locate(const Config& config, const Table& table, P* slab) {
-  auto find = [&](const std::string& name) -> P* {
+template <class Number>
+Parameters<Number> locate(const Config& config, const Table& table, Number* slab) {
+  auto find = [&](const std::string& name) -> Number* {
     for (const Parameter& p : table.parameters)
       if (p.name == name) return slab + p.offset;
     return nullptr;
   };
   auto gates = [&](Merge merge, int which) {
-    Gates<P> found{merge, {}};
+    Gates<Number> found{merge, {}};
     const std::vector<Gate>& list = about(merge).gates;
     for (size_t i = 0; i < list.size(); ++i)
       found.of[i] = find("blocks.0." + file_name(list[i], which));
     return found;
   };
-  BlockParameters<P> first{find("blocks.0.operator.q_proj.weight"),
-                           find("blocks.0.operator.proj.weight"),
-                           find("blocks.0.ffn.w13.weight"),
-                           find("blocks.0.ffn.w2.weight"),
-                           {gates(config.mode().attention, 0), gates(config.mode().ffn, 1)}};
+  BlockParameters<Number> first{find("blocks.0.operator.q_proj.weight"),
+                                find("blocks.0.operator.proj.weight"),
+                                find("blocks.0.ffn.w13.weight"),
+                                find("blocks.0.ffn.w2.weight"),
+                                {gates(config.mode().attention, 0), gates(config.mode().ffn, 1)}};
   return {find("patch_embed.patch_proj.weight"),
           find("patch_embed.patch_proj.bias"),
           find("context_proj.weight"),
@@ -2312,8 +2312,9 @@ struct AttentionMeasured : Measurement {
 // Queries and keys: the whole step's gradients (Lemma 1).
 
 // squares (count): |x|^2 of each of `count` stretches of x, `size` long.
-template <class P>
-void sum_squares(const Device& device, double* squares, const P* x, size_t count, size_t size) {
+template <class Number>
+void sum_squares(const Device& device, double* squares, const Number* x, size_t count,
+                 size_t size) {
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     double sum = 0;
     for (size_t i = team.rank; i < size; i += team.size) {
