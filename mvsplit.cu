@@ -454,7 +454,7 @@ HD Gains<Acc<T>> gains_at(Gates<const T> gates, size_t d) {
 }
 
 // X_next = RMSNorm(Z(X, F)) and what is saved, (7)-(8). X, F, X_next (B, T, D). `again`: a replay
-// (dit.cu, 7) from the same X and F, with what was saved the first time: one pass, the same bits.
+// (dit.cu, 5.1) from the same X and F, with what was saved the first time: one pass, the same bits.
 template <class M, class T>
 void merge_forward_passes(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
                           const T* F, Gates<const T> gates, MergeShape shape, bool again) {
@@ -499,6 +499,7 @@ struct MergeBackwardInputs {
   const T *G, *X_next, *X, *F;  // (B, T, D)
   Gates<const T> gates;
   MergeSaved<Acc<T>> saved;
+  const T* dF_next = nullptr;  // dF of the merge after, for Pre-Norm alone; zeros if there is none
 };
 
 // h (rows) of (Delta'): <G, X_next> / D for each token, from G, X_next (rows, D).
@@ -535,8 +536,8 @@ void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, MergeB
       });
 }
 
-// dX (=), dF (=) (B, T, D), and in scratch what the gates' gradients are made of. dX may be G itself,
-// except for Pre-Norm, where it is dL/dZ_next on entry and dL/dZ on return.
+// dX (=), dF (=) (B, T, D), and in scratch what the gates' gradients are made of. dX may be G
+// itself.
 template <class M, class T>
 void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
                            MergeBackwardInputs<T> in, MergeShape shape) {
@@ -554,9 +555,11 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
       [=] HD(size_t segment, size_t row, size_t d) {
         Gains<A> gains = gains_at<M>(in.gates, d);
         Quad<A> dZ_i = dZ(row, d), dZbar = {};
-        if (M::trunk_apart) dZ_i = load<A>(dX + row * D + d) + dZ_i;  // (trunk), appendix B
+        if (M::trunk_apart) dZ_i = load<A>(in.dF_next + row * D + d) + dZ_i;  // (trunk), appendix A
         if (M::means) dZbar = load<A>(scratch.dZbar + segment * D + d);
-        return QuadPair<A>{M::dX(gains, dZ_i, dZbar), M::dF(gains, dZ_i, dZbar)};
+        bool apart = M::trunk_apart && in.saved.r_X;  // then the trunk's part is in dF alone
+        return QuadPair<A>{apart ? Quad<A>{} : M::dX(gains, dZ_i, dZbar),
+                           M::dF(gains, dZ_i, dZbar)};
       },
       [=] HD(size_t row, size_t d, QuadPair<A> out) {
         store(dX + row * D + d, out.a), store(dF + row * D + d, out.b);
@@ -614,8 +617,10 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
 //
 //     dL/dZ = dL/dZ_next + Delta,     dL/dF = dL/dZ,                                      (trunk)
 //
-// and as Z = Z_prev + F with Z_prev = X / r_X, dL/dZ is the dL/dZ_next of the merge before. No
-// norm stands in its way: all of it reaches the first block.
+// and as Z = Z_prev + F with Z_prev = X / r_X, dL/dZ is the dL/dZ_next of the merge before: which
+// reads it as the dF of this one. No norm stands in its way: all of it reaches the first block. So
+// dX, what comes back to X other than along the trunk, is zero; but for the first X, which is the
+// trunk: dZ.
 struct PreNorm : PostNorm {
   static constexpr const char* name = "prenorm";
   static constexpr bool trunk_apart = true;

@@ -986,7 +986,7 @@ class Trainer : public RunArrays<T, Kept> {
                   o.optimizer.clip);
     if (diagnose) diagnostics.gradients(device, locate<Kept>(o.model, net.table, net.gradients()));
     if (o.spike_factor > 0)
-      watch_step(device, spikes, a.clock, a.history, diagnostics.measured.modes,
+      watch_step(device, spikes, a.clock, a.history, diagnostics.modes(),
                  diagnostics.layers.size(), diagnostics.samples, o.spike_factor);
     adamw(device, a.master, a.m, a.v, a.average, net.gradients(), a.clock, a.chunks, chunk_count,
           o.optimizer, dither(streams::moment_rounding), dither(streams::average_rounding));
