@@ -2322,8 +2322,8 @@ TEST_F(TrainTest, ConfigurationFilesAreReadOrRefused) {
       {"\xfe\xff" + nul + "[", "x.ini is UTF-16: save it as UTF-8"},
       {std::string(1 << 20, '#'), "x.ini is too large"},
   };
-  for (const auto& [bytes, words] : bad)
-    EXPECT_ERROR(OptionsOf().take_file(at("x.ini"), bytes), words) << bytes;
+  for (const auto& file : bad)
+    EXPECT_ERROR(OptionsOf().take_file(at("x.ini"), file.first), file.second) << file.first;
   for (const char* list : {"alpha,beta", "alpha, beta", "alpha beta", "[alpha,beta] # two",
                            "[\"alpha\", \"beta\"]", "\"alpha\" \"beta\"", "'alpha','beta'"}) {
     OptionsOf file, words;
@@ -2349,12 +2349,13 @@ TEST_F(TrainTest, ConfigurationFilesAreReadOrRefused) {
 
 TEST(Options, TheNearestNameIsMeant) {
   const Words names = {"depth", "width", "steps", "lr", "weight-decay", "diagnose-every"};
-  for (auto [word, name] : {std::pair("dpth", "depth"),
-                            {"detph", "depth"},
-                            {"stepss", "steps"},
-                            {"rl", "lr"},
-                            {"weight_decay", "weight-decay"},
-                            {"diag", "diagnose-every"}})
+  const std::pair<const char*, const char*> meant[] = {{"dpth", "depth"},
+                                                       {"detph", "depth"},
+                                                       {"stepss", "steps"},
+                                                       {"rl", "lr"},
+                                                       {"weight_decay", "weight-decay"},
+                                                       {"diag", "diagnose-every"}};
+  for (auto [word, name] : meant)
     EXPECT_EQ(like(word, names), "; did you mean " + std::string(name) + "?");
   const Words strangers = {"magic", "x", "learning-rate", "", std::string(100000, 's')};
   for (const std::string& word : strangers) EXPECT_EQ(like(word, names), "") << word;
