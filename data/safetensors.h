@@ -103,7 +103,7 @@ class SafeFile {
       }
       if (fstat(descriptor, &locked) != 0) give_up(errno);
     } while (stat(temporary_.c_str(), &named) != 0 || named.st_ino != locked.st_ino);
-    if (ftruncate(fileno(file_), 0) != 0) give_up(errno);
+    if (locked.st_size > 0 && ftruncate(fileno(file_), 0) != 0) give_up(errno);
   }
   [[noreturn]] void give_up(int reason) {
     abandon();

@@ -1309,6 +1309,7 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
       // Some have the same tensors: only the metadata can tell.
       std::string looks_like = c.residual == "mvsplit-noleak" ? "mvsplit"
                                : c.residual == "prenorm"      ? "postnorm"
+                               : c.residual == "centered"     ? "postnorm"
                                                               : c.residual;
       EXPECT_EQ(read.residual, silent ? looks_like : c.residual);
       if (silent) read.residual = c.residual, read.norm_eps = c.norm_eps, read.means = c.means;
