@@ -79,8 +79,10 @@ on_gpu = $(findstring /gpu-,$@)
 compiler = $(if $(on_gpu),$(NVCC) $(NVCCFLAGS),$(CXX) $(CXXFLAGS))
 compile = $(if $(and $(on_gpu),$(nvcc_fault)),$(error nvcc cannot build for $(ARCH) with $(CXX) ($(nvcc_fault)): \
 	name a compiler that it takes, as in make CXX=g++-13, or build without it by make NVCC=))@echo "building $@"; \
-	$(compiler) $(if $(on_gpu),,-x c++) $(source) -o $@ $(if $(on_gpu),-lcublas) \
-	$(if $(findstring _test,$@),-lgtest -lgtest_main) -lz -lpthread
+	$(compiler) $(if $(on_gpu),,-x c++) $(source) -o $@ $(if $(findstring _test,$@),$(gtest)) \
+	-lz $(if $(on_gpu),-lcublas,-lpthread)
+# A system's libgtest.a may be of a later g++ than the one at hand, and need the system's library.
+gtest = -lgtest -lgtest_main $(addprefix -Xlinker ,$(filter /%,$(shell $(CXX) -print-file-name=libstdc++.so.6)))
 source = $(if $(filter %/mvsplit,$@),train.cu,tests/$(notdir $@).cu)
 # What another compiler, other flags or -march=native of another processor have built is built again.
 build/%/compiler: always | setup

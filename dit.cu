@@ -1,18 +1,18 @@
 // dit.cu - the model: a single-stream diffusion transformer, forward and backward by hand.
 //
-// What it is: the parameter table, each operation with its backward derived above it, one block,
-// and the chain of blocks with activation checkpointing. What it is not: training (train.cu), or
-// how a branch joins the trunk (mvsplit.cu). The model has no AdaLN and no timestep embedding: it
-// reads the noise level off its input. Blocks have no biases.
+// What it is: each operation with its backward, derived above the two; one block; and the chain of
+// blocks with activation checkpointing. What it is not: training (train.cu), or how a branch joins
+// the trunk (mvsplit.cu). The model has no AdaLN and no timestep embedding: it reads the noise
+// level off its input. Blocks have no biases.
 //
-// How to read it: of section 1, the configuration and the parameters, take `residuals` and
-// BlockParameters and skim the rest; sections 2 to 5 are the operations, in the order of the
-// forward pass (skip 4.3 at first: the same attention on tensor cores); 6 is a block, 7 the memory,
-// 8 the network, 9 what is measured in it.
+// How to read it: straight through to the appendix. Operations in the order of the forward pass (1
+// to 3), a block (4), the chain of blocks and its two ends (5). `net`, in 5, is the class Network
+// of appendix C: the parameters, arrays and sizes in one place.
 //
 // Shapes: B sequences of T tokens (N image tokens, then L text tokens) of D channels; H heads of hd
-// = D/H channels; FFN width F. Rows (B T) of any array are its tokens; every weight is (out, in)
-// and acts as y = x W^T. Letters that mean something else in the code are listed in mvsplit.cu.
+// = D/H channels; an FFN of width ffn. Rows (B T) of any array are its tokens; every weight is
+// (out, in) and acts as y = x W^T. The letters of the mathematics are those of mvsplit.cu; here
+// also Q, K, V, the attention matrix A and its scores S.
 #pragma once
 
 #include "mvsplit.cu"
@@ -24,7 +24,713 @@
 #include <set>
 
 // ---------------------------------------------------------------------------------------------
-// 1. Configuration and parameters
+// 1. Linear maps
+//
+// Y = X W^T. With G the cotangent of Y: <G, dX W^T + X dW^T> = <G W, dX> + <G^T X, dW>, so
+//     dX = G W,     dW = G^T X = sum_t g_t x_t^T.
+
+// Y (rows, out) = X (rows, in) W^T, W (out, in).
+template <class TY, class T>
+void linear_forward(Device& device, TY* Y, const T* X, const T* W, size_t rows, size_t out,
+                    size_t in) {
+  gemm(device, Matrix(Y, out), Matrix(X, in), Matrix(W, in).transpose(), {rows, out, in});
+}
+
+// dX (rows, in) = G W, or += if `accumulate`.
+template <class TX, class T>
+void linear_backward_input(Device& device, TX* dX, const T* G, const T* W, size_t rows, size_t out,
+                           size_t in, bool accumulate = false) {
+  gemm(device, Matrix(dX, in), Matrix(G, out), Matrix(W, in), {rows, in, out}, 1, accumulate);
+}
+
+// dW (out, in) = G^T X, or += if `accumulate`.
+template <class Number, class T>
+void linear_backward_weight(Device& device, Number* dW, const T* G, const T* X, size_t rows,
+                            size_t out, size_t in, bool accumulate) {
+  gemm(device, Matrix(dW, in), Matrix(G, out).transpose(), Matrix(X, in), {out, in, rows}, 1,
+       accumulate);
+}
+
+// Y (rows, n) += bias (n), on each row.
+template <class T>
+void bias_forward(const Device& device, T* Y, const T* bias, size_t rows, size_t n) {
+  using A = Acc<T>;
+  for_each(device, rows * n, [=] HD(size_t i) { Y[i] = T(A(Y[i]) + A(bias[i % n])); });
+}
+
+// dbias (n) = the sum of the rows of G (rows, n), or += if `accumulate`.
+template <class Number, class T>
+void bias_backward(const Device& device, Number* dbias, const T* G, size_t rows, size_t n,
+                   bool accumulate) {
+  for_each_team(device, n, Team::max_size, [=] HD(Team team) {
+    Acc<T> sum = 0;
+    for (size_t row = team.rank; row < rows; row += team.size)
+      sum += Acc<T>(G[row * n + team.index]);
+    sum = team.sum(sum);
+    if (team.rank == 0) set_or_add(dbias + team.index, sum, accumulate);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 2. Attention
+//
+// Q, K, V lie side by side in one (B, T, 3, H, hd) array, as the product with (W_Q; W_K; W_V)
+// leaves them. Q and K are rotated and normalised in place; the matrix product walks over heads by
+// strides.
+
+struct Heads {
+  size_t batch, length, heads, dim;  // B, T, H, hd
+
+  HD size_t width() const { return heads * dim; }
+};
+
+// 2.1 Two-dimensional RoPE and QK-norm
+//
+// A head's channels are two halves x1, x2 of hd/2 each. Channel j of both halves is a point in a
+// plane, which is turned by where the token stands in the patch grid: by its row in the first half
+// of the planes, by its column in the others,
+//
+//     angle_j = row w_j  for j < hd/4,   col w_(j - hd/4)  after that,   w_j = 10000^(-2j/(hd/2)),
+//     R x = (x1 c + x2 s, x2 c - x1 s),   c and s the cosine and sine of the angles.
+//
+// That is by minus the angle, as the released weights were trained; the commoner rotate-half turns
+// the other way. Text tokens are not turned. Then RMS-norm over the head, without gain. A rotation
+// R keeps the norm and the norm has no gain, so the two commute:
+//
+//     y = r R x,     r = (|x|^2 / hd + eps)^(-1/2).
+//
+// Backward. With x' = R x, (Delta) of mvsplit.cu gives dx' = r g - (r^3/hd) <g, x'> x'. Since y = r
+// x', this is
+//     dx' = r (g - (<g, y> / hd) y)      and      dx = R^T dx':
+// the saved y and r are enough, x is not kept.
+
+constexpr double qk_eps = 1e-6, rope_theta = 10000;
+
+// cos and sin (N, hd/2) of each image token's angles.
+template <class A>
+void rope_table(std::vector<A>& cosine, std::vector<A>& sine, size_t grid_rows, size_t grid_columns,
+                size_t head_dim) {
+  size_t quarter = head_dim / 4;
+  for (size_t n = 0; n < grid_rows * grid_columns; ++n)
+    for (size_t j = 0; j < 2 * quarter; ++j) {
+      double position = double(j < quarter ? n / grid_columns : n % grid_columns);
+      double w = std::pow(rope_theta, -2.0 * double(j % quarter) / double(head_dim / 2));
+      cosine.push_back(A(std::cos(position * w)));
+      sine.push_back(A(std::sin(position * w)));
+    }
+}
+
+// Channel j of both halves of a head.
+template <class A>
+struct Point {
+  A x1, x2;
+};
+template <class A>
+HD Point<A> operator-(Point<A> a, Point<A> b) {
+  return {a.x1 - b.x1, a.x2 - b.x2};
+}
+template <class A>
+HD Point<A> operator*(A scale, Point<A> a) {
+  return {scale * a.x1, scale * a.x2};
+}
+
+// R of one plane.
+template <class A>
+struct Rotation {
+  A c, s;
+};
+template <class A>
+HD Point<A> turn(Rotation<A> R, Point<A> x) {  // R x
+  return {x.x1 * R.c + x.x2 * R.s, x.x2 * R.c - x.x1 * R.s};
+}
+template <class A>
+HD Point<A> turn_back(Rotation<A> R, Point<A> x) {  // R^T x
+  return {x.x1 * R.c - x.x2 * R.s, x.x2 * R.c + x.x1 * R.s};
+}
+
+// The tables, and how many tokens at the start of a sequence they cover.
+template <class A>
+struct Rope {
+  const A *cosine, *sine;  // (image_tokens, hd/2)
+  size_t image_tokens;
+};
+
+// The two ways, forward and back, go through the heads of Q and K by replace_heads() (appendix D).
+// Its first function gets a head's |x|^2 or <g, y>, and returns what the second needs; the second
+// is called for each point, and what it returns takes the place of x or g. `number` is the head's
+// place in r (B, T, 2, H); `mine`: of the threads that call, this one writes there.
+
+// y = r R x for Q and K inside qkv (B, T, 3, H, hd), in place; r is kept. hd/2 is even.
+template <class T>
+void rope_qk_norm_forward(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
+  using A = Acc<T>;
+  replace_heads(
+      device, qkv, rope, h,
+      [=] HD(size_t number, A xx, bool mine) {  // xx = |x|^2
+        A scale = inverse_rms(xx, h.dim, A(qk_eps));
+        if (mine) r[number] = scale;
+        return scale;
+      },
+      [=] HD(Point<A> x, Point<A>, Rotation<A> R, A scale) { return scale * turn(R, x); });
+}
+
+// dx = R^T r (g - (<g, y> / hd) y) for dqkv's Q and K, in place of g. y is in qkv.
+template <class T>
+void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Acc<T>* r,
+                           Rope<Acc<T>> rope, Heads h) {
+  using A = Acc<T>;
+  replace_heads(
+      device, dqkv, qkv, rope, h,
+      [=] HD(size_t number, A gy, bool) {  // gy = <g, y>
+        return Pair<A>{r[number], gy / A(h.dim)};
+      },
+      [=] HD(Point<A> g, Point<A> y, Rotation<A> R, Pair<A> k) {
+        return turn_back(R, k.a * (g - k.b * y));
+      });
+}
+
+// 2.2 Softmax attention
+//
+//     S = Q K^T / sqrt(hd),   A = softmax by rows of S,   Y = A V          for each head.
+//
+// What it does to the token mean. Rows of A are probabilities, A 1 = 1, so A J = J for the global
+// J. Split what is averaged, V = J V + P V:
+//
+//     A J V = J V                    a state that is all mean passes unchanged,          (Prop. 1)
+//     J A V = J V + J A P V          otherwise the centered part leaks into the mean,
+//     P A V = P A P V                and nothing flows back, since P A J = P J = 0,
+//     ||P A V|| <= mu_eff ||P V||,   mu_eff = ||P A P||_2.                          (Prop. 2), (4)
+//
+// The mean has gain one, however deep the network. Where mu_eff < 1, attention alone makes tokens
+// more alike from layer to layer. (It need not be: rows that put all their weight on one of two
+// tokens, half of them on each, have mu_eff = sqrt(T/2).) JAPV would vanish if columns summed to
+// one as well. For means within segments Prop. 1 fails: rows of A mix the image's and the text's
+// mean in different proportions.
+//
+// Backward, with G the cotangent of Y. Y = A V is linear in each factor:
+//     dV = A^T G,     dA = G V^T.
+// A row a = softmax(s) has log a_j = s_j - log sum_k e^(s_k), so da_j / a_j = ds_j - sum_k a_k ds_k
+// or, for the whole row, da = (diag(a) - a a^T) ds. The Jacobian is symmetric, so the gradient is
+// the same matrix applied to dA's row:
+//
+//     dS_j = a_j (dA_j - <a, dA>).                                                            (dS)
+//
+// Its null space. x^T (diag(a) - a a^T) x = sum a_j x_j^2 - (sum a_j x_j)^2 is the variance of x
+// under the probabilities a, which are all positive: it is zero for x constant and for nothing
+// else. So the null space is span(1), and dS measures only how dA VARIES along the row.
+//
+// Lemma 1. dA_ij = <g_i, V_j>, g_i being row i of G. If all tokens have the same value, V_j = vbar,
+// then row i of dA is <g_i, vbar> 1^T, in the null space: dS = 0 exactly, and with it dQ = dK = 0.
+// When token states collapse to their mean, queries and keys stop learning: in a collapsed network
+// their gradients fall by orders of magnitude at once. (In a whole collapsed network this is seen
+// in the last blocks; below them G itself vanishes.) Meanwhile the writer's gradient dW_O = sum_i
+// delta_i y_i^T (39), delta_i the adjoint of token i of F = Y W_O^T, is alive: with y_i = vbar for
+// all i it is (sum_i delta_i) vbar^T = T dbar vbar^T, all of it the dW_mu of section 2 in
+// mvsplit.cu, and dW_c = 0. So a collapsed block keeps writing into the mean while Q and K, which
+// could tell tokens apart, stand still. (MV-Split at alpha = 0 has dbar = 0: then the writer gets
+// nothing either.) On the way there dS is linear in V - J V: it falls in proportion to the spread
+// of the values. Image and text collapsed each to a mean of its own are not Lemma 1's case: a row
+// of dA then has two values, and dS still moves weight from one segment to the other. (Its test:
+// dit_test Statement.Lemma1_EqualValuesStopQueriesAndKeys. Its picture: q_grad_rms and k_grad_rms
+// in data/figures/scream_event.png, upper right.)
+//
+// Finally S = Q K^T / sqrt(hd) gives
+//     dQ = dS K / sqrt(hd),     dK = dS^T Q / sqrt(hd).
+
+// The Q (part 0), K (1) or V (2) matrices (T, hd) of all sequences and heads inside a qkv array.
+template <class T>
+Matrix<T> head_part(T* qkv, size_t part, Heads h) {
+  return Matrix<T>(qkv + part * h.width(), 3 * h.width()).batch(h.length * 3 * h.width(), h.dim);
+}
+// The heads' slices (T, hd) of a (B, T, D) array, and the (T, T) matrices of a (B, H, T, T) one.
+template <class T>
+Matrix<T> head_slice(T* y, Heads h) {
+  return Matrix<T>(y, h.width()).batch(h.length * h.width(), h.dim);
+}
+template <class T>
+Matrix<T> head_square(T* a, Heads h) {
+  return Matrix<T>(a, h.length).batch(h.heads * h.length * h.length, h.length * h.length);
+}
+
+// The probabilities A (B, H, T, T), `probs`, from qkv (B, T, 3, H, hd). The scores S (B, H, T, T)
+// are scratch, in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd))
+// would be off by up to 0.016, and its probability by 1.6%. Both may be one array.
+template <class T, class Probability>
+void attention_matrices(Device& device, Probability* probs, Acc<T>* scores, const T* qkv, Heads h) {
+  using A = Acc<T>;
+  size_t n = h.length;
+  gemm(device, head_square(scores, h), head_part(qkv, 0, h), head_part(qkv, 1, h).transpose(),
+       {n, n, h.dim, h.batch, h.heads}, A(1) / std::sqrt(A(h.dim)));
+  for_each_team(device, h.batch * h.heads * n, threads_for(n / 4), [=] HD(Team team) {
+    A* s = scores + team.index * n;
+    A largest = s[0], sum = 0;
+    for (size_t j = team.rank; j < n; j += team.size) largest = max_(largest, s[j]);
+    largest = team.max(largest);  // exp never overflows
+    for (size_t j = team.rank; j < n; j += team.size) sum += s[j] = exp_(s[j] - largest);
+    A scale = A(1) / team.sum(sum);
+    for (size_t j = team.rank; j < n; j += team.size)
+      probs[team.index * n + j] = Probability(scale * s[j]);
+  });
+}
+
+// Y (B, T, D) from qkv. The probabilities are kept, scores are scratch.
+template <class T>
+void attention_forward(Device& device, T* Y, T* probs, Acc<T>* scores, const T* qkv, Heads h) {
+  size_t n = h.length;
+  attention_matrices(device, probs, scores, qkv, h);
+  gemm(device, head_slice(Y, h), head_square(probs, h), head_part(qkv, 2, h),
+       {n, h.dim, n, h.batch, h.heads});
+}
+
+// dqkv (=) (B, T, 3, H, hd) from dY (B, T, D). Scratch: dA (B, H, T, T) in Acc<T>, dS (B, H, T, T).
+template <class T>
+void attention_backward(Device& device, T* dqkv, const T* dY, const T* probs, const T* qkv,
+                        Acc<T>* dA, T* dS, Heads h) {
+  using A = Acc<T>;
+  size_t n = h.length;
+  A scale = A(1) / std::sqrt(A(h.dim));
+  Sizes to_tokens{n, h.dim, n, h.batch, h.heads};
+  gemm(device, head_part(dqkv, 2, h), head_square(probs, h).transpose(), head_slice(dY, h),
+       to_tokens);
+  gemm(device, head_square(dA, h), head_slice(dY, h), head_part(qkv, 2, h).transpose(),
+       {n, n, h.dim, h.batch, h.heads});
+  for_each_team(device, h.batch * h.heads * n, threads_for(n / 4), [=] HD(Team team) {
+    const T* a = probs + team.index * n;
+    const A* da = dA + team.index * n;
+    A inner = 0;
+    for (size_t j = team.rank; j < n; j += team.size) inner += A(a[j]) * da[j];
+    inner = team.sum(inner);
+    for (size_t j = team.rank; j < n; j += team.size)
+      dS[team.index * n + j] = T(A(a[j]) * (da[j] - inner));  // (dS)
+  });
+  gemm(device, head_part(dqkv, 0, h), head_square(dS, h), head_part(qkv, 1, h), to_tokens, scale);
+  gemm(device, head_part(dqkv, 1, h), head_square(dS, h).transpose(), head_part(qkv, 0, h),
+       to_tokens, scale);
+}
+
+// ---------------------------------------------------------------------------------------------
+// 3. SwiGLU
+//
+// [g, v] = W13 x (gate half first), h = silu(g) * v, silu(g) = g s with s = 1 / (1 + e^-g).
+// Backward: ds/dg = s (1 - s), so silu'(g) = s + g s (1 - s) = s (1 + g (1 - s)), and
+//     dg = dh * v * silu'(g),     dv = dh * silu(g).
+
+template <class A>
+HD A sigmoid(A g) {
+  return A(1) / (A(1) + exp_(-g));
+}
+
+// hidden (rows, ffn) from u = [g, v] (rows, 2 ffn).
+template <class T>
+void swiglu_forward(const Device& device, T* hidden, const T* u, size_t rows, size_t ffn) {
+  using A = Acc<T>;
+  for_each_quad(device, rows, ffn, [=] HD(size_t row, size_t f) {
+    Quad<A> g = load<A>(u + row * 2 * ffn + f), v = load<A>(u + row * 2 * ffn + ffn + f);
+    for (int k = 0; k < 4; ++k) v[k] *= g[k] * sigmoid(g[k]);
+    store(hidden + row * ffn + f, v);
+  });
+}
+
+// du (=) (rows, 2 ffn) from dhidden (rows, ffn).
+template <class T>
+void swiglu_backward(const Device& device, T* du, const T* dhidden, const T* u, size_t rows,
+                     size_t ffn) {
+  using A = Acc<T>;
+  for_each_quad(device, rows, ffn, [=] HD(size_t row, size_t f) {
+    Quad<A> g = load<A>(u + row * 2 * ffn + f), v = load<A>(u + row * 2 * ffn + ffn + f);
+    Quad<A> dh = load<A>(dhidden + row * ffn + f), dg, dv;
+    for (int k = 0; k < 4; ++k) {
+      A s = sigmoid(g[k]);
+      dg[k] = dh[k] * v[k] * s * (A(1) + g[k] * (A(1) - s));
+      dv[k] = dh[k] * g[k] * s;
+    }
+    store(du + row * 2 * ffn + f, dg);
+    store(du + row * 2 * ffn + ffn + f, dv);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 4. A block
+//
+//     qkv    = X W_QKV^T, its Q and K rotated and normalised
+//     Y      = attention(Q, K, V),   F1 = Y W_O^T
+//     X1     = merge_1(X, F1)
+//     u      = X1 W13^T
+//     hidden = SwiGLU(u),            F2 = hidden W2^T
+//     X_next = merge_2(X1, F2)
+
+// Pointers to a block's parameters (Number = const T) or to their gradients.
+template <class Number>
+struct BlockParameters {
+  Number *qkv, *proj, *w13, *w2;  // (3D, D); W_O, (D, D); (2 ffn, D), gate half first; W2, (D, ffn)
+  Gates<Number> gates[2];         // after attention, after the FFN
+};
+
+// What a block's forward leaves for its backward: the arrays above and what attention and the
+// merges save.
+template <class T>
+struct BlockSaved {
+  T *X, *qkv, *probs, *Y, *F1, *X1, *u, *hidden, *F2, *X_next;
+  Acc<T>* r_qk;  // (B, T, 2, H)
+  std::array<MergeSaved<Acc<T>>, 2> merge;
+  Acc<T>* log_sums;  // these two are there in place of probs where attention runs on tensor cores
+  T* Y_rest;         // (appendix D)
+};
+
+// Arrays that live within one block's pass, shared by all blocks. On tensor cores attention needs
+// `inner` in place of scores and dS.
+template <class T>
+struct BlockScratch {
+  Acc<T>*scores, *inner;             // (B, H, T, T), in the backward dA; (B, H, T)
+  T* dF[2];                          // (B T, D), of both branches
+  T *dhidden, *du, *dY, *dqkv, *dS;  // (B T, ffn), (, 2 ffn), (, D), (, 3D), (B, H, T, T)
+  MergeScratch<Acc<T>> merge[2];
+};
+
+// The sizes and tables that all blocks share.
+template <class T>
+struct BlockShape {
+  MergeShape merge;  // with tokens in the segments that the merges average over
+  Heads heads;
+  size_t ffn;
+  Rope<Acc<T>> rope;
+};
+
+// A block, with all that its two passes work on.
+template <class T>
+struct Block {
+  BlockParameters<const T> w;
+  BlockSaved<T> saved;
+  BlockScratch<T> scratch;
+  BlockShape<T> shape;
+};
+
+// saved.X_next (B, T, D), unless that is null, from saved.X. `again`: a replay (5.1), which finds
+// what the merges saved the first time.
+template <class T>
+void block_forward(Device& device, const Block<T>& block, bool again = false) {
+  const BlockParameters<const T>& w = block.w;
+  const BlockSaved<T>& s = block.saved;
+  const BlockShape<T>& shape = block.shape;
+  size_t rows = shape.merge.tokens.rows(), D = shape.merge.D, ffn = shape.ffn;
+
+  linear_forward(device, s.qkv, s.X, w.qkv, rows, 3 * D, D);
+  rope_qk_norm_forward(device, s.qkv, s.r_qk, shape.rope, shape.heads);
+  if (!fused_attention_forward(device, s, shape.heads))  // appendix D: where tensor cores do it
+    attention_forward(device, s.Y, s.probs, block.scratch.scores, s.qkv, shape.heads);
+  linear_forward(device, s.F1, s.Y, w.proj, rows, D, D);
+  merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.gates[0], shape.merge, again);
+
+  linear_forward(device, s.u, s.X1, w.w13, rows, 2 * ffn, D);
+  swiglu_forward(device, s.hidden, s.u, rows, ffn);
+  linear_forward(device, s.F2, s.hidden, w.w2, rows, D, ffn);
+  if (s.X_next)
+    merge_forward(device, s.X_next, s.merge[1], s.X1, s.F2, w.gates[1], shape.merge, again);
+}
+
+// G holds dL/dX_next on entry and dL/dX on return; dw, the gradients of the parameters w, = (or +=
+// if `accumulate`). Each line of block_forward has its backward here, last first; a linear map has
+// two, its weight's and its input's. X1 and X are read twice, by the merge and by the branch: so
+// the merge replaces G, and the branch's first linear map adds its part. Nothing in a backward
+// waits for a weight's gradient: they run beside. (Of Pre-Norm's trunk alone: a merge is told the
+// dF of the one after it, which dF1 and dF2 still hold.)
+//
+// `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of writer i: 1 (W2), then 0
+// (W_O).
+template <class T, class Number>
+void block_backward(Device& device, T* G, BlockParameters<Number> dw, const Block<T>& block,
+                    bool accumulate, const std::function<void(int)>& observe = {}) {
+  const BlockParameters<const T>& w = block.w;
+  const BlockSaved<T>& s = block.saved;
+  const BlockScratch<T>& scratch = block.scratch;
+  const BlockShape<T>& shape = block.shape;
+  size_t rows = shape.merge.tokens.rows(), D = shape.merge.D, ffn = shape.ffn;
+  T *dF1 = scratch.dF[0], *dF2 = scratch.dF[1];
+  auto weight_gradient = [&](Number* dW, const T* dY, const T* X, size_t out, size_t in) {
+    device.beside([&] { linear_backward_weight(device, dW, dY, X, rows, out, in, accumulate); });
+  };
+
+  merge_backward(device, G, dF2, dw.gates[1], scratch.merge[1],
+                 {G, s.X_next, s.X1, s.F2, w.gates[1], s.merge[1], dF1}, shape.merge, accumulate);
+  if (observe) observe(1);
+  weight_gradient(dw.w2, dF2, s.hidden, D, ffn);
+  linear_backward_input(device, scratch.dhidden, dF2, w.w2, rows, D, ffn);
+  swiglu_backward(device, scratch.du, scratch.dhidden, s.u, rows, ffn);
+  weight_gradient(dw.w13, scratch.du, s.X1, 2 * ffn, D);
+  linear_backward_input(device, G, scratch.du, w.w13, rows, 2 * ffn, D, true);  // +=
+
+  merge_backward(device, G, dF1, dw.gates[0], scratch.merge[0],
+                 {G, s.X1, s.X, s.F1, w.gates[0], s.merge[0], dF2}, shape.merge, accumulate);
+  if (observe) observe(0);
+  weight_gradient(dw.proj, dF1, s.Y, D, D);
+  linear_backward_input(device, scratch.dY, dF1, w.proj, rows, D, D);
+  if (!fused_attention_backward(device, block)) {
+    attention_backward(device, scratch.dqkv, scratch.dY, s.probs, s.qkv, scratch.scores, scratch.dS,
+                       shape.heads);
+    rope_qk_norm_backward(device, scratch.dqkv, s.qkv, s.r_qk, shape.rope, shape.heads);
+  }
+  weight_gradient(dw.qkv, scratch.dqkv, s.X, 3 * D, D);
+  linear_backward_input(device, G, scratch.dqkv, w.qkv, rows, 3 * D, D, true);  // +=
+  device.join();  // before scratch, or what the block saved, is overwritten
+}
+
+// ---------------------------------------------------------------------------------------------
+// 5. The network: a chain of blocks and its two ends
+
+// Pointers to all parameters, or to their gradients. What the configuration does not have is null.
+template <class Number>
+struct Parameters {
+  Number *patch_weight, *patch_bias, *context, *final_weight, *final_bias;
+  BlockParameters<Number> first_block;
+  size_t block_stride;
+
+  BlockParameters<Number> block(size_t i) const {
+    BlockParameters<Number> b = first_block;
+    auto shift = [&](Number*& p) { p = p ? p + i * block_stride : nullptr; };
+    for (Number** p : {&b.qkv, &b.proj, &b.w13, &b.w2}) shift(*p);
+    for (Gates<Number>& g : b.gates)
+      for (Number*& p : g.of) shift(p);
+    return b;
+  }
+};
+
+// 5.1 Activation checkpointing
+//
+// The blocks are cut into spans of k blocks. The forward keeps the input of each span and the few
+// numbers that each merge saves (r and the segment means, which cost two reductions to make), and
+// has room for what else k blocks save; each span overwrites the one before. The backward takes the
+// spans from the last to the first and replays each from its checkpoint before it goes back through
+// it. The same kernels on the same inputs give the same bits, so gradients do not depend on k. (A
+// merge is made again from the saved numbers in one pass, also where the kernel of mvsplit.cu's
+// appendix B made it first: both evaluate its Z on the same inputs, by fused multiply-adds; a test
+// holds them to it.) What the forward left of the last span is still there and needs no replay, so
+// "keep everything" is one span of all the blocks, not a special case.
+//
+// Memory is depth / k checkpoints, k blocks' activations and 2 B (T + 4 D) numbers a block for what
+// its merges save (2 B T where they do not split); the price is one more forward, less the last
+// span.
+
+// Looks on during a forward: called with the input X (B, T, D) of each block before it runs, and as
+// layer `depth` with the trunk's output. It enqueues kernels that read X; later blocks write over
+// X.
+template <class T>
+using StateObserver = std::function<void(size_t layer, const T* X)>;
+
+// Looks on during a backward: called for each block and each of its writers with all that the
+// block saved and the writer's adjoint delta (B, T, D). It enqueues kernels that only read these.
+template <class T>
+using Observer =
+    std::function<void(size_t block, int writer, const BlockSaved<T>& saved, const T* delta)>;
+
+// The trunk's output, net.input(depth), from its input, net.input(0), for b sequences.
+template <class Net, class T>
+void trunk_forward(Net& net, const Parameters<const T>& w, size_t b,
+                   const StateObserver<T>& observe) {
+  size_t depth = net.config.depth, last_span = (depth - 1) / net.span * net.span;
+  for (size_t i = 0; i < depth; ++i) {
+    if (observe) observe(i, net.input(i));
+    Block<T> block = net.block(i, w, b);
+    if (i < last_span) block.saved.Y_rest = nullptr;  // the replay will make it
+    block_forward(net.device, block);
+  }
+  if (observe) observe(depth, net.input(depth));
+}
+
+// How a backward goes.
+template <class T>
+struct BackwardOptions {
+  bool accumulate = false;                // += for =, in all gradients of parameters
+  bool inputs = false;                    // the gradients of z and text as well
+  Observer<T> observe = {};               // may be empty, as the next
+  std::function<void(size_t)> done = {};  // called when the gradients of block i are enqueued
+};
+
+// net.arrays.G from dL/d(the trunk's output) to dL/d(its input), and the blocks' gradients dw.
+template <class Net, class T, class Number>
+void trunk_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w, size_t b,
+                    const BackwardOptions<T>& o) {
+  for (size_t first, end = net.config.depth; end > 0; end = first) {
+    first = (end - 1) / net.span * net.span;
+    if (end < net.config.depth)
+      for (size_t i = first; i < end; ++i) {
+        Block<T> block = net.block(i, w, b);
+        if (i + 1 == end) block.saved.X_next = nullptr;  // it is the next span's checkpoint
+        block_forward(net.device, block, true);
+      }
+    for (size_t i = end; i-- > first;) {
+      Block<T> block = net.block(i, w, b);
+      block_backward(net.device, net.arrays.G, dw.block(i), block, o.accumulate, [&](int writer) {
+        if (o.observe) o.observe(i, writer, block.saved, block.scratch.dF[writer]);
+      });
+      if (o.done) o.done(i);
+    }
+  }
+}
+
+// 5.2 Images and patches
+//
+// A patch of p x p pixels of the image is one token. Going in, its numbers are ordered (channel,
+// row, column), as a convolution's weight is; coming out, (row, column, channel). For either order
+// the two functions are inverse permutations, so each is the other's backward.
+
+enum class PatchOrder { channel_first, channel_last };
+
+struct Patches {
+  size_t channels, height, width, patch;  // of the image; patch divides height and width
+
+  HD size_t tokens() const { return height / patch * (width / patch); }
+  HD size_t dim() const { return patch * patch * channels; }
+  HD size_t pixels() const { return channels * height * width; }
+  // Index into one image (channels, height, width) of number e of image token n.
+  HD size_t pixel(size_t n, size_t e, PatchOrder order) const {
+    size_t per_row = width / patch, c, in_patch;
+    if (order == PatchOrder::channel_first)
+      c = e / (patch * patch), in_patch = e % (patch * patch);
+    else
+      c = e % channels, in_patch = e / channels;
+    size_t y = n / per_row * patch + in_patch / patch, x = n % per_row * patch + in_patch % patch;
+    return (c * height + y) * width + x;
+  }
+};
+
+// tokens (B, length, dim) from images (B, channels, height, width); rows after the image tokens get
+// zeros.
+template <class T, class A>
+void image_to_tokens(const Device& device, T* tokens, const A* image, size_t batch, size_t length,
+                     Patches p, PatchOrder order) {
+  for_each(device, batch * length * p.dim(), [=] HD(size_t i) {
+    size_t e = i % p.dim(), n = i / p.dim() % length, b = i / p.dim() / length;
+    tokens[i] = n < p.tokens() ? T(image[b * p.pixels() + p.pixel(n, e, order)]) : T(0);
+  });
+}
+
+// images (B, channels, height, width) from tokens (B, length, dim) + bias (dim; may be null); text
+// rows are ignored.
+template <class T, class A>
+void tokens_to_image(const Device& device, A* image, const A* tokens, const T* bias, size_t batch,
+                     size_t length, Patches p, PatchOrder order) {
+  for_each(device, batch * p.tokens() * p.dim(), [=] HD(size_t i) {
+    size_t e = i % p.dim(), n = i / p.dim() % p.tokens(), b = i / p.dim() / p.tokens();
+    image[b * p.pixels() + p.pixel(n, e, order)] =
+        tokens[(b * length + n) * p.dim() + e] + (bias ? A(bias[e]) : A(0));
+  });
+}
+
+// 5.3 The two ends, and the whole
+//
+// In front, patches and text are projected to D channels, and each token is normalised. Behind, the
+// image tokens are projected to patches of the velocity.
+
+// The arrays outside the trunk, part of net.arrays.
+template <class T>
+struct EndArrays {
+  Acc<T>*z, *velocity;                       // (B, channels, height, width): in and out
+  T* text;                                   // (B, L, text_dim): in
+  T *patches, *image_embed, *text_embed;     // (B, N, p p channels), (B, N, D), (B, L, D)
+  Acc<T>*r_image, *r_text;                   // (B, N), (B, L)
+  Acc<T>* prediction;                        // (B, T, p p channels)
+  Acc<T>*dvelocity, *dz, *dtext, *dpatches;  // their gradients
+  T *dimage_embed, *dtext_embed, *dprediction;
+};
+
+// The trunk's input from arrays.z and arrays.text.
+template <class Net, class T>
+void embed_forward(Net& net, const Parameters<const T>& w, size_t b) {
+  Device& device = net.device;
+  const auto& c = net.config;
+  auto& a = net.arrays;
+  size_t N = c.image_tokens(), L = c.text_tokens, D = c.width, stride = c.tokens() * D;
+  T* X = net.input(0);
+  image_to_tokens(device, a.patches, a.z, b, N, c.patches(), PatchOrder::channel_first);
+  linear_forward(device, a.image_embed, a.patches, w.patch_weight, b * N, D, c.patch_dim());
+  if (w.patch_bias) bias_forward(device, a.image_embed, w.patch_bias, b * N, D);
+  rmsnorm_forward(device, X, a.r_image, a.image_embed, b, N, D, stride, c.norm_eps);
+  if (w.context)  // else text has D channels, and is text_embed
+    linear_forward(device, a.text_embed, a.text, w.context, b * L, D, c.text_dim);
+  rmsnorm_forward(device, X + N * D, a.r_text, a.text_embed, b, L, D, stride, c.norm_eps);
+}
+
+// dw from arrays.G, dL/d(the trunk's input); with o.inputs also arrays.dz and arrays.dtext.
+template <class Net, class T, class Number>
+void embed_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w, size_t b,
+                    const BackwardOptions<T>& o) {
+  Device& device = net.device;
+  const auto& c = net.config;
+  auto& a = net.arrays;
+  size_t N = c.image_tokens(), L = c.text_tokens, D = c.width, stride = c.tokens() * D;
+  rmsnorm_backward(device, a.dimage_embed, a.G, a.image_embed, a.r_image, b, N, D, stride);
+  if (w.patch_bias) bias_backward(device, dw.patch_bias, a.dimage_embed, b * N, D, o.accumulate);
+  linear_backward_weight(device, dw.patch_weight, a.dimage_embed, a.patches, b * N, D,
+                         c.patch_dim(), o.accumulate);
+  rmsnorm_backward(device, a.dtext_embed, a.G + N * D, a.text_embed, a.r_text, b, L, D, stride);
+  if (w.context)
+    linear_backward_weight(device, dw.context, a.dtext_embed, a.text, b * L, D, c.text_dim,
+                           o.accumulate);
+  if (!o.inputs) return;
+  linear_backward_input(device, a.dpatches, a.dimage_embed, w.patch_weight, b * N, D,
+                        c.patch_dim());
+  tokens_to_image<T>(device, a.dz, a.dpatches, nullptr, b, N, c.patches(),
+                     PatchOrder::channel_first);
+  if (w.context)
+    linear_backward_input(device, a.dtext, a.dtext_embed, w.context, b * L, D, c.text_dim);
+  else
+    convert(device, a.dtext, a.dtext_embed, b * L * D);
+}
+
+// arrays.velocity from the trunk's output. Text tokens are projected too, and ignored: 3% more
+// work, and no gather.
+template <class Net, class T>
+void output_forward(Net& net, const Parameters<const T>& w, size_t b) {
+  const auto& c = net.config;
+  auto& a = net.arrays;
+  linear_forward(net.device, a.prediction, net.input(c.depth), w.final_weight, b * c.tokens(),
+                 c.patch_dim(), c.width);
+  tokens_to_image(net.device, a.velocity, a.prediction, w.final_bias, b, c.tokens(), c.patches(),
+                  PatchOrder::channel_last);
+}
+
+// arrays.G = dL/d(the trunk's output), and dw, from arrays.dvelocity. (image_to_tokens gives the
+// rows of text tokens a zero gradient.)
+template <class Net, class T, class Number>
+void output_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w, size_t b,
+                     const BackwardOptions<T>& o) {
+  Device& device = net.device;
+  const auto& c = net.config;
+  auto& a = net.arrays;
+  size_t rows = b * c.tokens(), dim = c.patch_dim();
+  image_to_tokens(device, a.dprediction, a.dvelocity, b, c.tokens(), c.patches(),
+                  PatchOrder::channel_last);
+  bias_backward(device, dw.final_bias, a.dprediction, rows, dim, o.accumulate);
+  linear_backward_weight(device, dw.final_weight, a.dprediction, net.input(c.depth), rows, dim,
+                         c.width, o.accumulate);
+  linear_backward_input(device, a.G, a.dprediction, w.final_weight, rows, dim, c.width);
+}
+
+// arrays.z (b, channels, height, width), arrays.text (b, L, text_dim)  ->  arrays.velocity, as z.
+template <class Net, class T>
+void network_forward(Net& net, const Parameters<const T>& w, size_t b,
+                     const StateObserver<T>& observe) {
+  embed_forward(net, w, b);
+  trunk_forward(net, w, b, observe);
+  output_forward(net, w, b);
+}
+
+// arrays.dvelocity  ->  the gradients dw of all parameters, and with o.inputs arrays.dz,
+// arrays.dtext: after network_forward() with the same inputs.
+template <class Net, class T, class Number>
+void network_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w,
+                      size_t b, const BackwardOptions<T>& o) {
+  output_backward(net, dw, w, b, o);
+  trunk_backward(net, dw, w, b, o);
+  embed_backward(net, dw, w, b, o);
+}
+
+// Appendix. The straight way ends here. Below: the configuration and the table of parameters (A),
+// memory (B), the class Network (C), attention's schedules and its way over tensor cores (D),
+// diagnostics (E).
+
+// ---------------------------------------------------------------------------------------------
+// A. The configuration and the table of parameters
 
 // What a residual mode means: the merge after attention and the one after the FFN.
 struct Residual {
@@ -60,6 +766,7 @@ struct Config {
   size_t head_dim() const { return width / heads; }
   size_t patch_dim() const { return patch * patch * channels; }
   size_t pixels() const { return channels * height * image_width; }
+  Patches patches() const { return {channels, height, image_width, patch}; }
   size_t text_size() const { return text_tokens * text_dim; }
   bool projects_text() const { return text_dim != width; }
 
@@ -163,7 +870,8 @@ struct Table {
   }
 };
 
-// A gate's name in a checkpoint, behind its block's: of the merge after attention (0) or the FFN (1).
+// A gate's name in a checkpoint, behind its block's: of the merge after attention (0) or the FFN
+// (1).
 inline std::string file_name(const Gate& gate, int merge) {
   std::string name = gate.file;
   return name.replace(name.find('#'), 1, std::to_string(merge + 1));
@@ -210,49 +918,26 @@ inline Table parameter_table(const Config& c) {
   return table;
 }
 
-// Pointers to the parameters in a slab (weights: P = const T; gradients: P their type). A parameter
-// that the configuration does not have is null.
-template <class P>
-struct BlockParameters {
-  P *qkv, *proj, *w13, *w2;  // (3D, D); W_O, (D, D); (2F, D), gate half first; W2, (D, F)
-  Gates<P> gates[2];         // after attention, after the FFN
-};
-
-template <class P>
-struct Parameters {
-  P *patch_weight, *patch_bias, *context, *final_weight, *final_bias;
-  BlockParameters<P> first_block;
-  size_t block_stride;
-
-  BlockParameters<P> block(size_t i) const {
-    BlockParameters<P> b = first_block;
-    auto shift = [&](P*& p) { p = p ? p + i * block_stride : nullptr; };
-    for (P** p : {&b.qkv, &b.proj, &b.w13, &b.w2}) shift(*p);
-    for (Gates<P>& g : b.gates)
-      for (P*& p : g.of) shift(p);
-    return b;
-  }
-};
-
-template <class P>
-Parameters<P> locate(const Config& config, const Table& table, P* slab) {
-  auto find = [&](const std::string& name) -> P* {
+// Where the parameters are in a slab, or their gradients.
+template <class Number>
+Parameters<Number> locate(const Config& config, const Table& table, Number* slab) {
+  auto find = [&](const std::string& name) -> Number* {
     for (const Parameter& p : table.parameters)
       if (p.name == name) return slab + p.offset;
     return nullptr;
   };
   auto gates = [&](Merge merge, int which) {
-    Gates<P> found{merge, {}};
+    Gates<Number> found{merge, {}};
     const std::vector<Gate>& list = about(merge).gates;
     for (size_t i = 0; i < list.size(); ++i)
       found.of[i] = find("blocks.0." + file_name(list[i], which));
     return found;
   };
-  BlockParameters<P> first{find("blocks.0.operator.q_proj.weight"),
-                           find("blocks.0.operator.proj.weight"),
-                           find("blocks.0.ffn.w13.weight"),
-                           find("blocks.0.ffn.w2.weight"),
-                           {gates(config.mode().attention, 0), gates(config.mode().ffn, 1)}};
+  BlockParameters<Number> first{find("blocks.0.operator.q_proj.weight"),
+                                find("blocks.0.operator.proj.weight"),
+                                find("blocks.0.ffn.w13.weight"),
+                                find("blocks.0.ffn.w2.weight"),
+                                {gates(config.mode().attention, 0), gates(config.mode().ffn, 1)}};
   return {find("patch_embed.patch_proj.weight"),
           find("patch_embed.patch_proj.bias"),
           find("context_proj.weight"),
@@ -262,165 +947,378 @@ Parameters<P> locate(const Config& config, const Table& table, P* slab) {
           table.block_stride};
 }
 
+// Draw all parameters as the table says: put(i, quad) gets the slab's numbers i to i + 3. Those
+// after a tensor's last, up to the next quad, are zero.
+template <class Put>
+void draw_parameters(const Device& device, const Table& table, uint64_t seed, const Put& put) {
+  for (size_t number = 0; number < table.parameters.size(); ++number) {
+    const Parameter& p = table.parameters[number];
+    size_t offset = p.offset, count = p.count();
+    Init init = p.init;
+    double scale = p.scale;
+    uint64_t stream = streams::parameters + number;
+    for_each(device, ceil_div(count, 4), [=] HD(size_t quad_index) {
+      Quad<double> q{};
+      for (size_t i = 4 * quad_index; i < min_<size_t>(4 * quad_index + 4, count); ++i)
+        q[int(i % 4)] = init == Init::constant  ? scale
+                        : init == Init::uniform ? scale * (2 * uniform(seed, stream, i) - 1)
+                                                : scale * gaussian(seed, stream, i);
+      put(offset + 4 * quad_index, q);
+    });
+  }
+}
+
+// Into a slab of A, with zeros between the tensors.
+template <class A>
+void initialise(const Device& device, const Table& table, A* slab, uint64_t seed) {
+  device.fill(slab, 0, table.size * sizeof(A));
+  draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) { store(slab + i, q); });
+}
+
 // ---------------------------------------------------------------------------------------------
-// 2. Linear maps
-//
-// Y = X W^T. With G the cotangent of Y: <G, dX W^T + X dW^T> = <G W, dX> + <G^T X, dW>, so
-//     dX = G W,     dW = G^T X = sum_t g_t x_t^T.
+// B. Memory
 
-// Y (rows, out) = X (rows, in) W^T, W (out, in).
-template <class TY, class T>
-void linear_forward(Device& device, TY* Y, const T* X, const T* W, size_t rows, size_t out,
-                    size_t in) {
-  gemm(device, Matrix(Y, out), Matrix(X, in), Matrix(W, in).transpose(), {rows, out, in});
-}
-
-// dX (rows, in) = G W, or += if `accumulate`.
-template <class TX, class T>
-void linear_backward_input(Device& device, TX* dX, const T* G, const T* W, size_t rows, size_t out,
-                           size_t in, bool accumulate = false) {
-  gemm(device, Matrix(dX, in), Matrix(G, out), Matrix(W, in), {rows, in, out}, 1, accumulate);
-}
-
-// dW (out, in) = G^T X, or += if `accumulate`.
-template <class P, class T>
-void linear_backward_weight(Device& device, P* dW, const T* G, const T* X, size_t rows, size_t out,
-                            size_t in, bool accumulate) {
-  gemm(device, Matrix(dW, in), Matrix(G, out).transpose(), Matrix(X, in), {out, in, rows}, 1,
-       accumulate);
-}
-
-// Y (rows, n) += bias (n), on each row.
+// Whether attention runs on tensor cores (D.2): then there are no (T, T) matrices to make room for.
 template <class T>
-void bias_forward(const Device& device, T* Y, const T* bias, size_t rows, size_t n) {
+bool fused_attention(bool gpu, size_t head_dim) {
+  constexpr bool has_kernels = built_for() >= 800;
+  return gpu && has_kernels && std::is_same_v<T, bf16> && (head_dim == 64 || head_dim == 128);
+}
+
+// All arrays of a network for a largest batch, and the functions that lay them out. With a Carver
+// that has no base they only count, which is how `plan` knows the bytes without taking them.
+template <class T>
+struct Arrays : EndArrays<T> {
   using A = Acc<T>;
-  for_each(device, rows * n, [=] HD(size_t i) { Y[i] = T(A(Y[i]) + A(bias[i % n])); });
-}
+  T *inputs, *output;                 // (spans, B, T, D), (B, T, D): inputs of spans; the last X
+  std::vector<BlockSaved<T>> blocks;  // what a span's blocks save
+  std::vector<std::array<MergeSaved<A>, 2>> merges;  // of every block
+  BlockScratch<T> scratch;
+  T* G;              // (B, T, D), the trunk's gradient
+  A *cosine, *sine;  // (N, hd / 2)
 
-// dbias (n) = the sum of the rows of G (rows, n), or += if `accumulate`.
-template <class P, class T>
-void bias_backward(const Device& device, P* dbias, const T* G, size_t rows, size_t n,
-                   bool accumulate) {
-  for_each_team(device, n, Team::max_size, [=] HD(Team team) {
-    Acc<T> sum = 0;
-    for (size_t row = team.rank; row < rows; row += team.size)
-      sum += Acc<T>(G[row * n + team.index]);
-    sum = team.sum(sum);
-    if (team.rank == 0) set_or_add(dbias + team.index, sum, accumulate);
-  });
-}
-
-// ---------------------------------------------------------------------------------------------
-// 3. Images and patches
-//
-// A patch (p, p, C) of the image is one token. Going in, its numbers are ordered (channel, row,
-// column), as a convolution's weight is; coming out, (row, column, channel). For either order the
-// two functions are inverse permutations, so each is the other's backward.
-
-enum class PatchOrder { channel_first, channel_last };
-
-struct Patches {
-  size_t channels, height, width, patch;  // of the image; patch divides height and width
-
-  HD size_t tokens() const { return height / patch * (width / patch); }
-  HD size_t dim() const { return patch * patch * channels; }
-  // Index into one image (C, H, W) of number e of image token n.
-  HD size_t pixel(size_t n, size_t e, PatchOrder order) const {
-    size_t per_row = width / patch, c, in_patch;
-    if (order == PatchOrder::channel_first)
-      c = e / (patch * patch), in_patch = e % (patch * patch);
-    else
-      c = e % channels, in_patch = e / channels;
-    size_t y = n / per_row * patch + in_patch / patch, x = n % per_row * patch + in_patch % patch;
-    return (c * height + y) * width + x;
+  // Without training, blocks pass two arrays back and forth.
+  void lay_checkpoints(Carver& c, const Config& m, size_t B, size_t span, bool trains) {
+    size_t X = B * m.tokens() * m.width, means = 2 * B * m.width;
+    inputs = c.take<T>((trains ? ceil_div(m.depth, span) : 2) * input_stride(m, B));
+    output = trains ? c.take<T>(X) : nullptr;
+    merges.resize(trains ? m.depth : 1);
+    for (auto& of_block : merges)
+      for (int i = 0; i < 2; ++i) {
+        of_block[i] = {c.take<A>(B * m.tokens()), nullptr, nullptr};
+        if (about(i ? m.mode().ffn : m.mode().attention).means)
+          of_block[i].xbar = c.take<A>(means), of_block[i].fbar = c.take<A>(means);
+      }
   }
-};
+  static size_t input_stride(const Config& m, size_t B) {
+    return round_up(B * m.tokens() * m.width, 128);  // on a 256-byte boundary
+  }
 
-// tokens (B, length, dim) from image (B, C, H, W); rows after the image tokens get zeros.
-template <class T, class A>
-void image_to_tokens(const Device& device, T* tokens, const A* image, size_t batch, size_t length,
-                     Patches p, PatchOrder order) {
-  for_each(device, batch * length * p.dim(), [=] HD(size_t i) {
-    size_t e = i % p.dim(), n = i / p.dim() % length, b = i / p.dim() / length;
-    size_t pixels = p.channels * p.height * p.width;
-    tokens[i] = n < p.tokens() ? T(image[b * pixels + p.pixel(n, e, order)]) : T(0);
-  });
-}
-
-// image (B, C, H, W) from tokens (B, length, dim) + bias (dim; may be null); text rows are ignored.
-template <class T, class A>
-void tokens_to_image(const Device& device, A* image, const A* tokens, const T* bias, size_t batch,
-                     size_t length, Patches p, PatchOrder order) {
-  for_each(device, batch * p.tokens() * p.dim(), [=] HD(size_t i) {
-    size_t e = i % p.dim(), n = i / p.dim() % p.tokens(), b = i / p.dim() / p.tokens();
-    size_t pixels = p.channels * p.height * p.width;
-    image[b * pixels + p.pixel(n, e, order)] =
-        tokens[(b * length + n) * p.dim() + e] + (bias ? A(bias[e]) : A(0));
-  });
-}
-
-// ---------------------------------------------------------------------------------------------
-// 4. Attention
-//
-// Q, K, V lie side by side in one (B, T, 3, H, hd) array, as the product with (W_Q; W_K; W_V)
-// leaves them. Q and K are rotated and normalised in place; the matrix product walks over heads by
-// strides.
-
-struct Heads {
-  size_t batch, length, heads, dim;  // B, T, H, hd
-
-  HD size_t width() const { return heads * dim; }
-};
-
-// 4.1 Two-dimensional RoPE and QK-norm
-//
-// A head's channels are two halves x1, x2 of hd/2 each. Channel j of both halves is a point in a
-// plane, which is turned by where the token stands in the patch grid: by its row in the first half
-// of the planes, by its column in the others,
-//
-//     angle_j = row w_j  for j < hd/4,   col w_(j - hd/4)  after that,   w_j = 10000^(-2j/(hd/2)),
-//     R x = (x1 c + x2 s, x2 c - x1 s),   c and s the cosine and sine of the angles.
-//
-// That is by minus the angle, as the released weights were trained; the commoner rotate-half turns
-// the other way. Text tokens are not turned. Then RMS-norm over the head, without gain. A rotation
-// R keeps the norm and the norm has no gain, so the two commute:
-//
-//     y = r R x,     r = (|x|^2 / hd + eps)^(-1/2).
-//
-// Backward. With x' = R x, (Delta) of mvsplit.cu gives dx' = r g - (r^3/hd) <g, x'> x'. Since y = r
-// x', this is
-//     dx' = r (g - (<g, y> / hd) y)      and      dx = R^T dx':
-// the saved y and r are enough, x is not kept.
-
-constexpr double qk_eps = 1e-6, rope_theta = 10000;
-
-// cos and sin (N, hd/2) of each image token's angles.
-template <class A>
-void rope_table(std::vector<A>& cosine, std::vector<A>& sine, size_t grid_rows, size_t grid_columns,
-                size_t head_dim) {
-  size_t quarter = head_dim / 4;
-  for (size_t n = 0; n < grid_rows * grid_columns; ++n)
-    for (size_t j = 0; j < 2 * quarter; ++j) {
-      double position = double(j < quarter ? n / grid_columns : n % grid_columns);
-      double w = std::pow(rope_theta, -2.0 * double(j % quarter) / double(head_dim / 2));
-      cosine.push_back(A(std::cos(position * w)));
-      sine.push_back(A(std::sin(position * w)));
+  void lay_blocks(Carver& c, const Config& m, size_t B, size_t span, bool trains, bool gpu) {
+    size_t rows = B * m.tokens(), X = rows * m.width;
+    bool fused = fused_attention<T>(gpu, m.head_dim());
+    blocks.resize(span);
+    for (size_t i = 0; i < span; ++i) {
+      BlockSaved<T>& s = blocks[i];
+      s.X = i ? c.take<T>(X) : nullptr;  // the first block's input is the span's checkpoint
+      s.qkv = c.take<T>(3 * X);
+      s.probs = fused ? nullptr : c.take<T>(rows * m.heads * m.tokens());
+      s.log_sums = fused ? c.take<A>(rows * m.heads) : nullptr;
+      s.Y_rest = fused && trains ? c.take<T>(X) : nullptr;
+      s.Y = c.take<T>(X), s.F1 = c.take<T>(X), s.X1 = c.take<T>(X);
+      s.u = c.take<T>(2 * rows * m.ffn), s.hidden = c.take<T>(rows * m.ffn);
+      s.F2 = c.take<T>(X);
+      s.r_qk = c.take<A>(2 * rows * m.heads);
     }
-}
-
-// The rotation tables and how many tokens at the start of a sequence they cover.
-template <class A>
-struct Rope {
-  const A *cosine, *sine;  // (image_tokens, hd/2)
-  size_t image_tokens;
-
-  HD A cos_of(size_t token, size_t j, size_t half) const {
-    return token < image_tokens ? cosine[token * half + j] : A(1);
   }
-  HD A sin_of(size_t token, size_t j, size_t half) const {
-    return token < image_tokens ? sine[token * half + j] : A(0);
+
+  void lay_scratch(Carver& c, const Config& m, size_t B, bool trains, bool gpu) {
+    size_t rows = B * m.tokens(), squares = rows * m.heads * m.tokens();
+    bool fused = fused_attention<T>(gpu, m.head_dim());
+    scratch = {};
+    if (!fused) scratch.scores = c.take<A>(squares);
+    if (!trains) return;
+    if (fused)
+      scratch.inner = c.take<A>(rows * m.heads);
+    else
+      scratch.dS = c.take<T>(squares);
+    G = c.take<T>(rows * m.width);
+    for (T*& dF : scratch.dF) dF = c.take<T>(rows * m.width);
+    scratch.dY = c.take<T>(rows * m.width);
+    scratch.dhidden = c.take<T>(rows * m.ffn), scratch.du = c.take<T>(2 * rows * m.ffn);
+    scratch.dqkv = c.take<T>(3 * rows * m.width);
+    for (MergeScratch<A>& merge : scratch.merge) {
+      merge.h = c.take<A>(rows);
+      merge.dZbar = c.take<A>(2 * B * m.width), merge.dgate = c.take<A>(2 * B * m.width);
+    }
+  }
+
+  void lay_ends(Carver& c, const Config& m, size_t B, bool trains) {
+    EndArrays<T>& e = *this;
+    size_t N = B * m.image_tokens(), L = B * m.text_tokens, rows = N + L, dim = m.patch_dim();
+    e.z = c.take<A>(B * m.pixels()), e.velocity = c.take<A>(B * m.pixels());
+    e.text = c.take<T>(B * m.text_size());
+    e.patches = c.take<T>(N * dim), e.image_embed = c.take<T>(N * m.width);
+    e.text_embed = m.projects_text() ? c.take<T>(L * m.width) : e.text;
+    e.r_image = c.take<A>(N), e.r_text = c.take<A>(L);
+    e.prediction = c.take<A>(rows * dim);
+    cosine = c.take<A>(m.image_tokens() * m.head_dim() / 2);
+    sine = c.take<A>(m.image_tokens() * m.head_dim() / 2);
+    if (!trains) return;
+    e.dvelocity = c.take<A>(B * m.pixels()), e.dz = c.take<A>(B * m.pixels());
+    e.dtext = c.take<A>(B * m.text_size());
+    e.dimage_embed = c.take<T>(N * m.width), e.dtext_embed = c.take<T>(L * m.width);
+    e.dprediction = c.take<T>(rows * dim), e.dpatches = c.take<A>(N * dim);
   }
 };
+
+// Bytes by slab. Printed before anything is taken, and by `mvsplit plan`.
+struct Plan {
+  std::vector<std::pair<std::string, size_t>> slabs;
+
+  // The slab `name`, whose arrays lay(Carver&) lays out.
+  template <class Lay>
+  void add(const char* name, const Lay& lay) {
+    Carver carver;
+    lay(carver);
+    slabs.emplace_back(name, carver.used);
+  }
+  size_t total() const {
+    size_t sum = 0;
+    for (const auto& slab : slabs) sum += slab.second;
+    return sum;
+  }
+};
+
+// Takes what a Plan counts.
+struct Slabs {
+  std::vector<std::unique_ptr<Slab>> slabs;
+
+  template <class Lay>
+  void add(Device& device, const Lay& lay, int fill_byte = 0xff) {
+    Carver count;
+    lay(count);
+    slabs.push_back(std::make_unique<Slab>(device, count.used, fill_byte));
+    Carver carver{slabs.back()->data};
+    lay(carver);
+  }
+};
+
+// The same network with one block: its table has room for what one block, and all that is outside
+// the blocks, add to a gradient.
+inline Config one_block(Config config) {
+  config.depth = 1;
+  return config;
+}
+
+// How many blocks a span has for `--recompute k`: 0 means all of them.
+inline size_t span_length(const Config& config, size_t recompute) {
+  return recompute == 0 ? config.depth : std::min(recompute, config.depth);
+}
+
+// All that a network takes. Kept: what gradients are kept as, Acc<T> or T (see Network).
+template <class T, class Kept>
+struct NetworkArrays : Arrays<T> {
+  T* weights = nullptr;
+  Kept* gradients = nullptr;
+  Acc<T>* unrounded = nullptr;  // gradients of one block, and of all that is outside the blocks
+
+  // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
+  template <class F>
+  void each_slab(const Config& m, const Table& table, size_t B, size_t span, bool trains, bool gpu,
+                 const F& slab) {
+    slab("weights", [&](Carver& c) { weights = c.take<T>(table.size); });
+    if (trains) slab("gradients", [&](Carver& c) { gradients = c.take<Kept>(table.size); });
+    if (trains && !std::is_same_v<Kept, Acc<T>>)
+      slab("a block's gradients",
+           [&](Carver& c) { unrounded = c.take<Acc<T>>(parameter_table(one_block(m)).size); });
+    slab("checkpoints", [&](Carver& c) { this->lay_checkpoints(c, m, B, span, trains); });
+    slab("activations", [&](Carver& c) { this->lay_blocks(c, m, B, span, trains, gpu); });
+    slab("scratch", [&](Carver& c) { this->lay_scratch(c, m, B, trains, gpu); });
+    slab("inputs, outputs", [&](Carver& c) { this->lay_ends(c, m, B, trains); });
+  }
+};
+
+template <class T, class Kept = Acc<T>>
+Plan network_plan(const Config& config, const Table& table, size_t batch, size_t recompute,
+                  bool trains, bool gpu) {
+  // Beyond any machine; below, no product of sizes overflows 64 bits.
+  double D = double(config.width), rows = double(batch) * double(config.tokens());
+  double parameters_about = D * (double(config.depth) * (4 * D + 3 * double(config.ffn)) +
+                                 2 * double(config.patch_dim()));
+  size_t span = trains ? span_length(config, recompute) : 1;
+  double of_a_row = double(config.heads * config.tokens()) + 20 * D + 6 * double(config.ffn) +
+                    double(config.patch_dim());
+  if (parameters_about > 1e13 || rows * (double(span) * of_a_row + double(config.depth) * D) > 1e16)
+    fail("this model and batch are larger than any machine: check --depth, --width and --batch");
+  Plan plan;
+  NetworkArrays<T, Kept>().each_slab(
+      config, table, batch, span, trains, gpu,
+      [&](const char* name, const auto& lay) { plan.add(name, lay); });
+  return plan;
+}
+
+// Floating-point operations of one forward pass: 2 for each weight and token it acts on, and 4 T D
+// a token for the two products of attention. A backward has twice as many; a replay, once. (As in
+// 2.2: what D.2 makes again is not counted. Nor is the final projection of text tokens, which
+// nobody reads.)
+inline double forward_flops(const Config& m, size_t batch) {
+  double D = double(m.width), T = double(m.tokens()), N = double(m.image_tokens());
+  double block = 2 * T * (4 * D * D + 3 * D * double(m.ffn)) + 4 * T * T * D;
+  double ends = 4 * N * D * double(m.patch_dim());
+  if (m.projects_text()) ends += 2 * double(m.text_tokens * m.text_dim) * D;
+  return double(batch) * (double(m.depth) * block + ends);
+}
+
+// ---------------------------------------------------------------------------------------------
+// C. The class Network
+
+// to (n) = from, or += if `accumulate`, rounded by the draws first, first + 1, ... of `dither`.
+template <class Kept, class A>
+void add_rounded(const Device& device, Kept* to, const A* from, size_t n, bool accumulate,
+                 Dither dither, size_t first) {
+  for_each(device, n / 8, [=] HD(size_t i) {
+    Random4 bits = dither(first + i);
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      size_t at = 8 * i + 4 * size_t(half);
+      Quad<A> sum = load<A>(from + at);
+      if (accumulate) sum = load<A>(to + at) + sum;
+      store_stochastically(to + at, sum, bits, half);
+    }
+  });
+}
+
+// Kept is what gradients are kept as. With Acc<T> the kernels write or add to them in place. bf16
+// gradients (Kept = T, half the bytes) cannot be added to in place without loss. Then each block's
+// are made in Acc<T>, in an array for one block, and added to the kept ones with stochastic
+// rounding (6.1 of math.h): the same kernels, and one pass more over a block's gradients.
+template <class T, class Kept = Acc<T>>
+class Network {
+ public:
+  using A = Acc<T>;
+  static constexpr bool rounds_gradients = !std::is_same_v<Kept, A>;
+
+  Device& device;
+  const Config config;
+  const Table table;
+  const size_t batch;  // the largest
+  const size_t span;   // blocks of one (5.1)
+  const bool trains;
+  NetworkArrays<T, Kept> arrays;
+
+  Network(Device& on, const Config& c, size_t largest_batch, size_t recompute, bool training)
+      : device(on),
+        config(c),
+        table(parameter_table(c)),
+        batch(largest_batch),
+        span(training ? span_length(c, recompute) : 1),
+        trains(training) {
+    Plan plan = network_plan<T, Kept>(c, table, batch, recompute, trains, device.gpu);
+    if (plan.total() > device.available())
+      fail("the network needs %.2f GB and %s has %.2f GB free: use a smaller --batch",
+           1e-9 * double(plan.total()), device.name.c_str(), 1e-9 * double(device.available()));
+    arrays.each_slab(config, table, batch, span, trains, device.gpu,
+                     [&](const char*, const auto& lay) { slabs_.add(device, lay); });
+    // Padding between tensors is never written: it must not be NaN when the slab is summed.
+    if (trains) device.fill(arrays.gradients, 0, table.size * sizeof(Kept));
+    if (arrays.unrounded) device.fill(arrays.unrounded, 0, block_table_.size * sizeof(A));
+    std::vector<A> cosine, sine;
+    rope_table(cosine, sine, config.height / config.patch, config.image_width / config.patch,
+               config.head_dim());
+    device.upload(arrays.cosine, cosine.data(), cosine.size() * sizeof(A));
+    device.upload(arrays.sine, sine.data(), sine.size() * sizeof(A));
+  }
+
+  T* weights() { return arrays.weights; }
+  Kept* gradients() { return arrays.gradients; }
+  // Compute with another copy of the weights (an average of them) until told otherwise; returns the
+  // one used so far.
+  T* use_weights(T* slab) { return std::exchange(arrays.weights, slab); }
+
+  // arrays.z and arrays.text -> arrays.velocity, for b <= batch sequences.
+  void forward(size_t b, const StateObserver<T>& observe = {}) {
+    network_forward(*this, parameters(), b, observe);
+  }
+
+  // arrays.dvelocity -> gradients of all parameters (=, or += if `accumulate`), after forward(b)
+  // with the same inputs; with `inputs` also arrays.dz and arrays.dtext. `dither`: where gradients
+  // are rounded.
+  void backward(size_t b, bool accumulate, bool inputs = false, const Observer<T>& observe = {},
+                Dither dither = {}) {
+    if (rounds_gradients && !dither.pass) fail("gradients that are rounded need a Dither");
+    BackwardOptions<T> o{accumulate && !rounds_gradients, inputs, observe, {}};
+    size_t first = blocks_at(), stride = table.block_stride, end = first + config.depth * stride;
+    if (rounds_gradients)
+      o.done = [=](size_t i) {
+        round_gradients(first + i * stride, first, stride, accumulate, dither);
+      };
+    if (about(config.mode().ffn).trunk_apart)  // Pre-Norm: beyond the last merge there is no trunk
+      device.fill(arrays.scratch.dF[0], 0, b * config.tokens() * config.width * sizeof(T));
+    network_backward(*this, gradient_targets(), parameters(), b, o);
+    round_gradients(0, 0, first, accumulate, dither);
+    round_gradients(end, first + stride, table.size - end, accumulate, dither);
+    device.join();
+  }
+
+  Parameters<const T> parameters() const { return locate<const T>(config, table, arrays.weights); }
+  // Block i at work on b sequences.
+  Block<T> block(size_t i, const Parameters<const T>& w, size_t b) {
+    return {w.block(i), saved(i), arrays.scratch, shape(b)};
+  }
+  BlockShape<T> shape(size_t b) const {
+    Tokens tokens{b, config.image_tokens(), config.text_tokens};
+    if (config.means == "global") tokens = {b, config.tokens(), 0};
+    return {{tokens, config.width, config.norm_eps},
+            {b, config.tokens(), config.heads, config.head_dim()},
+            config.ffn,
+            {arrays.cosine, arrays.sine, config.image_tokens()}};
+  }
+
+  // The input (B, T, D) of block i; of block `depth`: the trunk's output.
+  T* input(size_t i) {
+    size_t stride = Arrays<T>::input_stride(config, batch);
+    if (!trains) return arrays.inputs + i % 2 * stride;
+    if (i == config.depth) return arrays.output;
+    return i % span ? arrays.blocks[i % span].X : arrays.inputs + i / span * stride;
+  }
+  BlockSaved<T> saved(size_t i) {
+    BlockSaved<T> s = arrays.blocks[i % span];
+    s.X = input(i), s.X_next = input(i + 1), s.merge = arrays.merges[trains ? i : 0];
+    s.merge[0].r_X = i ? arrays.merges[trains ? i - 1 : 0][1].r : nullptr;
+    s.merge[1].r_X = s.merge[0].r;
+    return s;
+  }
+
+ private:
+  Slabs slabs_;
+  const Table block_table_ = parameter_table(one_block(config));  // of arrays.unrounded
+
+  size_t blocks_at() const { return table.at("blocks.0.operator.q_proj.weight").offset; }
+
+  // Where the backward's kernels write.
+  Parameters<A> gradient_targets() {
+    if constexpr (!rounds_gradients) return locate<A>(config, table, arrays.gradients);
+    Parameters<A> dw = locate<A>(one_block(config), block_table_, arrays.unrounded);
+    dw.block_stride = 0;  // every block's are the one block's
+    return dw;
+  }
+
+  // gradients (=, or += if `accumulate`) [at, at + n) from unrounded [from, from + n); multiples of
+  // 8. It runs where the weight gradients do, so the next block's wait for it.
+  void round_gradients(size_t at, size_t from, size_t n, bool accumulate, Dither dither) {
+    if constexpr (rounds_gradients)
+      device.beside([&] {
+        add_rounded(device, arrays.gradients + at, arrays.unrounded + from, n, accumulate, dither,
+                    at / 8);
+      });
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// D. Attention: how heads are gone through, and all of it on tensor cores
+//
+// D.1 Heads
 
 // A token has 2 H head vectors, the queries, then the keys. threads_a_head(): threads for one of
 // them, a warp or less, `wide` channels of each half a thread. threads_a_token(): threads for all,
@@ -430,236 +1328,119 @@ inline int threads_a_head(Heads h, int wide) {
   while (threads < 32 && 2 * size_t(wide * threads) < h.dim) threads *= 2;
   return threads;
 }
-inline int threads_a_token(Heads h, int one, size_t each = 1) {
+inline int threads_a_token(Heads h, int one, size_t each) {
   int threads = one;
   while (threads < Team::max_size && size_t(threads) * each < 2 * h.heads * size_t(one))
     threads *= 2;
   return threads;
 }
 
-// Four heads at a time: a thread has all its loads on the way at once, and reads its angles once
-// for four.
-template <int wide, class T>
-void rope_qk_norm_rows(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
+// Several channels of both halves of a head, of one array or of two.
+template <class T, int wide, int arrays>
+struct HeadPiece {
+  Several<T, wide> of[arrays][2];
+
+  HD Point<Acc<T>> point(int array, int i) const {
+    return {Acc<T>(of[array][0].v[i]), Acc<T>(of[array][1].v[i])};
+  }
+};
+
+// For each head of Q and K inside x and y (B, T, 3, H, hd): found = finish(number, <x, y>, mine),
+// and x = put(x, y, R, found) for each of its points. (With one array y is x.)
+//
+// A group of threads takes `at_once` heads at a time: it has all its loads on the way, and reads
+// its angles once for all of them. A thread has `wide` neighbouring channels of each half, and
+// keeps the first that it has, on a GPU up to hd = 64 wide all of them.
+template <int wide, int at_once, int arrays, class T, class Finish, class Put>
+void replace_heads_by(const Device& device, T* x, const T* y, Rope<Acc<T>> rope, Heads h,
+                      const Finish& finish, const Put& put) {
   using A = Acc<T>;
+  using Piece = HeadPiece<T, wide, arrays>;
+  using Wide = Several<T, wide>;
   size_t half = h.dim / 2, heads = 2 * h.heads;
   int one = threads_a_head(h, wide);
-  for_each_team(device, h.batch * h.length, threads_a_token(h, one, 4), [=] HD(Team team) {
+  for_each_team(device, h.batch * h.length, threads_a_token(h, one, at_once), [=] HD(Team team) {
     size_t row = team.index, token = uint32_t(row) % uint32_t(h.length);
     bool turned = token < rope.image_tokens;
     auto angle = [&](const A* table, size_t j) {
       size_t at = (turned ? token * half : 0) + min_(j, half - wide);
       return *reinterpret_cast<const Several<A, wide>*>(table + at);
     };
-    T* x = qkv + row * 3 * h.width();
     Team part = team.part(one);
     size_t own = size_t(wide * part.rank), step = size_t(wide * part.size);
-    for (size_t head = 4 * part.index; head < heads; head += 4 * size_t(team.parts(one))) {
-      auto first = [&](int k, size_t j) {  // of head + k, or the last one's again
-        return reinterpret_cast<Several<T, wide>*>(x + min_(head + size_t(k), heads - 1) * h.dim +
-                                                   j);
+    for (size_t head = at_once * part.index; head < heads;
+         head += at_once * size_t(team.parts(one))) {
+      auto at = [&](int k, size_t j) {  // of head + k, or the last one's again
+        return row * 3 * h.width() + min_(head + size_t(k), heads - 1) * h.dim + j;
       };
-      auto second = [&](int k, size_t j) { return first(k, j + half); };
-      // A thread's first channels, on a GPU up to hd = 256 all that it has (zeros if none), and their
-      // angles.
-      Several<T, wide> x1[4] = {}, x2[4] = {};
+      auto read = [&](int k, size_t j) {
+        Piece p;
+        for (int a = 0; a < arrays; ++a)
+          for (int i = 0; i < 2; ++i)
+            p.of[a][i] = *reinterpret_cast<const Wide*>((a ? y : x) + at(k, j + size_t(i) * half));
+        return p;
+      };
+      Piece kept[at_once] = {};  // zeros, if the thread has none
       Several<A, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
-      Quad<A> squares = quad(A(0)), scale;  // |x|^2 and r of each head
+      Several<A, at_once> sums = {};
       for (size_t j = own; j < half; j += step) {
         UNROLL
-        for (int k = 0; k < 4; ++k) {
-          Several<T, wide> a = *first(k, j), b = *second(k, j);
-          if (j == own) x1[k] = a, x2[k] = b;
-          for (int i = 0; i < wide; ++i)
-            squares[k] += A(a.v[i]) * A(a.v[i]) + A(b.v[i]) * A(b.v[i]);
+        for (int k = 0; k < at_once; ++k) {
+          Piece p = read(k, j);
+          if (j == own) kept[k] = p;
+          for (int i = 0; i < wide; ++i) {
+            Point<A> a = p.point(0, i), b = p.point(arrays - 1, i);
+            sums.v[k] += a.x1 * b.x1 + a.x2 * b.x2;
+          }
         }
       }
-      squares = part.sum_rows(squares, 1);
+      sums = part.sum_rows(sums, 1);
+      decltype(finish(0, A(), true)) found[at_once];
       UNROLL
-      for (int k = 0; k < 4; ++k) scale[k] = inverse_rms(squares[k], h.dim, A(qk_eps));
+      for (int k = 0; k < at_once; ++k)
+        found[k] = finish(row * heads + min_(head + size_t(k), heads - 1), sums.v[k],
+                          part.rank == 0 && head + size_t(k) < heads);
       for (size_t j = own; j < half; j += step) {
         Several<A, wide> c = j == own ? cosine : angle(rope.cosine, j);
         Several<A, wide> s = j == own ? sine : angle(rope.sine, j);
         if (!turned)
           for (int i = 0; i < wide; ++i) c.v[i] = 1, s.v[i] = 0;
         UNROLL
-        for (int k = 0; k < 4; ++k) {
+        for (int k = 0; k < at_once; ++k) {
           if (head + size_t(k) >= heads) break;
-          Several<T, wide> a = j == own ? x1[k] : *first(k, j),
-                           b = j == own ? x2[k] : *second(k, j);
+          Piece p = j == own ? kept[k] : read(k, j);
           for (int i = 0; i < wide; ++i) {
-            A a_i = A(a.v[i]), b_i = A(b.v[i]);
-            a.v[i] = T(scale[k] * (a_i * c.v[i] + b_i * s.v[i]));
-            b.v[i] = T(scale[k] * (b_i * c.v[i] - a_i * s.v[i]));
+            Rotation<A> R{c.v[i], s.v[i]};
+            Point<A> out = put(p.point(0, i), p.point(arrays - 1, i), R, found[k]);
+            p.of[0][0].v[i] = T(out.x1), p.of[0][1].v[i] = T(out.x2);
           }
-          *first(k, j) = a, *second(k, j) = b;
+          for (int i = 0; i < 2; ++i)
+            *reinterpret_cast<Wide*>(x + at(k, j + size_t(i) * half)) = p.of[0][i];
         }
       }
-      UNROLL
-      for (int k = 0; k < 4; ++k)
-        if (part.rank == 0 && head + size_t(k) < heads)
-          r[row * heads + head + size_t(k)] = scale[k];
     }
   });
 }
 
-// Q and K inside qkv (B, T, 3, H, hd), in place; r (B, T, 2, H) is kept. hd/2 is even.
-template <class T>
-void rope_qk_norm_forward(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
+// One array: four heads at a time, and loads as wide as the halves allow.
+template <class T, class Finish, class Put>
+void replace_heads(const Device& device, T* x, Rope<Acc<T>> rope, Heads h, const Finish& finish,
+                   const Put& put) {
   if (h.dim % 8 == 0)
-    rope_qk_norm_rows<4>(device, qkv, r, rope, h);
+    replace_heads_by<4, 4, 1>(device, x, x, rope, h, finish, put);
   else
-    rope_qk_norm_rows<2>(device, qkv, r, rope, h);
+    replace_heads_by<2, 4, 1>(device, x, x, rope, h, finish, put);
+}
+// Two: one at a time. Where this runs, off tensor cores, other kernels take the time.
+template <class T, class Finish, class Put>
+void replace_heads(const Device& device, T* x, const T* y, Rope<Acc<T>> rope, Heads h,
+                   const Finish& finish, const Put& put) {
+  replace_heads_by<1, 1, 2>(device, x, y, rope, h, finish, put);
 }
 
-// dqkv's Q and K parts, in place: from the gradient of y to the gradient of x. y is in qkv.
-template <class T>
-void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Acc<T>* r,
-                           Rope<Acc<T>> rope, Heads h) {
-  using A = Acc<T>;
-  size_t half = h.dim / 2;
-  int one = threads_a_head(h, 1);
-  for_each_team(device, h.batch * h.length, threads_a_token(h, one), [=] HD(Team team) {
-    size_t row = team.index, token = uint32_t(row) % uint32_t(h.length);
-    Team part = team.part(one);
-    for (size_t head = part.index; head < 2 * h.heads; head += size_t(team.parts(one))) {
-      size_t offset = row * 3 * h.width() + head * h.dim;
-      const T* y = qkv + offset;
-      T* g = dqkv + offset;
-      A gy = 0, scale = r[row * 2 * h.heads + head];
-      for (size_t j = size_t(part.rank); j < half; j += size_t(part.size))
-        gy += A(g[j]) * A(y[j]) + A(g[j + half]) * A(y[j + half]);
-      gy = part.sum(gy) / A(h.dim);
-      for (size_t j = size_t(part.rank); j < half; j += size_t(part.size)) {
-        A c = rope.cos_of(token, j, half), s = rope.sin_of(token, j, half);
-        A d1 = scale * (A(g[j]) - gy * A(y[j]));
-        A d2 = scale * (A(g[j + half]) - gy * A(y[j + half]));
-        g[j] = T(d1 * c - d2 * s);  // R^T turns the other way
-        g[j + half] = T(d2 * c + d1 * s);
-      }
-    }
-  });
-}
-
-// 4.2 Softmax attention
+// D.2 On tensor cores
 //
-//     S = Q K^T / sqrt(hd),   A = softmax by rows of S,   Y = A V          for each head.
-//
-// What it does to the token mean. Rows of A are probabilities, A 1 = 1, so A J = J for the global
-// J. Split what is averaged, V = J V + P V:
-//
-//     A J V = J V                    a state that is all mean passes unchanged,          (Prop. 1)
-//     J A V = J V + J A P V          otherwise the centered part leaks into the mean,
-//     P A V = P A P V                and nothing flows back, since P A J = P J = 0,
-//     ||P A V|| <= mu_eff ||P V||,   mu_eff = ||P A P||_2.                          (Prop. 2), (4)
-//
-// The mean has gain one, however deep the network. Where mu_eff < 1, attention alone makes tokens
-// more alike from layer to layer. (It need not be: rows that put all their weight on one of two
-// tokens, half of them on each, have mu_eff = sqrt(T/2).) JAPV would vanish if columns summed to
-// one as well. For means within segments Prop. 1 fails: rows of A mix the image's and the text's
-// mean in different proportions.
-//
-// Backward, with G the cotangent of Y. Y = A V is linear in each factor:
-//     dV = A^T G,     dA = G V^T.
-// A row a = softmax(s) has log a_j = s_j - log sum_k e^(s_k), so da_j / a_j = ds_j - sum_k a_k ds_k
-// or, for the whole row, da = (diag(a) - a a^T) ds. The Jacobian is symmetric, so the gradient is
-// the same matrix applied to dA's row:
-//
-//     dS_j = a_j (dA_j - <a, dA>).
-//
-// Its null space. x^T (diag(a) - a a^T) x = sum a_j x_j^2 - (sum a_j x_j)^2 is the variance of x
-// under the probabilities a, which are all positive: it is zero for x constant and for nothing
-// else. So the null space is span(1), and dS measures only how dA VARIES along the row.
-//
-// Lemma 1. dA_ij = <g_i, V_j>, g_i being row i of G. If all tokens have the same value, V_j = vbar,
-// then row i of dA is <g_i, vbar> 1^T, in the null space: dS = 0 exactly, and with it dQ = dK = 0.
-// When token states collapse to their mean, queries and keys stop learning: in a collapsed network
-// their gradients fall by orders of magnitude at once. (In a whole collapsed network this is seen
-// in the last blocks; below them G itself vanishes.) Meanwhile the writer's gradient dW_O = sum_i
-// delta_i y_i^T (39), delta_i the adjoint of token i of F = Y W_O^T, is alive: with y_i = vbar for
-// all i it is (sum_i delta_i) vbar^T = T dbar vbar^T, all of it the dW_mu of section 5 in
-// mvsplit.cu, and dW_c = 0. So a collapsed block keeps writing into the mean while Q and K, which
-// could tell tokens apart, stand still. (MV-Split at alpha = 0 has dbar = 0: then the writer gets
-// nothing either.) On the way there dS is linear in V - J V: it falls in proportion to the spread
-// of the values. Image and text collapsed each to a mean of its own are not Lemma 1's case: a row
-// of dA then has two values, and dS still moves weight from one segment to the other.
-//
-// Finally S = Q K^T / sqrt(hd) gives
-//     dQ = dS K / sqrt(hd),     dK = dS^T Q / sqrt(hd).
-
-// The Q (part 0), K (1) or V (2) matrices (T, hd) of all sequences and heads inside a qkv array.
-template <class T>
-Matrix<T> head_part(T* qkv, size_t part, Heads h) {
-  return Matrix<T>(qkv + part * h.width(), 3 * h.width()).batch(h.length * 3 * h.width(), h.dim);
-}
-// The heads' slices (T, hd) of a (B, T, D) array, and the (T, T) matrices of a (B, H, T, T) one.
-template <class T>
-Matrix<T> head_slice(T* y, Heads h) {
-  return Matrix<T>(y, h.width()).batch(h.length * h.width(), h.dim);
-}
-template <class T>
-Matrix<T> head_square(T* a, Heads h) {
-  return Matrix<T>(a, h.length).batch(h.heads * h.length * h.length, h.length * h.length);
-}
-
-// The probabilities P (B, H, T, T) from qkv (B, T, 3, H, hd). The scores (B, H, T, T) are scratch,
-// in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd)) would be off by
-// up to 0.016, and its probability by 1.6%. P may be the same array.
-template <class T, class Probability>
-void attention_matrices(Device& device, Probability* P, Acc<T>* scores, const T* qkv, Heads h) {
-  using A = Acc<T>;
-  size_t n = h.length;
-  gemm(device, head_square(scores, h), head_part(qkv, 0, h), head_part(qkv, 1, h).transpose(),
-       {n, n, h.dim, h.batch, h.heads}, A(1) / std::sqrt(A(h.dim)));
-  for_each_team(device, h.batch * h.heads * n, threads_for(n / 4), [=] HD(Team team) {
-    A* s = scores + team.index * n;
-    A largest = s[0], sum = 0;
-    for (size_t j = team.rank; j < n; j += team.size) largest = max_(largest, s[j]);
-    largest = team.max(largest);  // exp never overflows
-    for (size_t j = team.rank; j < n; j += team.size) sum += s[j] = exp_(s[j] - largest);
-    A scale = A(1) / team.sum(sum);
-    for (size_t j = team.rank; j < n; j += team.size)
-      P[team.index * n + j] = Probability(scale * s[j]);
-  });
-}
-
-// Y (B, T, D) from qkv. P is kept, scores are scratch.
-template <class T>
-void attention_forward(Device& device, T* Y, T* P, Acc<T>* scores, const T* qkv, Heads h) {
-  size_t n = h.length;
-  attention_matrices(device, P, scores, qkv, h);
-  gemm(device, head_slice(Y, h), head_square(P, h), head_part(qkv, 2, h),
-       {n, h.dim, n, h.batch, h.heads});
-}
-
-// dqkv (=) (B, T, 3, H, hd) from dY (B, T, D). Scratch: dA (B, H, T, T) in Acc<T>, dS (B, H, T, T).
-template <class T>
-void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const T* qkv, Acc<T>* dA,
-                        T* dS, Heads h) {
-  using A = Acc<T>;
-  size_t n = h.length;
-  A scale = A(1) / std::sqrt(A(h.dim));
-  Sizes to_tokens{n, h.dim, n, h.batch, h.heads};
-  gemm(device, head_part(dqkv, 2, h), head_square(P, h).transpose(), head_slice(dY, h), to_tokens);
-  gemm(device, head_square(dA, h), head_slice(dY, h), head_part(qkv, 2, h).transpose(),
-       {n, n, h.dim, h.batch, h.heads});
-  for_each_team(device, h.batch * h.heads * n, threads_for(n / 4), [=] HD(Team team) {
-    const T* a = P + team.index * n;
-    const A* da = dA + team.index * n;
-    A inner = 0;
-    for (size_t j = team.rank; j < n; j += team.size) inner += A(a[j]) * da[j];
-    inner = team.sum(inner);
-    for (size_t j = team.rank; j < n; j += team.size)
-      dS[team.index * n + j] = T(A(a[j]) * (da[j] - inner));
-  });
-  gemm(device, head_part(dqkv, 0, h), head_square(dS, h), head_part(qkv, 1, h), to_tokens, scale);
-  gemm(device, head_part(dqkv, 1, h), head_square(dS, h).transpose(), head_part(qkv, 0, h),
-       to_tokens, scale);
-}
-
-// 4.3 The same on tensor cores
-//
-// Each of the six products of 4.2 writes or reads a (T, T) matrix in memory. For bf16 on a GPU
+// Each of the six products of 2.2 writes or reads a (T, T) matrix in memory. For bf16 on a GPU
 // there is a second way that keeps them in registers (the idea is FlashAttention's). A thread block
 // has 64 rows of S, a warp 16 of them; it walks over tiles of 32 columns, makes that much of S, and
 // uses it up at once. Two things make this shorter than it is in general:
@@ -667,32 +1448,25 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* P, const 
 // - QK-norm bounds |S| by sqrt(hd), 11.3 for hd = 128, so exp(S) needs no running maximum. The
 //   forward is
 //       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log_2 sum_j e^(S_ij).
-// - The backward makes P_ij = e^(S_ij) / 2^(l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g,
-//   y>, the inner product of 4.2 is c_i = <G_i, Y_i>, known before any S is. (Not of the rounded Y:
-//   an error d of c_i goes into dQ_i as -d sum_j P_ij K_j / sqrt(hd), d times the mean key, which
+// - The backward makes A_ij = e^(S_ij) / 2^(l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g,
+//   y>, the inner product of 2.2 is c_i = <G_i, Y_i>, known before any S is. (Not of the rounded Y:
+//   an error d of c_i goes into dQ_i as -d sum_j A_ij K_j / sqrt(hd), d times the mean key, which
 //   does not average out as the errors of single dA_ij do; and when tokens are alike, dA - c is
 //   small. So the forward keeps what rounding took from Y as well.) Then
-//       dQ = dS K / sqrt(hd),      dK = dS^T Q / sqrt(hd),      dV = P^T G,      dS = P * (dA - c)
+//       dQ = dS K / sqrt(hd),      dK = dS^T Q / sqrt(hd),      dV = A^T G,      dS = A * (dA - c)
 //   are two walks. A block keeps 64 rows of two factors, L1 and L2, and goes over the other two, C1
 //   and C2, 32 rows at a time:
 //
 //                 L1   L2   C1   C2     sums
 //       dQ        Q    G    K    V      dS C1              S   = L1 C1^T / sqrt(hd), dA   = L2 C2^T
-//       dK, dV    K    V    Q    G      dS^T C1, P^T C2    S^T = L1 C1^T / sqrt(hd), dA^T = L2 C2^T
+//       dK, dV    K    V    Q    G      dS^T C1, A^T C2    S^T = L1 C1^T / sqrt(hd), dA^T = L2 C2^T
 //
 //   That makes S twice, but each sum belongs to one thread block (no atomics, the same bits each
 //   time) and fits into its registers. The products are not scaled in the code: 1/sqrt(hd) goes
 //   into the exponent, and to dQ and dK on the way out.
 //
-// dQ and dK leave through RoPE and QK-norm's backward (4.1), since a thread that holds channel j of
+// dQ and dK leave through RoPE and QK-norm's backward (2.1), since a thread that holds channel j of
 // a row also holds channel j + hd/2.
-
-// Whether 4.3 applies.
-template <class T>
-bool fused_attention(bool gpu, size_t head_dim) {
-  constexpr bool has_kernels = built_for() >= 800;
-  return gpu && has_kernels && std::is_same_v<T, bf16> && (head_dim == 64 || head_dim == 128);
-}
 
 // inner (B, H, T), c_i = <G_i, Y_i> for each head, from dY and Y (B, T, D), given as Y and what
 // rounding took from it.
@@ -700,21 +1474,17 @@ template <class T>
 void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y, const T* Y_rest,
                    Heads h) {
   using A = Acc<T>;
-  int one = threads_for_row(h.dim);
-  for_each_team(device, h.batch * h.length * h.heads, one, [=] HD(Team team) {
-    uint32_t row = uint32_t(team.index) / uint32_t(h.heads),
-             head = uint32_t(team.index) % uint32_t(h.heads);
-    A sum = 0;
-    each_quad(team, h.dim, [&](size_t d, bool inside) {
-      size_t at = team.index * h.dim + d;
-      A product = dot(load<A>(dY + at), load<A>(Y + at) + load<A>(Y_rest + at));
-      sum += inside ? product : A(0);
-    });
-    sum = team.sum(sum);
-    if (team.rank == 0)
-      inner[(row / uint32_t(h.length) * h.heads + head) * h.length + row % uint32_t(h.length)] =
-          sum;
-  });
+  sum_over_channels<A>(
+      device, h.batch * h.length * h.heads, h.dim,
+      [=] HD(size_t number, size_t d) {
+        size_t at = number * h.dim + d;
+        return dot(load<A>(dY + at), load<A>(Y + at) + load<A>(Y_rest + at));
+      },
+      [=] HD(size_t number, A sum) {
+        uint32_t heads = uint32_t(h.heads), length = uint32_t(h.length);
+        uint32_t row = uint32_t(number) / heads, head = uint32_t(number) % heads;
+        inner[(row / length * h.heads + head) * h.length + row % length] = sum;
+      });
 }
 
 #ifdef __CUDACC__
@@ -1000,18 +1770,18 @@ __global__ void __launch_bounds__(block_threads, 4)
     end_of_loads();
     wait_for_loads_but_one();
     Columns K = columns(tile % 2), V = columns(2 + tile % 2);
-    float P[4][4];
+    float probs[4][4];
     begin_products();
-    product_of_rows(P, Q, K);
-    wait<0>(), settled(P);
+    product_of_rows(probs, Q, K);
+    wait<0>(), settled(probs);
     UNROLL
     for (int i = 0; i < 16; ++i) {
       int column = tile * tile_columns + i / 4 * 8 + 2 * p.t + i % 2;
-      float& x = P[i / 4][i % 4];
+      float& x = probs[i / 4][i % 4];
       x = column < p.n ? power_of_2(x * log2_scale) : 0.f;
       sum[i / 2 % 2] += x;
     }
-    const Fragment left[2] = {as_left(P), as_left(P + 2)};
+    const Fragment left[2] = {as_left(probs), as_left(probs + 2)};
     begin_products();
     add_rows(y, left, V);
     wait<0>(), settled(y);
@@ -1048,7 +1818,7 @@ struct AttentionBackwardInputs {
 };
 
 // y, normalised Q or K, becomes dx = R^T r (g - (<g, y> / hd) y), g = scale d. r: the QK-norm
-// factor of the sequence's first token, r_stride apart. (4.1)
+// factor of the sequence's first token, r_stride apart. (2.1)
 template <int dim>
 __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim / 8][4],
                                    float scale, const float* r, size_t r_stride, Rope<float> rope,
@@ -1072,18 +1842,20 @@ __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim
       float y1[2] = {first_of(low), second_of(low)}, y2[2] = {first_of(high), second_of(high)};
       UNROLL
       for (int j = 0; j < 2; ++j) {
-        float cosine = rope.cos_of(token, size_t(at + j), half);
-        float sine = rope.sin_of(token, size_t(at + j), half);
+        Rotation<float> R{1, 0};
+        size_t angle = token * half + size_t(at + j);
+        if (token < rope.image_tokens) R = {rope.cosine[angle], rope.sine[angle]};
         float d1 = inverse * (scale * d[k][2 * i + j] - gy * y1[j]);
         float d2 = inverse * (scale * d[k + dim / 16][2 * i + j] - gy * y2[j]);
-        y1[j] = d1 * cosine - d2 * sine, y2[j] = d2 * cosine + d1 * sine;
+        Point<float> dx = turn_back(R, Point<float>{d1, d2});
+        y1[j] = dx.x1, y2[j] = dx.x2;
       }
       low = packed(y1[0], y1[1]), high = packed(y2[0], y2[1]);
     }
   }
 }
 
-// One of the two walks, for 64 rows: dK and dV (`keys`: rows are keys, columns queries; P, dA and
+// One of the two walks, for 64 rows: dK and dV (`keys`: rows are keys, columns queries; A, dA and
 // dS below are then the transposed ones, d1 = dK, d2 = dV), or dQ (rows are queries, d1 = dQ). dS
 // is made in dA's place.
 template <int dim, bool keys>
@@ -1129,27 +1901,27 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
     Columns C1 = columns(tile % 2), C2 = columns(2 + tile % 2);
     const float* of_tile = of_columns + tile % 2 * 2 * tile_columns;
     auto column = [&](int i) { return i / 4 * 8 + 2 * p.t + i % 2; };
-    float P[4][4], dA[4][4];
+    float probs[4][4], dA[4][4];
     begin_products();
-    product_of_rows(P, L1, C1);
+    product_of_rows(probs, L1, C1);
     product_of_rows(dA, L2, C2);
-    wait<1>(), settled(P);
-    // Rows and columns after the last are zero in every tile: P, finite, adds nothing.
+    wait<1>(), settled(probs);
+    // Rows and columns after the last are zero in every tile: A, finite, adds nothing.
     UNROLL
     for (int i = 0; i < 16; ++i) {
-      float& x = P[i / 4][i % 4];
+      float& x = probs[i / 4][i % 4];
       x = power_of_2(log2_scale * x - (keys ? of_tile[column(i)] : row_log[i / 2 % 2]));
     }
     wait<0>(), settled(dA);
     if constexpr (keys) {
-      const Fragment left[2] = {as_left(P), as_left(P + 2)};
+      const Fragment left[2] = {as_left(probs), as_left(probs + 2)};
       begin_products();
       add_rows(d2, left, C2);
     }
     UNROLL
-    for (int i = 0; i < 16; ++i)  // dS, 4.2
+    for (int i = 0; i < 16; ++i)  // (dS)
       dA[i / 4][i % 4] =
-          P[i / 4][i % 4] *
+          probs[i / 4][i % 4] *
           (dA[i / 4][i % 4] - (keys ? of_tile[tile_columns + column(i)] : row_inner[i / 2 % 2]));
     const Fragment left[2] = {as_left(dA), as_left(dA + 2)};
     begin_products();
@@ -1184,709 +1956,166 @@ __global__ void __launch_bounds__(block_threads, dim == 64 ? 3 : 2)
 }
 #endif
 
-// attention_forward() on tensor cores: Y (B, T, D), what rounding took from it (unless null) and
-// log sums (B, H, T) from qkv, whose Q and K are normalised.
+// attention_forward() on tensor cores: s.Y, what rounding took from it (s.Y_rest, unless null) and
+// s.log_sums (B, H, T) from s.qkv, whose Q and K are normalised. False where that is not how it is
+// done: then nothing is.
 template <class T>
-void fused_attention_forward(Device& device, T* Y, T* Y_rest, Acc<T>* log_sums, const T* qkv,
-                             Heads h) {
+bool fused_attention_forward(Device& device, const BlockSaved<T>& s, Heads h) {
+  if (!s.log_sums) return false;
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>) {
     dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads));
     size_t rows = block_rows + 4 * tile_columns;
     auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, false, block_threads, rows * h.dim * sizeof(T), Y, Y_rest,
-             log_sums, qkv, h);
+      launch(device, kernel, blocks, false, block_threads, rows * h.dim * sizeof(T), s.Y, s.Y_rest,
+             s.log_sums, s.qkv, h);
     };
-    return h.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
+    h.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
   }
 #endif
-  (void)device, (void)Y, (void)Y_rest, (void)log_sums, (void)qkv, (void)h;
+  (void)device, (void)h;
+  return true;
 }
 
-// attention_backward() and rope_qk_norm_backward() on tensor cores: dqkv (=) (B, T, 3, H, hd) from
-// dY (B, T, D) and what the forward left. Scratch: inner (B, H, T).
+// attention_backward() and rope_qk_norm_backward() on tensor cores: scratch.dqkv (=) from
+// scratch.dY and what the forward saved; or false.
 template <class T>
-void fused_attention_backward(Device& device, T* dqkv, Acc<T>* inner, const T* dY, const T* Y,
-                              const T* Y_rest, const Acc<T>* log_sums, const T* qkv,
-                              const Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
-  head_products(device, inner, dY, Y, Y_rest, h);
+bool fused_attention_backward(Device& device, const Block<T>& block) {
+  const BlockSaved<T>& s = block.saved;
+  const BlockScratch<T>& scratch = block.scratch;
+  Heads h = block.shape.heads;
+  if (!s.log_sums) return false;
+  head_products(device, scratch.inner, scratch.dY, s.Y, s.Y_rest, h);
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>) {
     dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads), 1, 2);
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
-    AttentionBackwardInputs c{dY, log_sums, inner, r, rope};
+    AttentionBackwardInputs c{scratch.dY, s.log_sums, scratch.inner, s.r_qk, block.shape.rope};
     auto run = [&](auto kernel) {
       launch(device, kernel, blocks, false, block_threads,
-             rows * h.dim * sizeof(T) + floats * sizeof(float), dqkv, qkv, c, h);
+             rows * h.dim * sizeof(T) + floats * sizeof(float), scratch.dqkv, s.qkv, c, h);
     };
-    return h.dim == 64 ? run(attention_backward_kernel<64>) : run(attention_backward_kernel<128>);
+    h.dim == 64 ? run(attention_backward_kernel<64>) : run(attention_backward_kernel<128>);
   }
 #endif
-  (void)dqkv, (void)log_sums, (void)qkv, (void)r, (void)rope;
+  return true;
 }
 
 // ---------------------------------------------------------------------------------------------
-// 5. SwiGLU
+// E. Diagnostics: the quantities that the paper argues with (its Table 2)
 //
-// [g, v] = W13 x (gate half first), h = silu(g) * v, silu(g) = g s with s = 1 / (1 + e^-g).
-// Backward: ds/dg = s (1 - s), so silu'(g) = s + g s (1 - s) = s (1 + g (1 - s)), and
-//     dg = dh * v * silu'(g),     dv = dh * silu(g).
-
-template <class A>
-HD A sigmoid(A g) {
-  return A(1) / (A(1) + exp_(-g));
-}
-
-// hidden (rows, F) from u = [g, v] (rows, 2F).
-template <class T>
-void swiglu_forward(const Device& device, T* hidden, const T* u, size_t rows, size_t F) {
-  using A = Acc<T>;
-  for_each(device, rows * F / 4, [=] HD(size_t i) {
-    size_t row = i / (F / 4), f = i % (F / 4) * 4;
-    Quad<A> g = load<A>(u + row * 2 * F + f), v = load<A>(u + row * 2 * F + F + f);
-    for (int k = 0; k < 4; ++k) v[k] *= g[k] * sigmoid(g[k]);
-    store(hidden + row * F + f, v);
-  });
-}
-
-// du (rows, 2F) = from dhidden (rows, F).
-template <class T>
-void swiglu_backward(const Device& device, T* du, const T* dhidden, const T* u, size_t rows,
-                     size_t F) {
-  using A = Acc<T>;
-  for_each(device, rows * F / 4, [=] HD(size_t i) {
-    size_t row = i / (F / 4), f = i % (F / 4) * 4;
-    Quad<A> g = load<A>(u + row * 2 * F + f), v = load<A>(u + row * 2 * F + F + f);
-    Quad<A> dh = load<A>(dhidden + row * F + f), dg, dv;
-    for (int k = 0; k < 4; ++k) {
-      A s = sigmoid(g[k]);
-      dg[k] = dh[k] * v[k] * s * (A(1) + g[k] * (A(1) - s));
-      dv[k] = dh[k] * g[k] * s;
-    }
-    store(du + row * 2 * F + f, dg);
-    store(du + row * 2 * F + F + f, dv);
-  });
-}
-
-// ---------------------------------------------------------------------------------------------
-// 6. A block
+// All of them describe the first `samples` sequences of a batch in a few chosen blocks, and are
+// read off during the backward, when what the forward saved and the writers' adjoints are both
+// there. The kernels write to arrays of their own, so a step with them has the same bits as one
+// without.
 //
-//     qkv    = X W_QKV^T, its Q and K rotated and normalised
-//     Y      = attention(Q, K, V),   F1 = Y W_O^T
-//     X1     = merge_1(X, F1)
-//     u      = X1 W13^T
-//     hidden = SwiGLU(u),            F2 = hidden W2^T
-//     X_next = merge_2(X1, F2)
+// A measurement is one struct, as WritersMeasured: how many numbers it leaves, its scratch, the
+// kernels that make them, and the columns of diagnostics.csv that are read off them; and one entry
+// in the list `Measurements`.
 
-// What a block's forward leaves for its backward: the arrays above and what attention and the
-// merges save. The arrays are those of a place in the span, which blocks take by turns (7); what
-// the merges save each block has for itself.
-template <class T>
-struct BlockSaved {
-  T *X, *qkv, *P, *Y, *Y_rest, *F1, *X1, *u, *hidden, *F2, *X_next;
-  Acc<T>*r_qk, *log_sums;  // log_sums, Y_rest: only where attention is fused; P: only where not
-  std::array<MergeSaved<Acc<T>>, 2> merge;
+// The sizes of what is measured.
+struct MeasuredSizes {
+  Config config;
+  size_t samples;
+
+  Tokens tokens() const { return {samples, config.image_tokens(), config.text_tokens}; }
+  Heads heads() const { return {samples, config.tokens(), config.heads, config.head_dim()}; }
 };
 
-// Arrays that live within one block's pass, shared by all blocks. Where attention is fused there is
-// `inner` in place of scores (then dA) and dS.
+// What there is to see during a backward: what a block saved, one of its writers, 0 (W_O) or 1
+// (W2), with its input y (B, T, n), its adjoint delta (B, T, D), and the X, F (B, T, D) of its
+// merge.
 template <class T>
-struct BlockScratch {
-  Acc<T>*scores, *inner;             // (B, H, T, T), (B, H, T)
-  T* G_branch;                       // (B T, D): Pre-Norm's dL/dX_next, of the branch alone
-  T* dF[2];                          // (B T, D), of both branches
-  T *dhidden, *du, *dY, *dqkv, *dS;  // (B T, F), (, 2F), (, D), (, 3D), (B, H, T, T)
-  MergeScratch<Acc<T>> merge[2];
+struct Sight {
+  const BlockSaved<T>& saved;
+  int writer;
+  const T* delta;
+
+  const T* y() const { return writer ? saved.hidden : saved.Y; }
+  const T* X() const { return writer ? saved.X1 : saved.X; }
+  const T* F() const { return writer ? saved.F2 : saved.F1; }
 };
 
-// The sizes and tables that all blocks share.
-template <class T>
-struct BlockShape {
-  MergeShape merge;  // with tokens in the segments that the merges average over
-  Heads heads;
-  size_t F;
-  Rope<Acc<T>> rope;
+// One column of diagnostics.csv.
+struct Reading {
+  std::string name, about;
+  double value;
 };
 
-// s.X_next (B, T, D), unless that is null, from s.X. `again`: a replay, which finds what the merges
-// saved the first time.
-template <class T>
-void block_forward(Device& device, BlockSaved<T> s, BlockParameters<const T> w,
-                   BlockScratch<T> scratch, const BlockShape<T>& shape, bool again = false) {
-  size_t rows = shape.merge.tokens.rows(), D = shape.merge.D, F = shape.F;
-  linear_forward(device, s.qkv, s.X, w.qkv, rows, 3 * D, D);
-  rope_qk_norm_forward(device, s.qkv, s.r_qk, shape.rope, shape.heads);
-  if (s.log_sums)
-    fused_attention_forward(device, s.Y, s.Y_rest, s.log_sums, s.qkv, shape.heads);
-  else
-    attention_forward(device, s.Y, s.P, scratch.scores, s.qkv, shape.heads);
-  linear_forward(device, s.F1, s.Y, w.proj, rows, D, D);
-  merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.gates[0], shape.merge, again);
-
-  linear_forward(device, s.u, s.X1, w.w13, rows, 2 * F, D);
-  swiglu_forward(device, s.hidden, s.u, rows, F);
-  linear_forward(device, s.F2, s.hidden, w.w2, rows, D, F);
-  if (s.X_next)
-    merge_forward(device, s.X_next, s.merge[1], s.X1, s.F2, w.gates[1], shape.merge, again);
+// The mean of of(i) for i < n over those that are defined: one sample without a ratio does not take
+// the others'.
+template <class Of>
+double mean_of(size_t n, const Of& of) {
+  double sum = 0, count = 0;
+  for (size_t i = 0; i < n; ++i)
+    if (double x = of(i); !std::isnan(x)) sum += x, ++count;
+  return count > 0 ? sum / count : NAN;
+}
+inline std::string branch_name(int writer) { return writer ? "ffn_" : "attention_"; }
+inline std::string shape_text(size_t rows, size_t columns) {
+  return "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
 }
 
-// G holds dL/dX_next on entry and dL/dX on return; dw, the gradients of the parameters w, = (or +=
-// if `accumulate`). Each line of block_forward has its backward here, last first; a linear map has
-// two, its weight's and its input's. The trunk's gradient stays in G: the merges replace it, and
-// the branch's first linear map adds its part.
-//
-// G_branch, what comes back from the branch, is G itself, except for Pre-Norm, which uses the trunk
-// twice (mvsplit.cu 3.1): there G holds the gradient that comes along the trunk, and G_branch is
-// apart, in scratch, on entry and on return. (The first block reads the trunk itself: its branch's
-// gradient is added to G.)
-//
-// `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of writer i: 1 (W2), then 0
-// (W_O).
-template <class T, class P>
-void block_backward(Device& device, T* G, BlockParameters<P> dw, BlockSaved<T> s,
-                    BlockParameters<const T> w, BlockScratch<T> scratch, const BlockShape<T>& shape,
-                    bool accumulate, const std::function<void(int)>& observe = {}) {
-  size_t rows = shape.merge.tokens.rows(), D = shape.merge.D, F = shape.F;
-  T *dF1 = scratch.dF[0], *dF2 = scratch.dF[1], *G_branch = scratch.G_branch ? scratch.G_branch : G;
-  merge_backward(device, G, dF2, dw.gates[1], scratch.merge[1],
-                 {G_branch, s.X_next, s.X1, s.F2, w.gates[1], s.merge[1]}, shape.merge, accumulate);
-  if (observe) observe(1);
-  device.beside(
-      [&] { linear_backward_weight(device, dw.w2, dF2, s.hidden, rows, D, F, accumulate); });
-  linear_backward_input(device, scratch.dhidden, dF2, w.w2, rows, D, F);
-  swiglu_backward(device, scratch.du, scratch.dhidden, s.u, rows, F);
-  device.beside([&] {
-    linear_backward_weight(device, dw.w13, scratch.du, s.X1, rows, 2 * F, D, accumulate);
-  });
-  linear_backward_input(device, G_branch, scratch.du, w.w13, rows, 2 * F, D, G_branch == G);
+// What a measurement need not say.
+struct Measurement {
+  static constexpr bool of_writers = false;  // once for each of a block's writers, or once a block?
+  static constexpr bool of_spikes = false;   // also where only spikes are watched for (train.cu)?
 
-  merge_backward(device, G, dF1, dw.gates[0], scratch.merge[0],
-                 {G_branch, s.X1, s.X, s.F1, w.gates[0], s.merge[0]}, shape.merge, accumulate);
-  if (observe) observe(0);
-  device.beside([&] { linear_backward_weight(device, dw.proj, dF1, s.Y, rows, D, D, accumulate); });
-  linear_backward_input(device, scratch.dY, dF1, w.proj, rows, D, D);
-  if (s.log_sums) {
-    fused_attention_backward(device, scratch.dqkv, scratch.inner, scratch.dY, s.Y, s.Y_rest,
-                             s.log_sums, s.qkv, s.r_qk, shape.rope, shape.heads);
-  } else {
-    attention_backward(device, scratch.dqkv, scratch.dY, s.P, s.qkv, scratch.scores, scratch.dS,
-                       shape.heads);
-    rope_qk_norm_backward(device, scratch.dqkv, s.qkv, s.r_qk, shape.rope, shape.heads);
-  }
-  device.beside([&] {
-    linear_backward_weight(device, dw.qkv, scratch.dqkv, s.X, rows, 3 * D, D, accumulate);
-  });
-  if (!s.merge[0].r_X) G_branch = G;  // the first block reads the trunk itself
-  linear_backward_input(device, G_branch, scratch.dqkv, w.qkv, rows, 3 * D, D, G_branch == G);
-  device.join();  // before scratch, or what the block saved, is overwritten
-}
-
-// ---------------------------------------------------------------------------------------------
-// 7. Memory
-//
-// Activation checkpointing. The blocks are cut into spans of k blocks. The forward keeps the input
-// of each span and the few numbers that each merge saves (r and the segment means, which cost two
-// reductions to make), and has room for what else k blocks save; each span overwrites the one
-// before. The backward takes the spans from the last to the first and replays each from its
-// checkpoint before it goes back through it. The same kernels on the same inputs give the same
-// bits (a merge is made again by merge_rows() from the saved numbers, also where the kernel of
-// mvsplit.cu 4.1 made it first: both evaluate merge_rule() on the same inputs, two fused
-// multiply-adds a number; a test holds them to it), so gradients do not depend on k. What the
-// forward left of the last span is still there and needs no replay, so "keep everything" is one
-// span of all the blocks, not a special case.
-//
-// Memory is depth / k checkpoints, k blocks' activations and 2 B (T + 4 D) numbers a block for what
-// its merges save (2 B T where they do not split); the price is one more forward, less the last
-// span.
-
-// All arrays of a network for a largest batch, and the functions that lay them out. With a Carver
-// that has no base they only count, which is how `plan` knows the bytes without taking them.
-template <class T>
-struct Arrays {
-  using A = Acc<T>;
-  T *inputs, *output;                 // (spans, B, T, D), (B, T, D): inputs of spans; the last X
-  std::vector<BlockSaved<T>> blocks;  // what a span's blocks save
-  std::vector<std::array<MergeSaved<A>, 2>> merges;  // of every block
-  BlockScratch<T> scratch;
-  T* G;                                         // (B, T, D), the trunk's gradient
-  A *z, *velocity, *dvelocity, *dz;             // (B, C, H, W)
-  T* text;                                      // (B, L, d_text)
-  A* dtext;                                     // (B, L, d_text)
-  T *patches, *image_embed, *text_embed;        // (B, N, p p C), (B, N, D), (B, L, D)
-  A *r_image, *r_text;                          // (B, N), (B, L)
-  T *dimage_embed, *dtext_embed, *dprediction;  // (B, N, D), (B, L, D), (B, T, p p C)
-  A *prediction, *dpatches;                     // (B, T, p p C), (B, N, p p C)
-  A *cosine, *sine;                             // (N, hd / 2)
-
-  // Without training, blocks pass two arrays back and forth.
-  void lay_checkpoints(Carver& c, const Config& m, size_t B, size_t span, bool trains) {
-    size_t X = B * m.tokens() * m.width, means = 2 * B * m.width;
-    inputs = c.take<T>((trains ? ceil_div(m.depth, span) : 2) * input_stride(m, B));
-    output = trains ? c.take<T>(X) : nullptr;
-    merges.resize(trains ? m.depth : 1);
-    for (auto& of_block : merges)
-      for (int i = 0; i < 2; ++i) {
-        of_block[i] = {c.take<A>(B * m.tokens()), nullptr, nullptr};
-        if (about(i ? m.mode().ffn : m.mode().attention).means)
-          of_block[i].xbar = c.take<A>(means), of_block[i].fbar = c.take<A>(means);
-      }
-  }
-  static size_t input_stride(const Config& m, size_t B) {
-    return round_up(B * m.tokens() * m.width, 128);  // on a 256-byte boundary
-  }
-
-  void lay_blocks(Carver& c, const Config& m, size_t B, size_t span, bool trains, bool gpu) {
-    size_t rows = B * m.tokens(), X = rows * m.width;
-    bool fused = fused_attention<T>(gpu, m.head_dim());
-    blocks.resize(span);
-    for (size_t i = 0; i < span; ++i) {
-      BlockSaved<T>& s = blocks[i];
-      s.X = i ? c.take<T>(X) : nullptr;  // the first block's input is the span's checkpoint
-      s.qkv = c.take<T>(3 * X);
-      s.P = fused ? nullptr : c.take<T>(rows * m.heads * m.tokens());
-      s.log_sums = fused ? c.take<A>(rows * m.heads) : nullptr;
-      s.Y_rest = fused && trains ? c.take<T>(X) : nullptr;
-      s.Y = c.take<T>(X), s.F1 = c.take<T>(X), s.X1 = c.take<T>(X);
-      s.u = c.take<T>(2 * rows * m.ffn), s.hidden = c.take<T>(rows * m.ffn);
-      s.F2 = c.take<T>(X);
-      s.r_qk = c.take<A>(2 * rows * m.heads);
-    }
-  }
-
-  void lay_scratch(Carver& c, const Config& m, size_t B, bool trains, bool gpu) {
-    size_t rows = B * m.tokens(), squares = rows * m.heads * m.tokens();
-    bool fused = fused_attention<T>(gpu, m.head_dim());
-    scratch = {};
-    if (!fused) scratch.scores = c.take<A>(squares);
-    if (!trains) return;
-    if (fused)
-      scratch.inner = c.take<A>(rows * m.heads);
-    else
-      scratch.dS = c.take<T>(squares);
-    G = c.take<T>(rows * m.width);
-    if (about(m.mode().ffn).trunk_apart) scratch.G_branch = c.take<T>(rows * m.width);
-    for (T*& dF : scratch.dF) dF = c.take<T>(rows * m.width);
-    scratch.dY = c.take<T>(rows * m.width);
-    scratch.dhidden = c.take<T>(rows * m.ffn), scratch.du = c.take<T>(2 * rows * m.ffn);
-    scratch.dqkv = c.take<T>(3 * rows * m.width);
-    for (MergeScratch<A>& merge : scratch.merge) {
-      merge.h = c.take<A>(rows);
-      merge.dZbar = c.take<A>(2 * B * m.width), merge.dgate = c.take<A>(2 * B * m.width);
-    }
-  }
-
-  void lay_ends(Carver& c, const Config& m, size_t B, bool trains) {
-    size_t N = B * m.image_tokens(), L = B * m.text_tokens, rows = N + L, dim = m.patch_dim();
-    z = c.take<A>(B * m.pixels()), velocity = c.take<A>(B * m.pixels());
-    text = c.take<T>(B * m.text_size());
-    patches = c.take<T>(N * dim), image_embed = c.take<T>(N * m.width);
-    text_embed = m.projects_text() ? c.take<T>(L * m.width) : text;
-    r_image = c.take<A>(N), r_text = c.take<A>(L);
-    prediction = c.take<A>(rows * dim);
-    cosine = c.take<A>(m.image_tokens() * m.head_dim() / 2);
-    sine = c.take<A>(m.image_tokens() * m.head_dim() / 2);
-    if (!trains) return;
-    dvelocity = c.take<A>(B * m.pixels()), dz = c.take<A>(B * m.pixels());
-    dtext = c.take<A>(B * m.text_size());
-    dimage_embed = c.take<T>(N * m.width), dtext_embed = c.take<T>(L * m.width);
-    dprediction = c.take<T>(rows * dim), dpatches = c.take<A>(N * dim);
-  }
+  // Lay out the scratch; measurements take the same bytes by turns.
+  void lay(Carver&, const MeasuredSizes&) {}
+  // Enqueue what makes the numbers `to`: during a backward, or after it, from gradients.
+  template <class T>
+  void during(Device&, double*, const Sight<T>&, const MeasuredSizes&) {}
+  template <class Kept>
+  void after(Device&, double*, const BlockParameters<Kept>&, const MeasuredSizes&) {}
 };
 
-// Bytes by slab. Printed before anything is taken, and by `mvsplit plan`.
-struct Plan {
-  std::vector<std::pair<std::string, size_t>> slabs;
-
-  // The slab `name`, whose arrays lay(Carver&) lays out.
-  template <class Lay>
-  void add(const char* name, const Lay& lay) {
-    Carver carver;
-    lay(carver);
-    slabs.emplace_back(name, carver.used);
-  }
-  size_t total() const {
-    size_t sum = 0;
-    for (const auto& slab : slabs) sum += slab.second;
-    return sum;
-  }
-};
-
-// Takes what a Plan counts.
-struct Slabs {
-  std::vector<std::unique_ptr<Slab>> slabs;
-
-  template <class Lay>
-  void add(Device& device, const Lay& lay, int fill_byte = 0xff) {
-    Carver count;
-    lay(count);
-    slabs.push_back(std::make_unique<Slab>(device, count.used, fill_byte));
-    Carver carver{slabs.back()->data};
-    lay(carver);
-  }
-};
-
-// The same network with one block: its table has room for what one block, and all that is outside
-// the blocks, add to a gradient.
-inline Config one_block(Config config) {
-  config.depth = 1;
-  return config;
-}
-
-// How many blocks a span has for `--recompute k`: 0 means all of them.
-inline size_t span_length(const Config& config, size_t recompute) {
-  return recompute == 0 ? config.depth : std::min(recompute, config.depth);
-}
-
-// All that a network takes. Kept: what gradients are kept as, Acc<T> or T (see Network).
-template <class T, class Kept>
-struct NetworkArrays : Arrays<T> {
-  T* weights = nullptr;
-  Kept* gradients = nullptr;
-  Acc<T>* unrounded = nullptr;  // gradients of one block, and of all that is outside the blocks
-
-  // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
-  template <class F>
-  void each_slab(const Config& m, const Table& table, size_t B, size_t span, bool trains, bool gpu,
-                 const F& slab) {
-    slab("weights", [&](Carver& c) { weights = c.take<T>(table.size); });
-    if (trains) slab("gradients", [&](Carver& c) { gradients = c.take<Kept>(table.size); });
-    if (trains && !std::is_same_v<Kept, Acc<T>>)
-      slab("a block's gradients",
-           [&](Carver& c) { unrounded = c.take<Acc<T>>(parameter_table(one_block(m)).size); });
-    slab("checkpoints", [&](Carver& c) { this->lay_checkpoints(c, m, B, span, trains); });
-    slab("activations", [&](Carver& c) { this->lay_blocks(c, m, B, span, trains, gpu); });
-    slab("scratch", [&](Carver& c) { this->lay_scratch(c, m, B, trains, gpu); });
-    slab("inputs, outputs", [&](Carver& c) { this->lay_ends(c, m, B, trains); });
-  }
-};
-
-template <class T, class Kept = Acc<T>>
-Plan network_plan(const Config& config, const Table& table, size_t batch, size_t recompute,
-                  bool trains, bool gpu) {
-  // Beyond any machine; below, no product of sizes overflows 64 bits.
-  double D = double(config.width), rows = double(batch) * double(config.tokens());
-  double parameters_about = D * (double(config.depth) * (4 * D + 3 * double(config.ffn)) +
-                                 2 * double(config.patch_dim()));
-  size_t span = trains ? span_length(config, recompute) : 1;
-  double of_a_row = double(config.heads * config.tokens()) + 20 * D + 6 * double(config.ffn) +
-                    double(config.patch_dim());
-  if (parameters_about > 1e13 || rows * (double(span) * of_a_row + double(config.depth) * D) > 1e16)
-    fail("this model and batch are larger than any machine: check --depth, --width and --batch");
-  Plan plan;
-  NetworkArrays<T, Kept>().each_slab(
-      config, table, batch, span, trains, gpu,
-      [&](const char* name, const auto& lay) { plan.add(name, lay); });
-  return plan;
-}
-
-// Floating-point operations of one forward pass: 2 for each weight and token it acts on, and 4 T D
-// a token for the two products of attention. A backward has twice as many; a replay, once. (As in
-// 4.2: what 4.3 makes again is not counted. Nor is the final projection of text tokens, which
-// nobody reads.)
-inline double forward_flops(const Config& m, size_t batch) {
-  double D = double(m.width), T = double(m.tokens()), N = double(m.image_tokens());
-  double block = 2 * T * (4 * D * D + 3 * D * double(m.ffn)) + 4 * T * T * D;
-  double ends = 4 * N * D * double(m.patch_dim());
-  if (m.projects_text()) ends += 2 * double(m.text_tokens * m.text_dim) * D;
-  return double(batch) * (double(m.depth) * block + ends);
-}
-
-// ---------------------------------------------------------------------------------------------
-// 8. The network
-
-// Looks on during a backward: called for each block and each of its writers with all that the
-// block saved and the writer's adjoint delta (B, T, D). It enqueues kernels that only read these.
+// The two parts of the writers' gradients, and their alignment (mvsplit.cu, appendix D).
 template <class T>
-using Observer =
-    std::function<void(size_t block, int writer, const BlockSaved<T>& saved, const T* delta)>;
+struct WritersMeasured : Measurement {
+  static constexpr bool of_writers = true, of_spikes = true;
+  WriterScratch<Acc<T>> scratch[2];
 
-// Looks on during a forward: called with the input X (B, T, D) of each block before it runs, and as
-// layer `depth` with the trunk's output. It enqueues kernels that read X; later blocks write over
-// X.
-template <class T>
-using StateObserver = std::function<void(size_t layer, const T* X)>;
-
-// to (n) = from, or += if `accumulate`, rounded by the draws first, first + 1, ... of `dither`.
-template <class Kept, class A>
-void add_rounded(const Device& device, Kept* to, const A* from, size_t n, bool accumulate,
-                 Dither dither, size_t first) {
-  for_each(device, n / 8, [=] HD(size_t i) {
-    Random4 bits = dither(first + i);
-    UNROLL
-    for (int half = 0; half < 2; ++half) {
-      size_t at = 8 * i + 4 * size_t(half);
-      Quad<A> sum = load<A>(from + at);
-      if (accumulate) sum = load<A>(to + at) + sum;
-      store_stochastically(to + at, sum, bits, half);
-    }
-  });
-}
-
-// Kept is what gradients are kept as. With Acc<T> the kernels write or add to them in place. bf16
-// gradients (Kept = T, half the bytes) cannot be added to in place without loss. Then each block's
-// are made in Acc<T>, in an array for one block, and added to the kept ones with stochastic
-// rounding (6.1 of math.h): the same kernels, and one pass more over a block's gradients.
-template <class T, class Kept = Acc<T>>
-class Network {
- public:
-  using A = Acc<T>;
-  static constexpr bool rounds_gradients = !std::is_same_v<Kept, A>;
-
-  Device& device;
-  const Config config;
-  const Table table;
-  const size_t batch;  // the largest
-  const bool trains;
-  NetworkArrays<T, Kept> arrays;
-
-  Network(Device& on, const Config& c, size_t largest_batch, size_t recompute, bool training)
-      : device(on),
-        config(c),
-        table(parameter_table(c)),
-        batch(largest_batch),
-        trains(training),
-        span_(training ? span_length(c, recompute) : 1) {
-    Plan plan = network_plan<T, Kept>(c, table, batch, recompute, trains, device.gpu);
-    if (plan.total() > device.available())
-      fail("the network needs %.2f GB and %s has %.2f GB free: use a smaller --batch",
-           1e-9 * double(plan.total()), device.name.c_str(), 1e-9 * double(device.available()));
-    arrays.each_slab(config, table, batch, span_, trains, device.gpu,
-                     [&](const char*, const auto& lay) { slabs_.add(device, lay); });
-    // Padding between tensors is never written: it must not be NaN when the slab is summed.
-    if (trains) device.fill(arrays.gradients, 0, table.size * sizeof(Kept));
-    if (arrays.unrounded) device.fill(arrays.unrounded, 0, block_table_.size * sizeof(A));
-    std::vector<A> cosine, sine;
-    rope_table(cosine, sine, config.height / config.patch, config.image_width / config.patch,
-               config.head_dim());
-    device.upload(arrays.cosine, cosine.data(), cosine.size() * sizeof(A));
-    device.upload(arrays.sine, sine.data(), sine.size() * sizeof(A));
+  // How many numbers (double) it leaves: WriterModes (samples).
+  static size_t count(const MeasuredSizes& m) {
+    return m.samples * sizeof(WriterModes) / sizeof(double);
   }
-
-  T* weights() { return arrays.weights; }
-  Kept* gradients() { return arrays.gradients; }
-  // Compute with another copy of the weights (an average of them) until told otherwise; returns the
-  // one used so far.
-  T* use_weights(T* slab) { return std::exchange(arrays.weights, slab); }
-
-  // velocity (b, C, H, W) from z (b, C, H, W) and text (b, L, d_text), all in `arrays`; b <= batch.
-  void forward(size_t b, const StateObserver<T>& observe = {}) {
-    Parameters<const T> w = locate<const T>(config, table, arrays.weights);
-    embed(b, w);
-    for (size_t i = 0; i < config.depth; ++i) {
-      if (observe) observe(i, input(i));
-      BlockSaved<T> s = saved(i);
-      if (i / span_ < (config.depth - 1) / span_) s.Y_rest = nullptr;  // the replay will make it
-      block_forward(device, s, w.block(i), arrays.scratch, shape(b));
-    }
-    if (observe) observe(config.depth, input(config.depth));
-    linear_forward(device, arrays.prediction, input(config.depth), w.final_weight,
-                   b * config.tokens(), config.patch_dim(), config.width);
-    tokens_to_image(device, arrays.velocity, arrays.prediction, w.final_bias, b, config.tokens(),
-                    patches(), PatchOrder::channel_last);
+  static size_t inputs(int writer, const Config& c) { return writer ? c.ffn : c.width; }
+  void lay(Carver& c, const MeasuredSizes& m) {
+    Carver second = c;
+    scratch[0].lay(c, m.tokens(), inputs(0, m.config), m.config.width);
+    scratch[1].lay(second, m.tokens(), inputs(1, m.config), m.config.width);
+    c.used = std::max(c.used, second.used);
   }
-
-  // Gradients of all parameters (=, or += if `accumulate`) from dvelocity, after forward(b) with
-  // the same inputs; with `inputs` also dz and dtext. `dither`: where gradients are rounded.
-  void backward(size_t b, bool accumulate, bool inputs = false, const Observer<T>& observe = {},
-                Dither dither = {}) {
-    Parameters<const T> w = locate<const T>(config, table, arrays.weights);
-    Parameters<A> dw = gradient_targets();
-    bool add = accumulate && !rounds_gradients;
-    if (rounds_gradients && !dither.pass) fail("gradients that are rounded need a Dither");
-    project_backward(b, w, dw, add);
-    for (size_t s = ceil_div(config.depth, span_); s-- > 0;) {
-      size_t first = s * span_, end = std::min(config.depth, first + span_);
-      if (end < config.depth)
-        for (size_t i = first; i < end; ++i) {
-          BlockSaved<T> again = saved(i);
-          if (i + 1 == end) again.X_next = nullptr;  // it is the next span's checkpoint
-          block_forward(device, again, w.block(i), arrays.scratch, shape(b), true);
-        }
-      for (size_t i = end; i-- > first;) {
-        block_backward(device, arrays.G, dw.block(i), saved(i), w.block(i), arrays.scratch,
-                       shape(b), add, [&](int writer) {
-                         if (observe) observe(i, writer, saved(i), arrays.scratch.dF[writer]);
-                       });
-        round_gradients(blocks_at() + i * table.block_stride, blocks_at(), table.block_stride,
-                        accumulate, dither);
-      }
-    }
-    embed_backward(b, w, dw, add, inputs);
-    size_t end = blocks_at() + config.depth * table.block_stride;
-    round_gradients(0, 0, blocks_at(), accumulate, dither);
-    round_gradients(end, blocks_at() + table.block_stride, table.size - end, accumulate, dither);
-    device.join();
+  void during(Device& device, double* to, const Sight<T>& see, const MeasuredSizes& m) {
+    writer_modes(device, reinterpret_cast<WriterModes*>(to), scratch[see.writer], see.y(),
+                 see.delta, m.tokens(), inputs(see.writer, m.config), m.config.width);
   }
-
-  BlockShape<T> shape(size_t b) const {
-    Tokens tokens{b, config.image_tokens(), config.text_tokens};
-    if (config.means == "global") tokens = {b, config.tokens(), 0};
-    return {{tokens, config.width, config.norm_eps},
-            {b, config.tokens(), config.heads, config.head_dim()},
-            config.ffn,
-            {arrays.cosine, arrays.sine, config.image_tokens()}};
-  }
-
-  // The input (B, T, D) of block i; of block `depth`: the trunk's output.
-  T* input(size_t i) {
-    size_t stride = Arrays<T>::input_stride(config, batch);
-    if (!trains) return arrays.inputs + i % 2 * stride;
-    if (i == config.depth) return arrays.output;
-    return i % span_ ? arrays.blocks[i % span_].X : arrays.inputs + i / span_ * stride;
-  }
-  BlockSaved<T> saved(size_t i) {
-    BlockSaved<T> s = arrays.blocks[i % span_];
-    s.X = input(i), s.X_next = input(i + 1), s.merge = arrays.merges[trains ? i : 0];
-    s.merge[0].r_X = i ? arrays.merges[trains ? i - 1 : 0][1].r : nullptr;
-    s.merge[1].r_X = s.merge[0].r;
-    return s;
-  }
-
- private:
-  size_t span_;
-  Slabs slabs_;
-  const Table block_table_ = parameter_table(one_block(config));  // of arrays.unrounded
-
-  size_t blocks_at() const { return table.at("blocks.0.operator.q_proj.weight").offset; }
-
-  // Where the backward's kernels write.
-  Parameters<A> gradient_targets() {
-    if constexpr (!rounds_gradients) return locate<A>(config, table, arrays.gradients);
-    Parameters<A> dw = locate<A>(one_block(config), block_table_, arrays.unrounded);
-    dw.block_stride = 0;  // every block's are the one block's
-    return dw;
-  }
-
-  // gradients (=, or += if `accumulate`) [at, at + n) from unrounded [from, from + n); multiples of
-  // 8. It runs where the weight gradients do, so the next block's wait for it.
-  void round_gradients(size_t at, size_t from, size_t n, bool accumulate, Dither dither) {
-    if constexpr (rounds_gradients)
-      device.beside([&] {
-        add_rounded(device, arrays.gradients + at, arrays.unrounded + from, n, accumulate, dither,
-                    at / 8);
+  static std::vector<Reading> read(const double* from, int w, const MeasuredSizes& m) {
+    std::string branch = branch_name(w), writer = w ? "W2" : "W_O";
+    auto mode = [&](double WriterModes::*field) {
+      return mean_of(m.samples, [&](size_t i) {
+        return reinterpret_cast<const WriterModes*>(from)[i].*field;
       });
-  }
-
-  Patches patches() const {
-    return {config.channels, config.height, config.image_width, config.patch};
-  }
-
-  // Block 0's input: image tokens from the patches, text tokens from the text, each normalised.
-  void embed(size_t b, const Parameters<const T>& w) {
-    Arrays<T>& a = arrays;
-    size_t N = config.image_tokens(), L = config.text_tokens, D = config.width;
-    size_t stride = config.tokens() * D;
-    image_to_tokens(device, a.patches, a.z, b, N, patches(), PatchOrder::channel_first);
-    linear_forward(device, a.image_embed, a.patches, w.patch_weight, b * N, D, config.patch_dim());
-    if (config.patch_bias) bias_forward(device, a.image_embed, w.patch_bias, b * N, D);
-    rmsnorm_forward(device, input(0), a.r_image, a.image_embed, b, N, D, stride, config.norm_eps);
-    if (config.projects_text())
-      linear_forward(device, a.text_embed, a.text, w.context, b * L, D, config.text_dim);
-    rmsnorm_forward(device, input(0) + N * D, a.r_text, a.text_embed, b, L, D, stride,
-                    config.norm_eps);
-  }
-
-  // G = dL/d(trunk's output). Text tokens are projected and ignored on the way forward (3% more
-  // work, no gather); image_to_tokens gives their rows a zero gradient.
-  void project_backward(size_t b, const Parameters<const T>& w, const Parameters<A>& dw,
-                        bool accumulate) {
-    size_t rows = b * config.tokens(), dim = config.patch_dim();
-    image_to_tokens(device, arrays.dprediction, arrays.dvelocity, b, config.tokens(), patches(),
-                    PatchOrder::channel_last);
-    bias_backward(device, dw.final_bias, arrays.dprediction, rows, dim, accumulate);
-    linear_backward_weight(device, dw.final_weight, arrays.dprediction, input(config.depth), rows,
-                           dim, config.width, accumulate);
-    T* G_branch = arrays.scratch.G_branch;  // if any: beyond the last merge there is no trunk
-    if (G_branch) device.fill(arrays.G, 0, rows * config.width * sizeof(T));
-    linear_backward_input(device, G_branch ? G_branch : arrays.G, arrays.dprediction,
-                          w.final_weight, rows, dim, config.width);
-  }
-
-  void embed_backward(size_t b, const Parameters<const T>& w, const Parameters<A>& dw,
-                      bool accumulate, bool inputs) {
-    Arrays<T>& a = arrays;
-    size_t N = config.image_tokens(), L = config.text_tokens, D = config.width;
-    size_t stride = config.tokens() * D, dim = config.patch_dim();
-    rmsnorm_backward(device, a.dimage_embed, a.G, a.image_embed, a.r_image, b, N, D, stride);
-    if (config.patch_bias)
-      bias_backward(device, dw.patch_bias, a.dimage_embed, b * N, D, accumulate);
-    linear_backward_weight(device, dw.patch_weight, a.dimage_embed, a.patches, b * N, D, dim,
-                           accumulate);
-    rmsnorm_backward(device, a.dtext_embed, a.G + N * D, a.text_embed, a.r_text, b, L, D, stride);
-    if (config.projects_text())
-      linear_backward_weight(device, dw.context, a.dtext_embed, a.text, b * L, D, config.text_dim,
-                             accumulate);
-    if (!inputs) return;
-    linear_backward_input(device, a.dpatches, a.dimage_embed, w.patch_weight, b * N, D, dim);
-    tokens_to_image<T>(device, a.dz, a.dpatches, nullptr, b, N, patches(),
-                       PatchOrder::channel_first);
-    if (config.projects_text()) {
-      linear_backward_input(device, a.dtext, a.dtext_embed, w.context, b * L, D, config.text_dim);
-    } else {
-      convert(device, a.dtext, a.dtext_embed, b * L * D);
-    }
+    };
+    return {{branch + "g_mean",
+             "|dW_mu|_F of " + writer + " " + shape_text(m.config.width, inputs(w, m.config)) +
+                 ", global mean (5)",
+             mode(&WriterModes::g_mean)},
+            {branch + "g_ctr", "|dW_c|_F of " + writer + ", global mean (5)",
+             mode(&WriterModes::g_ctr)},
+            {branch + "g_mean_seg", "the same with a mean for image and one for text tokens",
+             mode(&WriterModes::g_mean_seg)},
+            {branch + "g_ctr_seg", "the same", mode(&WriterModes::g_ctr_seg)},
+            {branch + "amplification", "A = |dW|_F^2 / sum_t |delta_t|^2 |y_t|^2 (26)",
+             mode(&WriterModes::amplification)},
+            {branch + "khat", "weighted mean |cos(y_t, y_s) cos(delta_t, delta_s)|, s != t (32)",
+             mode(&WriterModes::khat)}};
   }
 };
 
-// Draw all parameters as the table says: put(i, quad) gets the slab's numbers i to i + 3. Those
-// after a tensor's last, up to the next quad, are zero.
-template <class Put>
-void draw_parameters(const Device& device, const Table& table, uint64_t seed, const Put& put) {
-  for (size_t number = 0; number < table.parameters.size(); ++number) {
-    const Parameter& p = table.parameters[number];
-    size_t offset = p.offset, count = p.count();
-    Init init = p.init;
-    double scale = p.scale;
-    uint64_t stream = streams::parameters + number;
-    for_each(device, ceil_div(count, 4), [=] HD(size_t quad_index) {
-      Quad<double> q{};
-      for (size_t i = 4 * quad_index; i < min_<size_t>(4 * quad_index + 4, count); ++i)
-        q[int(i % 4)] = init == Init::constant  ? scale
-                        : init == Init::uniform ? scale * (2 * uniform(seed, stream, i) - 1)
-                                                : scale * gaussian(seed, stream, i);
-      put(offset + 4 * quad_index, q);
-    });
-  }
-}
-
-// Into a slab of A, with zeros between the tensors.
-template <class A>
-void initialise(const Device& device, const Table& table, A* slab, uint64_t seed) {
-  device.fill(slab, 0, table.size * sizeof(A));
-  draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) { store(slab + i, q); });
-}
-
-// ---------------------------------------------------------------------------------------------
-// 9. Diagnostics: the quantities that the paper argues with (its Table 2)
+// States of tokens.
 //
-// All of them describe the first S sequences of a batch in a few chosen blocks, and are read off
-// during the backward, when what the forward saved and the writers' adjoints are both there. The
-// kernels write to arrays of their own, so a step with them has the same bits as one without.
-//
-// Two facts about an attention matrix A keep this short. Its rows sum to one, A 1 = 1, hence A J =
-// (1/T) A 1 1^T = J and P A J = P J = 0. So
-//
-//     P A P = P A (I - J) = P A:
-//
-// centering A's columns is all there is to do. (The left P matters: 1^T A is not 1^T. If all tokens
-// look at one, a "sink", A = 1 e^T, then ||A P||_2 is about sqrt(T) and P A P = 0.) And mu_eff =
-// ||P A P||_2 is the root of the largest eigenvalue of M = (P A)^T (P A), which power iteration on
-// M finds from below: |M x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two parts,
-// c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A Z, the leakage (Prop. 1).
-
-// out = P x for each x (n, D) of a batch: every column is centered.
-template <class A, class T>
-void center_columns(const Device& device, A* out, const T* x, size_t batch, size_t n, size_t D) {
-  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
-    size_t first = team.index * n * D;
-    for (size_t d = team.rank; d < D; d += team.size) {
-      A sum = 0;
-      for (size_t t = 0; t < n; ++t) sum += A(x[first + t * D + d]);
-      for (size_t t = 0; t < n; ++t) out[first + t * D + d] = A(x[first + t * D + d]) - sum / A(n);
-    }
-  });
-}
-
 // Energies (3, B, 2) of X and F (B, T, D), and of X with every token scaled to length 1. The mean
 // u of T unit vectors has |u|^2 = (T + the sum of their T (T - 1) pairwise cosines) / T^2, so the
 // mean cosine is (T |u|^2 - 1) / (T - 1): TCS, from the mean's energy T |u|^2.
@@ -1912,9 +2141,180 @@ void state_energies(const Device& device, double* energies, const T* X, const T*
                     });
 }
 
+template <class T>
+struct StatesMeasured : Measurement {
+  static constexpr bool of_writers = true;
+  Acc<T>* inverse_norms;  // (samples, T)
+
+  // Energies (3, samples, 2) of X, of F, and of X's unit tokens.
+  static size_t count(const MeasuredSizes& m) { return 3 * m.samples * 2; }
+  void lay(Carver& c, const MeasuredSizes& m) { inverse_norms = c.take<Acc<T>>(m.tokens().rows()); }
+  void during(Device& device, double* to, const Sight<T>& see, const MeasuredSizes& m) {
+    state_energies(device, to, see.X(), see.F(), inverse_norms, m.tokens(), m.config.width);
+  }
+  static std::vector<Reading> read(const double* from, int w, const MeasuredSizes& m) {
+    std::string branch = branch_name(w);
+    double tokens = double(m.config.tokens());
+    auto mean = [&](size_t kind, size_t i) { return from[(kind * m.samples + i) * 2]; };
+    auto rest = [&](size_t kind, size_t i) { return from[(kind * m.samples + i) * 2 + 1]; };
+    auto all = [&](size_t kind, size_t i) { return mean(kind, i) + rest(kind, i); };
+    auto mean_root = [&](auto of) {
+      return mean_of(m.samples, [&](size_t i) { return std::sqrt(of(i)); });
+    };
+    return {{branch + "rho", "|mu(X)|_F / |c(X)|_F of the merge's trunk X",
+             mean_root([&](size_t i) { return mean(0, i) / rest(0, i); })},
+            {branch + "tr", "|F|_F / |X|_F",
+             mean_root([&](size_t i) { return all(1, i) / all(0, i); })},
+            {branch + "vargain", "|c(F)|_F / |c(X)|_F",
+             mean_root([&](size_t i) { return rest(1, i) / rest(0, i); })},
+            {branch + "tcs", "mean cosine of two tokens of X",
+             mean_of(m.samples, [&](size_t i) { return (mean(2, i) - 1) / (tokens - 1); })}};
+  }
+};
+
+// Attention. Two facts about its matrix A keep this short. Its rows sum to one, A 1 = 1, hence A J
+// = (1/T) A 1 1^T = J and P A J = P J = 0. So
+//
+//     P A P = P A (I - J) = P A:
+//
+// centering A's columns is all there is to do. (The left P matters: 1^T A is not 1^T. If all tokens
+// look at one, a "sink", A = 1 e^T, then ||A P||_2 is about sqrt(T) and P A P = 0.) And mu_eff =
+// ||P A P||_2 is the root of the largest eigenvalue of (P A)^T (P A), which power iteration finds
+// from below: |(P A)^T (P A) x| <= mu_eff^2 |x|. What A does to a centered state Z = P X has two
+// parts, c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A Z, the leakage
+// (Prop. 1).
+
+// out = P x for each x (n, D) of a batch: every column is centered.
+template <class A, class T>
+void center_columns(const Device& device, A* out, const T* x, size_t batch, size_t n, size_t D) {
+  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
+    size_t first = team.index * n * D;
+    for (size_t d = team.rank; d < D; d += team.size) {
+      A sum = 0;
+      for (size_t t = 0; t < n; ++t) sum += A(x[first + t * D + d]);
+      for (size_t t = 0; t < n; ++t) out[first + t * D + d] = A(x[first + t * D + d]) - sum / A(n);
+    }
+  });
+}
+
+// norms (batch) = ||P A P||_2 of row-stochastic A (batch, n, n): power iteration on (P A)^T (P A),
+// squared twice beforehand, so that a step counts for four. Scratch: centered, power as A; x
+// (batch, 2, n).
+//
+// After k steps the estimate is short by at most about ln(n) / 4k of itself, however close the
+// singular values are; after these 400, by at most 1.2e-5 for random matrices of 72 and 264 tokens.
+// P A is brought to |P A|_F = 1 first: of one that is small, the power would vanish in fp32.
+constexpr int power_steps = 100;
+
+template <class A>
+void centered_norms(Device& device, double* norms, const A* matrices, A* centered, A* power, A* x,
+                    size_t batch, size_t n) {
+  auto square = [&](A* to, A* from, bool of_columns) {
+    Matrix<A> m = Matrix<A>(from, n).batch(n * n, 0);
+    gemm(device, Matrix<A>(to, n).batch(n * n, 0), of_columns ? m.transpose() : m, m,
+         {n, n, n, batch});
+  };
+  center_columns(device, centered, matrices, batch, n, n);
+  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
+    A* c = centered + team.index * n * n;
+    double squares = 0;
+    for (size_t i = team.rank; i < n * n; i += team.size) squares += double(c[i]) * double(c[i]);
+    double length = std::sqrt(team.sum(squares));
+    A inverse = length > 0 ? A(1 / length) : A(0);
+    for (size_t i = team.rank; i < n * n; i += team.size) c[i] *= inverse;
+    if (team.rank == 0) norms[team.index] = length;
+  });
+  square(power, centered, true);   // (P A)^T (P A)
+  square(centered, power, false);  // its 2nd
+  square(power, centered, false);  // and 4th power
+  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
+    const A* m = power + team.index * n * n;
+    A *v = x + team.index * 2 * n, *next = v + n;
+    for (size_t i = team.rank; i < n; i += team.size)
+      v[i] = A(2 * uniform(0, streams::check, i) - 1);  // fixed, and orthogonal to nothing special
+    A scale = 0;
+    // The first product has no unit vector yet: one more.
+    for (int step = 0; step <= power_steps; ++step) {
+      team.sync();
+      A squares = 0;
+      for (size_t j = team.rank; j < n; j += team.size) {
+        A sum = 0;
+        for (size_t i = 0; i < n; ++i) sum += m[i * n + j] * v[i];  // it is symmetric
+        next[j] = sum;
+        squares += sum * sum;
+      }
+      scale = std::sqrt(team.sum(squares));
+      A inverse = scale > 0 ? A(1) / scale : A(0);
+      for (size_t j = team.rank; j < n; j += team.size) v[j] = inverse * next[j];
+    }
+    if (team.rank == 0) norms[team.index] *= pow(double(scale), 0.125);  // |power^4 x|^(1/8)
+  });
+}
+
+template <class T>
+struct AttentionMeasured : Measurement {
+  using A = Acc<T>;
+  A *probs, *columns, *products, *vectors;  // three (samples, H, T, T), (samples, H, 2, T)
+  A *centered, *moved;                      // (samples, T, D), (samples, H, T, D)
+
+  // Energies of A (samples, H, 2), and of A c(X), X the block's input, likewise; those of X
+  // (samples, 2); and ||P A P||_2 (samples, H).
+  template <class Number>
+  struct Numbers {
+    Number *of_A, *of_moved, *of_X, *norms;
+    Numbers(Number* at, Heads h)
+        : of_A(at),
+          of_moved(of_A + h.batch * h.heads * 2),
+          of_X(of_moved + h.batch * h.heads * 2),
+          norms(of_X + h.batch * 2) {}
+  };
+  static size_t count(const MeasuredSizes& m) { return m.samples * (5 * m.config.heads + 2); }
+  void lay(Carver& c, const MeasuredSizes& m) {
+    size_t n = m.config.tokens(), D = m.config.width, pairs = m.samples * m.config.heads;
+    for (A** squares : {&probs, &columns, &products}) *squares = c.take<A>(pairs * n * n);
+    vectors = c.take<A>(pairs * 2 * n);
+    centered = c.take<A>(m.samples * n * D), moved = c.take<A>(pairs * n * D);
+  }
+  void during(Device& device, double* to, const Sight<T>& see, const MeasuredSizes& m) {
+    if (see.writer != 0) return;
+    Heads h = m.heads();
+    size_t n = h.length, D = h.width(), pairs = h.batch * h.heads;
+    Numbers<double> numbers(to, h);
+    attention_matrices(device, probs, probs, see.saved.qkv, h);
+    centered_norms(device, numbers.norms, probs, columns, products, vectors, pairs, n);
+    matrix_energies(device, numbers.of_A, probs, pairs, n, n);
+    matrix_energies(device, numbers.of_X, see.X(), h.batch, n, D);
+    center_columns(device, centered, see.X(), h.batch, n, D);
+    gemm(device, Matrix<A>(moved, D).batch(h.heads * n * D, n * D), head_square(probs, h),
+         Matrix<A>(centered, D).batch(n * D, 0), {n, D, n, h.batch, h.heads});
+    matrix_energies(device, numbers.of_moved, moved, pairs, n, D);
+  }
+  static std::vector<Reading> read(const double* from, int, const MeasuredSizes& m) {
+    size_t H = m.config.heads, pairs = m.samples * H;
+    Numbers<const double> x(from, m.heads());
+    double largest = NAN;  // which fmax() passes over
+    for (size_t i = 0; i < pairs; ++i) largest = std::fmax(largest, x.norms[i]);
+    auto mean = [&](auto of) { return mean_of(pairs, of); };
+    return {
+        {"mu_eff", "|P A P|_2, mean over samples and heads (4)",
+         mean([&](size_t i) { return x.norms[i]; })},
+        {"mu_eff_max", "the largest of them", largest},
+        {"row_diversity", "|A - J A|_F / |A|_F, mean over samples and heads", mean([&](size_t i) {
+           return std::sqrt(x.of_A[2 * i + 1] / (x.of_A[2 * i] + x.of_A[2 * i + 1]));
+         })},
+        {"retention", "|c(A c(X))|_F / |c(X)|_F, X the block's input, mean over samples and heads",
+         mean([&](size_t i) { return std::sqrt(x.of_moved[2 * i + 1] / x.of_X[i / H * 2 + 1]); })},
+        {"leakage", "|mu(A c(X))|_F / |c(X)|_F, likewise",
+         mean([&](size_t i) { return std::sqrt(x.of_moved[2 * i] / x.of_X[i / H * 2 + 1]); })}};
+  }
+};
+
+// Queries and keys: the whole step's gradients (Lemma 1).
+
 // squares (count): |x|^2 of each of `count` stretches of x, `size` long.
-template <class P>
-void sum_squares(const Device& device, double* squares, const P* x, size_t count, size_t size) {
+template <class Number>
+void sum_squares(const Device& device, double* squares, const Number* x, size_t count,
+                 size_t size) {
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     double sum = 0;
     for (size_t i = team.rank; i < size; i += team.size) {
@@ -1926,240 +2326,120 @@ void sum_squares(const Device& device, double* squares, const P* x, size_t count
   });
 }
 
-// norms (batch) = ||P A P||_2 of row-stochastic A (batch, n, n): power iteration on M = (P A)^T (P
-// A), squared twice beforehand, so that a step counts for four. Scratch: C, M as A; x (batch, 2,
-// n).
-//
-// After k steps of M the estimate is short by at most about ln(n) / 4k of itself, however close the
-// singular values are; after these 400, by at most 1.2e-5 for random matrices of 72 and 264 tokens.
-// P A is brought to |P A|_F = 1 first: of one that is small, M^4 would vanish in fp32.
-constexpr int power_steps = 100;
-
-template <class A>
-void centered_norms(Device& device, double* norms, const A* matrices, A* C, A* M, A* x,
-                    size_t batch, size_t n) {
-  auto square = [&](A* to, A* from, bool of_columns) {
-    Matrix<A> m = Matrix<A>(from, n).batch(n * n, 0);
-    gemm(device, Matrix<A>(to, n).batch(n * n, 0), of_columns ? m.transpose() : m, m,
-         {n, n, n, batch});
-  };
-  center_columns(device, C, matrices, batch, n, n);
-  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
-    A* c = C + team.index * n * n;
-    double squares = 0;
-    for (size_t i = team.rank; i < n * n; i += team.size) squares += double(c[i]) * double(c[i]);
-    double length = std::sqrt(team.sum(squares));
-    A inverse = length > 0 ? A(1 / length) : A(0);
-    for (size_t i = team.rank; i < n * n; i += team.size) c[i] *= inverse;
-    if (team.rank == 0) norms[team.index] = length;
-  });
-  square(M, C, true);                        // (P A)^T (P A)
-  square(C, M, false), square(M, C, false);  // its 2nd and 4th power
-  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
-    const A* m = M + team.index * n * n;
-    A *v = x + team.index * 2 * n, *next = v + n;
-    for (size_t i = team.rank; i < n; i += team.size)
-      v[i] = A(2 * uniform(0, streams::check, i) - 1);  // fixed, and orthogonal to nothing special
-    A scale = 0;
-    // The first product has no unit vector yet: one more.
-    for (int step = 0; step <= power_steps; ++step) {
-      team.sync();
-      A squares = 0;
-      for (size_t j = team.rank; j < n; j += team.size) {
-        A sum = 0;
-        for (size_t i = 0; i < n; ++i) sum += m[i * n + j] * v[i];  // M is symmetric
-        next[j] = sum;
-        squares += sum * sum;
-      }
-      scale = std::sqrt(team.sum(squares));
-      A inverse = scale > 0 ? A(1) / scale : A(0);
-      for (size_t j = team.rank; j < n; j += team.size) v[j] = inverse * next[j];
-    }
-    if (team.rank == 0) norms[team.index] *= pow(double(scale), 0.125);  // |M^4 x|^(1/8)
-  });
-}
-
-// What is measured in L blocks on S sequences, as the kernels leave it. The host makes ratios and
-// means of it.
-struct Measurements {
-  WriterModes* modes;        // (L, 2, S): of W_O, of W2
-  double* states;            // (L, 2, 3, S, 2): energies of a merge's X, F, and of X's unit tokens
-  double* attention;         // (L, S, H, 2): energies of A
-  double* moved;             // (L, S, H, 2): energies of A c(X), X the block's input
-  double* norms;             // (L, S, H): ||P A P||_2
-  double* gradient_squares;  // (L, 2): |dW_Q|^2, |dW_K|^2
-
-  void lay(Carver& c, size_t L, size_t S, size_t H) {
-    modes = c.take<WriterModes>(L * 2 * S);
-    states = c.take<double>(L * 2 * 3 * S * 2);
-    attention = c.take<double>(L * S * H * 2), moved = c.take<double>(L * S * H * 2);
-    norms = c.take<double>(L * S * H), gradient_squares = c.take<double>(L * 2);
+struct QueriesAndKeysMeasured : Measurement {
+  static size_t count(const MeasuredSizes&) { return 2; }  // |dW_Q|^2, |dW_K|^2
+  template <class Kept>
+  void after(Device& device, double* to, const BlockParameters<Kept>& d, const MeasuredSizes& m) {
+    sum_squares(device, to, d.qkv, 2, m.config.width * m.config.width);
+  }
+  static std::vector<Reading> read(const double* from, int, const MeasuredSizes& m) {
+    size_t D = m.config.width;
+    return {{"q_grad_rms", "root mean square of the whole batch's dL/dW_Q " + shape_text(D, D),
+             std::sqrt(from[0]) / double(D)},
+            {"k_grad_rms", "of dL/dW_K", std::sqrt(from[1]) / double(D)}};
   }
 };
 
-// One column of diagnostics.csv.
-struct Reading {
-  std::string name, about;
-  double value;
-};
+// All there are. Columns come in this order: those of one writer, those of the other, then a
+// block's.
+template <class T>
+using Measurements =
+    std::tuple<WritersMeasured<T>, StatesMeasured<T>, AttentionMeasured<T>, QueriesAndKeysMeasured>;
 
 template <class T>
 class Diagnostics {
  public:
-  using A = Acc<T>;
-
-  const Config config;
+  const MeasuredSizes sizes;
   const std::vector<size_t> layers;  // the chosen blocks, in order
-  const size_t samples;              // S
-  Measurements measured;
+  const size_t samples;
 
   Diagnostics(const Config& c, std::vector<size_t> chosen, size_t first_samples)
-      : config(c), layers(std::move(chosen)), samples(first_samples) {}
+      : sizes{c, first_samples}, layers(std::move(chosen)), samples(first_samples) {}
 
   void lay(Carver& c) {
-    size_t n = config.tokens(), H = config.heads, D = config.width;
     results_ = c.used = round_up(c.used, 256);
-    measured.lay(c, layers.size(), samples, H);
-    results_bytes_ = c.used - results_;
     base_ = c.base;
-    // The scratch of the two halves of observe() is the same bytes.
-    Carver writers = c, states = c;
-    writer_[0].lay(writers, tokens(), D, D);
-    writers.used = c.used;
-    writer_[1].lay(writers, tokens(), config.ffn, D);
-    inverse_norms_ = states.take<A>(samples * n);
-    centered_ = states.take<A>(samples * n * D), moved_ = states.take<A>(samples * H * n * D);
-    for (A** squares : {&attention_, &columns_, &products_})
-      *squares = states.take<A>(samples * H * n * n);
-    vectors_ = states.take<A>(samples * H * 2 * n);
-    c.used = std::max(writers.used, states.used);
+    lay_numbers(c, numbers_);
+    results_bytes_ = c.used - results_;
+    Carver end = c;
+    each([&](auto& m, size_t) {
+      Carver own = c;
+      m.lay(own, sizes);
+      end.used = std::max(end.used, own.used);
+    });
+    c = end;
   }
 
-  // Measure during a backward: the writers' modes, and with `all` the states and the attention.
+  // Measure during a backward: what spikes are described by, and with `all` the rest.
   void observe(Device& device, size_t block, int writer, const BlockSaved<T>& s, const T* delta,
                bool all) {
     auto at = std::find(layers.begin(), layers.end(), block);
     if (at == layers.end()) return;
-    size_t slot = size_t(at - layers.begin()), piece = slot * 2 + size_t(writer), D = config.width;
-    writer_modes(device, measured.modes + piece * samples, writer_[writer], writer ? s.hidden : s.Y,
-                 delta, tokens(), writer ? config.ffn : D, D);
-    if (!all) return;
-    double* states = measured.states + piece * 3 * samples * 2;
-    state_energies(device, states, writer ? s.X1 : s.X, writer ? s.F2 : s.F1, inverse_norms_,
-                   tokens(), D);
-    if (writer == 0) attention(device, slot, s);
+    each([&](auto& m, size_t k) {
+      if (all || m.of_spikes)
+        m.during(device, numbers(m, numbers_[k], size_t(at - layers.begin()), writer),
+                 Sight<T>{s, writer, delta}, sizes);
+    });
   }
 
   // After a backward, from the whole batch's gradients.
   template <class Kept>
   void gradients(Device& device, const Parameters<Kept>& d) {
-    size_t squares = config.width * config.width;
     for (size_t slot = 0; slot < layers.size(); ++slot)
-      sum_squares(device, measured.gradient_squares + 2 * slot, d.block(layers[slot]).qkv, 2,
-                  squares);
+      each([&](auto& m, size_t k) {
+        m.after(device, numbers(m, numbers_[k], slot, 0), d.block(layers[slot]), sizes);
+      });
   }
 
-  // The chosen layers' readings; waits for the device.
+  // (layers, 2, samples) on the device: of W_O, of W2.
+  const WriterModes* modes() const { return reinterpret_cast<const WriterModes*>(numbers_[0]); }
+
+  // The chosen layers' columns; waits for the device.
   std::vector<std::vector<Reading>> read(const Device& device) const {
     std::vector<std::byte> host(results_bytes_);
     device.download(host.data(), base_ + results_, results_bytes_);
-    Measurements m;
-    Carver carver{host.data()};
-    m.lay(carver, layers.size(), samples, config.heads);
-    std::vector<std::vector<Reading>> all;
-    for (size_t slot = 0; slot < layers.size(); ++slot) all.push_back(readings(m, slot));
-    return all;
+    Carver c{host.data()};
+    Numbers of_host{};
+    lay_numbers(c, of_host);
+    std::vector<std::vector<Reading>> rows(layers.size());
+    for (size_t slot = 0; slot < layers.size(); ++slot) {
+      auto add = [&](int writer, bool of_writers) {
+        each([&](auto& m, size_t k) {
+          if (m.of_writers != of_writers) return;
+          for (Reading& r : m.read(numbers(m, of_host[k], slot, writer), writer, sizes))
+            rows[slot].push_back(std::move(r));
+        });
+      };
+      add(0, true), add(1, true), add(0, false);
+    }
+    return rows;
   }
 
  private:
+  using Numbers = std::array<double*, std::tuple_size_v<Measurements<T>>>;
+  Measurements<T> all_;
+  Numbers numbers_{};  // of each measurement: (layers, 2 if of writers, else 1, count())
   std::byte* base_ = nullptr;
   size_t results_ = 0, results_bytes_ = 0;
-  WriterScratch<A> writer_[2];
-  A *inverse_norms_, *centered_, *moved_;           // (S, T), (S, T, D), (S, H, T, D)
-  A *attention_, *columns_, *products_, *vectors_;  // three (S, H, T, T), (S, H, 2, T)
 
-  Tokens tokens() const { return {samples, config.image_tokens(), config.text_tokens}; }
-
-  void attention(Device& device, size_t slot, const BlockSaved<T>& s) {
-    size_t n = config.tokens(), D = config.width, first = slot * samples * config.heads;
-    Heads h{samples, n, config.heads, config.head_dim()};
-    attention_matrices(device, attention_, attention_, s.qkv, h);
-    centered_norms(device, measured.norms + first, attention_, columns_, products_, vectors_,
-                   samples * h.heads, n);
-    matrix_energies(device, measured.attention + 2 * first, attention_, samples * h.heads, n, n);
-    center_columns(device, centered_, s.X, samples, n, D);
-    gemm(device, Matrix<A>(moved_, D).batch(h.heads * n * D, n * D), head_square(attention_, h),
-         Matrix<A>(centered_, D).batch(n * D, 0), {n, D, n, samples, h.heads});
-    matrix_energies(device, measured.moved + 2 * first, moved_, samples * h.heads, n, D);
+  template <class F>
+  void each(const F& f) {
+    size_t k = 0;
+    std::apply([&](auto&... m) { (f(m, k++), ...); }, all_);
   }
-
-  std::vector<Reading> readings(const Measurements& m, size_t slot) const;
+  template <class F>
+  void each(const F& f) const {
+    size_t k = 0;
+    std::apply([&](auto&... m) { (f(m, k++), ...); }, all_);
+  }
+  void lay_numbers(Carver& c, Numbers& to) const {
+    each([&](auto& m, size_t k) {
+      to[k] = c.take<double>(layers.size() * (m.of_writers ? 2 : 1) * m.count(sizes));
+    });
+  }
+  template <class M>
+  double* numbers(const M& m, double* of, size_t slot, int writer) const {
+    size_t piece = m.of_writers ? slot * 2 + size_t(writer) : slot;
+    return of + piece * m.count(sizes);
+  }
 };
-
-// The columns of diagnostics.csv for one of the chosen layers: ratios and means of what was
-// measured.
-template <class T>
-std::vector<Reading> Diagnostics<T>::readings(const Measurements& m, size_t slot) const {
-  std::vector<Reading> row;
-  size_t S = samples, H = config.heads, D = config.width;
-  double tokens = double(config.tokens());
-  // Of those that are defined: one sample without a ratio does not take the others'.
-  auto mean = [](size_t n, auto of) {
-    double sum = 0, count = 0;
-    for (size_t i = 0; i < n; ++i)
-      if (double x = of(i); !std::isnan(x)) sum += x, ++count;
-    return count > 0 ? sum / count : NAN;
-  };
-  auto add = [&](const std::string& name, const std::string& about, double value) {
-    row.push_back({name, about, value});
-  };
-  for (size_t w = 0; w < 2; ++w) {
-    std::string branch = w ? "ffn_" : "attention_", writer = w ? "W2" : "W_O";
-    std::string shape = "(" + std::to_string(D) + ", " + std::to_string(w ? config.ffn : D) + ")";
-    const WriterModes* modes = m.modes + (slot * 2 + w) * S;
-    auto mode = [&](double WriterModes::*field) {
-      return mean(S, [&](size_t i) { return modes[i].*field; });
-    };
-    add(branch + "g_mean", "|dW_mu|_F of " + writer + " " + shape + ", global mean (5)",
-        mode(&WriterModes::g_mean));
-    add(branch + "g_ctr", "|dW_c|_F of " + writer + ", global mean (5)", mode(&WriterModes::g_ctr));
-    add(branch + "g_mean_seg", "the same with a mean for image and one for text tokens",
-        mode(&WriterModes::g_mean_seg));
-    add(branch + "g_ctr_seg", "the same", mode(&WriterModes::g_ctr_seg));
-    add(branch + "amplification", "A = |dW|_F^2 / sum_t |delta_t|^2 |y_t|^2 (26)",
-        mode(&WriterModes::amplification));
-    add(branch + "khat", "weighted mean |cos(y_t, y_s) cos(delta_t, delta_s)|, s != t (32)",
-        mode(&WriterModes::khat));
-    // Energies of X, F and X's unit tokens; e(kind, i, 0) of the mean, e(kind, i, 1) of the rest.
-    const double* states = m.states + (slot * 2 + w) * 3 * S * 2;
-    auto e = [&](size_t kind, size_t i, size_t part) { return states[(kind * S + i) * 2 + part]; };
-    auto total = [&](size_t kind, size_t i) { return e(kind, i, 0) + e(kind, i, 1); };
-    add(branch + "rho", "|mu(X)|_F / |c(X)|_F of the merge's trunk X",
-        mean(S, [&](size_t i) { return std::sqrt(e(0, i, 0) / e(0, i, 1)); }));
-    add(branch + "tr", "|F|_F / |X|_F",
-        mean(S, [&](size_t i) { return std::sqrt(total(1, i) / total(0, i)); }));
-    add(branch + "vargain", "|c(F)|_F / |c(X)|_F",
-        mean(S, [&](size_t i) { return std::sqrt(e(1, i, 1) / e(0, i, 1)); }));
-    add(branch + "tcs", "mean cosine of two tokens of X",
-        mean(S, [&](size_t i) { return (e(2, i, 0) - 1) / (tokens - 1); }));
-  }
-  const double *norms = m.norms + slot * S * H, *squares = m.gradient_squares + slot * 2;
-  const double *a = m.attention + slot * S * H * 2, *moved = m.moved + slot * S * H * 2;
-  const double* trunk = m.states + slot * 2 * 3 * S * 2;
-  add("mu_eff", "|P A P|_2, mean over samples and heads (4)",
-      mean(S * H, [&](size_t i) { return norms[i]; }));
-  double largest = NAN;  // which fmax() passes over
-  for (size_t i = 0; i < S * H; ++i) largest = std::fmax(largest, norms[i]);
-  add("mu_eff_max", "the largest of them", largest);
-  add("row_diversity", "|A - J A|_F / |A|_F, mean over samples and heads",
-      mean(S * H, [&](size_t i) { return std::sqrt(a[2 * i + 1] / (a[2 * i] + a[2 * i + 1])); }));
-  add("retention", "|c(A c(X))|_F / |c(X)|_F, X the block's input, mean over samples and heads",
-      mean(S * H, [&](size_t i) { return std::sqrt(moved[2 * i + 1] / trunk[i / H * 2 + 1]); }));
-  add("leakage", "|mu(A c(X))|_F / |c(X)|_F, likewise",
-      mean(S * H, [&](size_t i) { return std::sqrt(moved[2 * i] / trunk[i / H * 2 + 1]); }));
-  std::string square = "(" + std::to_string(D) + ", " + std::to_string(D) + ")";
-  add("q_grad_rms", "root mean square of the whole batch's dL/dW_Q " + square,
-      std::sqrt(squares[0]) / double(D));
-  add("k_grad_rms", "of dL/dW_K", std::sqrt(squares[1]) / double(D));
-  return row;
-}

@@ -175,6 +175,12 @@ struct alignas(n * sizeof(T)) Several {
   T v[n];
 };
 
+template <class T, int n>
+HD Several<T, n> operator+(Several<T, n> a, Several<T, n> b) {
+  for (int i = 0; i < n; ++i) a.v[i] += b.v[i];
+  return a;
+}
+
 // Four neighbouring channels: what one thread loads and stores at once (8 bytes of bf16, 16 of
 // float). Widths are multiples of four, so rows are read by quads and never have a tail.
 template <class A>
@@ -809,6 +815,12 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
 // An array of rows of D channels, in groups. `Groups` knows them: groups(), begin(group), end(group),
 // and with fours() and four(i) pieces of up to four neighbouring rows of one group. Each function
 // below takes the formula for four channels d to d + 3, a Quad, of one row.
+
+// f(row, d) for each quad of `rows` rows.
+template <class F>
+void for_each_quad(const Device& device, size_t rows, size_t D, const F& f) {
+  for_each(device, rows * D / 4, [=] HD(size_t i) { f(i / (D / 4), i % (D / 4) * 4); });
+}
 
 // Neighbouring rows of one group, up to four: what belongs to the group and the channel is read once
 // for all of them. Past the last row it is the last one again.

@@ -454,7 +454,7 @@ HD Gains<Acc<T>> gains_at(Gates<const T> gates, size_t d) {
 }
 
 // X_next = RMSNorm(Z(X, F)) and what is saved, (7)-(8). X, F, X_next (B, T, D). `again`: a replay
-// (dit.cu, 7) from the same X and F, with what was saved the first time: one pass, the same bits.
+// (dit.cu, 5.1) from the same X and F, with what was saved the first time: one pass, the same bits.
 template <class M, class T>
 void merge_forward_passes(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
                           const T* F, Gates<const T> gates, MergeShape shape, bool again) {
@@ -499,47 +499,67 @@ struct MergeBackwardInputs {
   const T *G, *X_next, *X, *F;  // (B, T, D)
   Gates<const T> gates;
   MergeSaved<Acc<T>> saved;
+  const T* dF_next = nullptr;  // dF of the merge after, for Pre-Norm alone; zeros if there is none
 };
 
-// dX (=), dF (=) (B, T, D), and in scratch what the gates' gradients are made of. dX may be G itself,
-// except for Pre-Norm, where it is dL/dZ_next on entry and dL/dZ on return.
+// h (rows) of (Delta'): <G, X_next> / D for each token, from G, X_next (rows, D).
+template <class T>
+void adjoint_products(const Device& device, Acc<T>* h, const T* G, const T* X_next, size_t rows,
+                      size_t D) {
+  using A = Acc<T>;
+  sum_over_channels<A>(
+      device, rows, D,
+      [=] HD(size_t row, size_t d) {
+        return dot(load<A>(G + row * D + d), load<A>(X_next + row * D + d));
+      },
+      [=] HD(size_t row, A sum) { h[row] = sum / A(D); });
+}
+
+// scratch.dZbar, and scratch.dgate by (dbeta); dZ(row, d) is (Delta').
+template <class M, class T, class Adjoint>
+void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, MergeBackwardInputs<T> in,
+                      MergeShape shape, const Adjoint& dZ) {
+  using A = Acc<T>;
+  size_t D = shape.D;
+  Tokens tokens = shape.tokens;
+  sum_over_rows(
+      device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
+      [=] HD(size_t segment, size_t row, size_t d) {
+        Quad<A> dZ_i = dZ(row, d), fbar = {};
+        if (M::means) fbar = load<A>(in.saved.fbar + segment * D + d);
+        Quad<A> x = load<A>(in.X + row * D + d), f = load<A>(in.F + row * D + d);
+        return QuadPair<A>{dZ_i, dZ_i * M::token_factor(x, f, fbar)};
+      },
+      [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
+        store(scratch.dZbar + segment * D + d, tokens.one_over<A>(segment) * sum.a);
+        store(scratch.dgate + segment * D + d, sum.b);
+      });
+}
+
+// dX (=), dF (=) (B, T, D), and in scratch what the gates' gradients are made of. dX may be G
+// itself.
 template <class M, class T>
 void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
                            MergeBackwardInputs<T> in, MergeShape shape) {
   using A = Acc<T>;
   size_t D = shape.D;
   Tokens tokens = shape.tokens;
-  sum_over_channels<A>(
-      device, tokens.rows(), D,
-      [=] HD(size_t row, size_t d) {
-        return dot(load<A>(in.G + row * D + d), load<A>(in.X_next + row * D + d));
-      },
-      [=] HD(size_t row, A sum) { scratch.h[row] = sum / A(D); });
+  adjoint_products(device, scratch.h, in.G, in.X_next, tokens.rows(), D);
   auto dZ = [=] HD(size_t row, size_t d) {
     return in.saved.r[row] * (load<A>(in.G + row * D + d) -
                               scratch.h[row] * load<A>(in.X_next + row * D + d));  // (Delta')
   };
-  if (M::means || M::by_token >= 0)
-    sum_over_rows(
-        device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
-        [=] HD(size_t segment, size_t row, size_t d) {
-          Quad<A> dZ_i = dZ(row, d), fbar = {};
-          if (M::means) fbar = load<A>(in.saved.fbar + segment * D + d);
-          Quad<A> x = load<A>(in.X + row * D + d), f = load<A>(in.F + row * D + d);
-          return QuadPair<A>{dZ_i, dZ_i * M::token_factor(x, f, fbar)};
-        },
-        [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
-          store(scratch.dZbar + segment * D + d, tokens.one_over<A>(segment) * sum.a);
-          store(scratch.dgate + segment * D + d, sum.b);
-        });
+  if constexpr (M::means || M::by_token >= 0) merge_token_sums<M>(device, scratch, in, shape, dZ);
   map_rows(
       device, tokens, D,
       [=] HD(size_t segment, size_t row, size_t d) {
         Gains<A> gains = gains_at<M>(in.gates, d);
         Quad<A> dZ_i = dZ(row, d), dZbar = {};
-        if (M::trunk_apart) dZ_i = load<A>(dX + row * D + d) + dZ_i;  // (trunk), appendix B
+        if (M::trunk_apart) dZ_i = load<A>(in.dF_next + row * D + d) + dZ_i;  // (trunk), appendix A
         if (M::means) dZbar = load<A>(scratch.dZbar + segment * D + d);
-        return QuadPair<A>{M::dX(gains, dZ_i, dZbar), M::dF(gains, dZ_i, dZbar)};
+        bool apart = M::trunk_apart && in.saved.r_X;  // then the trunk's part is in dF alone
+        return QuadPair<A>{apart ? Quad<A>{} : M::dX(gains, dZ_i, dZbar),
+                           M::dF(gains, dZ_i, dZbar)};
       },
       [=] HD(size_t row, size_t d, QuadPair<A> out) {
         store(dX + row * D + d, out.a), store(dF + row * D + d, out.b);
@@ -597,8 +617,10 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
 //
 //     dL/dZ = dL/dZ_next + Delta,     dL/dF = dL/dZ,                                      (trunk)
 //
-// and as Z = Z_prev + F with Z_prev = X / r_X, dL/dZ is the dL/dZ_next of the merge before. No
-// norm stands in its way: all of it reaches the first block.
+// and as Z = Z_prev + F with Z_prev = X / r_X, dL/dZ is the dL/dZ_next of the merge before: which
+// reads it as the dF of this one. No norm stands in its way: all of it reaches the first block. So
+// dX, what comes back to X other than along the trunk, is zero; but for the first X, which is the
+// trunk: dZ.
 struct PreNorm : PostNorm {
   static constexpr const char* name = "prenorm";
   static constexpr bool trunk_apart = true;
@@ -983,9 +1005,8 @@ __global__ void __launch_bounds__(D / 2, 1)
   UNROLL
   for (int k = 0; k < held; ++k) {
     Quad<float> dZ = rows.get(k);
-    if (!line.has(k)) continue;
-    store(dX + line.at() + k * D, M::dX(gains, dZ, dZbar));
-    store(dF + line.at() + k * D, M::dF(gains, dZ, dZbar));
+    Quad<float> x = M::dX(gains, dZ, dZbar), f = M::dF(gains, dZ, dZbar);
+    if (line.has(k)) store(dX + line.at() + k * D, x), store(dF + line.at() + k * D, f);
   }
 }
 

@@ -986,7 +986,7 @@ class Trainer : public RunArrays<T, Kept> {
                   o.optimizer.clip);
     if (diagnose) diagnostics.gradients(device, locate<Kept>(o.model, net.table, net.gradients()));
     if (o.spike_factor > 0)
-      watch_step(device, spikes, a.clock, a.history, diagnostics.measured.modes,
+      watch_step(device, spikes, a.clock, a.history, diagnostics.modes(),
                  diagnostics.layers.size(), diagnostics.samples, o.spike_factor);
     adamw(device, a.master, a.m, a.v, a.average, net.gradients(), a.clock, a.chunks, chunk_count,
           o.optimizer, dither(streams::moment_rounding), dither(streams::average_rounding));
@@ -1234,7 +1234,8 @@ inline void set_aside(const std::vector<std::string>& logs) {
   while (std::any_of(logs.begin(), logs.end(), taken)) ++number;
   for (const std::string& log : logs) {
     std::filesystem::rename(log, aside(log));
-    std::printf("%s, of a run without a state, is %s now\n", log.c_str(), aside(log).c_str());
+    std::printf("%s, of a run without a state, is %s now\n", visible(log).c_str(),
+                visible(aside(log)).c_str());
   }
 }
 
@@ -1578,9 +1579,9 @@ void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
   print_plan<T>(o, table, data, on_gpu, choice);
 }
 
-// The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must be
-// among those of that data's captions, or it is the number of one of them, and nothing else where
-// captions are numbers.
+// The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must
+// be among those of that data's captions, or it is the number of one of them, and nothing else
+// where captions are numbers.
 inline Captions prompt_text(const SampleOptions& o, const Config& m) {
   Captions data;
   if (!o.data.empty()) data = load_dataset(o.data, 0).train;

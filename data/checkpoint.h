@@ -81,9 +81,9 @@ struct Assumed {
 };
 
 // The configuration of a weights file: sizes from the shapes, the rest from its metadata where it
-// has any. Image and text tokens stay as in `c` if the file is silent. So do means and norm_eps, and
-// the residual is guessed from the tensors' names; the answer tells. `heads`, which change what is
-// computed and no shape, are never guessed: fails if the file is silent too, or says otherwise.
+// has any. Image and text tokens stay as in `c` if the file is silent. So do means and norm_eps,
+// and the residual is guessed from the tensors' names; the answer tells. `heads`, which change what
+// is computed and no shape, are never guessed: fails if the file is silent too, or says otherwise.
 // `norm_eps`, if any, is taken whatever the file says.
 inline Assumed read_config(const SafetensorsReader& file, const std::string& path, Config& c,
                            std::optional<size_t> heads = {}, std::optional<double> norm_eps = {}) {

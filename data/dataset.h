@@ -430,9 +430,10 @@ inline Dataset load_folder(const std::string& path, std::string* passed_over, si
 // ---------------------------------------------------------------------------------------------
 // 4. One door
 
-// Takes every 16th image (every N-th of N < 16) out of `data`, to validate on. Where a caption of words
-// would be left without one, and not be learned, it is the last image before that can be spared.
-// (Captions that are numbers may be alike.) If there is none, they stay in `data` as well.
+// Takes every 16th image (every N-th of N < 16) out of `data`, to validate on. Where that would
+// leave a caption of words without an image, to be never learned, it takes the last one before that
+// can be spared. (Captions that are numbers may be alike.) If there is none, all stay in `data` as
+// well.
 inline Dataset hold_out(Dataset& data) {
   size_t stride = std::min<size_t>(16, data.images), size = data.image_size(), kept = 0;
   Dataset held_out = without_images(data);
@@ -451,12 +452,8 @@ inline Dataset hold_out(Dataset& data) {
   }
   append_images(held_out, data, taken.empty() ? every : taken);
   if (taken.empty()) return held_out;
-  auto next = taken.begin();
   for (size_t n = 0; n < data.images; ++n) {
-    if (next != taken.end() && *next == n) {
-      ++next;
-      continue;
-    }
+    if (std::binary_search(taken.begin(), taken.end(), n)) continue;
     if (!data.pixels.empty())
       std::copy_n(data.pixels.begin() + n * size, size, data.pixels.begin() + kept * size);
     data.caption[kept++] = data.caption[n];
@@ -470,8 +467,8 @@ inline Dataset hold_out(Dataset& data) {
 // A .safetensors file of latents, whose captions are numbers?
 inline bool is_latents(const std::string& where) { return has_extension(where, ".safetensors"); }
 
-// Loads "fashion-mnist" (or a folder with its files), a .safetensors file of latents, or a folder of
-// PNGs, and prints a line that says what there is. `copies`: how many of the images memory must
+// Loads "fashion-mnist" (or a folder with its files), a .safetensors file of latents, or a folder
+// of PNGs, and prints a line that says what there is. `copies`: how many of the images memory must
 // hold; 0: none, and all but the pixels is loaded. Fails if there is no such thing, or no room.
 inline Split load_dataset(const std::string& where, size_t copies) {
   std::error_code ignored;

@@ -359,9 +359,9 @@ inline const Subcommand* find(const std::vector<Subcommand>& all, const std::str
 
 // The option `name` of `sub`. Fails where there is none, and says which it may have been; `place`:
 // where it stands in a file, or empty.
-inline const Option& known(const Subcommand& sub, const std::vector<Subcommand>& all,
+inline const Option* known(const Subcommand& sub, const std::vector<Subcommand>& all,
                            const std::string& name, const std::string& place) {
-  if (const Option* o = sub.find(name)) return *o;
+  if (const Option* o = sub.find(name)) return o;
   const char* dashes = place.empty() ? "--" : "";
   Words others, names;
   for (const Subcommand& other : all)
@@ -427,7 +427,7 @@ inline CommandLine read_words(Words words, const std::vector<Subcommand>& all) {
     if (word.find_first_not_of('-') != 2)  // one dash, or three, or nothing but dashes
       fail("'%s' was not expected: options begin with two dashes, as --steps does", word.c_str());
     const size_t equals = word.find('=');
-    const Option& o = known(*line.sub, all, word.substr(2, equals - 2), "");
+    const Option& o = *known(*line.sub, all, word.substr(2, equals - 2), "");
     Words& texts = line.given[o.name].texts;
     if (equals != std::string::npos) {
       texts.push_back(word.substr(equals + 1));
@@ -543,7 +543,7 @@ inline std::map<std::string, GivenOptions> read_ini(const std::string& path,
       fail("%s'%s' stands before the first section: begin with [train], or the like", place.c_str(),
            name.c_str());
     if (name == "config") fail("%sa configuration file cannot name another", place.c_str());
-    const Option& o = known(*section, all, name, place);
+    const Option& o = *known(*section, all, name, place);
     if (equals == std::string::npos)
       fail("%s'%s' has no value: expected %s = ...", place.c_str(), line.c_str(), name.c_str());
     Given& given = sections[section->name][name];

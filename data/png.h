@@ -38,7 +38,8 @@
 #pragma nv_diagnostic pop
 #endif
 
-// A caption as a grid shows it: one line of ASCII, which is all that the font has, and not too long.
+// A caption as a grid shows it: one line of ASCII, which is all that the font has, and not too
+// long.
 inline std::string grid_label(const std::string& caption) {
   constexpr size_t longest = 32;
   std::string label;
@@ -56,8 +57,8 @@ struct GridLayout {
   size_t letter, left, step_y, step_x, height, width;
 };
 
-// Images are drawn `scale` x `scale` with a gap of two pixels between them. Fails, naming `path`, if
-// the picture is empty or over 16384 pixels a side.
+// Images are drawn `scale` x `scale` with a gap of two pixels between them. Fails, naming `path`,
+// if the picture is empty or over 16384 pixels a side.
 inline GridLayout grid_layout(const std::string& path, size_t rows, size_t columns, size_t C,
                               size_t H, size_t W, size_t scale,
                               const std::vector<std::string>& captions = {}) {
@@ -84,10 +85,10 @@ inline GridLayout grid_layout(const std::string& path, size_t rows, size_t colum
 // What a grid's images are drawn at.
 inline size_t grid_scale(size_t H, size_t W) { return std::max(H, W) > 256 ? 1 : 2; }
 
-// Writes images (rows * columns, C,H,W) in [-1,1], row by row, on white, each row beside its caption
-// if there are any. C = 1 and 2 give the first channel in grey, more give the first three as red,
-// green and blue. Values outside are clamped, NaN is black. Fails as grid_layout() does, or if the
-// file cannot be written.
+// Writes images (rows * columns, C,H,W) in [-1,1], row by row, on white, each row beside its
+// caption if there are any. C = 1 and 2 give the first channel in grey, more give the first three
+// as red, green and blue. Values outside are clamped, NaN is black. Fails as grid_layout() does, or
+// if the file cannot be written.
 inline void write_png_grid(const std::string& path, const float* images, size_t rows,
                            size_t columns, size_t C, size_t H, size_t W, size_t scale = 2,
                            const std::vector<std::string>& captions = {}) {
@@ -134,8 +135,9 @@ inline void write_png_grid(const std::string& path, const float* images, size_t 
   file.commit();
 }
 
-// Fails unless the bytes are a PNG file whose checksums hold: of its chunks, each of which is a length,
-// a type, data and their CRC-32 (numbers big-endian), and of the zlib stream in its IDAT chunks.
+// Fails unless the bytes are a PNG file whose checksums hold: of its chunks, each of which is a
+// length, a type, data and their CRC-32 (numbers big-endian), and of the zlib stream in its IDAT
+// chunks.
 inline void check_png(const std::string& path, const std::vector<unsigned char>& bytes,
                       size_t most) {
   auto cut = [&] { fail("cannot read %s: it is not a whole PNG file", path.c_str()); };
@@ -166,9 +168,9 @@ inline void check_png(const std::string& path, const std::vector<unsigned char>&
   if (status != Z_STREAM_END) cut();
 }
 
-// Reads a PNG file as (C,H,W) in [-1,1], C = 1 if it is grey and 3 if it has colours. Transparency is
-// blended with black, the ground of this project's pictures: what colour a pixel hides that nobody
-// sees must not be learned. Fails if the file cannot be opened or is not a whole PNG.
+// Reads a PNG file as (C,H,W) in [-1,1], C = 1 if it is grey and 3 if it has colours. Transparency
+// is blended with black, the ground of this project's pictures: what colour a pixel hides that
+// nobody sees must not be learned. Fails if the file cannot be opened or is not a whole PNG.
 inline std::vector<float> read_png(const std::string& path, size_t* C, size_t* H, size_t* W) {
   require_regular(path);
   std::ifstream file(path, std::ios::binary);

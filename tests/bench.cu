@@ -129,7 +129,7 @@ void kernels(Device& device) {
   BlockScratch<T>& scratch = net.arrays.scratch;
   auto saved = [&](int k) { return net.saved(size_t(k)); };
   double X = double(b.merge.tokens.rows() * b.merge.D) * sizeof(T),
-         U = double(b.merge.tokens.rows() * b.F) * sizeof(T);
+         U = double(b.merge.tokens.rows() * b.ffn) * sizeof(T);
   // Gradients of their own for each turn: 8 arrays would not fit a cache either.
   std::vector<std::unique_ptr<Slab>> G, dF;
   for (int k = 0; k < sets; ++k) {
@@ -162,20 +162,18 @@ void kernels(Device& device) {
     BlockSaved<T> s = saved(k);
     rope_qk_norm_forward(device, s.qkv, s.r_qk, b.rope, b.heads);
   });
-  time("attention forward", 4 * X, attention, [&](int k) {
-    BlockSaved<T> s = saved(k);
-    fused_attention_forward(device, s.Y, s.Y_rest, s.log_sums, s.qkv, b.heads);
-  });
+  time("attention forward", 4 * X, attention,
+       [&](int k) { fused_attention_forward(device, saved(k), b.heads); });
   time("attention backward", 8 * X, 2.5 * attention, [&](int k) {
-    BlockSaved<T> s = saved(k);
-    fused_attention_backward(device, scratch.dqkv, scratch.inner, g(k), s.Y, s.Y_rest, s.log_sums,
-                             s.qkv, s.r_qk, b.rope, b.heads);
+    Block<T> block = net.block(size_t(k), w, B);
+    block.scratch.dY = g(k);
+    fused_attention_backward(device, block);
   });
   time("SwiGLU forward", 3 * U, 0, [&](int k) {
-    swiglu_forward(device, saved(k).hidden, saved(k).u, b.merge.tokens.rows(), b.F);
+    swiglu_forward(device, saved(k).hidden, saved(k).u, b.merge.tokens.rows(), b.ffn);
   });
   time("SwiGLU backward", 5 * U, 0, [&](int k) {
-    swiglu_backward(device, scratch.du, saved(k).hidden, saved(k).u, b.merge.tokens.rows(), b.F);
+    swiglu_backward(device, scratch.du, saved(k).hidden, saved(k).u, b.merge.tokens.rows(), b.ffn);
   });
 }
 
@@ -221,7 +219,7 @@ void utilisation(const Device& device, double s, double model_flops, double done
                   100 * model_flops / s / peak, 100 * done_flops / s / peak, 1e-12 * peak, name);
   };
   line("the largest product measured", gemm_ceiling);
-  line("the dense bf16 peak", peak_flops(device.name));
+  line("the dense bf16 peak", peak_flops<bf16>(device.name));
 }
 
 // A block's forward, recomputation and backward: what eight more blocks cost.

@@ -18,7 +18,7 @@ mirror() {
 }
 inside() {
   env -i ${http_proxy:+http_proxy="$http_proxy"} PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
-    nice chroot "$root" "$@"
+    chroot "$root" "$@"
 }
 remove() { [ -z "$root" ] || { umount "$root/proc" 2>/dev/null; rm -rf --one-file-system "$root"; }; }
 trap remove EXIT

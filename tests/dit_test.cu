@@ -62,15 +62,15 @@ TEST(Linear, WrongBackwardsAreRejected) {
 }
 
 template <class T>
-Op swiglu_op(Device& device, size_t rows, size_t F) {
+Op swiglu_op(Device& device, size_t rows, size_t ffn) {
   Op op;
   Device* d = &device;
-  Tensor u = Tensor::random<T>(device, rows * 2 * F, 1, 1.5);
+  Tensor u = Tensor::random<T>(device, rows * 2 * ffn, 1, 1.5);
   op.inputs = {{"u", u, Tensor::of<T>(device, u.count())}};
-  Tensor h = op.output = Tensor::of<T>(device, rows * F);
-  Tensor G = op.cotangent = Tensor::random<T>(device, rows * F, 2), du = op.inputs[0].gradient;
-  op.forward = [=] { swiglu_forward(*d, h.data<T>(), u.data<T>(), rows, F); };
-  op.backward = [=] { swiglu_backward(*d, du.data<T>(), G.data<T>(), u.data<T>(), rows, F); };
+  Tensor h = op.output = Tensor::of<T>(device, rows * ffn);
+  Tensor G = op.cotangent = Tensor::random<T>(device, rows * ffn, 2), du = op.inputs[0].gradient;
+  op.forward = [=] { swiglu_forward(*d, h.data<T>(), u.data<T>(), rows, ffn); };
+  op.backward = [=] { swiglu_backward(*d, du.data<T>(), G.data<T>(), u.data<T>(), rows, ffn); };
   return op;
 }
 
@@ -81,13 +81,13 @@ TEST(SwiGlu, AgreesOnBothDevices) {
   check_devices([](Device& d, auto t) { return swiglu_op<decltype(t)>(d, 50, 64); });
 }
 TEST(SwiGlu, WrongBackwardsAreRejected) {
-  size_t rows = 5, F = 8;
-  Op op = swiglu_op<double>(*devices()[0], rows, F);
+  size_t rows = 5, ffn = 8;
+  Op op = swiglu_op<double>(*devices()[0], rows, ffn);
   op.forward(), op.backward();
   std::vector<double> u = op.inputs[0].value.get(), G = op.cotangent.get();
   std::vector<double> no_slope = op.inputs[0].gradient.get(), exchanged = no_slope;
-  for (size_t i = 0; i < rows * F; ++i) {
-    size_t g = i / F * 2 * F + i % F, v = g + F;
+  for (size_t i = 0; i < rows * ffn; ++i) {
+    size_t g = i / ffn * 2 * ffn + i % ffn, v = g + ffn;
     no_slope[g] = G[i] * u[v] * sigmoid(u[g]);  // silu' without g s (1 - s)
     std::swap(exchanged[g], exchanged[v]);
   }
@@ -186,7 +186,7 @@ TEST(RopeQkNorm, ScoresDependOnRelativePositionsAndTextIsNotTurned) {
 }
 
 struct AttentionOp : Op {
-  Tensor P, dA, dS;
+  Tensor probs, dA, dS;
 };
 
 template <class T>
@@ -196,18 +196,19 @@ AttentionOp attention_op(Device& device, Heads h) {
   Device* d = &device;
   size_t X = h.batch * h.length * h.width(), squares = h.batch * h.heads * h.length * h.length;
   Tensor qkv = Tensor::random<T>(device, 3 * X, 1);
-  Tensor P = op.P = Tensor::of<T>(device, squares), dA = op.dA = Tensor::of<A>(device, squares);
+  Tensor probs = op.probs = Tensor::of<T>(device, squares),
+         dA = op.dA = Tensor::of<A>(device, squares);
   Tensor dS = op.dS = Tensor::of<T>(device, squares), dqkv = Tensor::of<T>(device, 3 * X);
   op.inputs = {{"qkv", qkv, dqkv}};
   Tensor Y = op.output = Tensor::of<T>(device, X);
   Tensor G = op.cotangent = Tensor::random<T>(device, X, 2);
-  op.kept = {P, dA, dS};
+  op.kept = {probs, dA, dS};
   op.forward = [=] {
-    attention_forward(*d, Y.data<T>(), P.data<T>(), dA.data<A>(), qkv.data<T>(), h);
+    attention_forward(*d, Y.data<T>(), probs.data<T>(), dA.data<A>(), qkv.data<T>(), h);
   };
   op.backward = [=] {
-    attention_backward(*d, dqkv.data<T>(), G.data<T>(), P.data<T>(), qkv.data<T>(), dA.data<A>(),
-                       dS.data<T>(), h);
+    attention_backward(*d, dqkv.data<T>(), G.data<T>(), probs.data<T>(), qkv.data<T>(),
+                       dA.data<A>(), dS.data<T>(), h);
   };
   return op;
 }
@@ -229,12 +230,12 @@ TEST(Attention, WrongBackwardsAreRejected) {
   AttentionOp op = attention_op<double>(device, h);
   op.forward(), op.backward();
   size_t n = h.length;
-  std::vector<double> P = op.P.get(), dA = op.dA.get(), no_outer = P, global = P;
-  for (size_t i = 0; i < P.size(); ++i) no_outer[i] = P[i] * dA[i];  // diag(a) alone
-  for (size_t row = 0; row < P.size(); row += n) {
+  std::vector<double> probs = op.probs.get(), dA = op.dA.get(), no_outer = probs, global = probs;
+  for (size_t i = 0; i < probs.size(); ++i) no_outer[i] = probs[i] * dA[i];  // diag(a) alone
+  for (size_t row = 0; row < probs.size(); row += n) {
     double sum = 0;
     for (size_t j = 0; j < n; ++j) sum += dA[row + j] / double(n);
-    for (size_t j = 0; j < n; ++j) global[row + j] = P[row + j] * (dA[row + j] - sum);
+    for (size_t j = 0; j < n; ++j) global[row + j] = probs[row + j] * (dA[row + j] - sum);
   }
   // dQ and dK from another dS, as attention_backward() makes them from the right one.
   auto with = [&](const std::vector<double>& dS, double scale) {
@@ -306,10 +307,11 @@ TEST(Patches, OrdersAreEachOthersBackward) {
   EXPECT_EQ(p.pixel(5, (1 * 2 + 0) * 3 + 2, PatchOrder::channel_last), size_t(2 * 24 + 3 * 6 + 4));
 }
 
-// The way over tensor cores, and 4.2 in bf16, against 4.2 in fp64 on the CPU from the same bf16 Q,
-// K, V and cotangent: Y, and through RoPE and QK-norm dQ, dK, dV. Values are vbar + spread times
-// noise, keys have a common part of size `mean`. `forget` drops the last token's cotangent from the
-// reference, and unless `with_rest` the backward does not get what rounding took from Y: both show.
+// The way over tensor cores, and 2.2 of dit.cu in bf16, against 2.2 in fp64 on the CPU from the
+// same bf16 Q, K, V and cotangent: Y, and through RoPE and QK-norm dQ, dK, dV. Values are vbar +
+// spread times noise, keys have a common part of size `mean`. `forget` drops the last token's
+// cotangent from the reference, and unless `with_rest` the backward does not get what rounding took
+// from Y: both show.
 struct AttentionErrors {
   std::vector<double> fused, plain;  // of Y, dQ, dK, dV
 };
@@ -340,24 +342,28 @@ AttentionErrors attention_errors(Device& gpu, Heads h, double spread, double mea
 
   Tensor Y = of(X), rest = of(X), dqkv = of(3 * X), l = f32(rows * h.heads), inner = f32(l.count());
   auto b = [](const Tensor& t) { return t.data<bf16>(); };
-  fused_attention_forward(gpu, b(Y), b(rest), l.data<float>(), b(qkv), h);
+  Block<bf16> block{};
+  block.shape.heads = h, block.shape.rope = rope;
+  block.saved.qkv = b(qkv), block.saved.r_qk = r.data<float>();
+  block.saved.Y = b(Y), block.saved.Y_rest = b(rest), block.saved.log_sums = l.data<float>();
+  block.scratch.dY = b(dY), block.scratch.dqkv = b(dqkv), block.scratch.inner = inner.data<float>();
+  EXPECT_TRUE(fused_attention_forward(gpu, block.saved, h));
   if (!with_rest) gpu.fill(rest.data<bf16>(), 0, X * sizeof(bf16));
-  fused_attention_backward(gpu, b(dqkv), inner.data<float>(), b(dY), b(Y), b(rest), l.data<float>(),
-                           b(qkv), r.data<float>(), rope, h);
+  EXPECT_TRUE(fused_attention_backward(gpu, block));
   size_t squares = rows * h.heads * h.length;
-  Tensor Y2 = of(X), P2 = of(squares), dS2 = of(squares), S2 = f32(squares), dqkv2 = of(3 * X);
-  attention_forward(gpu, b(Y2), b(P2), S2.data<float>(), b(qkv), h);
-  attention_backward(gpu, b(dqkv2), b(dY), b(P2), b(qkv), S2.data<float>(), b(dS2), h);
+  Tensor Y2 = of(X), probs2 = of(squares), dS2 = of(squares), S2 = f32(squares), dqkv2 = of(3 * X);
+  attention_forward(gpu, b(Y2), b(probs2), S2.data<float>(), b(qkv), h);
+  attention_backward(gpu, b(dqkv2), b(dY), b(probs2), b(qkv), S2.data<float>(), b(dS2), h);
   rope_qk_norm_backward(gpu, b(dqkv2), b(qkv), r.data<float>(), rope, h);
 
   Tensor qkv64 = f64(3 * X), dY64 = f64(X), r64 = f64(r.count()), Y64 = f64(X), dqkv64 = f64(3 * X);
-  Tensor P = f64(squares), S = f64(squares), dS = f64(squares);
+  Tensor probs = f64(squares), S = f64(squares), dS = f64(squares);
   std::vector<double> cotangent = dY.get();
   if (forget) std::fill(cotangent.end() - ptrdiff_t(D), cotangent.end(), 0.0);
   qkv64.set(qkv.get()), dY64.set(cotangent), r64.set(r.get());
   auto at = [](const Tensor& t) { return t.data<double>(); };
-  attention_forward(cpu, at(Y64), at(P), at(S), at(qkv64), h);
-  attention_backward(cpu, at(dqkv64), at(dY64), at(P), at(qkv64), at(S), at(dS), h);
+  attention_forward(cpu, at(Y64), at(probs), at(S), at(qkv64), h);
+  attention_backward(cpu, at(dqkv64), at(dY64), at(probs), at(qkv64), at(S), at(dS), h);
   rope_qk_norm_backward(cpu, at(dqkv64), at(qkv64), at(r64), {at(c64), at(s64), image_tokens}, h);
   auto errors = [&](const Tensor& y, const Tensor& d) {
     std::vector<double> all{relative_difference(y.get(), Y64.get())}, mine = d.get(),
@@ -375,8 +381,8 @@ AttentionErrors attention_errors(Device& gpu, Heads h, double spread, double mea
 
 const char* const attention_parts[] = {"Y", "dQ", "dK", "dV"};
 
-// Not much further off than the readable version in bf16, which rounds more. One forgotten cotangent
-// in hundreds is, in each of dQ, dK and dV.
+// Not much further off than the readable version in bf16, which rounds more. One forgotten
+// cotangent in hundreds is, in each of dQ, dK and dV.
 TEST(Attention, OnTensorCoresAgreesWithTheReadableOne) {
   if (devices().size() < 2 || !Device::has_bf16()) GTEST_SKIP() << "no GPU with tensor cores";
   for (size_t dim : {64, 128})
@@ -477,8 +483,8 @@ TEST(Table, HasThePapersSizes) {
   EXPECT_NEAR(1e-9 * double(parameter_table(c).count()), 13.64, 0.01);
 }
 
-// 24 + 3 tokens of 16 channels in 2 heads of 8, patches and outputs of 8 numbers, text of 5, an FFN of
-// 24.
+// 24 + 3 tokens of 16 channels in 2 heads of 8, patches and outputs of 8 numbers, text of 5, an FFN
+// of 24.
 TEST(Flops, AreThoseOfTheProducts) {
   auto product = [](double m, double n, double k) { return 2 * m * n * k; };
   double block = product(27, 3 * 16, 16)                // Q, K, V
@@ -776,15 +782,14 @@ struct OneBlock {
   // Both writers: attention's, the FFN's.
   std::vector<Writer> run() {
     Arrays<T>& a = net.arrays;
-    BlockShape<T> shape = net.shape(B);
-    auto w = locate<const T>(net.config, net.table, net.weights()).block(1);
+    Block<T> block = net.block(1, net.parameters(), B);
     auto d = locate<A>(net.config, net.table, net.gradients()).block(1);
-    size_t rows = B * length(), F = net.config.ffn;
-    block_forward(net.device, saved, w, a.scratch, shape);
+    size_t rows = B * length(), ffn = net.config.ffn;
+    block_forward(net.device, block);
     write(a.G, random_values(rows * D, 50));
-    block_backward(net.device, a.G, d, saved, w, a.scratch, shape, false);
+    block_backward(net.device, a.G, d, block, false);
     return {{read(saved.Y, rows, D), read(a.scratch.dF[0], rows, D), read(d.proj, D, D)},
-            {read(saved.hidden, rows, F), read(a.scratch.dF[1], rows, D), read(d.w2, D, F)}};
+            {read(saved.hidden, rows, ffn), read(a.scratch.dF[1], rows, D), read(d.w2, D, ffn)}};
   }
   // After run(): dW_Q and dW_K.
   Dense query_key_gradient() const {

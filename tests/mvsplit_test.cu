@@ -54,12 +54,12 @@ MergeOp prenorm_op(Device& device, Shape shape) {
     merge_forward(*d, Y + n, second, Y, F2.data<T>(), gates, sizes);
   };
   op.backward = [=] {
-    T* G = dX.data<T>();
-    d->fill(G, 0, n * sizeof(T));
-    merge_backward(*d, G, dF2.data<T>(), none, scratch,
-                   {g + n, Y + n, Y, F2.data<T>(), gates, second}, sizes, false);
-    merge_backward(*d, G, dF.data<T>(), none, scratch,
-                   {g, Y, X.data<T>(), F.data<T>(), gates, first}, sizes, false);
+    T *G = dX.data<T>(), *dF_1 = dF.data<T>(), *dF_2 = dF2.data<T>();
+    d->fill(dF_1, 0, n * sizeof(T));  // no merge comes after the second
+    merge_backward(*d, G, dF_2, none, scratch, {g + n, Y + n, Y, F2.data<T>(), gates, second, dF_1},
+                   sizes, false);
+    merge_backward(*d, G, dF_1, none, scratch, {g, Y, X.data<T>(), F.data<T>(), gates, first, dF_2},
+                   sizes, false);
   };
   return op;
 }
