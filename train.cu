@@ -2134,9 +2134,11 @@ inline int command(int argc, const char* const* argv) {
     auto is = [&](const char* name) { return line.sub->name == name; };
     GivenOptions given = line.given;  // the words win
     if (given.count("config")) given.merge(read_ini(given["config"].texts[0], all)[line.sub->name]);
+    Words missing;
     for (const Option& o : line.sub->options)
-      if (o.required && !given.count(o.name))
-        fail("%s needs --%s", line.sub->name.c_str(), o.name.c_str());
+      if (o.required && !given.count(o.name)) missing.push_back("--" + o.name);
+    if (!missing.empty())
+      fail("%s needs %s", line.sub->name.c_str(), join_list(missing, " and ").c_str());
     set_options(*line.sub, given);
     std::error_code ignored;
     if (is("train") && train_options.resume &&

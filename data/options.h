@@ -391,7 +391,8 @@ inline void set_options(const Subcommand& sub, const GivenOptions& given) {
     std::string expected = o.read(g.texts);
     if (!expected.empty())
       fail(g.place.empty() ? "%s--%s %s: expected %s" : "%s%s = %s: expected %s", g.place.c_str(),
-           o.name.c_str(), g.texts.back().c_str(), expected.c_str());
+           o.name.c_str(), g.texts.back().empty() ? "''" : g.texts.back().c_str(),
+           expected.c_str());
   }
 }
 

@@ -1770,7 +1770,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"trian", "",
        "'trian' is not a subcommand: choose one of train, sample, forward, probe, "
        "gradcheck, plan; did you mean train?"},
-      {"forward", "", "forward needs --weights"},
+      {"bare forward", "", "forward needs --weights and --inputs and --out\n"},
       {"magic", "", "'magic' is not a subcommand: choose one of train, sample"},
       {"train", "--batch -4", "--batch"},
       {"train", "--batch 0", "--batch"},
@@ -2160,7 +2160,8 @@ TEST_F(TrainTest, NumbersAreDecimalAndFit) {
                               "1e-3ab", "0x1p-3", "+0.1", " 1",        "1 ",    "1_000",  "1'000",
                               "--1",    "1e",     "1e 3", ".",         "1.2.3", "true",   "-"};
   for (const char* text : no_whole) {
-    std::string expected = text + std::string(": expected a whole number in decimal digits");
+    std::string said = *text ? text : "''",
+                expected = said + ": expected a whole number in decimal digits";
     EXPECT_ERROR(OptionsOf().take({"train", "--seed", text}), "--seed " + expected);
     EXPECT_ERROR(OptionsOf().take({"train", std::string("--seed=") + text}), "--seed " + expected);
     EXPECT_ERROR(OptionsOf().take_file(ini, "[train]\n" + ini_line("seed", text)),
@@ -2168,7 +2169,7 @@ TEST_F(TrainTest, NumbersAreDecimalAndFit) {
     EXPECT_ERROR(positive_integer(text, "it"), "it is '" + std::string(text));
   }
   for (const char* text : no_decimal) {
-    std::string expected = text + std::string(": expected a decimal number");
+    std::string said = *text ? text : "''", expected = said + ": expected a decimal number";
     EXPECT_ERROR(OptionsOf().take({"train", "--lr", text}), "--lr " + expected);
     EXPECT_ERROR(OptionsOf().take_file(ini, "[train]\n" + ini_line("lr", text)),
                  "x.ini:2: lr = " + expected);
@@ -2305,8 +2306,8 @@ TEST_F(TrainTest, ConfigurationFilesAreReadOrRefused) {
       {"train.steps=3", "x.ini:1: 'train.steps' stands before the first section"},
       {"[train]\nsteps=3\nlr=1\nsteps=3", "x.ini:4: steps is given twice"},
       {"[train]\nsteps", "x.ini:2: 'steps' has no value: expected steps = ..."},
-      {"[train]\nsteps=", "x.ini:2: steps = : expected a whole number"},
-      {"[train]\nsteps= # three", "x.ini:2: steps = : expected a whole number"},
+      {"[train]\nsteps=", "x.ini:2: steps = '': expected a whole number"},
+      {"[train]\nsteps= # three", "x.ini:2: steps = '': expected a whole number"},
       {"[train]\n=3", "x.ini:2: '' is no option of train"},
       {"[train]\nsteps=3#4", "x.ini:2: steps = 3#4: expected a whole number"},
       {"[train]\nsteps=3 4", "x.ini:2: steps = 3 4: expected a whole number"},
