@@ -1074,7 +1074,7 @@ struct HostGemm {
   // acc (rows, columns) = a (k, rows)^T b (k, columns), added to what is there unless `first`. Here
   // alone a compiler may fuse products and sums (see the Makefile): there is one way to do it.
 #ifndef __clang__
-  __attribute__((optimize("fp-contract=fast")))
+  [[gnu::optimize("fp-contract=fast")]]
 #endif
   static void
   block(A* acc, size_t acc_stride, const A* a, const A* b, size_t k, bool first) {
