@@ -2036,11 +2036,12 @@ struct Sight {
   const T* F() const { return writer ? saved.F2 : saved.F1; }
 };
 
-// One column of diagnostics.csv.
+// One column of diagnostics.csv, and what a measurement gives its columns to.
 struct Reading {
   std::string name, about;
   double value;
 };
+using Add = std::function<void(const std::string& name, const std::string& about, double value)>;
 
 // The mean of of(i) for i < n over those that are defined: one sample without a ratio does not take
 // the others'.
@@ -2051,7 +2052,6 @@ double mean_of(size_t n, const Of& of) {
     if (double x = of(i); !std::isnan(x)) sum += x, ++count;
   return count > 0 ? sum / count : NAN;
 }
-inline std::string branch_name(int writer) { return writer ? "ffn_" : "attention_"; }
 inline std::string shape_text(size_t rows, size_t columns) {
   return "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
 }
@@ -2091,26 +2091,23 @@ struct WritersMeasured : Measurement {
     writer_modes(device, reinterpret_cast<WriterModes*>(to), scratch[see.writer], see.y(),
                  see.delta, m.tokens(), inputs(see.writer, m.config), m.config.width);
   }
-  static std::vector<Reading> read(const double* from, int w, const MeasuredSizes& m) {
-    std::string branch = branch_name(w), writer = w ? "W2" : "W_O";
+  // The columns. (Where they are of writers, "attention_" or "ffn_" is put before their names.)
+  static void read(const double* from, int w, const MeasuredSizes& m, const Add& add) {
+    std::string writer = w ? "W2" : "W_O", shape = shape_text(m.config.width, inputs(w, m.config));
+    const WriterModes* modes = reinterpret_cast<const WriterModes*>(from);
     auto mode = [&](double WriterModes::*field) {
-      return mean_of(m.samples, [&](size_t i) {
-        return reinterpret_cast<const WriterModes*>(from)[i].*field;
-      });
+      return mean_of(m.samples, [&](size_t i) { return modes[i].*field; });
     };
-    return {{branch + "g_mean",
-             "|dW_mu|_F of " + writer + " " + shape_text(m.config.width, inputs(w, m.config)) +
-                 ", global mean (5)",
-             mode(&WriterModes::g_mean)},
-            {branch + "g_ctr", "|dW_c|_F of " + writer + ", global mean (5)",
-             mode(&WriterModes::g_ctr)},
-            {branch + "g_mean_seg", "the same with a mean for image and one for text tokens",
-             mode(&WriterModes::g_mean_seg)},
-            {branch + "g_ctr_seg", "the same", mode(&WriterModes::g_ctr_seg)},
-            {branch + "amplification", "A = |dW|_F^2 / sum_t |delta_t|^2 |y_t|^2 (26)",
-             mode(&WriterModes::amplification)},
-            {branch + "khat", "weighted mean |cos(y_t, y_s) cos(delta_t, delta_s)|, s != t (32)",
-             mode(&WriterModes::khat)}};
+    add("g_mean", "|dW_mu|_F of " + writer + " " + shape + ", global mean (5)",
+        mode(&WriterModes::g_mean));
+    add("g_ctr", "|dW_c|_F of " + writer + ", global mean (5)", mode(&WriterModes::g_ctr));
+    add("g_mean_seg", "the same with a mean for image and one for text tokens",
+        mode(&WriterModes::g_mean_seg));
+    add("g_ctr_seg", "the same", mode(&WriterModes::g_ctr_seg));
+    add("amplification", "A = |dW|_F^2 / sum_t |delta_t|^2 |y_t|^2 (26)",
+        mode(&WriterModes::amplification));
+    add("khat", "weighted mean |cos(y_t, y_s) cos(delta_t, delta_s)|, s != t (32)",
+        mode(&WriterModes::khat));
   }
 };
 
@@ -2152,23 +2149,20 @@ struct StatesMeasured : Measurement {
   void during(Device& device, double* to, const Sight<T>& see, const MeasuredSizes& m) {
     state_energies(device, to, see.X(), see.F(), inverse_norms, m.tokens(), m.config.width);
   }
-  static std::vector<Reading> read(const double* from, int w, const MeasuredSizes& m) {
-    std::string branch = branch_name(w);
-    double tokens = double(m.config.tokens());
+  static void read(const double* from, int, const MeasuredSizes& m, const Add& add) {
     auto mean = [&](size_t kind, size_t i) { return from[(kind * m.samples + i) * 2]; };
     auto rest = [&](size_t kind, size_t i) { return from[(kind * m.samples + i) * 2 + 1]; };
     auto all = [&](size_t kind, size_t i) { return mean(kind, i) + rest(kind, i); };
-    auto mean_root = [&](auto of) {
+    auto root = [&](auto of) {
       return mean_of(m.samples, [&](size_t i) { return std::sqrt(of(i)); });
     };
-    return {{branch + "rho", "|mu(X)|_F / |c(X)|_F of the merge's trunk X",
-             mean_root([&](size_t i) { return mean(0, i) / rest(0, i); })},
-            {branch + "tr", "|F|_F / |X|_F",
-             mean_root([&](size_t i) { return all(1, i) / all(0, i); })},
-            {branch + "vargain", "|c(F)|_F / |c(X)|_F",
-             mean_root([&](size_t i) { return rest(1, i) / rest(0, i); })},
-            {branch + "tcs", "mean cosine of two tokens of X",
-             mean_of(m.samples, [&](size_t i) { return (mean(2, i) - 1) / (tokens - 1); })}};
+    add("rho", "|mu(X)|_F / |c(X)|_F of the merge's trunk X",
+        root([&](size_t i) { return mean(0, i) / rest(0, i); }));
+    add("tr", "|F|_F / |X|_F", root([&](size_t i) { return all(1, i) / all(0, i); }));
+    add("vargain", "|c(F)|_F / |c(X)|_F", root([&](size_t i) { return rest(1, i) / rest(0, i); }));
+    add("tcs", "mean cosine of two tokens of X", mean_of(m.samples, [&](size_t i) {
+          return (mean(2, i) - 1) / (double(m.config.tokens()) - 1);
+        }));
   }
 };
 
@@ -2257,17 +2251,8 @@ struct AttentionMeasured : Measurement {
   A *probs, *columns, *products, *vectors;  // three (samples, H, T, T), (samples, H, 2, T)
   A *centered, *moved;                      // (samples, T, D), (samples, H, T, D)
 
-  // Energies of A (samples, H, 2), and of A c(X), X the block's input, likewise; those of X
-  // (samples, 2); and ||P A P||_2 (samples, H).
-  template <class Number>
-  struct Numbers {
-    Number *of_A, *of_moved, *of_X, *norms;
-    Numbers(Number* at, Heads h)
-        : of_A(at),
-          of_moved(of_A + h.batch * h.heads * 2),
-          of_X(of_moved + h.batch * h.heads * 2),
-          norms(of_X + h.batch * 2) {}
-  };
+  // Energies of A (samples, H, 2), and of A c(X), X the block's input, likewise; ||P A P||_2
+  // (samples, H); and energies of X (samples, 2).
   static size_t count(const MeasuredSizes& m) { return m.samples * (5 * m.config.heads + 2); }
   void lay(Carver& c, const MeasuredSizes& m) {
     size_t n = m.config.tokens(), D = m.config.width, pairs = m.samples * m.config.heads;
@@ -2279,33 +2264,31 @@ struct AttentionMeasured : Measurement {
     if (see.writer != 0) return;
     Heads h = m.heads();
     size_t n = h.length, D = h.width(), pairs = h.batch * h.heads;
-    Numbers<double> numbers(to, h);
+    double *moved_to = to + 2 * pairs, *norms = moved_to + 2 * pairs, *trunk = norms + pairs;
     attention_matrices(device, probs, probs, see.saved.qkv, h);
-    centered_norms(device, numbers.norms, probs, columns, products, vectors, pairs, n);
-    matrix_energies(device, numbers.of_A, probs, pairs, n, n);
-    matrix_energies(device, numbers.of_X, see.X(), h.batch, n, D);
+    centered_norms(device, norms, probs, columns, products, vectors, pairs, n);
+    matrix_energies(device, to, probs, pairs, n, n);
+    matrix_energies(device, trunk, see.X(), h.batch, n, D);
     center_columns(device, centered, see.X(), h.batch, n, D);
     gemm(device, Matrix<A>(moved, D).batch(h.heads * n * D, n * D), head_square(probs, h),
          Matrix<A>(centered, D).batch(n * D, 0), {n, D, n, h.batch, h.heads});
-    matrix_energies(device, numbers.of_moved, moved, pairs, n, D);
+    matrix_energies(device, moved_to, moved, pairs, n, D);
   }
-  static std::vector<Reading> read(const double* from, int, const MeasuredSizes& m) {
+  static void read(const double* from, int, const MeasuredSizes& m, const Add& add) {
     size_t H = m.config.heads, pairs = m.samples * H;
-    Numbers<const double> x(from, m.heads());
+    const double *moved = from + 2 * pairs, *norms = moved + 2 * pairs, *trunk = norms + pairs;
     double largest = NAN;  // which fmax() passes over
-    for (size_t i = 0; i < pairs; ++i) largest = std::fmax(largest, x.norms[i]);
-    auto mean = [&](auto of) { return mean_of(pairs, of); };
-    return {
-        {"mu_eff", "|P A P|_2, mean over samples and heads (4)",
-         mean([&](size_t i) { return x.norms[i]; })},
-        {"mu_eff_max", "the largest of them", largest},
-        {"row_diversity", "|A - J A|_F / |A|_F, mean over samples and heads", mean([&](size_t i) {
-           return std::sqrt(x.of_A[2 * i + 1] / (x.of_A[2 * i] + x.of_A[2 * i + 1]));
-         })},
-        {"retention", "|c(A c(X))|_F / |c(X)|_F, X the block's input, mean over samples and heads",
-         mean([&](size_t i) { return std::sqrt(x.of_moved[2 * i + 1] / x.of_X[i / H * 2 + 1]); })},
-        {"leakage", "|mu(A c(X))|_F / |c(X)|_F, likewise",
-         mean([&](size_t i) { return std::sqrt(x.of_moved[2 * i] / x.of_X[i / H * 2 + 1]); })}};
+    for (size_t i = 0; i < pairs; ++i) largest = std::fmax(largest, norms[i]);
+    auto root = [&](auto of) { return mean_of(pairs, [&](size_t i) { return std::sqrt(of(i)); }); };
+    add("mu_eff", "|P A P|_2, mean over samples and heads (4)",
+        mean_of(pairs, [&](size_t i) { return norms[i]; }));
+    add("mu_eff_max", "the largest of them", largest);
+    add("row_diversity", "|A - J A|_F / |A|_F, mean over samples and heads",
+        root([&](size_t i) { return from[2 * i + 1] / (from[2 * i] + from[2 * i + 1]); }));
+    add("retention", "|c(A c(X))|_F / |c(X)|_F, X the block's input, mean over samples and heads",
+        root([&](size_t i) { return moved[2 * i + 1] / trunk[i / H * 2 + 1]; }));
+    add("leakage", "|mu(A c(X))|_F / |c(X)|_F, likewise",
+        root([&](size_t i) { return moved[2 * i] / trunk[i / H * 2 + 1]; }));
   }
 };
 
@@ -2332,11 +2315,11 @@ struct QueriesAndKeysMeasured : Measurement {
   void after(Device& device, double* to, const BlockParameters<Kept>& d, const MeasuredSizes& m) {
     sum_squares(device, to, d.qkv, 2, m.config.width * m.config.width);
   }
-  static std::vector<Reading> read(const double* from, int, const MeasuredSizes& m) {
+  static void read(const double* from, int, const MeasuredSizes& m, const Add& add) {
     size_t D = m.config.width;
-    return {{"q_grad_rms", "root mean square of the whole batch's dL/dW_Q " + shape_text(D, D),
-             std::sqrt(from[0]) / double(D)},
-            {"k_grad_rms", "of dL/dW_K", std::sqrt(from[1]) / double(D)}};
+    add("q_grad_rms", "root mean square of the whole batch's dL/dW_Q " + shape_text(D, D),
+        std::sqrt(from[0]) / double(D));
+    add("k_grad_rms", "of dL/dW_K", std::sqrt(from[1]) / double(D));
   }
 };
 
@@ -2362,7 +2345,7 @@ class Diagnostics {
     lay_numbers(c, numbers_);
     results_bytes_ = c.used - results_;
     Carver end = c;
-    each([&](auto& m, size_t) {
+    each(all_, [&](auto& m, size_t) {
       Carver own = c;
       m.lay(own, sizes);
       end.used = std::max(end.used, own.used);
@@ -2375,7 +2358,7 @@ class Diagnostics {
                bool all) {
     auto at = std::find(layers.begin(), layers.end(), block);
     if (at == layers.end()) return;
-    each([&](auto& m, size_t k) {
+    each(all_, [&](auto& m, size_t k) {
       if (all || m.of_spikes)
         m.during(device, numbers(m, numbers_[k], size_t(at - layers.begin()), writer),
                  Sight<T>{s, writer, delta}, sizes);
@@ -2386,7 +2369,7 @@ class Diagnostics {
   template <class Kept>
   void gradients(Device& device, const Parameters<Kept>& d) {
     for (size_t slot = 0; slot < layers.size(); ++slot)
-      each([&](auto& m, size_t k) {
+      each(all_, [&](auto& m, size_t k) {
         m.after(device, numbers(m, numbers_[k], slot, 0), d.block(layers[slot]), sizes);
       });
   }
@@ -2402,16 +2385,16 @@ class Diagnostics {
     Numbers of_host{};
     lay_numbers(c, of_host);
     std::vector<std::vector<Reading>> rows(layers.size());
-    for (size_t slot = 0; slot < layers.size(); ++slot) {
-      auto add = [&](int writer, bool of_writers) {
-        each([&](auto& m, size_t k) {
-          if (m.of_writers != of_writers) return;
-          for (Reading& r : m.read(numbers(m, of_host[k], slot, writer), writer, sizes))
-            rows[slot].push_back(std::move(r));
+    for (size_t slot = 0; slot < layers.size(); ++slot)
+      for (int writer : {0, 1, -1})  // -1: what is not of a writer
+        each(all_, [&](auto& m, size_t k) {
+          if (m.of_writers != (writer >= 0)) return;
+          std::string branch = writer == 0 ? "attention_" : writer == 1 ? "ffn_" : "";
+          m.read(numbers(m, of_host[k], slot, writer), writer, sizes,
+                 [&](const std::string& name, const std::string& about, double value) {
+                   rows[slot].push_back({branch + name, about, value});
+                 });
         });
-      };
-      add(0, true), add(1, true), add(0, false);
-    }
     return rows;
   }
 
@@ -2422,18 +2405,14 @@ class Diagnostics {
   std::byte* base_ = nullptr;
   size_t results_ = 0, results_bytes_ = 0;
 
-  template <class F>
-  void each(const F& f) {
+  // f(measurement, its number) for all.
+  template <class All, class F>
+  static void each(All& all, const F& f) {
     size_t k = 0;
-    std::apply([&](auto&... m) { (f(m, k++), ...); }, all_);
-  }
-  template <class F>
-  void each(const F& f) const {
-    size_t k = 0;
-    std::apply([&](auto&... m) { (f(m, k++), ...); }, all_);
+    std::apply([&](auto&... m) { (f(m, k++), ...); }, all);
   }
   void lay_numbers(Carver& c, Numbers& to) const {
-    each([&](auto& m, size_t k) {
+    each(all_, [&](auto& m, size_t k) {
       to[k] = c.take<double>(layers.size() * (m.of_writers ? 2 : 1) * m.count(sizes));
     });
   }

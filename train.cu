@@ -986,8 +986,8 @@ class Trainer : public RunArrays<T, Kept> {
                   o.optimizer.clip);
     if (diagnose) diagnostics.gradients(device, locate<Kept>(o.model, net.table, net.gradients()));
     if (o.spike_factor > 0)
-      watch_step(device, spikes, a.clock, a.history, diagnostics.modes(),
-                 diagnostics.layers.size(), diagnostics.samples, o.spike_factor);
+      watch_step(device, spikes, a.clock, a.history, diagnostics.modes(), diagnostics.layers.size(),
+                 diagnostics.samples, o.spike_factor);
     adamw(device, a.master, a.m, a.v, a.average, net.gradients(), a.clock, a.chunks, chunk_count,
           o.optimizer, dither(streams::moment_rounding), dither(streams::average_rounding));
     if (o.spike_factor > 0)
@@ -1898,6 +1898,9 @@ class Gradcheck {
   }
 };
 
+// Does nothing hold a branch back, neither gates nor, behind Pre-Norm, a trunk that grows?
+inline bool is_bare(Merge merge) { return about(merge).gates.empty() && !about(merge).trunk_apart; }
+
 inline int gradcheck(Device& device, const GradcheckOptions& o) {
   o.model.check();
   if (!(o.step > 0) || !(o.tolerance > 0)) fail("--step and --tolerance must be positive");
@@ -1911,7 +1914,7 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
   std::printf("largest relative error %.2e: %s (limit %.0e)\n", worst, good ? "ok" : "WRONG",
               o.tolerance);
   const Residual& mode = o.model.mode();
-  bool bare = mode.attention == merge_of<PostNorm> || mode.ffn == merge_of<PostNorm>;
+  bool bare = is_bare(mode.attention) || is_bare(mode.ffn);
   if (!good && bare && o.model.writer_std > 0.02)
     std::printf("without gates a deep network is too chaotic for differences: --writer-std 0.02\n");
   return good ? 0 : 1;

@@ -39,6 +39,8 @@ CASES = {
     "mvsplit-noleak": dict(BASE, residual="mvsplit-noleak", depth=2),
     "mvsplit-global": dict(BASE, residual="mvsplit", means="global", depth=2),
     "prenorm": dict(BASE, residual="prenorm", depth=3),
+    "centered": dict(BASE, residual="centered", width=8, ffn=12),
+    "leaky": dict(BASE, residual="leaky", width=8, ffn=12),
 }
 BATCH = 2
 
@@ -74,6 +76,8 @@ def random_parameters(c, rng):
                 w[block + f"layerscale{which}"] = normal(D, mean=0.5, std=0.2)
             if kind == "rezero":
                 w[block + f"rezero{which}"] = normal(1, mean=0.6, std=0.1)
+            if kind == "leaky":
+                w[block + f"leaky{which}"] = normal(D, mean=0.3, std=0.2)
             if kind in ("mvsplit", "mvsplit-noleak"):
                 w[block + f"fused_mvsplit_norm{which}.alpha"] = normal(D, mean=0.3, std=0.2)
                 w[block + f"fused_mvsplit_norm{which}.beta"] = normal(D, mean=0.7, std=0.3)
@@ -131,6 +135,10 @@ def merge(X, F, w, block, which, residual, J, P):
         Z = X + F
     elif kind in ("layerscale", "rezero"):
         Z = X + w[block + f"{kind}{which}"] * F
+    elif kind == "centered":
+        Z = X + P @ F
+    elif kind == "leaky":
+        Z = X + w[block + f"leaky{which}"] * (F - X)
     else:
         alpha, beta = (w[block + f"fused_mvsplit_norm{which}.{gate}"] for gate in ("alpha", "beta"))
         leaving = J @ X if kind == "mvsplit" else 0.0  # mvsplit-noleak keeps the trunk's mean

@@ -3106,8 +3106,7 @@ TEST(Gradcheck, PassesAtAThousandLayers) {
   for (const std::string& device : device_flags())
     for (const Residual& residual : residuals) {
       std::string flags = device + " --depth 1000 --recompute 32 --residual " + residual.name;
-      if (residual.attention == merge_of<PostNorm> || residual.ffn == merge_of<PostNorm>)
-        flags += " --writer-std 0.02";
+      if (is_bare(residual.attention) || is_bare(residual.ffn)) flags += " --writer-std 0.02";
       Outcome outcome = run("gradcheck", flags);
       EXPECT_EQ(outcome.status, 0) << outcome.out;
       EXPECT_EQ(outcome.out.find("vanishes"), std::string::npos) << "not checked:\n" << outcome.out;
@@ -3121,8 +3120,7 @@ TEST(Gradcheck, PassesForEveryResidualAndCanFail) {
       c.residual = residual.name;
       std::string flags = device + " --depth 24 --recompute 7 --residual " + residual.name;
       // Ungated branches drown the early layers unless they are weak.
-      if (residual.attention == merge_of<PostNorm> || residual.ffn == merge_of<PostNorm>)
-        flags += " --writer-std 0.02";
+      if (is_bare(residual.attention) || is_bare(residual.ffn)) flags += " --writer-std 0.02";
       Outcome good = run("gradcheck", flags), bad = run("gradcheck", flags, "--tolerance 1e-30");
       EXPECT_EQ(good.status, 0) << good.out;
       EXPECT_EQ(good.out.find("WRONG"), std::string::npos) << good.out;
