@@ -1,13 +1,11 @@
 // train.cu - the program: training by rectified flow, sampling, and the command line.
 //
-// What it is: everything around the network. Where batches come from, the loss, AdamW, the state
-// that a run can be resumed from, Euler sampling with guidance, and one function a subcommand. What
-// it is not: a framework. There is one data set in memory, one device, one optimiser.
+// What it is: everything around the network. Where batches come from, the loss, AdamW, the step,
+// Euler sampling with guidance, and one function a subcommand. What it is not: a framework. There is
+// one data set in memory, one device, one optimiser.
 //
-// How to read it: section 1 is the objective, 2 the optimiser (skip 2.1 at first: the watch over
-// its gradients), 3 sampling, 4 the trainer, whose train_step() in 4.3 is the whole of a training
-// step, 5 saving and resuming, 6 the run with its log, 7 the other subcommands, 8 the command line.
-// The options, among them the optimiser's, are in data/options.h.
+// How to read it: straight through to the appendix. The objective (1), the optimiser (2), a training
+// step (3), sampling (4). The options, among them the optimiser's, are in data/options.h.
 
 #include "dit.cu"
 
@@ -80,6 +78,25 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
   });
 }
 
+// A pass's batch: net.arrays.z and text, and a.target, from images and captions drawn at random, with
+// replacement; a share `dropout` of the captions is left out, so that guidance has something to hold
+// against. `a` are the arrays of a run (appendix C).
+template <class T, class Kept, class RunArrays>
+void draw_training_batch(Network<T, Kept>& net, RunArrays a, DeviceData data,
+                         const TrainOptions& o) {
+  uint64_t seed = o.seed, batch = o.batch;
+  double dropout = o.dropout, shift = o.time_shift;
+  auto draw = [=] HD(size_t i) {
+    uint64_t n = a.clock->pass * batch + i;  // this sample's number in the whole run
+    size_t image = size_t(uniform(seed, streams::batch_index, n) * double(data.images));
+    bool drop = uniform(seed, streams::dropout, n) < dropout;
+    return Draw{image, drop ? data.captions : size_t(data.caption[image]),
+                shift_time(uniform(seed, streams::time, n), shift), n};
+  };
+  noisy_batch(net.device, net.arrays.z, a.target, net.arrays.text, data, o.batch, seed,
+              streams::noise, draw);
+}
+
 // ---------------------------------------------------------------------------------------------
 // 2. AdamW
 //
@@ -88,6 +105,278 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
 //
 // with g the gradient times min(1, clip / (|g| + 1e-6)), |g| over all parameters, and decay on
 // matrices only. A weight is kept in Acc<T> ("master") and rounded to T for the network.
+//
+// Moments are rounded only to be kept, if at all: a step uses m and v as just computed. (Appendix A has
+// the two ways to keep them and the master, at 18 and at 10 bytes a parameter.)
+
+// All that changes from step to step, in device memory, so that a captured step can be replayed. A
+// step is `accumulate` passes; both count from the start of the run.
+struct Clock {
+  uint64_t step, pass;
+  double lr, correction1, correction2, follow, norm, clip_scale;
+};
+struct Record {
+  double loss, norm, lr;
+};
+constexpr size_t records = 1024;  // how many steps' records are kept on the device
+
+// The slab is walked in chunks, none of which spans two tensors: a team's piece of work, in which
+// every parameter is treated alike. (A team reads whole quads: what follows a tensor in the slab,
+// up to the next quad, is zero everywhere and stays so.)
+//
+// Parameters that are fixed are in no chunk: AdamW leaves them, their moments and their average as
+// they began, and their gradients do not enter the norm. What nothing follows must not make the
+// steps of the others smaller.
+struct Chunk {
+  size_t begin;
+  uint32_t count;
+  bool decays;
+};
+constexpr size_t largest_chunk = 16384;
+inline size_t count_chunks(const Table& table) {
+  size_t count = 0;
+  for (const Parameter& p : table.parameters)
+    if (!p.fixed) count += ceil_div(p.count(), largest_chunk);
+  return count;
+}
+inline std::vector<Chunk> chunks_of(const Table& table) {
+  std::vector<Chunk> chunks;
+  for (const Parameter& p : table.parameters)
+    for (size_t i = 0; i < p.count() && !p.fixed; i += largest_chunk)
+      chunks.push_back(
+          {p.offset + i, uint32_t(std::min(largest_chunk, p.count() - i)), p.decays()});
+  return chunks;
+}
+
+// Start of a step: learning rate with linear warm-up, Adam's bias corrections, and `follow`, how far
+// the average of the weights goes towards them. With a decay e it looks back over the last 1 / (1 - e)
+// steps or so; where a run is young, over the last tenth of it:
+//
+//     avg_s = avg_(s-1) + follow (w_s - avg_(s-1)),   follow = max(1 - e, 10 / (s + 9)).
+//
+// So avg_1 = w_1, and what was before has no part in it. As long as the second is the larger, w_k
+// weighs as k (k + 1) ... (k + 8), about k^9: follow_k prod_(k < j <= s) (1 - follow_j) is 10 / (k + 9)
+// times prod (j - 1) / (j + 9), of which all but ten factors above and below cancel.
+inline void begin_step(const Device& device, Clock* clock, Optimizer o, double ema) {
+  for_each(device, 1, [=] HD(size_t) {
+    double s = double(clock->step + 1);
+    clock->lr = o.lr * min_(1.0, s / double(max_<size_t>(o.warmup, 1)));
+    clock->correction1 = 1 - pow(o.beta1, s);
+    clock->correction2 = 1 - pow(o.beta2, s);
+    clock->follow = max_(1 - ema, 10 / (s + 9));
+  });
+}
+
+// The gradient's norm and the clipping factor, from chunk sums of squares (partial: one a chunk).
+template <class Kept>
+void gradient_norm(const Device& device, Clock* clock, double* partial, const Kept* gradients,
+                   const Chunk* chunks, size_t count, double clip) {
+  for_each_team(device, count, Team::max_size, [=] HD(Team team) {
+    Chunk c = chunks[team.index];
+    Acc<Kept> sum = 0;
+    for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
+      Quad<Acc<Kept>> g = load<Acc<Kept>>(gradients + i);
+      sum += dot(g, g);
+    }
+    sum = team.sum(sum);
+    if (team.rank == 0) partial[team.index] = double(sum);
+  });
+  for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
+    double sum = 0;
+    for (size_t i = team.rank; i < count; i += team.size) sum += partial[i];
+    sum = team.sum(sum);
+    if (team.rank != 0) return;
+    clock->norm = sqrt(sum);
+    clock->clip_scale = clip > 0 ? min_(1.0, clip / (clock->norm + 1e-6)) : 1;
+  });
+}
+
+// One step of AdamW: updates the weights, m and v (Kept), and `average` if it is not null. `dither`
+// is for moments that are rounded, `average_dither` for the average.
+template <class Master, class Kept>
+void adamw(const Device& device, Master master, Kept* m, Kept* v, typename Master::A* average,
+           const Kept* gradients, const Clock* clock, const Chunk* chunks, size_t count,
+           Optimizer o, Dither dither, Dither average_dither) {
+  using A = typename Master::A;
+  for_each_team(device, count, Team::max_size, [=] HD(Team team) {
+    Chunk c = chunks[team.index];
+    A clip = A(clock->clip_scale), lr = A(clock->lr), b1 = A(o.beta1), b2 = A(o.beta2);
+    // 1 - 0.999 in float is off by 1.3e-5 of itself: take the difference in double.
+    A one_minus_b1 = A(1 - o.beta1), one_minus_b2 = A(1 - o.beta2);
+    A c1 = A(1 / clock->correction1), c2 = A(1 / clock->correction2);
+    A decay = c.decays ? A(o.decay) : A(0), eps = A(o.eps);
+    for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
+      Quad<A> w = master.get(i), g = clip * load<A>(gradients + i);
+      Quad<A> m_next = b1 * load<A>(m + i) + one_minus_b1 * g;
+      Quad<A> v_next = b2 * load<A>(v + i) + one_minus_b2 * g * g, change;
+      for (int k = 0; k < 4; ++k)
+        change[k] = m_next[k] * c1 / (std::sqrt(v_next[k] * c2) + eps) + decay * w[k];
+      w = w - lr * change;
+      master.set(i, w);
+      if (average) {  // in float a step of follow (w - avg) is soon below half a gap
+        Quad<double> avg = load<double>(average + i);
+        avg = avg + clock->follow * (widen<double>(w) - avg);
+        store_stochastically(average + i, avg, average_dither(i / 4), 0);
+      }
+      Random4 bits = Master::lean ? dither(i / 4) : Random4{};
+      store_stochastically(m + i, m_next, bits, 0);
+      store_stochastically(v + i, v_next, bits, 1);
+    }
+  });
+}
+
+// End of a pass: put its samples' losses (b) into the step's (accumulate * b), and move on.
+template <class A>
+void end_pass(const Device& device, Clock* clock, A* step_losses, const A* losses, size_t b,
+              size_t accumulate) {
+  for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
+    A* out = step_losses + clock->pass % accumulate * b;
+    for (size_t i = team.rank; i < b; i += team.size) out[i] = losses[i];
+    team.sync();  // all have read the clock
+    if (team.rank == 0) ++clock->pass;
+  });
+}
+
+// End of a step: record it and move on.
+template <class A>
+void end_step(const Device& device, Clock* clock, Record* history, const A* losses, size_t count) {
+  for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
+    double sum = 0;
+    for (size_t i = team.rank; i < count; i += team.size) sum += double(losses[i]);
+    sum = team.sum(sum);
+    if (team.rank != 0) return;
+    history[clock->step % records] = {sum / double(count), clock->norm, clock->lr};
+    ++clock->step;
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// 3. A step
+//
+// `accumulate` passes, each the gradients of a batch, then one update. `t` is the Trainer of appendix D:
+// the network, the arrays of the run and its options. The host only enqueues all this: on a GPU it is
+// captured once and replayed, so what changes from step to step is in t.a.clock.
+
+// Where bits for rounding come from in this pass.
+template <class Trainer>
+Dither dither(const Trainer& t, uint64_t stream) {
+  return {t.o.seed, stream, &t.a.clock->pass};
+}
+
+// Gradients of a batch: = for the step's first, += for the others.
+template <class Trainer, class Observer>
+void training_pass(Trainer& t, bool first, const Observer& observe) {
+  const Config& m = t.o.model;
+  draw_training_batch(t.net, t.a, t.train, t.o);  // -> arrays.z, arrays.text, a.target
+  t.net.forward(t.o.batch);                       // -> arrays.velocity
+  flow_loss(t.device, t.a.losses, t.net.arrays.dvelocity, t.net.arrays.velocity, t.a.target,
+            t.o.batch, m.pixels(), 1 / double(m.pixels() * t.o.batch * t.o.accumulate));
+  t.net.backward(t.o.batch, !first, false, observe, dither(t, streams::gradient_rounding));
+  end_pass(t.device, t.a.clock, t.a.step_losses, t.a.losses, t.o.batch, t.o.accumulate);
+}
+
+// What a step does with its gradients: clip them, look for a spike (appendix B), move the weights.
+template <class Trainer>
+void update_weights(Trainer& t, bool diagnose) {
+  auto& a = t.a;
+  const auto* gradients = t.net.gradients();
+  size_t samples = t.o.batch * t.o.accumulate;
+  gradient_norm(t.device, a.clock, a.partial, gradients, a.chunks, t.chunk_count,
+                t.o.optimizer.clip);
+  if (diagnose) t.diagnose_gradients();
+  t.look_for_spike();
+  adamw(t.device, a.master, a.m, a.v, a.average, gradients, a.clock, a.chunks, t.chunk_count,
+        t.o.optimizer, dither(t, streams::moment_rounding), dither(t, streams::average_rounding));
+  t.copy_spike();
+  end_step(t.device, a.clock, a.history, a.step_losses, samples);
+}
+
+// ---------------------------------------------------------------------------------------------
+// 4. Sampling
+//
+// Euler steps from noise at t = 1 to data at t = 0, with classifier-free guidance. On the line of
+// section 1, dz/dt = x1 - x0 = -v, so a step from t to t_next < t adds (t_next - t) (-v):
+//     z <- z + (t - t_next) v,     v = v_u + w (v_c - v_u),
+// v_c with the caption, v_u with the empty one.
+
+template <class T>
+struct Sampler {
+  using A = Acc<T>;
+  A* conditional;   // (B, C, H, W)
+  T *text, *empty;  // (B, L, d_text)
+
+  void lay(Carver& c, const Config& m, size_t batch) {
+    conditional = c.take<A>(batch * m.pixels());
+    text = c.take<T>(batch * m.text_size()), empty = c.take<T>(batch * m.text_size());
+  }
+};
+
+template <class T>
+void start_from_noise(const Device& device, Acc<T>* z, size_t n, uint64_t seed, uint64_t first) {
+  for_each(device, n,
+           [=] HD(size_t i) { z[i] = Acc<T>(gaussian(seed, streams::sampling_noise, first + i)); });
+}
+template <class T>
+void euler_step(const Device& device, Acc<T>* z, const Acc<T>* conditional,
+                const Acc<T>* unconditional, size_t n, double dt, double guidance) {
+  using A = Acc<T>;
+  for_each(device, n, [=] HD(size_t i) {
+    A v = unconditional[i] + A(guidance) * (conditional[i] - unconditional[i]);
+    z[i] += A(dt) * v;
+  });
+}
+
+// Images (n, C, H, W) for captions (n, L, d_text), all on the host. Image i depends on seed and i
+// only.
+template <class T, class Kept>
+std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
+                                 const std::vector<float>& text,
+                                 const std::vector<float>& empty_text, size_t n, size_t steps,
+                                 double guidance, double shift, uint64_t seed) {
+  using A = Acc<T>;
+  Device& device = net.device;
+  Arrays<T>& a = net.arrays;
+  size_t pixels = net.config.pixels(), words = net.config.text_size();
+  std::vector<float> images;
+  Progress progress("drawing " + std::to_string(n) + " samples", ceil_div(n, net.batch) * steps);
+  for (size_t first = 0; first < n; first += net.batch) {
+    size_t b = std::min(net.batch, n - first);
+    std::vector<T> conditional, empty;
+    for (size_t i = 0; i < b * words; ++i) {
+      conditional.push_back(T(text[first * words + i]));
+      empty.push_back(T(empty_text[i % words]));
+    }
+    device.upload(sampler.text, conditional.data(), b * words * sizeof(T));
+    device.upload(sampler.empty, empty.data(), b * words * sizeof(T));
+    start_from_noise<T>(device, a.z, b * pixels, seed, first * pixels);
+    for (size_t k = 0; k < steps; ++k) {
+      double t = shift_time(1 - double(k) / double(steps), shift);
+      double t_next = shift_time(1 - double(k + 1) / double(steps), shift);
+      device.copy(a.text, sampler.text, b * words * sizeof(T));
+      net.forward(b);
+      const A* with_caption = a.velocity;
+      if (guidance != 1) {
+        device.copy(sampler.conditional, a.velocity, b * pixels * sizeof(A));
+        with_caption = sampler.conditional;
+        device.copy(a.text, sampler.empty, b * words * sizeof(T));
+        net.forward(b);
+      }
+      euler_step<T>(device, a.z, with_caption, a.velocity, b * pixels, t - t_next, guidance);
+      progress.advance(1);
+    }
+    std::vector<A> z(b * pixels);
+    device.download(z.data(), a.z, z.size() * sizeof(A));
+    images.insert(images.end(), z.begin(), z.end());
+  }
+  return images;
+}
+
+// Appendix. The straight way ends here. Below: how weights and moments are kept (A), the watch for spikes
+// (B), arrays and what fits (C), the trainer (D), saving and resuming (E), the run (F), the other
+// subcommands (G), gradcheck (H), the probe (I), the command line (J).
+
+// ---------------------------------------------------------------------------------------------
+// A. How weights and moments are kept
 //
 // Bytes a parameter, with bf16 weights:
 //
@@ -174,148 +463,8 @@ void initialise(const Device& device, const Table& table, Master<T, Kept> master
   });
 }
 
-// All that changes from step to step, in device memory, so that a captured step can be replayed. A
-// step is `accumulate` passes; both count from the start of the run.
-struct Clock {
-  uint64_t step, pass;
-  double lr, correction1, correction2, follow, norm, clip_scale;
-};
-struct Record {
-  double loss, norm, lr;
-};
-constexpr size_t records = 1024;  // how many steps' records are kept on the device
-
-// The slab is walked in chunks, none of which spans two tensors: a team's piece of work, in which
-// every parameter is treated alike. (A team reads whole quads: what follows a tensor in the slab,
-// up to the next quad, is zero everywhere and stays so.)
-//
-// Parameters that are fixed are in no chunk: AdamW leaves them, their moments and their average as
-// they began, and their gradients do not enter the norm. What nothing follows must not make the
-// steps of the others smaller.
-struct Chunk {
-  size_t begin;
-  uint32_t count;
-  bool decays;
-};
-constexpr size_t largest_chunk = 16384;
-inline size_t count_chunks(const Table& table) {
-  size_t count = 0;
-  for (const Parameter& p : table.parameters)
-    if (!p.fixed) count += ceil_div(p.count(), largest_chunk);
-  return count;
-}
-inline std::vector<Chunk> chunks_of(const Table& table) {
-  std::vector<Chunk> chunks;
-  for (const Parameter& p : table.parameters)
-    for (size_t i = 0; i < p.count() && !p.fixed; i += largest_chunk)
-      chunks.push_back(
-          {p.offset + i, uint32_t(std::min(largest_chunk, p.count() - i)), p.decays()});
-  return chunks;
-}
-
-// Start of a step: learning rate with linear warm-up, Adam's bias corrections, and `follow`, how far
-// the average of the weights goes towards them. With a decay e it looks back over the last 1 / (1 - e)
-// steps or so; where a run is young, over the last tenth of it:
-//
-//     avg_s = avg_(s-1) + follow (w_s - avg_(s-1)),   follow = max(1 - e, 10 / (s + 9)).
-//
-// So avg_1 = w_1, and what was before has no part in it. As long as the second is the larger, w_k
-// weighs as k (k + 1) ... (k + 8), about k^9: follow_k prod_(k < j <= s) (1 - follow_j) is 10 / (k + 9)
-// times prod (j - 1) / (j + 9), of which all but ten factors above and below cancel.
-inline void begin_step(const Device& device, Clock* clock, Optimizer o, double ema) {
-  for_each(device, 1, [=] HD(size_t) {
-    double s = double(clock->step + 1);
-    clock->lr = o.lr * min_(1.0, s / double(max_<size_t>(o.warmup, 1)));
-    clock->correction1 = 1 - pow(o.beta1, s);
-    clock->correction2 = 1 - pow(o.beta2, s);
-    clock->follow = max_(1 - ema, 10 / (s + 9));
-  });
-}
-
-// The gradient's norm and the clipping factor, from chunk sums of squares (partial: one a chunk).
-template <class Kept>
-void gradient_norm(const Device& device, Clock* clock, double* partial, const Kept* gradients,
-                   const Chunk* chunks, size_t count, double clip) {
-  for_each_team(device, count, Team::max_size, [=] HD(Team team) {
-    Chunk c = chunks[team.index];
-    Acc<Kept> sum = 0;
-    for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
-      Quad<Acc<Kept>> g = load<Acc<Kept>>(gradients + i);
-      sum += dot(g, g);
-    }
-    sum = team.sum(sum);
-    if (team.rank == 0) partial[team.index] = double(sum);
-  });
-  for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
-    double sum = 0;
-    for (size_t i = team.rank; i < count; i += team.size) sum += partial[i];
-    sum = team.sum(sum);
-    if (team.rank != 0) return;
-    clock->norm = sqrt(sum);
-    clock->clip_scale = clip > 0 ? min_(1.0, clip / (clock->norm + 1e-6)) : 1;
-  });
-}
-
-// One step of AdamW: updates the weights, m and v (Kept), and `average` if it is not null. `dither`
-// is for moments that are rounded, `average_dither` for the average.
-template <class T, class Kept>
-void adamw(const Device& device, Master<T, Kept> master, Kept* m, Kept* v, Acc<T>* average,
-           const Kept* gradients, const Clock* clock, const Chunk* chunks, size_t count,
-           Optimizer o, Dither dither, Dither average_dither) {
-  using A = Acc<T>;
-  for_each_team(device, count, Team::max_size, [=] HD(Team team) {
-    Chunk c = chunks[team.index];
-    A clip = A(clock->clip_scale), lr = A(clock->lr), b1 = A(o.beta1), b2 = A(o.beta2);
-    // 1 - 0.999 in float is off by 1.3e-5 of itself: take the difference in double.
-    A one_minus_b1 = A(1 - o.beta1), one_minus_b2 = A(1 - o.beta2);
-    A c1 = A(1 / clock->correction1), c2 = A(1 / clock->correction2);
-    A decay = c.decays ? A(o.decay) : A(0), eps = A(o.eps);
-    for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
-      Quad<A> w = master.get(i), g = clip * load<A>(gradients + i);
-      Quad<A> m_next = b1 * load<A>(m + i) + one_minus_b1 * g;
-      Quad<A> v_next = b2 * load<A>(v + i) + one_minus_b2 * g * g, change;
-      for (int k = 0; k < 4; ++k)
-        change[k] = m_next[k] * c1 / (std::sqrt(v_next[k] * c2) + eps) + decay * w[k];
-      w = w - lr * change;
-      master.set(i, w);
-      if (average) {  // in float a step of follow (w - avg) is soon below half a gap
-        Quad<double> avg = load<double>(average + i);
-        avg = avg + clock->follow * (widen<double>(w) - avg);
-        store_stochastically(average + i, avg, average_dither(i / 4), 0);
-      }
-      Random4 bits = Master<T, Kept>::lean ? dither(i / 4) : Random4{};
-      store_stochastically(m + i, m_next, bits, 0);
-      store_stochastically(v + i, v_next, bits, 1);
-    }
-  });
-}
-
-// End of a pass: put its samples' losses (b) into the step's (accumulate * b), and move on.
-template <class A>
-void end_pass(const Device& device, Clock* clock, A* step_losses, const A* losses, size_t b,
-              size_t accumulate) {
-  for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
-    A* out = step_losses + clock->pass % accumulate * b;
-    for (size_t i = team.rank; i < b; i += team.size) out[i] = losses[i];
-    team.sync();  // all have read the clock
-    if (team.rank == 0) ++clock->pass;
-  });
-}
-
-// End of a step: record it and move on.
-template <class A>
-void end_step(const Device& device, Clock* clock, Record* history, const A* losses, size_t count) {
-  for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
-    double sum = 0;
-    for (size_t i = team.rank; i < count; i += team.size) sum += double(losses[i]);
-    sum = team.sum(sum);
-    if (team.rank != 0) return;
-    history[clock->step % records] = {sum / double(count), clock->norm, clock->lr};
-    ++clock->step;
-  });
-}
-
-// 2.1 The watch for spikes
+// ---------------------------------------------------------------------------------------------
+// B. The watch for spikes
 //
 // A step stands out if its gradient's norm is above `factor` times the median over the 100 steps
 // before it, or as many as there are from 50 on. By the time the host reads the norms that step's gradients are gone; so the
@@ -452,87 +601,7 @@ void copy_spike(const Device& device, SpikeArrays a, const double* partial, cons
 }
 
 // ---------------------------------------------------------------------------------------------
-// 3. Sampling
-//
-// Euler steps from noise at t = 1 to data at t = 0, with classifier-free guidance. On the line of
-// section 1, dz/dt = x1 - x0 = -v, so a step from t to t_next < t adds (t_next - t) (-v):
-//     z <- z + (t - t_next) v,     v = v_u + w (v_c - v_u),
-// v_c with the caption, v_u with the empty one.
-
-template <class T>
-struct Sampler {
-  using A = Acc<T>;
-  A* conditional;   // (B, C, H, W)
-  T *text, *empty;  // (B, L, d_text)
-
-  void lay(Carver& c, const Config& m, size_t batch) {
-    conditional = c.take<A>(batch * m.pixels());
-    text = c.take<T>(batch * m.text_size()), empty = c.take<T>(batch * m.text_size());
-  }
-};
-
-template <class T>
-void start_from_noise(const Device& device, Acc<T>* z, size_t n, uint64_t seed, uint64_t first) {
-  for_each(device, n,
-           [=] HD(size_t i) { z[i] = Acc<T>(gaussian(seed, streams::sampling_noise, first + i)); });
-}
-template <class T>
-void euler_step(const Device& device, Acc<T>* z, const Acc<T>* conditional,
-                const Acc<T>* unconditional, size_t n, double dt, double guidance) {
-  using A = Acc<T>;
-  for_each(device, n, [=] HD(size_t i) {
-    A v = unconditional[i] + A(guidance) * (conditional[i] - unconditional[i]);
-    z[i] += A(dt) * v;
-  });
-}
-
-// Images (n, C, H, W) for captions (n, L, d_text), all on the host. Image i depends on seed and i
-// only.
-template <class T, class Kept>
-std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
-                                 const std::vector<float>& text,
-                                 const std::vector<float>& empty_text, size_t n, size_t steps,
-                                 double guidance, double shift, uint64_t seed) {
-  using A = Acc<T>;
-  Device& device = net.device;
-  Arrays<T>& a = net.arrays;
-  size_t pixels = net.config.pixels(), words = net.config.text_size();
-  std::vector<float> images;
-  Progress progress("drawing " + std::to_string(n) + " samples", ceil_div(n, net.batch) * steps);
-  for (size_t first = 0; first < n; first += net.batch) {
-    size_t b = std::min(net.batch, n - first);
-    std::vector<T> conditional, empty;
-    for (size_t i = 0; i < b * words; ++i) {
-      conditional.push_back(T(text[first * words + i]));
-      empty.push_back(T(empty_text[i % words]));
-    }
-    device.upload(sampler.text, conditional.data(), b * words * sizeof(T));
-    device.upload(sampler.empty, empty.data(), b * words * sizeof(T));
-    start_from_noise<T>(device, a.z, b * pixels, seed, first * pixels);
-    for (size_t k = 0; k < steps; ++k) {
-      double t = shift_time(1 - double(k) / double(steps), shift);
-      double t_next = shift_time(1 - double(k + 1) / double(steps), shift);
-      device.copy(a.text, sampler.text, b * words * sizeof(T));
-      net.forward(b);
-      const A* with_caption = a.velocity;
-      if (guidance != 1) {
-        device.copy(sampler.conditional, a.velocity, b * pixels * sizeof(A));
-        with_caption = sampler.conditional;
-        device.copy(a.text, sampler.empty, b * words * sizeof(T));
-        net.forward(b);
-      }
-      euler_step<T>(device, a.z, with_caption, a.velocity, b * pixels, t - t_next, guidance);
-      progress.advance(1);
-    }
-    std::vector<A> z(b * pixels);
-    device.download(z.data(), a.z, z.size() * sizeof(A));
-    images.insert(images.end(), z.begin(), z.end());
-  }
-  return images;
-}
-
-// ---------------------------------------------------------------------------------------------
-// 4. The trainer
+// C. The arrays of a run, and what fits
 
 template <class T>
 Diagnostics<T> chosen_diagnostics(const TrainOptions& o) {
@@ -647,7 +716,7 @@ Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bo
   return plan;
 }
 
-// 4.1 What fits
+// C.1 What fits
 //
 // Memory decides between the optimiser's states and between lengths of spans. Replaying costs up to
 // a third more work and no accuracy, a lean state costs accuracy and hardly any time: so fp32
@@ -771,23 +840,8 @@ Choice choose(const TrainOptions& o, const Table& table, DataSizes data, bool on
   return *best;
 }
 
-// 4.2 Batches
-
-template <class T, class Kept>
-void draw_training_batch(Network<T, Kept>& net, TrainArrays<T, Kept> a, DeviceData data,
-                         const TrainOptions& o) {
-  uint64_t seed = o.seed, batch = o.batch;
-  double dropout = o.dropout, shift = o.time_shift;
-  auto draw = [=] HD(size_t i) {
-    uint64_t n = a.clock->pass * batch + i;  // this sample's number in the whole run
-    size_t image = size_t(uniform(seed, streams::batch_index, n) * double(data.images));
-    bool drop = uniform(seed, streams::dropout, n) < dropout;
-    return Draw{image, drop ? data.captions : size_t(data.caption[image]),
-                shift_time(uniform(seed, streams::time, n), shift), n};
-  };
-  noisy_batch(net.device, net.arrays.z, a.target, net.arrays.text, data, o.batch, seed,
-              streams::noise, draw);
-}
+// ---------------------------------------------------------------------------------------------
+// D. The trainer: a run's network and arrays, and the step as captured graphs
 
 // Held-out images with fixed noise and times.
 template <class T, class Kept>
@@ -827,8 +881,6 @@ inline uint64_t hash_data(const Dataset& data) {
   mix(data.pixels), mix(data.text), mix(data.empty_text), mix(data.caption);
   return fnv.hash;
 }
-
-// 4.3 A step: train_step(), pass(), update()
 
 // T: what the network computes with; Kept: what its gradients and AdamW's moments are kept as.
 template <class T, class Kept = Acc<T>>
@@ -899,6 +951,22 @@ class Trainer : public RunArrays<T, Kept> {
     ++step;
   }
 
+  // What update_weights() looks on with.
+  void diagnose_gradients() {
+    diagnostics.gradients(device, locate<Kept>(o.model, net.table, net.gradients()));
+  }
+  void look_for_spike() {
+    if (o.spike_factor > 0)
+      watch_step(device, spikes, a.clock, a.history, diagnostics.modes(), diagnostics.layers.size(),
+                 diagnostics.samples, o.spike_factor);
+  }
+  void copy_spike() {
+    if (o.spike_factor > 0)
+      ::copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks, chunk_count,
+                   a.step_losses, o.batch * o.accumulate, net.arrays.dvelocity, o.batch,
+                   o.model.pixels());
+  }
+
   // What steps [first, step) recorded; at most `records` back.
   std::vector<Record> history(uint64_t first) {
     std::vector<Record> ring(records), out;
@@ -963,40 +1031,11 @@ class Trainer : public RunArrays<T, Kept> {
       bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
       act(graphs_[observe][last][first], [&] {
         if (first) begin_step(device, a.clock, o.optimizer, o.ema);
-        pass(first, last ? observer(diagnose) : Observer<T>());
-        if (last) update(diagnose);
+        training_pass(*this, first, last ? observer(diagnose) : Observer<T>());
+        if (last) update_weights(*this, diagnose);
       });
     }
   }
-
-  // Gradients of a batch: = for the step's first, += for the others.
-  void pass(bool first, const Observer<T>& observe) {
-    draw_training_batch(net, a, train, o);
-    net.forward(o.batch);
-    flow_loss(device, a.losses, net.arrays.dvelocity, net.arrays.velocity, a.target, o.batch,
-              o.model.pixels(), 1 / double(o.model.pixels() * o.batch * o.accumulate));
-    net.backward(o.batch, !first, false, observe, dither(streams::gradient_rounding));
-    end_pass(device, a.clock, a.step_losses, a.losses, o.batch, o.accumulate);
-  }
-
-  // What a step does with its gradients: clip them, look for a spike, move the weights.
-  void update(bool diagnose) {
-    size_t samples = o.batch * o.accumulate;
-    gradient_norm(device, a.clock, a.partial, net.gradients(), a.chunks, chunk_count,
-                  o.optimizer.clip);
-    if (diagnose) diagnostics.gradients(device, locate<Kept>(o.model, net.table, net.gradients()));
-    if (o.spike_factor > 0)
-      watch_step(device, spikes, a.clock, a.history, diagnostics.modes(), diagnostics.layers.size(),
-                 diagnostics.samples, o.spike_factor);
-    adamw(device, a.master, a.m, a.v, a.average, net.gradients(), a.clock, a.chunks, chunk_count,
-          o.optimizer, dither(streams::moment_rounding), dither(streams::average_rounding));
-    if (o.spike_factor > 0)
-      copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks, chunk_count,
-                 a.step_losses, samples, net.arrays.dvelocity, o.batch, o.model.pixels());
-    end_step(device, a.clock, a.history, a.step_losses, samples);
-  }
-
-  Dither dither(uint64_t stream) const { return {o.seed, stream, &a.clock->pass}; }
 
   Observer<T> observer(bool diagnose) {
     if (!diagnose && o.spike_factor == 0) return {};
@@ -1070,7 +1109,7 @@ class Trainer : public RunArrays<T, Kept> {
 };
 
 // ---------------------------------------------------------------------------------------------
-// 5. Saving and resuming
+// E. Saving and resuming
 //
 // weights.safetensors holds the network in T under the published names; ema.safetensors the
 // averaged one. state.safetensors is all that a run needs to go on: master weights (lean: the
@@ -1240,7 +1279,7 @@ inline void set_aside(const std::vector<std::string>& logs) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// 6. The run
+// F. The run
 
 inline volatile std::sig_atomic_t interrupted = 0;
 
@@ -1567,7 +1606,7 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
 }
 
 // ---------------------------------------------------------------------------------------------
-// 7. The other subcommands
+// G. The other subcommands
 
 // `mvsplit plan`: as `train` would choose on this machine, or for the memory that is named.
 template <class T>
@@ -1755,6 +1794,9 @@ int forward(Device& device, const ForwardOptions& o) {
   return 0;
 }
 
+// ---------------------------------------------------------------------------------------------
+// H. Gradients of the whole network
+//
 // Whole-network gradients against finite differences, in fp64.
 //
 // L(w) = <cotangent, velocity(w)> with a random cotangent. For each parameter family, and for z and
@@ -1920,7 +1962,8 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
   return good ? 0 : 1;
 }
 
-// 7.1 The probe (App. H)
+// ---------------------------------------------------------------------------------------------
+// I. The probe (the paper's App. H)
 //
 // The network is told the noise level t by its input alone. Where does it keep it? Take images,
 // each with its caption and with a time t ~ U[0, 1] (not shifted) and noise of its own; describe
@@ -2110,7 +2153,7 @@ int probe(Device& device, const ProbeOptions& o) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// 8. The command line
+// J. The command line
 
 // Parse and run. Returns the exit status: 0, 1 if a check or the training failed, 2 for bad input.
 inline int command(int argc, const char* const* argv) {
