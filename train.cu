@@ -384,7 +384,7 @@ std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
 //     fp32 state      2        4         4       4   4    18
 //     lean state      2       +2         2       2   2    10     Kept = T in the code
 //
-// In the lean state the gradient and the moments are bf16, rounded stochastically (6.1 of math.h),
+// In the lean state the gradient and the moments are bf16, rounded stochastically (math.h, appendix E),
 // and the master is the bf16 weight and the 16 bits of the float that it lacks. Moments are rounded
 // only to be kept: a step uses m and v as just computed.
 
