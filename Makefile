@@ -36,7 +36,9 @@ endif
 # Without OpenMP (a clang without libomp) the program is serial. Asked when it is built: setup may
 # have installed it.
 openmp = $(if $(shell $(CXX) -fopenmp -include omp.h -x c++ -fsyntax-only /dev/null >/dev/null 2>&1 || echo none),-Wno-unknown-pragmas,-fopenmp)
-HOSTFLAGS = -march=native $(openmp) -Wall -Wextra
+# A compiler that may fuse a product with a sum does so in one copy of a function and not in another:
+# the blocks of a replay would differ from the forward's in their last bits.
+HOSTFLAGS = -march=native -ffp-contract=off $(openmp) -Wall -Wextra
 CXXFLAGS = -std=c++17 $(if $(SAN),-O1 -g -fsanitize=address$(comma)undefined -fno-sanitize-recover=all,-O3) \
            $(HOSTFLAGS) $(if $(WERROR),-Werror)
 comma := ,

@@ -1166,8 +1166,16 @@ struct HostGemm {
   static constexpr size_t tile_m = 96, tile_n = 256, tile_k = 256;
   typedef A Vector __attribute__((vector_size(vector_bytes)));
 
-  // acc (rows, columns) = a (k, rows)^T b (k, columns), added to what is there unless `first`.
-  static void block(A* acc, size_t acc_stride, const A* a, const A* b, size_t k, bool first) {
+  // acc (rows, columns) = a (k, rows)^T b (k, columns), added to what is there unless `first`. Here
+  // alone a compiler may fuse products and sums (see the Makefile): there is one way to do it.
+#ifndef __clang__
+  [[gnu::optimize("fp-contract=fast")]]
+#endif
+  static void
+  block(A* acc, size_t acc_stride, const A* a, const A* b, size_t k, bool first) {
+#ifdef __clang__
+#pragma clang fp contract(fast)
+#endif
     Vector c[rows][2];
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < 2; ++j)

@@ -20,7 +20,9 @@ inside() {
   env -i ${http_proxy:+http_proxy="$http_proxy"} PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
     chroot "$root" "$@"
 }
-remove() { [ -z "$root" ] || { umount "$root/proc" 2>/dev/null; rm -rf --one-file-system "$root"; }; }
+remove() {
+  [ -z "$root" ] || { umount "$root/proc" "$root/dev/pts" 2>/dev/null; rm -rf --one-file-system "$root"; }
+}
 trap remove EXIT
 
 # A bare system of the suite $1 with what README's first line installs, and this tree in it.
@@ -37,6 +39,7 @@ prepare() {
   fi
   remove
   cp -a --reflink=auto "$system" "$root" && mount -t proc proc "$root/proc" &&
+    mount --bind /dev/pts "$root/dev/pts" &&
     apt-config dump Acquire >"$root/etc/apt/apt.conf.d/99machine" &&  # its proxy, if it has one
     { inside apt-get update && inside apt-get install -y git make; } >"$system.log" 2>&1 &&
     mkdir "$root/mv split" && git ls-files -z | tar -c --null -T - | tar -x -C "$root/mv split" ||
