@@ -2396,7 +2396,8 @@ TEST_F(CommandTest, AResumedRunHasTheOptionsOfItsFolder) {
       "--ema 0.9 --beta 0.3 --fix beta --clip 0.5 --dropout 0.2 --time-shift 2 --seed 7 --warmup 3 "
       "--accumulate 2 --weight-decay 0.3 --no-patch-bias --norm-eps 1e-5 --writer-std 0.01 --batch "
       "3 "
-      "--val-images 3 --diagnose-every 1 --diagnose-layers 0,3 --lr 3e-3 --spike-factor 7 --out ";
+      "--val-images 3 --diagnose-every 1 --diagnose-layers 0,3 --lr 3e-3 --spike-factor 7 "
+      "--columns 1 --out ";
   ASSERT_EQ(run("train", train_, flags + at("through") + " --steps 4").status, 0);
   ASSERT_EQ(run("train", train_, flags + at("stopped") + " --steps 2").status, 0);
   Outcome resumed = run("train", "--resume --steps 4 --out " + at("stopped"));
@@ -2412,7 +2413,7 @@ TEST_F(CommandTest, AResumedRunHasTheOptionsOfItsFolder) {
           << folder << name;
   for (const Residual& residual : residuals) {
     std::string out = at(residual.name), name = std::string(" --residual ") + residual.name;
-    ASSERT_EQ(run("train", train_, name + " --steps 1 --out " + out).status, 0);
+    ASSERT_EQ(run("train", train_, name + " --steps 1 --columns 1 --out " + out).status, 0);
     EXPECT_EQ(run("train", "--resume --steps 2 --out " + out).status, 0) << name;
     EXPECT_EQ(run("train", "--config " + out + "/config.ini --out " + out + "2").status, 0) << name;
     EXPECT_EQ(read_text(out + "/weights.safetensors"), read_text(out + "2/weights.safetensors"));
