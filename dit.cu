@@ -1192,7 +1192,7 @@ void add_rounded(const Device& device, Kept* to, const A* from, size_t n, bool a
 // Kept is what gradients are kept as. With Acc<T> the kernels write or add to them in place. bf16
 // gradients (Kept = T, half the bytes) cannot be added to in place without loss. Then each block's
 // are made in Acc<T>, in an array for one block, and added to the kept ones with stochastic
-// rounding (6.1 of math.h): the same kernels, and one pass more over a block's gradients.
+// rounding (math.h, appendix E): the same kernels, and one pass more over a block's gradients.
 template <class T, class Kept = Acc<T>>
 class Network {
  public:

@@ -5,9 +5,9 @@
 // product, the bf16 number, and random numbers that depend on nothing but their index.
 // What it is not: a tensor library. There are pointers with a shape in a comment, and loops.
 //
-// How to read it: section 4 (teams) is the one idea that the other files need. A kernel is a lambda
-// over a Team. On a GPU a team is a thread block, or 1, 2, 4, ... 32 threads of one; on a CPU it is
-// a single thread, rank 0 of size 1:
+// How to read it: straight through to the appendix. Section 4 (teams) is the one idea that the other
+// files need. A kernel is a lambda over a Team. On a GPU a team is a thread block, or 1, 2, 4, ... 32
+// threads of one; on a CPU it is a single thread, rank 0 of size 1:
 //
 //   for_each_team(device, rows, threads_for(D), [=] HD(Team team) {
 //     const float* x = X + team.index * D;                                // this team's row
@@ -376,185 +376,6 @@ struct Device {
 #endif
 };
 
-#ifdef __CUDACC__
-static __global__ void empty_kernel() {}  // are there any kernels for the GPU at hand?
-#endif
-
-inline Device::Device(bool on_gpu) : gpu(on_gpu) {
-  if (!gpu) return;
-#ifdef __CUDACC__
-  if (gpus() == 0) fail("no CUDA device was found: use --device cpu");
-  cudaDeviceProp properties;
-  CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
-  name = properties.name;
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, empty_kernel) != cudaSuccess)
-    fail("this binary has no kernels for the %s: build it with make ARCH=sm_%d%d", properties.name,
-         properties.major, properties.minor);
-  CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-  workspace = allocate(workspace_bytes(true));
-  constexpr size_t half = blas_bytes / 2;
-  auto start = [&](cudaStream_t& own_stream, cublasHandle_t& own_blas, void* own_workspace) {
-    CUDA_CHECK(cudaStreamCreateWithFlags(&own_stream, cudaStreamNonBlocking));
-    CUBLAS_CHECK(cublasCreate(&own_blas));
-    CUBLAS_CHECK(cublasSetStream(own_blas, own_stream));
-    CUBLAS_CHECK(cublasSetWorkspace(own_blas, own_workspace, half));
-    // Partial sums of a bf16 product stay in fp32 even where cuBLAS splits the inner dimension.
-    CUBLAS_CHECK(cublasSetMathMode(
-        own_blas, static_cast<cublasMath_t>(CUBLAS_DEFAULT_MATH |
-                                            CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
-  };
-  start(stream, blas, workspace);
-  start(side_stream, side_blas, static_cast<std::byte*>(workspace) + half);
-#else
-  fail("this binary was built without CUDA: build with nvcc, or use --device cpu");
-#endif
-}
-
-inline Device::~Device() {
-#ifdef __CUDACC__
-  if (!gpu) return;
-  for (cublasHandle_t handle : {blas, side_blas}) cublasDestroy(handle);
-  release(workspace, workspace_bytes(true));
-  for (cudaStream_t s : {stream, side_stream}) cudaStreamDestroy(s);
-  cudaEventDestroy(event);
-#endif
-}
-
-// Bytes that the control group of `folder` (cgroup v2) may still take: its limit less what it has,
-// which does not count files that the kernel would drop. SIZE_MAX without a limit.
-inline size_t control_group_room(const std::string& folder) {
-  auto number = [&](const char* name, const char* format) {
-    size_t value = SIZE_MAX;
-    if (FILE* file = std::fopen((folder + "/" + name).c_str(), "r")) {
-      char line[128];
-      while (value == SIZE_MAX && std::fgets(line, sizeof line, file))
-        std::sscanf(line, format, &value);
-      std::fclose(file);
-    }
-    return value;
-  };
-  size_t limit = number("memory.max", "%zu"), used = number("memory.current", "%zu");
-  size_t files = number("memory.stat", "inactive_file %zu");
-  if (limit == SIZE_MAX || used == SIZE_MAX) return SIZE_MAX;
-  if (files != SIZE_MAX) used -= std::min(used, files);
-  return limit - std::min(limit, used);
-}
-
-// The same for a group below `root`, "/a/b", and those that it is in: the least of them counts.
-inline size_t control_groups_room(const std::string& root, std::string group) {
-  size_t room = control_group_room(root);
-  for (; group.find('/') != std::string::npos; group.resize(group.rfind('/')))
-    room = std::min(room, control_group_room(root + group));
-  return room;
-}
-
-// This process's group, as a line "0::/a/b" of /proc/self/cgroup says; "" if there is none.
-inline std::string control_group(const char* list = "/proc/self/cgroup") {
-  std::string group;
-  if (FILE* file = std::fopen(list, "r")) {
-    for (char line[4096]; std::fgets(line, sizeof line, file);)
-      if (std::strncmp(line, "0::", 3) == 0) group.assign(line + 3, std::strcspn(line + 3, "\n"));
-    std::fclose(file);
-  }
-  return group;
-}
-
-inline size_t Device::available() const {
-#ifdef __CUDACC__
-  if (gpu) {
-    size_t free = 0, total = 0;
-    CUDA_CHECK(cudaMemGetInfo(&free, &total));
-    return free;
-  }
-#endif
-  size_t kib = 0;
-  if (FILE* file = std::fopen("/proc/meminfo", "r")) {
-    char line[128];
-    while (std::fgets(line, sizeof line, file))
-      if (std::sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
-    std::fclose(file);
-  }
-#ifdef _SC_AVPHYS_PAGES
-  const auto pages = _SC_AVPHYS_PAGES;
-#else  // macOS
-  const auto pages = _SC_PHYS_PAGES;
-#endif
-  size_t all = kib ? kib * 1024 : size_t(sysconf(pages)) * size_t(sysconf(_SC_PAGESIZE));
-  return std::min(all, control_groups_room("/sys/fs/cgroup", control_group()));
-}
-
-inline size_t Device::in_use() const {
-#ifdef __CUDACC__
-  if (gpu) {
-    size_t free = 0, total = 0;
-    CUDA_CHECK(cudaMemGetInfo(&free, &total));
-    return total - free;
-  }
-#endif
-  size_t pages = 0;
-  if (FILE* file = std::fopen("/proc/self/statm", "r")) {
-    if (std::fscanf(file, "%*u %zu", &pages) != 1) pages = 0;
-    std::fclose(file);
-  }
-  return pages * size_t(sysconf(_SC_PAGESIZE));
-}
-
-inline void* Device::allocate(size_t bytes) {
-  void* data = nullptr;
-#ifdef __CUDACC__
-  if (gpu && cudaMalloc(&data, bytes) != cudaSuccess) {
-    data = nullptr;
-    cudaGetLastError();  // it is reported below: the next launch must not find it again
-  }
-#endif
-  if (!gpu) data = std::aligned_alloc(256, round_up(bytes, 256));
-  if (!data) fail("%.2f GB of memory could not be taken on %s", 1e-9 * double(bytes), name.c_str());
-  allocated += bytes;
-  ++allocations;
-  return data;
-}
-
-inline void Device::release(void* data, size_t bytes) {
-  allocated -= bytes;
-#ifdef __CUDACC__
-  if (gpu) {
-    cudaFree(data);
-    return;
-  }
-#endif
-  std::free(data);
-}
-
-inline void Device::fill(void* data, int byte, size_t bytes) const {
-#ifdef __CUDACC__
-  if (gpu) {
-    CUDA_CHECK(cudaMemsetAsync(data, byte, bytes, stream));
-    return;
-  }
-#endif
-  std::memset(data, byte, bytes);
-}
-
-// The three copies differ in direction, which CUDA reads off the pointers.
-inline void Device::copy(void* to, const void* from, size_t bytes) const {
-#ifdef __CUDACC__
-  if (gpu) {
-    CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
-    return;
-  }
-#endif
-  std::memcpy(to, from, bytes);
-}
-inline void Device::upload(void* to, const void* from, size_t bytes) const {
-  copy(to, from, bytes);
-  synchronize();  // the caller may free its host buffer
-}
-inline void Device::download(void* to, const void* from, size_t bytes) const {
-  copy(to, from, bytes);
-  synchronize();
-}
-
 // Memory is planned before it is taken. A layout function takes its arrays from a Carver: first
 // from one without a base, which only counts, then, once the sum is known to fit, from the slab
 // itself.
@@ -753,40 +574,6 @@ void for_each_team(const Device& device, size_t teams, int threads, const Body& 
   for (size_t i = 0; i < teams; ++i) body(Team{i, 0, 1});
 }
 
-#ifdef __CUDACC__
-// A kernel of the GPU's own, written where one source for both machines would be too slow: `blocks`
-// of `threads` threads that share `shared` bytes. If they `meet`, they all run at once, and may
-// wait for each other (a cooperative launch): no more than blocks_at_once(), and one such kernel at
-// a time.
-template <class... Parameters, class... Arguments>
-void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, bool meet,
-            unsigned threads, size_t shared, Arguments... arguments) {
-  CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  cudaLaunchAttribute together;
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared;
-  config.stream = device.stream, config.attrs = &together, config.numAttrs = meet;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
-
-// How many such blocks the device can hold at once: none, if one asks for more than it has.
-template <class... Parameters>
-size_t blocks_at_once(void (*kernel)(Parameters...), unsigned threads, size_t shared) {
-  int processors = 0, each = 0;
-  CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)) !=
-      cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, int(threads), shared));
-  return size_t(processors) * size_t(each);
-}
-#endif
-
 // Run body(i) for each i < n, independently.
 template <class Body>
 void for_each(const Device& device, size_t n, const Body& body) {
@@ -810,7 +597,310 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
   for_each(device, n, [=] HD(size_t i) { out[i] = Out(in[i]); });
 }
 
-// 4.1 Rows: how the formulas of other files are scheduled
+// ---------------------------------------------------------------------------------------------
+// 5. The matrix product
+
+// A row-major matrix, or a batch of them: element (i, j) of matrix (o, h) is
+// data[o * outer_stride + h * inner_stride + i * stride + j], with i and j exchanged if
+// `transposed`. A batch has two indices, outer and inner, since attention reads the heads' slices
+// of a (B, T, 3, H, hd) array in place: from one sequence to the next is another stride than from
+// one head to the next.
+template <class T>
+struct Matrix {
+  T* data;
+  size_t stride;
+  bool transposed = false;
+  size_t outer_stride = 0, inner_stride = 0;
+
+  Matrix(T* d, size_t s) : data(d), stride(s) {}
+  Matrix transpose() const {
+    Matrix m = *this;
+    m.transposed = !transposed;
+    return m;
+  }
+  Matrix batch(size_t outer, size_t inner) const {
+    Matrix m = *this;
+    m.outer_stride = outer;
+    m.inner_stride = inner;
+    return m;
+  }
+  HD T* at(size_t o, size_t h) const { return data + o * outer_stride + h * inner_stride; }
+};
+
+struct Sizes {
+  size_t m, n, k;               // C is (m, n), the sum runs over k
+  size_t outer = 1, inner = 1;  // outer * inner products: o < outer, h < inner
+};
+
+template <class A>
+struct HostGemm;  // appendix D
+
+// C = alpha op(A) op(B) + beta C for each matrix of the batch; C (m,n), op(A) (m,k), op(B) (k,n).
+// Sums in Acc<T>; C may be stored as T or as Acc<T>. With k = 0 the product is zero.
+template <class TC, class TA, class TB>
+void gemm(Device& device, Matrix<TC> C, Matrix<TA> A, Matrix<TB> B, Sizes s,
+          Acc<std::remove_const_t<TA>> alpha = 1, Acc<std::remove_const_t<TA>> beta = 0) {
+  using T = std::remove_const_t<TA>;
+  static_assert(std::is_same_v<T, std::remove_const_t<TB>>, "both factors are stored alike");
+  auto view = [](auto m) {
+    Matrix<const T> v(m.data, m.stride);
+    v.transposed = m.transposed;
+    v.outer_stride = m.outer_stride, v.inner_stride = m.inner_stride;
+    return v;
+  };
+  // A sum of nothing: HostGemm would leave what its thread added up last, and cuBLAS says nothing.
+  if (s.k == 0)
+    return for_each(device, s.outer * s.inner * s.m * s.n, [=] HD(size_t i) {
+      size_t row = i / s.n % s.m, product = i / s.n / s.m;
+      TC& c = C.at(product / s.inner, product % s.inner)[row * C.stride + i % s.n];
+      c = beta == 0 ? TC(0) : TC(beta * Acc<T>(c));
+    });
+#ifdef __CUDACC__
+  if (device.gpu) return device_gemm(device, C, view(A), view(B), s, alpha, beta);
+#endif
+  HostGemm<Acc<T>>::template run<T, TC>(C, view(A), view(B), s, alpha, beta);
+}
+
+// ---------------------------------------------------------------------------------------------
+// 6. Random numbers
+//
+// Counter-based: a number is a function of (seed, stream, index) and of nothing else. The CPU and
+// the GPU draw the same noise, a resumed run draws what an unbroken one would, and no state is
+// saved.
+
+struct Random4 {
+  uint32_t v[4];
+};
+
+// Philox 4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+HD inline Random4 philox(Random4 counter, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    uint64_t p0 = uint64_t(0xD2511F53u) * counter.v[0], p1 = uint64_t(0xCD9E8D57u) * counter.v[2];
+    counter = {{uint32_t(p1 >> 32) ^ counter.v[1] ^ key0, uint32_t(p1),
+                uint32_t(p0 >> 32) ^ counter.v[3] ^ key1, uint32_t(p0)}};
+    key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+  }
+  return counter;
+}
+HD inline Random4 random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
+  return philox(
+      {{uint32_t(index), uint32_t(index >> 32), uint32_t(stream), uint32_t(stream >> 32)}},
+      uint32_t(seed), uint32_t(seed >> 32));
+}
+// 53 random bits as a double in [0, 1).
+HD inline double unit_interval(uint32_t high, uint32_t low) {
+  return double((uint64_t(high) << 32 | low) >> 11) * 0x1p-53;
+}
+HD inline double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
+  Random4 r = random_bits(seed, stream, index);
+  return unit_interval(r.v[0], r.v[1]);
+}
+// N(0, 1) by Box and Muller. In double, so that the two machines agree to the last bit of a float
+// except where double itself lies within a rounding of a tie.
+HD inline double gaussian(uint64_t seed, uint64_t stream, uint64_t index) {
+  Random4 r = random_bits(seed, stream, index);
+  double u = 1 - unit_interval(r.v[0], r.v[1]);  // (0, 1]: log is finite
+  return sqrt(-2 * log(u)) * cos(6.283185307179586 * unit_interval(r.v[2], r.v[3]));
+}
+
+// Who draws from which stream. A tensor's initial values have one stream a tensor.
+namespace streams {
+constexpr uint64_t batch_index = 0, time = 1, noise = 2, dropout = 3;
+constexpr uint64_t validation_noise = 5, sampling_noise = 6, check = 7;
+constexpr uint64_t probe_images = 8, probe_time = 9, probe_noise = 10, probe_shuffle = 11;
+constexpr uint64_t parameters = uint64_t(1) << 32;
+constexpr uint64_t gradient_rounding = uint64_t(2) << 32, moment_rounding = uint64_t(3) << 32;
+constexpr uint64_t average_rounding = uint64_t(4) << 32;
+}  // namespace streams
+
+// Appendix. The straight way ends here. Below: the innards of the device (A), how formulas over rows are
+// scheduled (B), kernels of the GPU's own and captured sequences (C), the two matrix products (D),
+// stochastic rounding (E).
+
+// ---------------------------------------------------------------------------------------------
+// A. The device
+
+#ifdef __CUDACC__
+static __global__ void empty_kernel() {}  // are there any kernels for the GPU at hand?
+#endif
+
+inline Device::Device(bool on_gpu) : gpu(on_gpu) {
+  if (!gpu) return;
+#ifdef __CUDACC__
+  if (gpus() == 0) fail("no CUDA device was found: use --device cpu");
+  cudaDeviceProp properties;
+  CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
+  name = properties.name;
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, empty_kernel) != cudaSuccess)
+    fail("this binary has no kernels for the %s: build it with make ARCH=sm_%d%d", properties.name,
+         properties.major, properties.minor);
+  CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  workspace = allocate(workspace_bytes(true));
+  constexpr size_t half = blas_bytes / 2;
+  auto start = [&](cudaStream_t& own_stream, cublasHandle_t& own_blas, void* own_workspace) {
+    CUDA_CHECK(cudaStreamCreateWithFlags(&own_stream, cudaStreamNonBlocking));
+    CUBLAS_CHECK(cublasCreate(&own_blas));
+    CUBLAS_CHECK(cublasSetStream(own_blas, own_stream));
+    CUBLAS_CHECK(cublasSetWorkspace(own_blas, own_workspace, half));
+    // Partial sums of a bf16 product stay in fp32 even where cuBLAS splits the inner dimension.
+    CUBLAS_CHECK(cublasSetMathMode(
+        own_blas, static_cast<cublasMath_t>(CUBLAS_DEFAULT_MATH |
+                                            CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+  };
+  start(stream, blas, workspace);
+  start(side_stream, side_blas, static_cast<std::byte*>(workspace) + half);
+#else
+  fail("this binary was built without CUDA: build with nvcc, or use --device cpu");
+#endif
+}
+
+inline Device::~Device() {
+#ifdef __CUDACC__
+  if (!gpu) return;
+  for (cublasHandle_t handle : {blas, side_blas}) cublasDestroy(handle);
+  release(workspace, workspace_bytes(true));
+  for (cudaStream_t s : {stream, side_stream}) cudaStreamDestroy(s);
+  cudaEventDestroy(event);
+#endif
+}
+
+// Bytes that the control group of `folder` (cgroup v2) may still take: its limit less what it has,
+// which does not count files that the kernel would drop. SIZE_MAX without a limit.
+inline size_t control_group_room(const std::string& folder) {
+  auto number = [&](const char* name, const char* format) {
+    size_t value = SIZE_MAX;
+    if (FILE* file = std::fopen((folder + "/" + name).c_str(), "r")) {
+      char line[128];
+      while (value == SIZE_MAX && std::fgets(line, sizeof line, file))
+        std::sscanf(line, format, &value);
+      std::fclose(file);
+    }
+    return value;
+  };
+  size_t limit = number("memory.max", "%zu"), used = number("memory.current", "%zu");
+  size_t files = number("memory.stat", "inactive_file %zu");
+  if (limit == SIZE_MAX || used == SIZE_MAX) return SIZE_MAX;
+  if (files != SIZE_MAX) used -= std::min(used, files);
+  return limit - std::min(limit, used);
+}
+
+// The same for a group below `root`, "/a/b", and those that it is in: the least of them counts.
+inline size_t control_groups_room(const std::string& root, std::string group) {
+  size_t room = control_group_room(root);
+  for (; group.find('/') != std::string::npos; group.resize(group.rfind('/')))
+    room = std::min(room, control_group_room(root + group));
+  return room;
+}
+
+// This process's group, as a line "0::/a/b" of /proc/self/cgroup says; "" if there is none.
+inline std::string control_group(const char* list = "/proc/self/cgroup") {
+  std::string group;
+  if (FILE* file = std::fopen(list, "r")) {
+    for (char line[4096]; std::fgets(line, sizeof line, file);)
+      if (std::strncmp(line, "0::", 3) == 0) group.assign(line + 3, std::strcspn(line + 3, "\n"));
+    std::fclose(file);
+  }
+  return group;
+}
+
+inline size_t Device::available() const {
+#ifdef __CUDACC__
+  if (gpu) {
+    size_t free = 0, total = 0;
+    CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return free;
+  }
+#endif
+  size_t kib = 0;
+  if (FILE* file = std::fopen("/proc/meminfo", "r")) {
+    char line[128];
+    while (std::fgets(line, sizeof line, file))
+      if (std::sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
+    std::fclose(file);
+  }
+#ifdef _SC_AVPHYS_PAGES
+  const auto pages = _SC_AVPHYS_PAGES;
+#else  // macOS
+  const auto pages = _SC_PHYS_PAGES;
+#endif
+  size_t all = kib ? kib * 1024 : size_t(sysconf(pages)) * size_t(sysconf(_SC_PAGESIZE));
+  return std::min(all, control_groups_room("/sys/fs/cgroup", control_group()));
+}
+
+inline size_t Device::in_use() const {
+#ifdef __CUDACC__
+  if (gpu) {
+    size_t free = 0, total = 0;
+    CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return total - free;
+  }
+#endif
+  size_t pages = 0;
+  if (FILE* file = std::fopen("/proc/self/statm", "r")) {
+    if (std::fscanf(file, "%*u %zu", &pages) != 1) pages = 0;
+    std::fclose(file);
+  }
+  return pages * size_t(sysconf(_SC_PAGESIZE));
+}
+
+inline void* Device::allocate(size_t bytes) {
+  void* data = nullptr;
+#ifdef __CUDACC__
+  if (gpu && cudaMalloc(&data, bytes) != cudaSuccess) {
+    data = nullptr;
+    cudaGetLastError();  // it is reported below: the next launch must not find it again
+  }
+#endif
+  if (!gpu) data = std::aligned_alloc(256, round_up(bytes, 256));
+  if (!data) fail("%.2f GB of memory could not be taken on %s", 1e-9 * double(bytes), name.c_str());
+  allocated += bytes;
+  ++allocations;
+  return data;
+}
+
+inline void Device::release(void* data, size_t bytes) {
+  allocated -= bytes;
+#ifdef __CUDACC__
+  if (gpu) {
+    cudaFree(data);
+    return;
+  }
+#endif
+  std::free(data);
+}
+
+inline void Device::fill(void* data, int byte, size_t bytes) const {
+#ifdef __CUDACC__
+  if (gpu) {
+    CUDA_CHECK(cudaMemsetAsync(data, byte, bytes, stream));
+    return;
+  }
+#endif
+  std::memset(data, byte, bytes);
+}
+
+// The three copies differ in direction, which CUDA reads off the pointers.
+inline void Device::copy(void* to, const void* from, size_t bytes) const {
+#ifdef __CUDACC__
+  if (gpu) {
+    CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+inline void Device::upload(void* to, const void* from, size_t bytes) const {
+  copy(to, from, bytes);
+  synchronize();  // the caller may free its host buffer
+}
+inline void Device::download(void* to, const void* from, size_t bytes) const {
+  copy(to, from, bytes);
+  synchronize();
+}
+
+// ---------------------------------------------------------------------------------------------
+// B. Rows: how the formulas of other files are scheduled
 //
 // An array of rows of D channels, in groups. `Groups` knows them: groups(), begin(group), end(group),
 // and with fours() and four(i) pieces of up to four neighbouring rows of one group. Each function
@@ -968,6 +1058,43 @@ void map_rows_by_length(const Device& device, Groups groups, size_t D, const Mak
   });
 }
 
+// ---------------------------------------------------------------------------------------------
+// C. Kernels of the GPU's own, and captured sequences
+
+#ifdef __CUDACC__
+// A kernel of the GPU's own, written where one source for both machines would be too slow: `blocks`
+// of `threads` threads that share `shared` bytes. If they `meet`, they all run at once, and may
+// wait for each other (a cooperative launch): no more than blocks_at_once(), and one such kernel at
+// a time.
+template <class... Parameters, class... Arguments>
+void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, bool meet,
+            unsigned threads, size_t shared, Arguments... arguments) {
+  CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  cudaLaunchAttribute together;
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared;
+  config.stream = device.stream, config.attrs = &together, config.numAttrs = meet;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// How many such blocks the device can hold at once: none, if one asks for more than it has.
+template <class... Parameters>
+size_t blocks_at_once(void (*kernel)(Parameters...), unsigned threads, size_t shared) {
+  int processors = 0, each = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)) !=
+      cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, int(threads), shared));
+  return size_t(processors) * size_t(each);
+}
+#endif
+
 // A sequence of kernels that is always the same: on a GPU it is recorded once as a CUDA graph and
 // replayed by one launch, on a CPU it simply runs. What changes from step to step (the step number,
 // the learning rate) therefore lives in device memory, never in a kernel's arguments. What goes
@@ -1021,39 +1148,7 @@ class Graph {
 };
 
 // ---------------------------------------------------------------------------------------------
-// 5. The matrix product
-
-// A row-major matrix, or a batch of them: element (i, j) of matrix (o, h) is
-// data[o * outer_stride + h * inner_stride + i * stride + j], with i and j exchanged if
-// `transposed`. A batch has two indices, outer and inner, since attention reads the heads' slices
-// of a (B, T, 3, H, hd) array in place: from one sequence to the next is another stride than from
-// one head to the next.
-template <class T>
-struct Matrix {
-  T* data;
-  size_t stride;
-  bool transposed = false;
-  size_t outer_stride = 0, inner_stride = 0;
-
-  Matrix(T* d, size_t s) : data(d), stride(s) {}
-  Matrix transpose() const {
-    Matrix m = *this;
-    m.transposed = !transposed;
-    return m;
-  }
-  Matrix batch(size_t outer, size_t inner) const {
-    Matrix m = *this;
-    m.outer_stride = outer;
-    m.inner_stride = inner;
-    return m;
-  }
-  HD T* at(size_t o, size_t h) const { return data + o * outer_stride + h * inner_stride; }
-};
-
-struct Sizes {
-  size_t m, n, k;               // C is (m, n), the sum runs over k
-  size_t outer = 1, inner = 1;  // outer * inner products: o < outer, h < inner
-};
+// D. The two matrix products
 
 // The CPU product. Each task makes one tile of C: it packs a panel of A and one of B into the order
 // in which the innermost loop reads them (and into Acc<T>), and multiplies panels by register
@@ -1201,85 +1296,8 @@ void device_gemm(Device& device, Matrix<TC> C, Matrix<const T> A, Matrix<const T
 }
 #endif
 
-// C = alpha op(A) op(B) + beta C for each matrix of the batch; C (m,n), op(A) (m,k), op(B) (k,n).
-// Sums in Acc<T>; C may be stored as T or as Acc<T>. With k = 0 the product is zero.
-template <class TC, class TA, class TB>
-void gemm(Device& device, Matrix<TC> C, Matrix<TA> A, Matrix<TB> B, Sizes s,
-          Acc<std::remove_const_t<TA>> alpha = 1, Acc<std::remove_const_t<TA>> beta = 0) {
-  using T = std::remove_const_t<TA>;
-  static_assert(std::is_same_v<T, std::remove_const_t<TB>>, "both factors are stored alike");
-  auto view = [](auto m) {
-    Matrix<const T> v(m.data, m.stride);
-    v.transposed = m.transposed;
-    v.outer_stride = m.outer_stride, v.inner_stride = m.inner_stride;
-    return v;
-  };
-  // A sum of nothing: HostGemm would leave what its thread added up last, and cuBLAS says nothing.
-  if (s.k == 0)
-    return for_each(device, s.outer * s.inner * s.m * s.n, [=] HD(size_t i) {
-      size_t row = i / s.n % s.m, product = i / s.n / s.m;
-      TC& c = C.at(product / s.inner, product % s.inner)[row * C.stride + i % s.n];
-      c = beta == 0 ? TC(0) : TC(beta * Acc<T>(c));
-    });
-#ifdef __CUDACC__
-  if (device.gpu) return device_gemm<T, TC>(device, C, view(A), view(B), s, alpha, beta);
-#endif
-  HostGemm<Acc<T>>::template run<T, TC>(C, view(A), view(B), s, alpha, beta);
-}
-
 // ---------------------------------------------------------------------------------------------
-// 6. Random numbers
-//
-// Counter-based: a number is a function of (seed, stream, index) and of nothing else. The CPU and
-// the GPU draw the same noise, a resumed run draws what an unbroken one would, and no state is
-// saved.
-
-struct Random4 {
-  uint32_t v[4];
-};
-
-// Philox 4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-HD inline Random4 philox(Random4 counter, uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    uint64_t p0 = uint64_t(0xD2511F53u) * counter.v[0], p1 = uint64_t(0xCD9E8D57u) * counter.v[2];
-    counter = {{uint32_t(p1 >> 32) ^ counter.v[1] ^ key0, uint32_t(p1),
-                uint32_t(p0 >> 32) ^ counter.v[3] ^ key1, uint32_t(p0)}};
-    key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
-  }
-  return counter;
-}
-HD inline Random4 random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
-  return philox(
-      {{uint32_t(index), uint32_t(index >> 32), uint32_t(stream), uint32_t(stream >> 32)}},
-      uint32_t(seed), uint32_t(seed >> 32));
-}
-// 53 random bits as a double in [0, 1).
-HD inline double unit_interval(uint32_t high, uint32_t low) {
-  return double((uint64_t(high) << 32 | low) >> 11) * 0x1p-53;
-}
-HD inline double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
-  Random4 r = random_bits(seed, stream, index);
-  return unit_interval(r.v[0], r.v[1]);
-}
-// N(0, 1) by Box and Muller. In double, so that the two machines agree to the last bit of a float
-// except where double itself lies within a rounding of a tie.
-HD inline double gaussian(uint64_t seed, uint64_t stream, uint64_t index) {
-  Random4 r = random_bits(seed, stream, index);
-  double u = 1 - unit_interval(r.v[0], r.v[1]);  // (0, 1]: log is finite
-  return sqrt(-2 * log(u)) * cos(6.283185307179586 * unit_interval(r.v[2], r.v[3]));
-}
-
-// Who draws from which stream. A tensor's initial values have one stream a tensor.
-namespace streams {
-constexpr uint64_t batch_index = 0, time = 1, noise = 2, dropout = 3;
-constexpr uint64_t validation_noise = 5, sampling_noise = 6, check = 7;
-constexpr uint64_t probe_images = 8, probe_time = 9, probe_noise = 10, probe_shuffle = 11;
-constexpr uint64_t parameters = uint64_t(1) << 32;
-constexpr uint64_t gradient_rounding = uint64_t(2) << 32, moment_rounding = uint64_t(3) << 32;
-constexpr uint64_t average_rounding = uint64_t(4) << 32;
-}  // namespace streams
-
-// 6.1 Stochastic rounding
+// E. Stochastic rounding
 //
 // A sum kept in bf16 has 8 bits. What is added to it is lost, under rounding to nearest, if it is
 // below half a gap, a 512th to a 256th of the sum. So v = 0.999 v + 0.001 g^2 never falls, and

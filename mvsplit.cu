@@ -68,7 +68,7 @@ struct Tokens {
     return A(1) / A(max_<size_t>(count(segment % 2), 1));
   }
 
-  // The groups of rows that math.h (4.1) walks over are the segments.
+  // The groups of rows that math.h's schedules walk over are the segments.
   HD size_t groups() const { return 2 * batch; }
   HD size_t begin(size_t segment) const { return segment / 2 * length() + first(segment % 2); }
   HD size_t end(size_t segment) const { return begin(segment) + count(segment % 2); }
@@ -82,27 +82,17 @@ struct Tokens {
   }
 };
 
-// Two sums over tokens that one pass makes.
-template <class A>
-struct QuadPair {
-  Quad<A> a, b;
-};
-template <class A>
-HD QuadPair<A> operator+(QuadPair<A> x, QuadPair<A> y) {
-  return {x.a + y.a, x.b + y.b};
-}
-
 // Segment means of X and of F in one pass: xbar, fbar (B, 2, D) from X, F (B, T, D). Eq. (43).
 template <class T>
 void segment_means(const Device& device, Acc<T>* xbar, Acc<T>* fbar, const T* X, const T* F,
                    Tokens tokens, size_t D) {
   using A = Acc<T>;
   sum_over_rows(
-      device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
+      device, tokens, D, Pair<Quad<A>>{quad(A(0)), quad(A(0))},
       [=] HD(size_t, size_t row, size_t d) {
-        return QuadPair<A>{load<A>(X + row * D + d), load<A>(F + row * D + d)};
+        return Pair<Quad<A>>{load<A>(X + row * D + d), load<A>(F + row * D + d)};
       },
-      [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
+      [=] HD(size_t segment, size_t d, Pair<Quad<A>> sum) {
         store(xbar + segment * D + d, tokens.one_over<A>(segment) * sum.a);
         store(fbar + segment * D + d, tokens.one_over<A>(segment) * sum.b);
       });
@@ -523,14 +513,14 @@ void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, MergeB
   size_t D = shape.D;
   Tokens tokens = shape.tokens;
   sum_over_rows(
-      device, tokens, D, QuadPair<A>{quad(A(0)), quad(A(0))},
+      device, tokens, D, Pair<Quad<A>>{quad(A(0)), quad(A(0))},
       [=] HD(size_t segment, size_t row, size_t d) {
         Quad<A> dZ_i = dZ(row, d), fbar = {};
         if (M::means) fbar = load<A>(in.saved.fbar + segment * D + d);
         Quad<A> x = load<A>(in.X + row * D + d), f = load<A>(in.F + row * D + d);
-        return QuadPair<A>{dZ_i, dZ_i * M::token_factor(x, f, fbar)};
+        return Pair<Quad<A>>{dZ_i, dZ_i * M::token_factor(x, f, fbar)};
       },
-      [=] HD(size_t segment, size_t d, QuadPair<A> sum) {
+      [=] HD(size_t segment, size_t d, Pair<Quad<A>> sum) {
         store(scratch.dZbar + segment * D + d, tokens.one_over<A>(segment) * sum.a);
         store(scratch.dgate + segment * D + d, sum.b);
       });
@@ -558,10 +548,10 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
         if (M::trunk_apart) dZ_i = load<A>(in.dF_next + row * D + d) + dZ_i;  // (trunk), appendix A
         if (M::means) dZbar = load<A>(scratch.dZbar + segment * D + d);
         bool apart = M::trunk_apart && in.saved.r_X;  // then the trunk's part is in dF alone
-        return QuadPair<A>{apart ? Quad<A>{} : M::dX(gains, dZ_i, dZbar),
-                           M::dF(gains, dZ_i, dZbar)};
+        return Pair<Quad<A>>{apart ? Quad<A>{} : M::dX(gains, dZ_i, dZbar),
+                             M::dF(gains, dZ_i, dZbar)};
       },
-      [=] HD(size_t row, size_t d, QuadPair<A> out) {
+      [=] HD(size_t row, size_t d, Pair<Quad<A>> out) {
         store(dX + row * D + d, out.a), store(dF + row * D + d, out.b);
       });
 }
@@ -834,15 +824,15 @@ struct RowNumbers {
 
 // The sums of all lines of this line's segment. The kernel's blocks meet here.
 template <class L>
-__device__ QuadPair<float> meet(const L& line, QuadPair<float> own, float* place, int blocks) {
+__device__ Pair<Quad<float>> meet(const L& line, Pair<Quad<float>> own, float* place, int blocks) {
   constexpr int D = 4 * L::columns;
   float* sums = place + blockIdx.x / unsigned(blocks) * size_t(4 * blocks * D);
   auto of = [&](int number) { return sums + number * 2 * D + line.d; };
   store(of(line.number), own.a), store(of(line.number) + D, own.b);
   cooperative_groups::this_grid().sync();
-  QuadPair<float> total = {};
+  Pair<Quad<float>> total = {};
   for (int i = line.first; i < line.end; i += 4) {
-    QuadPair<float> sums_of[4];
+    Pair<Quad<float>> sums_of[4];
     UNROLL
     for (int k = 0; k < 4; ++k) {
       const float* from = of(min(i + k, line.end - 1));
@@ -912,11 +902,11 @@ __global__ void __launch_bounds__(D / 2, 1)
   L line(tokens, first_sequence, blocks);
   Held<L, held> rows{{}, in_shared + threadIdx.x};
   rows.load(X + line.at(), F + line.at());
-  QuadPair<float> sum = {};
+  Pair<Quad<float>> sum = {};
   UNROLL
   for (int k = 0; k < held; ++k) {
     rows.wait(k);
-    QuadPair<float> terms = {rows.first(k), rows.second(k)};
+    Pair<Quad<float>> terms = {rows.first(k), rows.second(k)};
     if (line.has(k)) sum = sum + terms;
   }
   Gains<float> gains = gains_at<M>(gates, size_t(line.d));
@@ -979,7 +969,7 @@ __global__ void __launch_bounds__(D / 2, 1)
   }
   h.finish(line, [&](int, float product) { return product / float(D); });
   Quad<float> fbar = load<float>(saved.fbar + line.segment * D + size_t(line.d));
-  QuadPair<float> sum = {};
+  Pair<Quad<float>> sum = {};
   UNROLL
   for (int k = 0; k < held; k += 4) {
     uint2 f[4];
@@ -990,7 +980,7 @@ __global__ void __launch_bounds__(D / 2, 1)
       Quad<float> dZ =
           r[line.place][k + i] *
           (rows.first(k + i) - h.value[line.place][k + i] * rows.second(k + i));  // (Delta')
-      QuadPair<float> terms = {dZ, dZ * M::token_factor(Quad<float>{}, rows.floats(f[i]), fbar)};
+      Pair<Quad<float>> terms = {dZ, dZ * M::token_factor(Quad<float>{}, rows.floats(f[i]), fbar)};
       if (line.has(k + i)) sum = sum + terms;
       rows.put(k + i, dZ);
     }

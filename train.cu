@@ -1,13 +1,11 @@
 // train.cu - the program: training by rectified flow, sampling, and the command line.
 //
-// What it is: everything around the network. Where batches come from, the loss, AdamW, the state
-// that a run can be resumed from, Euler sampling with guidance, and one function a subcommand. What
-// it is not: a framework. There is one data set in memory, one device, one optimiser.
+// What it is: everything around the network. Where batches come from, the loss, AdamW, the step,
+// Euler sampling with guidance, and one function a subcommand. What it is not: a framework. There is
+// one data set in memory, one device, one optimiser.
 //
-// How to read it: section 1 is the objective, 2 the optimiser (skip 2.1 at first: the watch over
-// its gradients), 3 sampling, 4 the trainer, whose train_step() in 4.3 is the whole of a training
-// step, 5 saving and resuming, 6 the run with its log, 7 the other subcommands, 8 the command line.
-// The options, among them the optimiser's, are in data/options.h.
+// How to read it: straight through to the appendix. The objective (1), the optimiser (2), a training
+// step (3), sampling (4). The options, among them the optimiser's, are in data/options.h.
 
 #include "dit.cu"
 
@@ -80,6 +78,25 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
   });
 }
 
+// A pass's batch: net.arrays.z and text, and a.target, from images and captions drawn at random, with
+// replacement; a share `dropout` of the captions is left out, so that guidance has something to hold
+// against. `a` are the arrays of a run (appendix C).
+template <class T, class Kept, class RunArrays>
+void draw_training_batch(Network<T, Kept>& net, RunArrays a, DeviceData data,
+                         const TrainOptions& o) {
+  uint64_t seed = o.seed, batch = o.batch;
+  double dropout = o.dropout, shift = o.time_shift;
+  auto draw = [=] HD(size_t i) {
+    uint64_t n = a.clock->pass * batch + i;  // this sample's number in the whole run
+    size_t image = size_t(uniform(seed, streams::batch_index, n) * double(data.images));
+    bool drop = uniform(seed, streams::dropout, n) < dropout;
+    return Draw{image, drop ? data.captions : size_t(data.caption[image]),
+                shift_time(uniform(seed, streams::time, n), shift), n};
+  };
+  noisy_batch(net.device, net.arrays.z, a.target, net.arrays.text, data, o.batch, seed,
+              streams::noise, draw);
+}
+
 // ---------------------------------------------------------------------------------------------
 // 2. AdamW
 //
@@ -89,90 +106,8 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
 // with g the gradient times min(1, clip / (|g| + 1e-6)), |g| over all parameters, and decay on
 // matrices only. A weight is kept in Acc<T> ("master") and rounded to T for the network.
 //
-// Bytes a parameter, with bf16 weights:
-//
-//                  weights   master   gradient   m   v
-//     fp32 state      2        4         4       4   4    18
-//     lean state      2       +2         2       2   2    10     Kept = T in the code
-//
-// In the lean state the gradient and the moments are bf16, rounded stochastically (6.1 of math.h),
-// and the master is the bf16 weight and the 16 bits of the float that it lacks. Moments are rounded
-// only to be kept: a step uses m and v as just computed.
-
-// A float in two halves: the nearest bf16, and the rest. Of the float's bits the rest is the lower
-// 16, read as a signed number: from half a gap on it is negative, and the upper half one more
-// (which may carry into the exponent, as it should). So joining the halves is one addition on the
-// bits, exact for every float. A tie becomes the larger magnitude; a NaN stays a NaN, though not
-// with the same bits.
-struct Halves {
-  bf16 nearest;
-  int16_t rest;
-};
-HD inline Halves split(float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  Halves h;
-  bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-  h.nearest.bits = nan ? uint16_t(0x7fff) : uint16_t((u + 0x8000u) >> 16);
-  h.rest = nan ? int16_t(0) : int16_t(uint16_t(u));
-  return h;
-}
-HD inline float join(Halves h) {
-  uint32_t u = (uint32_t(h.nearest.bits) << 16) + uint32_t(int32_t(h.rest));
-  float x;
-  memcpy(&x, &u, 4);
-  return x;
-}
-
-// The weights that AdamW moves, in Acc<T>, beside the network's copy of them in T.
-template <class T, class Kept>
-struct Master {
-  using A = Acc<T>;
-  static constexpr bool lean = !std::is_same_v<Kept, A>;
-  T* weights;  // the network's
-  // What AdamW moves; lean: only what `weights` lack of it; where T is Acc<T>: `weights` again.
-  std::conditional_t<lean, int16_t, A>* own;
-
-  HD Quad<A> get(size_t i) const {
-    if constexpr (!lean) {
-      return load<A>(own + i);
-    } else {
-      Quad<T> nearest = *reinterpret_cast<const Quad<T>*>(weights + i);
-      Quad<int16_t> rest = *reinterpret_cast<const Quad<int16_t>*>(own + i);
-      Quad<A> w;
-      for (int k = 0; k < 4; ++k) w[k] = join({nearest[k], rest[k]});
-      return w;
-    }
-  }
-  HD void set(size_t i, Quad<A> w) const {
-    if constexpr (!lean) {
-      store(own + i, w);
-      store(weights + i, w);
-    } else {
-      Quad<T> nearest;
-      Quad<int16_t> rest;
-      for (int k = 0; k < 4; ++k) {
-        Halves h = split(w[k]);
-        nearest[k] = h.nearest, rest[k] = h.rest;
-      }
-      *reinterpret_cast<Quad<T>*>(weights + i) = nearest;
-      *reinterpret_cast<Quad<int16_t>*>(own + i) = rest;
-    }
-  }
-};
-
-// Draw all parameters as the table says into the master, and into `average` if it is not null.
-template <class T, class Kept>
-void initialise(const Device& device, const Table& table, Master<T, Kept> master, Acc<T>* average,
-                uint64_t seed) {
-  using A = Acc<T>;
-  device.fill(master.weights, 0, table.size * sizeof(T));
-  draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) {
-    Quad<A> w{{A(q[0]), A(q[1]), A(q[2]), A(q[3])}};
-    master.set(i, w);
-    if (average) store(average + i, w);
-  });
-}
+// Moments are rounded only to be kept, if at all: a step uses m and v as just computed. (Appendix A has
+// the two ways to keep them and the master, at 18 and at 10 bytes a parameter.)
 
 // All that changes from step to step, in device memory, so that a captured step can be replayed. A
 // step is `accumulate` passes; both count from the start of the run.
@@ -258,11 +193,11 @@ void gradient_norm(const Device& device, Clock* clock, double* partial, const Ke
 
 // One step of AdamW: updates the weights, m and v (Kept), and `average` if it is not null. `dither`
 // is for moments that are rounded, `average_dither` for the average.
-template <class T, class Kept>
-void adamw(const Device& device, Master<T, Kept> master, Kept* m, Kept* v, Acc<T>* average,
+template <class Master, class Kept>
+void adamw(const Device& device, Master master, Kept* m, Kept* v, typename Master::A* average,
            const Kept* gradients, const Clock* clock, const Chunk* chunks, size_t count,
            Optimizer o, Dither dither, Dither average_dither) {
-  using A = Acc<T>;
+  using A = typename Master::A;
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     Chunk c = chunks[team.index];
     A clip = A(clock->clip_scale), lr = A(clock->lr), b1 = A(o.beta1), b2 = A(o.beta2);
@@ -283,7 +218,7 @@ void adamw(const Device& device, Master<T, Kept> master, Kept* m, Kept* v, Acc<T
         avg = avg + clock->follow * (widen<double>(w) - avg);
         store_stochastically(average + i, avg, average_dither(i / 4), 0);
       }
-      Random4 bits = Master<T, Kept>::lean ? dither(i / 4) : Random4{};
+      Random4 bits = Master::lean ? dither(i / 4) : Random4{};
       store_stochastically(m + i, m_next, bits, 0);
       store_stochastically(v + i, v_next, bits, 1);
     }
@@ -315,7 +250,221 @@ void end_step(const Device& device, Clock* clock, Record* history, const A* loss
   });
 }
 
-// 2.1 The watch for spikes
+// ---------------------------------------------------------------------------------------------
+// 3. A step
+//
+// `accumulate` passes, each the gradients of a batch, then one update. `t` is the Trainer of appendix D:
+// the network, the arrays of the run and its options. The host only enqueues all this: on a GPU it is
+// captured once and replayed, so what changes from step to step is in t.a.clock.
+
+// Where bits for rounding come from in this pass.
+template <class Trainer>
+Dither dither(const Trainer& t, uint64_t stream) {
+  return {t.o.seed, stream, &t.a.clock->pass};
+}
+
+// Gradients of a batch: = for the step's first, += for the others.
+template <class Trainer, class Observer>
+void training_pass(Trainer& t, bool first, const Observer& observe) {
+  const Config& m = t.o.model;
+  draw_training_batch(t.net, t.a, t.train, t.o);  // -> arrays.z, arrays.text, a.target
+  t.net.forward(t.o.batch);                       // -> arrays.velocity
+  flow_loss(t.device, t.a.losses, t.net.arrays.dvelocity, t.net.arrays.velocity, t.a.target,
+            t.o.batch, m.pixels(), 1 / double(m.pixels() * t.o.batch * t.o.accumulate));
+  t.net.backward(t.o.batch, !first, false, observe, dither(t, streams::gradient_rounding));
+  end_pass(t.device, t.a.clock, t.a.step_losses, t.a.losses, t.o.batch, t.o.accumulate);
+}
+
+// What a step does with its gradients: clip them, look for a spike (appendix B), move the weights.
+template <class Trainer>
+void update_weights(Trainer& t, bool diagnose) {
+  auto& a = t.a;
+  const auto* gradients = t.net.gradients();
+  size_t samples = t.o.batch * t.o.accumulate;
+  gradient_norm(t.device, a.clock, a.partial, gradients, a.chunks, t.chunk_count,
+                t.o.optimizer.clip);
+  if (diagnose) t.diagnose_gradients();
+  t.look_for_spike();
+  adamw(t.device, a.master, a.m, a.v, a.average, gradients, a.clock, a.chunks, t.chunk_count,
+        t.o.optimizer, dither(t, streams::moment_rounding), dither(t, streams::average_rounding));
+  t.copy_spike();
+  end_step(t.device, a.clock, a.history, a.step_losses, samples);
+}
+
+// ---------------------------------------------------------------------------------------------
+// 4. Sampling
+//
+// Euler steps from noise at t = 1 to data at t = 0, with classifier-free guidance. On the line of
+// section 1, dz/dt = x1 - x0 = -v, so a step from t to t_next < t adds (t_next - t) (-v):
+//     z <- z + (t - t_next) v,     v = v_u + w (v_c - v_u),
+// v_c with the caption, v_u with the empty one.
+
+template <class T>
+struct Sampler {
+  using A = Acc<T>;
+  A* conditional;   // (B, C, H, W)
+  T *text, *empty;  // (B, L, d_text)
+
+  void lay(Carver& c, const Config& m, size_t batch) {
+    conditional = c.take<A>(batch * m.pixels());
+    text = c.take<T>(batch * m.text_size()), empty = c.take<T>(batch * m.text_size());
+  }
+};
+
+template <class T>
+void start_from_noise(const Device& device, Acc<T>* z, size_t n, uint64_t seed, uint64_t first) {
+  for_each(device, n,
+           [=] HD(size_t i) { z[i] = Acc<T>(gaussian(seed, streams::sampling_noise, first + i)); });
+}
+template <class T>
+void euler_step(const Device& device, Acc<T>* z, const Acc<T>* conditional,
+                const Acc<T>* unconditional, size_t n, double dt, double guidance) {
+  using A = Acc<T>;
+  for_each(device, n, [=] HD(size_t i) {
+    A v = unconditional[i] + A(guidance) * (conditional[i] - unconditional[i]);
+    z[i] += A(dt) * v;
+  });
+}
+
+// Images (n, C, H, W) for captions (n, L, d_text), all on the host. Image i depends on seed and i
+// only.
+template <class T, class Kept>
+std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
+                                 const std::vector<float>& text,
+                                 const std::vector<float>& empty_text, size_t n, size_t steps,
+                                 double guidance, double shift, uint64_t seed) {
+  using A = Acc<T>;
+  Device& device = net.device;
+  Arrays<T>& a = net.arrays;
+  size_t pixels = net.config.pixels(), words = net.config.text_size();
+  std::vector<float> images;
+  Progress progress("drawing " + std::to_string(n) + " samples", ceil_div(n, net.batch) * steps);
+  for (size_t first = 0; first < n; first += net.batch) {
+    size_t b = std::min(net.batch, n - first);
+    std::vector<T> conditional, empty;
+    for (size_t i = 0; i < b * words; ++i) {
+      conditional.push_back(T(text[first * words + i]));
+      empty.push_back(T(empty_text[i % words]));
+    }
+    device.upload(sampler.text, conditional.data(), b * words * sizeof(T));
+    device.upload(sampler.empty, empty.data(), b * words * sizeof(T));
+    start_from_noise<T>(device, a.z, b * pixels, seed, first * pixels);
+    for (size_t k = 0; k < steps; ++k) {
+      double t = shift_time(1 - double(k) / double(steps), shift);
+      double t_next = shift_time(1 - double(k + 1) / double(steps), shift);
+      device.copy(a.text, sampler.text, b * words * sizeof(T));
+      net.forward(b);
+      const A* with_caption = a.velocity;
+      if (guidance != 1) {
+        device.copy(sampler.conditional, a.velocity, b * pixels * sizeof(A));
+        with_caption = sampler.conditional;
+        device.copy(a.text, sampler.empty, b * words * sizeof(T));
+        net.forward(b);
+      }
+      euler_step<T>(device, a.z, with_caption, a.velocity, b * pixels, t - t_next, guidance);
+      progress.advance(1);
+    }
+    std::vector<A> z(b * pixels);
+    device.download(z.data(), a.z, z.size() * sizeof(A));
+    images.insert(images.end(), z.begin(), z.end());
+  }
+  return images;
+}
+
+// Appendix. The straight way ends here. Below: how weights and moments are kept (A), the watch for spikes
+// (B), arrays and what fits (C), the trainer (D), saving and resuming (E), the run (F), the other
+// subcommands (G), gradcheck (H), the probe (I), the command line (J).
+
+// ---------------------------------------------------------------------------------------------
+// A. How weights and moments are kept
+//
+// Bytes a parameter, with bf16 weights:
+//
+//                  weights   master   gradient   m   v
+//     fp32 state      2        4         4       4   4    18
+//     lean state      2       +2         2       2   2    10     Kept = T in the code
+//
+// In the lean state the gradient and the moments are bf16, rounded stochastically (math.h, appendix E),
+// and the master is the bf16 weight and the 16 bits of the float that it lacks. Moments are rounded
+// only to be kept: a step uses m and v as just computed.
+
+// A float in two halves: the nearest bf16, and the rest. Of the float's bits the rest is the lower
+// 16, read as a signed number: from half a gap on it is negative, and the upper half one more
+// (which may carry into the exponent, as it should). So joining the halves is one addition on the
+// bits, exact for every float. A tie becomes the larger magnitude; a NaN stays a NaN, though not
+// with the same bits.
+struct Halves {
+  bf16 nearest;
+  int16_t rest;
+};
+HD inline Halves split(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  Halves h;
+  bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+  h.nearest.bits = nan ? uint16_t(0x7fff) : uint16_t((u + 0x8000u) >> 16);
+  h.rest = nan ? int16_t(0) : int16_t(uint16_t(u));
+  return h;
+}
+HD inline float join(Halves h) {
+  uint32_t u = (uint32_t(h.nearest.bits) << 16) + uint32_t(int32_t(h.rest));
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+
+// The weights that AdamW moves, in Acc<T>, beside the network's copy of them in T.
+template <class T, class Kept>
+struct Master {
+  using A = Acc<T>;
+  static constexpr bool lean = !std::is_same_v<Kept, A>;
+  T* weights;  // the network's
+  // What AdamW moves; lean: only what `weights` lack of it; where T is Acc<T>: `weights` again.
+  std::conditional_t<lean, int16_t, A>* own;
+
+  HD Quad<A> get(size_t i) const {
+    if constexpr (!lean) {
+      return load<A>(own + i);
+    } else {
+      Quad<T> nearest = *reinterpret_cast<const Quad<T>*>(weights + i);
+      Quad<int16_t> rest = *reinterpret_cast<const Quad<int16_t>*>(own + i);
+      Quad<A> w;
+      for (int k = 0; k < 4; ++k) w[k] = join({nearest[k], rest[k]});
+      return w;
+    }
+  }
+  HD void set(size_t i, Quad<A> w) const {
+    if constexpr (!lean) {
+      store(own + i, w);
+      store(weights + i, w);
+    } else {
+      Quad<T> nearest;
+      Quad<int16_t> rest;
+      for (int k = 0; k < 4; ++k) {
+        Halves h = split(w[k]);
+        nearest[k] = h.nearest, rest[k] = h.rest;
+      }
+      *reinterpret_cast<Quad<T>*>(weights + i) = nearest;
+      *reinterpret_cast<Quad<int16_t>*>(own + i) = rest;
+    }
+  }
+};
+
+// Draw all parameters as the table says into the master, and into `average` if it is not null.
+template <class T, class Kept>
+void initialise(const Device& device, const Table& table, Master<T, Kept> master, Acc<T>* average,
+                uint64_t seed) {
+  using A = Acc<T>;
+  device.fill(master.weights, 0, table.size * sizeof(T));
+  draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) {
+    Quad<A> w{{A(q[0]), A(q[1]), A(q[2]), A(q[3])}};
+    master.set(i, w);
+    if (average) store(average + i, w);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// B. The watch for spikes
 //
 // A step stands out if its gradient's norm is above `factor` times the median over the 100 steps
 // before it, or as many as there are from 50 on. By the time the host reads the norms that step's gradients are gone; so the
@@ -452,87 +601,7 @@ void copy_spike(const Device& device, SpikeArrays a, const double* partial, cons
 }
 
 // ---------------------------------------------------------------------------------------------
-// 3. Sampling
-//
-// Euler steps from noise at t = 1 to data at t = 0, with classifier-free guidance. On the line of
-// section 1, dz/dt = x1 - x0 = -v, so a step from t to t_next < t adds (t_next - t) (-v):
-//     z <- z + (t - t_next) v,     v = v_u + w (v_c - v_u),
-// v_c with the caption, v_u with the empty one.
-
-template <class T>
-struct Sampler {
-  using A = Acc<T>;
-  A* conditional;   // (B, C, H, W)
-  T *text, *empty;  // (B, L, d_text)
-
-  void lay(Carver& c, const Config& m, size_t batch) {
-    conditional = c.take<A>(batch * m.pixels());
-    text = c.take<T>(batch * m.text_size()), empty = c.take<T>(batch * m.text_size());
-  }
-};
-
-template <class T>
-void start_from_noise(const Device& device, Acc<T>* z, size_t n, uint64_t seed, uint64_t first) {
-  for_each(device, n,
-           [=] HD(size_t i) { z[i] = Acc<T>(gaussian(seed, streams::sampling_noise, first + i)); });
-}
-template <class T>
-void euler_step(const Device& device, Acc<T>* z, const Acc<T>* conditional,
-                const Acc<T>* unconditional, size_t n, double dt, double guidance) {
-  using A = Acc<T>;
-  for_each(device, n, [=] HD(size_t i) {
-    A v = unconditional[i] + A(guidance) * (conditional[i] - unconditional[i]);
-    z[i] += A(dt) * v;
-  });
-}
-
-// Images (n, C, H, W) for captions (n, L, d_text), all on the host. Image i depends on seed and i
-// only.
-template <class T, class Kept>
-std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
-                                 const std::vector<float>& text,
-                                 const std::vector<float>& empty_text, size_t n, size_t steps,
-                                 double guidance, double shift, uint64_t seed) {
-  using A = Acc<T>;
-  Device& device = net.device;
-  Arrays<T>& a = net.arrays;
-  size_t pixels = net.config.pixels(), words = net.config.text_size();
-  std::vector<float> images;
-  Progress progress("drawing " + std::to_string(n) + " samples", ceil_div(n, net.batch) * steps);
-  for (size_t first = 0; first < n; first += net.batch) {
-    size_t b = std::min(net.batch, n - first);
-    std::vector<T> conditional, empty;
-    for (size_t i = 0; i < b * words; ++i) {
-      conditional.push_back(T(text[first * words + i]));
-      empty.push_back(T(empty_text[i % words]));
-    }
-    device.upload(sampler.text, conditional.data(), b * words * sizeof(T));
-    device.upload(sampler.empty, empty.data(), b * words * sizeof(T));
-    start_from_noise<T>(device, a.z, b * pixels, seed, first * pixels);
-    for (size_t k = 0; k < steps; ++k) {
-      double t = shift_time(1 - double(k) / double(steps), shift);
-      double t_next = shift_time(1 - double(k + 1) / double(steps), shift);
-      device.copy(a.text, sampler.text, b * words * sizeof(T));
-      net.forward(b);
-      const A* with_caption = a.velocity;
-      if (guidance != 1) {
-        device.copy(sampler.conditional, a.velocity, b * pixels * sizeof(A));
-        with_caption = sampler.conditional;
-        device.copy(a.text, sampler.empty, b * words * sizeof(T));
-        net.forward(b);
-      }
-      euler_step<T>(device, a.z, with_caption, a.velocity, b * pixels, t - t_next, guidance);
-      progress.advance(1);
-    }
-    std::vector<A> z(b * pixels);
-    device.download(z.data(), a.z, z.size() * sizeof(A));
-    images.insert(images.end(), z.begin(), z.end());
-  }
-  return images;
-}
-
-// ---------------------------------------------------------------------------------------------
-// 4. The trainer
+// C. The arrays of a run, and what fits
 
 template <class T>
 Diagnostics<T> chosen_diagnostics(const TrainOptions& o) {
@@ -647,7 +716,7 @@ Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bo
   return plan;
 }
 
-// 4.1 What fits
+// C.1 What fits
 //
 // Memory decides between the optimiser's states and between lengths of spans. Replaying costs up to
 // a third more work and no accuracy, a lean state costs accuracy and hardly any time: so fp32
@@ -771,23 +840,8 @@ Choice choose(const TrainOptions& o, const Table& table, DataSizes data, bool on
   return *best;
 }
 
-// 4.2 Batches
-
-template <class T, class Kept>
-void draw_training_batch(Network<T, Kept>& net, TrainArrays<T, Kept> a, DeviceData data,
-                         const TrainOptions& o) {
-  uint64_t seed = o.seed, batch = o.batch;
-  double dropout = o.dropout, shift = o.time_shift;
-  auto draw = [=] HD(size_t i) {
-    uint64_t n = a.clock->pass * batch + i;  // this sample's number in the whole run
-    size_t image = size_t(uniform(seed, streams::batch_index, n) * double(data.images));
-    bool drop = uniform(seed, streams::dropout, n) < dropout;
-    return Draw{image, drop ? data.captions : size_t(data.caption[image]),
-                shift_time(uniform(seed, streams::time, n), shift), n};
-  };
-  noisy_batch(net.device, net.arrays.z, a.target, net.arrays.text, data, o.batch, seed,
-              streams::noise, draw);
-}
+// ---------------------------------------------------------------------------------------------
+// D. The trainer: a run's network and arrays, and the step as captured graphs
 
 // Held-out images with fixed noise and times.
 template <class T, class Kept>
@@ -827,8 +881,6 @@ inline uint64_t hash_data(const Dataset& data) {
   mix(data.pixels), mix(data.text), mix(data.empty_text), mix(data.caption);
   return fnv.hash;
 }
-
-// 4.3 A step: train_step(), pass(), update()
 
 // T: what the network computes with; Kept: what its gradients and AdamW's moments are kept as.
 template <class T, class Kept = Acc<T>>
@@ -899,6 +951,22 @@ class Trainer : public RunArrays<T, Kept> {
     ++step;
   }
 
+  // What update_weights() looks on with.
+  void diagnose_gradients() {
+    diagnostics.gradients(device, locate<Kept>(o.model, net.table, net.gradients()));
+  }
+  void look_for_spike() {
+    if (o.spike_factor > 0)
+      watch_step(device, spikes, a.clock, a.history, diagnostics.modes(), diagnostics.layers.size(),
+                 diagnostics.samples, o.spike_factor);
+  }
+  void copy_spike() {
+    if (o.spike_factor > 0)
+      ::copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks, chunk_count,
+                   a.step_losses, o.batch * o.accumulate, net.arrays.dvelocity, o.batch,
+                   o.model.pixels());
+  }
+
   // What steps [first, step) recorded; at most `records` back.
   std::vector<Record> history(uint64_t first) {
     std::vector<Record> ring(records), out;
@@ -963,40 +1031,11 @@ class Trainer : public RunArrays<T, Kept> {
       bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
       act(graphs_[observe][last][first], [&] {
         if (first) begin_step(device, a.clock, o.optimizer, o.ema);
-        pass(first, last ? observer(diagnose) : Observer<T>());
-        if (last) update(diagnose);
+        training_pass(*this, first, last ? observer(diagnose) : Observer<T>());
+        if (last) update_weights(*this, diagnose);
       });
     }
   }
-
-  // Gradients of a batch: = for the step's first, += for the others.
-  void pass(bool first, const Observer<T>& observe) {
-    draw_training_batch(net, a, train, o);
-    net.forward(o.batch);
-    flow_loss(device, a.losses, net.arrays.dvelocity, net.arrays.velocity, a.target, o.batch,
-              o.model.pixels(), 1 / double(o.model.pixels() * o.batch * o.accumulate));
-    net.backward(o.batch, !first, false, observe, dither(streams::gradient_rounding));
-    end_pass(device, a.clock, a.step_losses, a.losses, o.batch, o.accumulate);
-  }
-
-  // What a step does with its gradients: clip them, look for a spike, move the weights.
-  void update(bool diagnose) {
-    size_t samples = o.batch * o.accumulate;
-    gradient_norm(device, a.clock, a.partial, net.gradients(), a.chunks, chunk_count,
-                  o.optimizer.clip);
-    if (diagnose) diagnostics.gradients(device, locate<Kept>(o.model, net.table, net.gradients()));
-    if (o.spike_factor > 0)
-      watch_step(device, spikes, a.clock, a.history, diagnostics.modes(), diagnostics.layers.size(),
-                 diagnostics.samples, o.spike_factor);
-    adamw(device, a.master, a.m, a.v, a.average, net.gradients(), a.clock, a.chunks, chunk_count,
-          o.optimizer, dither(streams::moment_rounding), dither(streams::average_rounding));
-    if (o.spike_factor > 0)
-      copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks, chunk_count,
-                 a.step_losses, samples, net.arrays.dvelocity, o.batch, o.model.pixels());
-    end_step(device, a.clock, a.history, a.step_losses, samples);
-  }
-
-  Dither dither(uint64_t stream) const { return {o.seed, stream, &a.clock->pass}; }
 
   Observer<T> observer(bool diagnose) {
     if (!diagnose && o.spike_factor == 0) return {};
@@ -1070,7 +1109,7 @@ class Trainer : public RunArrays<T, Kept> {
 };
 
 // ---------------------------------------------------------------------------------------------
-// 5. Saving and resuming
+// E. Saving and resuming
 //
 // weights.safetensors holds the network in T under the published names; ema.safetensors the
 // averaged one. state.safetensors is all that a run needs to go on: master weights (lean: the
@@ -1240,7 +1279,7 @@ inline void set_aside(const std::vector<std::string>& logs) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// 6. The run
+// F. The run
 
 inline volatile std::sig_atomic_t interrupted = 0;
 
@@ -1567,7 +1606,7 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
 }
 
 // ---------------------------------------------------------------------------------------------
-// 7. The other subcommands
+// G. The other subcommands
 
 // `mvsplit plan`: as `train` would choose on this machine, or for the memory that is named.
 template <class T>
@@ -1755,6 +1794,9 @@ int forward(Device& device, const ForwardOptions& o) {
   return 0;
 }
 
+// ---------------------------------------------------------------------------------------------
+// H. Gradients of the whole network
+//
 // Whole-network gradients against finite differences, in fp64.
 //
 // L(w) = <cotangent, velocity(w)> with a random cotangent. For each parameter family, and for z and
@@ -1920,7 +1962,8 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
   return good ? 0 : 1;
 }
 
-// 7.1 The probe (App. H)
+// ---------------------------------------------------------------------------------------------
+// I. The probe (the paper's App. H)
 //
 // The network is told the noise level t by its input alone. Where does it keep it? Take images,
 // each with its caption and with a time t ~ U[0, 1] (not shifted) and noise of its own; describe
@@ -2110,7 +2153,7 @@ int probe(Device& device, const ProbeOptions& o) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// 8. The command line
+// J. The command line
 
 // Parse and run. Returns the exit status: 0, 1 if a check or the training failed, 2 for bad input.
 inline int command(int argc, const char* const* argv) {

@@ -547,8 +547,8 @@ TEST(AdamW, TheAverageDoesNotFreeze) {
     constexpr int count = 2000;
     for (int s = 0; s < count; ++s) {
       begin_step(*device, clock, o, ema);
-      adamw<float, float>(*device, {weights, weights}, dm, dv, average, dg, clock, dchunks,
-                          chunks.size(), o, {}, {1, streams::average_rounding, &clock->pass});
+      adamw(*device, Master<float, float>{weights, weights}, dm, dv, average, dg, clock, dchunks,
+            chunks.size(), o, {}, {1, streams::average_rounding, &clock->pass});
       next_pass(*device, &clock->pass);
     }
     double want = 1e-3 * (1 - std::pow(ema, count)), mean = 0;
@@ -676,8 +676,8 @@ TEST(Lean, SecondMomentsMoveWhereNearestRoundingFreezesThem) {
       Optimizer o;
       double exact = 1;
       for (size_t s = 0; s < steps; ++s) {
-        adamw<bf16, bf16>(*device, master, reinterpret_cast<bf16*>(m.data), dv, nullptr, dg, clock,
-                          dchunks, 1, o, {1, streams::moment_rounding, &clock->pass}, {});
+        adamw(*device, master, reinterpret_cast<bf16*>(m.data), dv, nullptr, dg, clock, dchunks, 1,
+              o, {1, streams::moment_rounding, &clock->pass}, {});
         next_pass(*device, &clock->pass);
         float square = float(root) * float(root);
         nearest = bf16(0.999f * float(nearest) + 0.001f * square);
@@ -769,8 +769,8 @@ TEST(Statement, AppJ_ClippingKeepsTheRatio) {
     gradient_norm(*device, clock, reinterpret_cast<double*>(pa.data), gradient, dchunks,
                   chunks.size(), o.clip);
     Master<double, double> master{put(*device, ws, g), put(*device, xs, g)};
-    adamw<double, double>(*device, master, m, put(*device, vs, zeros), nullptr, gradient, clock,
-                          dchunks, chunks.size(), o, {}, {});
+    adamw(*device, master, m, put(*device, vs, zeros), nullptr, gradient, clock, dchunks,
+          chunks.size(), o, {}, {});
     EXPECT_LT(from(*device, clock, 1)[0].clip_scale, 1e-3);
     auto ratio = [](const std::vector<double>& x) {
       return norm(rows_of({2, 960, x}, 0, 1)) / norm(rows_of({2, 960, x}, 1, 1));
@@ -2396,7 +2396,8 @@ TEST_F(CommandTest, AResumedRunHasTheOptionsOfItsFolder) {
       "--ema 0.9 --beta 0.3 --fix beta --clip 0.5 --dropout 0.2 --time-shift 2 --seed 7 --warmup 3 "
       "--accumulate 2 --weight-decay 0.3 --no-patch-bias --norm-eps 1e-5 --writer-std 0.01 --batch "
       "3 "
-      "--val-images 3 --diagnose-every 1 --diagnose-layers 0,3 --lr 3e-3 --spike-factor 7 --out ";
+      "--val-images 3 --diagnose-every 1 --diagnose-layers 0,3 --lr 3e-3 --spike-factor 7 "
+      "--columns 1 --out ";
   ASSERT_EQ(run("train", train_, flags + at("through") + " --steps 4").status, 0);
   ASSERT_EQ(run("train", train_, flags + at("stopped") + " --steps 2").status, 0);
   Outcome resumed = run("train", "--resume --steps 4 --out " + at("stopped"));
@@ -2412,7 +2413,7 @@ TEST_F(CommandTest, AResumedRunHasTheOptionsOfItsFolder) {
           << folder << name;
   for (const Residual& residual : residuals) {
     std::string out = at(residual.name), name = std::string(" --residual ") + residual.name;
-    ASSERT_EQ(run("train", train_, name + " --steps 1 --out " + out).status, 0);
+    ASSERT_EQ(run("train", train_, name + " --steps 1 --columns 1 --out " + out).status, 0);
     EXPECT_EQ(run("train", "--resume --steps 2 --out " + out).status, 0) << name;
     EXPECT_EQ(run("train", "--config " + out + "/config.ini --out " + out + "2").status, 0) << name;
     EXPECT_EQ(read_text(out + "/weights.safetensors"), read_text(out + "2/weights.safetensors"));
