@@ -268,13 +268,14 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 // and alpha * J likewise. What then stands beside dX and dF are their gradients, token by token
 // with Dbar_s the mean of Delta over the segment s of token i:
 //
-//     dL/dX = Delta - alpha * J Delta               Delta_i - alpha * Dbar_s                  (dX)
-//     dL/dF = beta * P Delta + alpha * J Delta      beta * Delta_i + (alpha - beta) * Dbar_s  (10), (dF)
+//     dL/dX = Delta - alpha * J Delta            Delta_i - alpha * Dbar_s                   (dX)
+//     dL/dF = beta * P Delta + alpha * J Delta   beta * Delta_i + (alpha - beta) * Dbar_s   (dF) = (10)
 //
 // A gate's gradient is the sum over tokens of Delta times what the gate multiplies:
 //
-//     dL/dbeta  = sum_i Delta_i * (F_i - Fbar_s)                                              (dbeta)
-//     dL/dalpha = sum_i Delta_i * (Fbar_s - Xbar_s) = sum_s n_s Dbar_s * (Fbar_s - Xbar_s)    (dalpha)
+//     dL/dbeta  = sum_i Delta_i * (F_i - Fbar_s)                                          (dbeta)
+//     dL/dalpha = sum_i Delta_i * (Fbar_s - Xbar_s)
+//               = sum_s n_s Dbar_s * (Fbar_s - Xbar_s)                                   (dalpha)
 //
 // as what alpha multiplies is the same for all n_s tokens of a segment: dalpha takes no further
 // pass.
@@ -400,7 +401,7 @@ struct MvSplit : PostNorm {
 // Z is not stored, but r is, and so is X_next = r Z, which the next layer kept as its input. With Z
 // = X_next / r the second term is (r / D) <G, X_next> X_next, so
 //
-//     Delta = r (G - h X_next),        h = <G, X_next> / D,       for each token            (Delta')
+//     Delta = r (G - h X_next),      h = <G, X_next> / D,     for each token            (Delta')
 //
 // Three passes (two without gates): over channels for h; over tokens for Dbar and the gates; and
 // one for the outputs of section 4. Delta is made in each of the last two. To store it would write
