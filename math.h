@@ -5,9 +5,9 @@
 // product, the bf16 number, and random numbers that depend on nothing but their index.
 // What it is not: a tensor library. There are pointers with a shape in a comment, and loops.
 //
-// How to read it: straight through to the appendix. Section 4 (teams) is the one idea that the other
-// files need. A kernel is a lambda over a Team. On a GPU a team is a thread block, or 1, 2, 4, ... 32
-// threads of one; on a CPU it is a single thread, rank 0 of size 1:
+// How to read it: straight through to the appendix. Section 4 (teams) is the one idea that the
+// other files need. A kernel is a lambda over a Team. On a GPU a team is a thread block, or 1, 2,
+// 4, ... 32 threads of one; on a CPU it is a single thread, rank 0 of size 1:
 //
 //   for_each_team(device, rows, threads_for(D), [=] HD(Team team) {
 //     const float* x = X + team.index * D;                                // this team's row
@@ -713,9 +713,9 @@ constexpr uint64_t gradient_rounding = uint64_t(2) << 32, moment_rounding = uint
 constexpr uint64_t average_rounding = uint64_t(4) << 32;
 }  // namespace streams
 
-// Appendix. The straight way ends here. Below: the innards of the device (A), how formulas over rows are
-// scheduled (B), kernels of the GPU's own and captured sequences (C), the two matrix products (D),
-// stochastic rounding (E).
+// Appendix. The straight way ends here. Below: the innards of the device (A), how formulas over
+// rows are scheduled (B), kernels of the GPU's own and captured sequences (C), the two matrix
+// products (D), stochastic rounding (E).
 
 // ---------------------------------------------------------------------------------------------
 // A. The device
@@ -902,9 +902,9 @@ inline void Device::download(void* to, const void* from, size_t bytes) const {
 // ---------------------------------------------------------------------------------------------
 // B. Rows: how the formulas of other files are scheduled
 //
-// An array of rows of D channels, in groups. `Groups` knows them: groups(), begin(group), end(group),
-// and with fours() and four(i) pieces of up to four neighbouring rows of one group. Each function
-// below takes the formula for four channels d to d + 3, a Quad, of one row.
+// An array of rows of D channels, in groups. `Groups` knows them: groups(), begin(group),
+// end(group), and with fours() and four(i) pieces of up to four neighbouring rows of one group.
+// Each function below takes the formula for four channels d to d + 3, a Quad, of one row.
 
 // f(row, d) for each quad of `rows` rows.
 template <class F>
@@ -912,8 +912,8 @@ void for_each_quad(const Device& device, size_t rows, size_t D, const F& f) {
   for_each(device, rows * D / 4, [=] HD(size_t i) { f(i / (D / 4), i % (D / 4) * 4); });
 }
 
-// Neighbouring rows of one group, up to four: what belongs to the group and the channel is read once
-// for all of them. Past the last row it is the last one again.
+// Neighbouring rows of one group, up to four: what belongs to the group and the channel is read
+// once for all of them. Past the last row it is the last one again.
 struct FourRows {
   size_t group, first, last;
 
@@ -921,8 +921,8 @@ struct FourRows {
   HD size_t row(int k) const { return min_(first + size_t(k), last); }
 };
 
-// finish(group, d, sum) with the sum of term(group, row, d) over each group's rows, once a group and
-// quad of channels; with `zero` for an empty group.
+// finish(group, d, sum) with the sum of term(group, row, d) over each group's rows, once a group
+// and quad of channels; with `zero` for an empty group.
 //
 // A team takes one group and 16 to 128 channels, fewer while there are less than a thousand teams.
 // Its threads are a grid, a quad of channels a column, and each of its lines takes every lines-th
@@ -1010,8 +1010,8 @@ void sum_over_channels(const Device& device, size_t rows, size_t D, const Term& 
   });
 }
 
-// put(row, d, make(group, row, d)) for each row. Four rows are made before one is put: what is put may
-// take the place of what others are made from.
+// put(row, d, make(group, row, d)) for each row. Four rows are made before one is put: what is put
+// may take the place of what others are made from.
 template <class Groups, class Make, class Put>
 void map_rows(const Device& device, Groups groups, size_t D, const Make& make, const Put& put) {
   for_each_team(device, groups.fours(), threads_for_fours(D), [=] HD(Team team) {
@@ -1327,8 +1327,9 @@ HD inline float round_stochastically(double x, uint32_t random) {
   return float(x);
 }
 
-// Where the bits come from: draw i is for eight numbers, or for four that become floats. `*pass` tells one round of an array from
-// the next, and lives in device memory so that a captured step can be replayed.
+// Where the bits come from: draw i is for eight numbers, or for four that become floats. `*pass`
+// tells one round of an array from the next, and lives in device memory so that a captured step can
+// be replayed.
 struct Dither {
   uint64_t seed, stream;
   const uint64_t* pass;

@@ -1,23 +1,23 @@
 // mvsplit.cu - the residual merges, in token space.
 //
-// What it is: how a block's branch output F joins the trunk X, forward and backward, each merge fused
-// with the RMSNorm that follows it; and the algebra of token means that explains why very deep
-// networks need MV-Split. What it is not: the network. Attention, the FFN and the chain of blocks are
-// in dit.cu.
+// What it is: how a block's branch output F joins the trunk X, forward and backward, each merge
+// fused with the RMSNorm that follows it; and the algebra of token means that explains why very
+// deep networks need MV-Split. What it is not: the network. Attention, the FFN and the chain of
+// blocks are in dit.cu.
 //
 // The mean here is over TOKENS, never over channels: J X replaces every token of a segment by the
 // average token. (LayerNorm's mean, which runs over the channels of one token, plays no part.)
 //
 // Words. The trunk X is passed from block to block. A branch (attention or FFN) computes F from it;
-// its last matrix (W_O, W2) is the residual writer. A merge joins F to X. The adjoint of an array is
-// the gradient of the loss by it; where a backward begins, and it is given, it is the cotangent.
+// its last matrix (W_O, W2) is the residual writer. A merge joins F to X. The adjoint of an array
+// is the gradient of the loss by it; where a backward begins, and it is given, it is the cotangent.
 // <U, V> = tr(U^T V), the inner product of all numbers. Mean mode screaming is the paper's name for
 // the collapse: the mean part of the writers' gradients bursts, and all tokens become alike.
 //
 // Letters. T tokens of a sequence, N of image and L of text; D channels of a token; B sequences.
-// J the mean over tokens, P = I - J; X, F, Z, X_next the arrays of a merge, G = dL/dX_next, and Delta
-// = dL/dZ, dZ in the code. W a writer, y its input, delta the adjoint of its output. (n) is the
-// equation's number in the paper.
+// J the mean over tokens, P = I - J; X, F, Z, X_next the arrays of a merge, G = dL/dX_next, and
+// Delta = dL/dZ, dZ in the code. W a writer, y its input, delta the adjoint of its output. (n) is
+// the equation's number in the paper.
 //
 // How to read it: straight through to the appendix. Geometry (1), mechanism (2), method (3 to 5).
 #pragma once
@@ -240,9 +240,9 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 //     J Z = (1 - alpha) * J X + alpha * J F                                                   (9)
 //
 // while the mean is a leaky integrator: for 0 < alpha < 2 the old mean decays, and what the
-// branches write into it comes in with gain alpha. (-alpha * J X is the leaky term.) Over depth, with
-// F = 0 and each Z the next X, J Z_L = prod_l (1 - alpha_l) * J X_0 while P Z_L = P X_0. At alpha =
-// 0, the start, J Z = J X: no branch can write into the mean at all.
+// branches write into it comes in with gain alpha. (-alpha * J X is the leaky term.) Over depth,
+// with F = 0 and each Z the next X, J Z_L = prod_l (1 - alpha_l) * J X_0 while P Z_L = P X_0. At
+// alpha = 0, the start, J Z = J X: no branch can write into the mean at all.
 //
 // All this is exact for Z, with J and P of the segments. The global mean obeys (9) too (J J_seg =
 // J), but what is centered globally does not: the difference of the two segment means leaks as they
@@ -259,30 +259,32 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 // = lambda = beta, all zero. The consequence for training: a lambda small enough to tame the mean
 // slows what the tokens learn about each other as much.
 //
-// Backward. With Delta = dL/dZ, dL = <Delta, dZ>, for MV-Split with dZ = dX + beta * P dF + alpha * J
-// (dF - dX). J and P are symmetric, so they may move to the other side of <,>; so may a gain, which
-// multiplies; and as J and P act on tokens and gains on channels, they commute:
+// Backward. With Delta = dL/dZ, dL = <Delta, dZ>, for MV-Split with dZ = dX + beta * P dF + alpha *
+// J (dF - dX). J and P are symmetric, so they may move to the other side of <,>; so may a gain,
+// which multiplies; and as J and P act on tokens and gains on channels, they commute:
 //
 //     <Delta, beta * P dF> = <beta * Delta, P dF> = <P (beta * Delta), dF> = <beta * P Delta, dF>,
 //
-// and alpha * J likewise. What then stands beside dX and dF are their gradients, token by token with
-// Dbar_s the mean of Delta over the segment s of token i:
+// and alpha * J likewise. What then stands beside dX and dF are their gradients, token by token
+// with Dbar_s the mean of Delta over the segment s of token i:
 //
-//     dL/dX = Delta - alpha * J Delta               Delta_i - alpha * Dbar_s                  (dX)
-//     dL/dF = beta * P Delta + alpha * J Delta      beta * Delta_i + (alpha - beta) * Dbar_s  (10), (dF)
+//     dL/dX = Delta - alpha * J Delta            Delta_i - alpha * Dbar_s                   (dX)
+//     dL/dF = beta * P Delta + alpha * J Delta   beta * Delta_i + (alpha - beta) * Dbar_s   (dF) = (10)
 //
 // A gate's gradient is the sum over tokens of Delta times what the gate multiplies:
 //
-//     dL/dbeta  = sum_i Delta_i * (F_i - Fbar_s)                                              (dbeta)
-//     dL/dalpha = sum_i Delta_i * (Fbar_s - Xbar_s) = sum_s n_s Dbar_s * (Fbar_s - Xbar_s)    (dalpha)
+//     dL/dbeta  = sum_i Delta_i * (F_i - Fbar_s)                                          (dbeta)
+//     dL/dalpha = sum_i Delta_i * (Fbar_s - Xbar_s)
+//               = sum_s n_s Dbar_s * (Fbar_s - Xbar_s)                                   (dalpha)
 //
-// as what alpha multiplies is the same for all n_s tokens of a segment: dalpha takes no further pass.
+// as what alpha multiplies is the same for all n_s tokens of a segment: dalpha takes no further
+// pass.
 //
 // The consequence of (10) for section 2: delta = dL/dF. With the J and P of the merge, row d of a
-// writer's dW_mu is scaled by alpha_d and row d of its dW_c by beta_d, separately; at alpha = 0, where
-// training starts, delta has no segment mean at all, however large Dbar is, and dW_mu is zero.
-// LayerScale scales row d of both by lambda_d, which cannot change their ratio in that row; nor can
-// clipping, which multiplies all of dW by one number (App. J).
+// writer's dW_mu is scaled by alpha_d and row d of its dW_c by beta_d, separately; at alpha = 0,
+// where training starts, delta has no segment mean at all, however large Dbar is, and dW_mu is
+// zero. LayerScale scales row d of both by lambda_d, which cannot change their ratio in that row;
+// nor can clipping, which multiplies all of dW by one number (App. J).
 
 // A learned gain of a merge, a number a channel, (D), or one for all.
 struct Gate {
@@ -321,8 +323,8 @@ struct PostNorm {
   HD static Quad<A> dF(Gains<A>, Quad<A> dZ, Quad<A>) {
     return dZ;
   }
-  // What the gate `by_token` multiplies in Z, token by token, and the gate `by_segment`, which is the
-  // same for a segment's tokens; -1: there is none.
+  // What the gate `by_token` multiplies in Z, token by token, and the gate `by_segment`, which is
+  // the same for a segment's tokens; -1: there is none.
   static constexpr int by_token = -1, by_segment = -1;
   template <class A>
   HD static Quad<A> token_factor(Quad<A>, Quad<A>, Quad<A>) {
@@ -396,15 +398,15 @@ struct MvSplit : PostNorm {
 //
 //     Delta_i = r_i G_i - (r_i^3 / D) <G_i, Z_i> Z_i.
 //
-// Z is not stored, but r is, and so is X_next = r Z, which the next layer kept as its input. With Z =
-// X_next / r the second term is (r / D) <G, X_next> X_next, so
+// Z is not stored, but r is, and so is X_next = r Z, which the next layer kept as its input. With Z
+// = X_next / r the second term is (r / D) <G, X_next> X_next, so
 //
-//     Delta = r (G - h X_next),        h = <G, X_next> / D,       for each token            (Delta')
+//     Delta = r (G - h X_next),      h = <G, X_next> / D,     for each token            (Delta')
 //
-// Three passes (two without gates): over channels for h; over tokens for Dbar and the gates; and one
-// for the outputs of section 4. Delta is made in each of the last two. To store it would write one
-// array and read one in the third pass; this reads two, writes none, takes no (B, T, D) array and
-// rounds no Delta.
+// Three passes (two without gates): over channels for h; over tokens for Dbar and the gates; and
+// one for the outputs of section 4. Delta is made in each of the last two. To store it would write
+// one array and read one in the third pass; this reads two, writes none, takes no (B, T, D) array
+// and rounds no Delta.
 
 // Which merge, and its gates (P = const T) or their gradients, in the order in which it lists them.
 struct Merge {
@@ -580,13 +582,14 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
   };
   auto finish = [=] HD(size_t d, Pair<A> sum) {
     if (M::by_token >= 0) set_or_add(dgates.of[M::by_token] + d, sum.a, accumulate);
-    if (M::by_segment >= 0) set_or_add(dgates.of[M::by_segment] + d, sum.b, accumulate);
+    constexpr int other = M::by_segment < 0 ? 0 : M::by_segment;  // -1 is no place
+    if (M::by_segment >= 0) set_or_add(dgates.of[other] + d, sum.b, accumulate);
   };
   sum_over_groups(device, tokens.groups(), D, M::one_number, Pair<A>{}, term, finish);
 }
 
-// Appendix. The straight way ends here. Below: merges for comparison and the list of all (A), the same
-// merges in one kernel on a GPU (B), what the network calls (C), measuring (D).
+// Appendix. The straight way ends here. Below: merges for comparison and the list of all (A), the
+// same merges in one kernel on a GPU (B), what the network calls (C), measuring (D).
 
 // ---------------------------------------------------------------------------------------------
 // A. Merges for comparison, and the list of all
@@ -616,10 +619,10 @@ struct PreNorm : PostNorm {
   static constexpr bool trunk_apart = true;
 };
 
-// Z = X + lambda F, lambda a number. DeepNorm is a ReZero whose lambda stays at 1 / a: a X + F = a (X +
-// F / a), and RMSNorm takes the factor away (and divides its eps by a^2). DeepNet has a = (2 L)^(1/4)
-// for L blocks. ReZero's writers do not start at zero: with lambda = 0 and W = 0, dlambda = sum Delta
-// * F and dF = lambda Delta would both be zero for ever.
+// Z = X + lambda F, lambda a number. DeepNorm is a ReZero whose lambda stays at 1 / a: a X + F = a
+// (X + F / a), and RMSNorm takes the factor away (and divides its eps by a^2). DeepNet has a = (2
+// L)^(1/4) for L blocks. ReZero's writers do not start at zero: with lambda = 0 and W = 0, dlambda
+// = sum Delta * F and dF = lambda Delta would both be zero for ever.
 struct ReZero : LayerScale {
   static constexpr const char* name = "rezero";
   static std::vector<Gate> gates() { return {{"lambda", "rezero#", 0}}; }
@@ -644,8 +647,8 @@ struct MvSplitNoLeak : MvSplit {
   }
 };
 
-// Hard centering (App. J): Z = X + P F. The mean of the branch is thrown away and the trunk's kept, so
-// dX = Delta and dF = P Delta = Delta - Dbar.
+// Hard centering (App. J): Z = X + P F. The mean of the branch is thrown away and the trunk's kept,
+// so dX = Delta and dF = P Delta = Delta - Dbar.
 struct Centered : PostNorm {
   static constexpr const char* name = "centered";
   static constexpr bool means = true;
@@ -660,8 +663,8 @@ struct Centered : PostNorm {
   }
 };
 
-// MV-Split's leak on both parts: Z = X + alpha * (F - X). dX = (1 - alpha) * Delta, dF = alpha * Delta,
-// dalpha = sum_i Delta_i * (F_i - X_i).
+// MV-Split's leak on both parts: Z = X + alpha * (F - X). dX = (1 - alpha) * Delta, dF = alpha *
+// Delta, dalpha = sum_i Delta_i * (F_i - X_i).
 struct Leaky : PostNorm {
   static constexpr const char* name = "leaky";
   static std::vector<Gate> gates() { return {{"alpha", "leaky#", 0.1}}; }
@@ -1084,8 +1087,9 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
   });
 }
 
-// dX, dF and the gates' gradients (=, or += if `accumulate`); see merge_backward_passes(). The gates'
-// are made beside what follows: they are there, and `scratch` may be used again, after device.join().
+// dX, dF and the gates' gradients (=, or += if `accumulate`); see merge_backward_passes(). The
+// gates' are made beside what follows: they are there, and `scratch` may be used again, after
+// device.join().
 template <class T, class P>
 void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, MergeScratch<Acc<T>> scratch,
                     MergeBackwardInputs<T> in, MergeShape shape, bool accumulate) {

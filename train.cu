@@ -1,11 +1,11 @@
 // train.cu - the program: training by rectified flow, sampling, and the command line.
 //
 // What it is: everything around the network. Where batches come from, the loss, AdamW, the step,
-// Euler sampling with guidance, and one function a subcommand. What it is not: a framework. There is
-// one data set in memory, one device, one optimiser.
+// Euler sampling with guidance, and one function a subcommand. What it is not: a framework. There
+// is one data set in memory, one device, one optimiser.
 //
-// How to read it: straight through to the appendix. The objective (1), the optimiser (2), a training
-// step (3), sampling (4). The options, among them the optimiser's, are in data/options.h.
+// How to read it: straight through to the appendix. The objective (1), the optimiser (2), a
+// training step (3), sampling (4). The options, among them the optimiser's, are in data/options.h.
 
 #include "dit.cu"
 
@@ -78,9 +78,9 @@ void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity,
   });
 }
 
-// A pass's batch: net.arrays.z and text, and a.target, from images and captions drawn at random, with
-// replacement; a share `dropout` of the captions is left out, so that guidance has something to hold
-// against. `a` are the arrays of a run (appendix C).
+// A pass's batch: net.arrays.z and text, and a.target, from images and captions drawn at random,
+// with replacement; a share `dropout` of the captions is left out, so that guidance has something
+// to hold against. `a` are the arrays of a run (appendix C).
 template <class T, class Kept, class RunArrays>
 void draw_training_batch(Network<T, Kept>& net, RunArrays a, DeviceData data,
                          const TrainOptions& o) {
@@ -106,8 +106,8 @@ void draw_training_batch(Network<T, Kept>& net, RunArrays a, DeviceData data,
 // with g the gradient times min(1, clip / (|g| + 1e-6)), |g| over all parameters, and decay on
 // matrices only. A weight is kept in Acc<T> ("master") and rounded to T for the network.
 //
-// Moments are rounded only to be kept, if at all: a step uses m and v as just computed. (Appendix A has
-// the two ways to keep them and the master, at 18 and at 10 bytes a parameter.)
+// Moments are rounded only to be kept, if at all: a step uses m and v as just computed. (Appendix A
+// has the two ways to keep them and the master, at 18 and at 10 bytes a parameter.)
 
 // All that changes from step to step, in device memory, so that a captured step can be replayed. A
 // step is `accumulate` passes; both count from the start of the run.
@@ -148,15 +148,15 @@ inline std::vector<Chunk> chunks_of(const Table& table) {
   return chunks;
 }
 
-// Start of a step: learning rate with linear warm-up, Adam's bias corrections, and `follow`, how far
-// the average of the weights goes towards them. With a decay e it looks back over the last 1 / (1 - e)
-// steps or so; where a run is young, over the last tenth of it:
+// Start of a step: learning rate with linear warm-up, Adam's bias corrections, and `follow`, how
+// far the average of the weights goes towards them. With a decay e it looks back over the last 1 /
+// (1 - e) steps or so; where a run is young, over the last tenth of it:
 //
 //     avg_s = avg_(s-1) + follow (w_s - avg_(s-1)),   follow = max(1 - e, 10 / (s + 9)).
 //
 // So avg_1 = w_1, and what was before has no part in it. As long as the second is the larger, w_k
-// weighs as k (k + 1) ... (k + 8), about k^9: follow_k prod_(k < j <= s) (1 - follow_j) is 10 / (k + 9)
-// times prod (j - 1) / (j + 9), of which all but ten factors above and below cancel.
+// weighs as k (k + 1) ... (k + 8), about k^9: follow_k prod_(k < j <= s) (1 - follow_j) is 10 / (k
+// + 9) times prod (j - 1) / (j + 9), of which all but ten factors above and below cancel.
 inline void begin_step(const Device& device, Clock* clock, Optimizer o, double ema) {
   for_each(device, 1, [=] HD(size_t) {
     double s = double(clock->step + 1);
@@ -253,9 +253,9 @@ void end_step(const Device& device, Clock* clock, Record* history, const A* loss
 // ---------------------------------------------------------------------------------------------
 // 3. A step
 //
-// `accumulate` passes, each the gradients of a batch, then one update. `t` is the Trainer of appendix D:
-// the network, the arrays of the run and its options. The host only enqueues all this: on a GPU it is
-// captured once and replayed, so what changes from step to step is in t.a.clock.
+// `accumulate` passes, each the gradients of a batch, then one update. `t` is the Trainer of
+// appendix D: the network, the arrays of the run and its options. The host only enqueues all this:
+// on a GPU it is captured once and replayed, so what changes from step to step is in t.a.clock.
 
 // Where bits for rounding come from in this pass.
 template <class Trainer>
@@ -371,9 +371,9 @@ std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
   return images;
 }
 
-// Appendix. The straight way ends here. Below: how weights and moments are kept (A), the watch for spikes
-// (B), arrays and what fits (C), the trainer (D), saving and resuming (E), the run (F), the other
-// subcommands (G), gradcheck (H), the probe (I), the command line (J).
+// Appendix. The straight way ends here. Below: how weights and moments are kept (A), the watch for
+// spikes (B), arrays and what fits (C), the trainer (D), saving and resuming (E), the run (F), the
+// other subcommands (G), gradcheck (H), the probe (I), the command line (J).
 
 // ---------------------------------------------------------------------------------------------
 // A. How weights and moments are kept
@@ -384,9 +384,9 @@ std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
 //     fp32 state      2        4         4       4   4    18
 //     lean state      2       +2         2       2   2    10     Kept = T in the code
 //
-// In the lean state the gradient and the moments are bf16, rounded stochastically (math.h, appendix E),
-// and the master is the bf16 weight and the 16 bits of the float that it lacks. Moments are rounded
-// only to be kept: a step uses m and v as just computed.
+// In the lean state the gradient and the moments are bf16, rounded stochastically (math.h, appendix
+// E), and the master is the bf16 weight and the 16 bits of the float that it lacks. Moments are
+// rounded only to be kept: a step uses m and v as just computed.
 
 // A float in two halves: the nearest bf16, and the rest. Of the float's bits the rest is the lower
 // 16, read as a signed number: from half a gap on it is negative, and the upper half one more
@@ -467,9 +467,9 @@ void initialise(const Device& device, const Table& table, Master<T, Kept> master
 // B. The watch for spikes
 //
 // A step stands out if its gradient's norm is above `factor` times the median over the 100 steps
-// before it, or as many as there are from 50 on. By the time the host reads the norms that step's gradients are gone; so the
-// device decides within the step, and copies what a report needs. No step waits for the host, and
-// none is changed.
+// before it, or as many as there are from 50 on. By the time the host reads the norms that step's
+// gradients are gone; so the device decides within the step, and copies what a report needs. No
+// step waits for the host, and none is changed.
 
 constexpr size_t spike_window = 100, spike_least = 50;
 static_assert(longest_log_every + spike_window <= records, "all of them are read");
@@ -690,8 +690,9 @@ struct RunArrays {
   }
 };
 
-// What the driver takes for captured steps, which no carver sees: an estimate. With CUDA 13.0 on an H100
-// a graph takes 0.19 MB a block, and 0.12 MB more for each merge with gates, at bf16 and fp32 alike.
+// What the driver takes for captured steps, which no carver sees: an estimate. With CUDA 13.0 on an
+// H100 a graph takes 0.19 MB a block, and 0.12 MB more for each merge with gates, at bf16 and fp32
+// alike.
 inline size_t graph_bytes(const TrainOptions& o) {
   Residual mode = o.model.mode();
   size_t graphs = std::min<size_t>(o.accumulate, 3) + (o.diagnose_every > 0);
@@ -778,7 +779,8 @@ std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes
   for (bool lean : {false, true}) {
     if (lean ? !can_be_lean || o.state == "fp32" : o.state == "lean") continue;
     std::vector<Choice> ways;
-    // The rest is the same for all lengths, of which there may be hundreds, and walks over the table.
+    // The rest is the same for all lengths, of which there may be hundreds, and walks over the
+    // table.
     Choice way = way_to_run<T>(o, lean, *lengths.begin(), table, data, on_gpu);
     size_t rest = way.bytes - network_bytes<T>(o, way, table, on_gpu);
     TrainOptions with = o;
@@ -1969,8 +1971,8 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
 // each with its caption and with a time t ~ U[0, 1] (not shifted) and noise of its own; describe
 // the state at some layer by D numbers a sample; fit t as a linear function of them, and see how
 // much of t's variance it explains in images that the fit has not seen. Those are of the data set's
-// held-out part: if the network was trained on the same data, it has not seen them either. The fit is
-// a ridge regression (data/ridge.h).
+// held-out part: if the network was trained on the same data, it has not seen them either. The fit
+// is a ridge regression (data/ridge.h).
 
 // 0 to n - 1 in the order of n random numbers.
 inline std::vector<size_t> shuffled(size_t n, uint64_t seed, uint64_t stream) {
@@ -2236,9 +2238,9 @@ inline int command(int argc, const char* const* argv) {
     std::fprintf(stderr, "mvsplit: cannot use %s: %s\n", visible(e.path1()).c_str(),
                  e.code().message().c_str());
     return 2;
-  } catch (const std::exception& e) {  // memory
-    std::fprintf(stderr, "mvsplit: %s\n", e.what());
-    return 1;
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "mvsplit: the memory is used up: use a smaller --batch or model\n");
+    return 2;
   }
 }
 

@@ -177,7 +177,8 @@ void save_tensors(const std::string& path, const Metadata& metadata, const Devic
     file.declare(name, dtype_name<std::remove_const_t<std::remove_pointer_t<decltype(from)>>>(),
                  p.shape);
   };
-  Progress progress("writing " + path, sizeof...(slabs) * table.parameters.size());
+  size_t written = ((slabs.slab != nullptr) + ... + 0);
+  Progress progress("writing " + visible(path), written * table.parameters.size());
   auto write = [&](const std::string& name, const Parameter& p, auto* from) {
     std::vector<std::remove_const_t<std::remove_pointer_t<decltype(from)>>> host(p.count());
     device.download(host.data(), from, host.size() * sizeof(host[0]));
@@ -208,7 +209,7 @@ inline bool is_norm_gain(const std::string& name) {
 template <class... A>
 void load_tensors(const SafetensorsReader& file, const std::string& path, const Device& device,
                   const Table& table, const Stored<A>&... slabs) {
-  Progress progress("reading " + path, file.tensors().size());
+  Progress progress("reading " + visible(path), file.tensors().size());
   auto read = [&](const TensorInfo& tensor, auto& host) {
     progress.advance(1);
     host.resize(tensor.count());

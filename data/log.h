@@ -11,16 +11,16 @@
 #include <sstream>
 
 // The end of a console ends no program: not that of the reader behind a pipe (SIGPIPE), nor that of
-// a terminal (SIGHUP). What is printed after it is lost. An output that was closed before is opened:
-// its number would be that of the next file, which would get the console's text.
+// a terminal (SIGHUP). What is printed after it is lost. An output that was closed before is
+// opened: its number would be that of the next file, which would get the console's text.
 inline void outlive_console() {
   for (int signal : {SIGPIPE, SIGHUP}) std::signal(signal, SIG_IGN);
   for (int descriptor : {0, 1, 2})
     if (fcntl(descriptor, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return;
 }
 
-// How far work has come that takes long, on the console: on a terminal in a line that is written over
-// and taken away at the end; elsewhere, where lines stay, one every ten seconds.
+// How far work has come that takes long, on the console: on a terminal in a line that is written
+// over and taken away at the end; elsewhere, where lines stay, one every ten seconds.
 class Progress {
  public:
   // `of` is what advance() will add up to.
@@ -76,8 +76,8 @@ inline std::string read_text(const std::string& path) {
 
 // A csv of a run that goes on: rows of steps that will be done again are dropped. A row begins with
 // its step; of a step with several rows, `keys` = 2, each has a number of its own behind that, in
-// rising order. The header is the names of the columns, after lines of comment, if any. Fails if the
-// file has rows under another header; `remedy` is what to do then.
+// rising order. The header is the names of the columns, after lines of comment, if any. Fails if
+// the file has rows under another header; `remedy` is what to do then.
 class CsvLog {
  public:
   CsvLog(const std::string& path, const std::string& header, uint64_t steps_done, int keys = 1,

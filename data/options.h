@@ -1,12 +1,12 @@
 // options.h - the options of the command line and of configuration files.
 //
-// What it is: one struct a subcommand, whose fields' initial values are the defaults; the names under
-// which they are given; and the readers of a command line and of a file, which say what was wrong.
-// What it is not: what the subcommands do (train.cu).
+// What it is: one struct a subcommand, whose fields' initial values are the defaults; the names
+// under which they are given; and the readers of a command line and of a file, which say what was
+// wrong. What it is not: what the subcommands do (train.cu).
 //
-// How to read it: section 4 lists the options. CLI11 keeps their help. It does not read them: what it
-// takes for a number, a list or a second subcommand, and what it says, is another thing in each of
-// its versions.
+// How to read it: section 4 lists the options. CLI11 keeps their help. It does not read them: what
+// it takes for a number, a list or a second subcommand, and what it says, is another thing in each
+// of its versions.
 #pragma once
 
 #include "../dit.cu"
@@ -162,8 +162,9 @@ inline void check_options(const TrainOptions& o) {
 // ---------------------------------------------------------------------------------------------
 // 3. Reading them
 //
-// An option has one name, `depth`: --depth 48 or --depth=48 among the words, depth = 48 in a file. What
-// stands there is taken as it is; nothing is split, joined or abbreviated but lists, at their commas.
+// An option has one name, `depth`: --depth 48 or --depth=48 among the words, depth = 48 in a file.
+// What stands there is taken as it is; nothing is split, joined or abbreviated but lists, at their
+// commas.
 
 using Words = std::vector<std::string>;
 
@@ -817,8 +818,8 @@ inline std::string ini_of(TrainOptions o, Machine machine, const char* state) {
   return text;
 }
 
-// Set the options of `train`, whose folder holds a config.ini: by this file, and above it by what is
-// given. Lists in o.changes what is other than the file says.
+// Set the options of `train`, whose folder holds a config.ini: by this file, and above it by what
+// is given. Lists in o.changes what is other than the file says.
 inline void set_resumed(const Subcommand& train, const std::vector<Subcommand>& all,
                         GivenOptions given, TrainOptions& o) {
   const std::string out = o.out, path = out + "/config.ini";

@@ -10,8 +10,8 @@
 
 #include <numeric>
 
-// With features standardised over the n samples of the fit, x' = (x - m) / s, find for labels t the w
-// and c for which
+// With features standardised over the n samples of the fit, x' = (x - m) / s, find for labels t the
+// w and c for which
 //
 //     (1/n) sum_i (t_i - c - <w, x'_i>)^2 + penalty |w|^2
 //

@@ -10,8 +10,8 @@ struct Shape {
   size_t D;
 };
 const Shape shapes[] = {{{2, 5, 3}, 8}, {{2, 37, 11}, 136}, {{1, 6, 0}, 12}};
-// For appendix B of mvsplit.cu: less and more rows than a line holds, no text, a line too many, and more
-// sequences than fit at once.
+// For appendix B of mvsplit.cu: less and more rows than a line holds, no text, a line too many, and
+// more sequences than fit at once.
 const Shape one_kernel_shapes[] = {{{2, 5, 3}, 128},   {{3, 300, 7}, 128},   {{2, 70, 65}, 256},
                                    {{2, 130, 0}, 512}, {{3, 256, 64}, 1024}, {{1, 67, 9}, 1024},
                                    {{2, 89, 0}, 1024}, {{140, 5, 3}, 1024}};

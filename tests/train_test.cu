@@ -525,8 +525,8 @@ void next_pass(const Device& device, uint64_t* pass) {
 }
 
 // A float, its two halves, and what the nearest bf16 must be.
-// Weights that stand still and an average that is 1e-3 short of them, at a rate of 1e-5: each step is
-// a sixth of half a gap between floats, and all of them would be lost by rounding to nearest.
+// Weights that stand still and an average that is 1e-3 short of them, at a rate of 1e-5: each step
+// is a sixth of half a gap between floats, and all of them would be lost by rounding to nearest.
 TEST(AdamW, TheAverageDoesNotFreeze) {
   for (Device* device : devices()) {
     Table table = two_parameters();
@@ -1080,8 +1080,8 @@ TEST(Spike, FiresAboveAMultipleOfTheRunningMedian) {
 }
 
 // Sixty calm steps; then a final projection that is fifty times too large, and six steps later one
-// that is fifty times larger still. Only then both reports are read, and must hold the numbers of the
-// spikes themselves.
+// that is fifty times larger still. Only then both reports are read, and must hold the numbers of
+// the spikes themselves.
 template <class T>
 void check_spike(Device& device, const TrainOptions& o, const Dataset& data,
                  const Dataset& held_out) {
@@ -2091,7 +2091,8 @@ TEST_F(CommandTest, ASpikeLeavesAReportAndACalmRunNone) {
                             "layer     3 W2", "Gradients with NaN or infinity: 0",
                             "dL/dvelocity, last pass: mean", "Losses, largest first"})
     EXPECT_PRED_FORMAT2(testing::IsSubstring, words, found.begin()->second);
-  // A collapse can follow within a hundred steps of a first spike, which it need not have to do with.
+  // A collapse can follow within a hundred steps of a first spike, which it need not have to do
+  // with.
   found = reports("--spike-factor 1.01 --log-every 1 --steps 450");
   EXPECT_EQ(found.size(), 10u) << "ten of a process";
   auto norm = [](const std::string& report) {
@@ -2768,8 +2769,8 @@ TEST_F(CommandTest, AKillWhileSavingLosesNothing) {
   }
 }
 
-// A reader that goes, a terminal that closes, outputs that are closed or full: the run goes on, saves
-// when it is asked to end, and no word of the console is in its log.
+// A reader that goes, a terminal that closes, outputs that are closed or full: the run goes on,
+// saves when it is asked to end, and no word of the console is in its log.
 TEST_F(CommandTest, TheEndOfAConsoleEndsNoRun) {
   int pipe_ends[2];
   ASSERT_EQ(pipe(pipe_ends), 0);
