@@ -202,9 +202,9 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
 //     ||P A V|| <= mu_eff ||P V||,   mu_eff = ||P A P||_2.                          (Prop. 2), (4)
 //
 // The mean has gain one, however deep the network. Where mu_eff < 1, attention alone makes tokens
-// more alike from layer to layer. (It need not be: rows that put all their weight on one of two
-// tokens, half of them on each, have mu_eff = sqrt(T/2).) JAPV would vanish if columns summed to
-// one as well. For means within segments Prop. 1 fails: rows of A mix the image's and the text's
+// more alike from layer to layer. (mu_eff can be larger: rows that put all their weight on one of
+// two tokens, half of them on each, have mu_eff = sqrt(T/2).) JAPV would vanish if columns summed
+// to one as well, since then J A = J. For means within segments Prop. 1 fails: rows of A mix the image's and the text's
 // mean in different proportions.
 //
 // Backward, with G the cotangent of Y. Y = A V is linear in each factor:
@@ -253,7 +253,7 @@ Matrix<T> head_square(T* a, Heads h) {
 }
 
 // The probabilities A (B, H, T, T), `probs`, from qkv (B, T, 3, H, hd). The scores S (B, H, T, T)
-// are scratch, in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd))
+// are scratch, in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd), 8 for hd = 64)
 // would be off by up to 0.016, and its probability by 1.6%. Both may be one array.
 template <class T, class Probability>
 void attention_matrices(Device& device, Probability* probs, Acc<T>* scores, const T* qkv, Heads h) {
@@ -373,8 +373,10 @@ struct BlockSaved {
   T *X, *qkv, *probs, *Y, *F1, *X1, *u, *hidden, *F2, *X_next;
   Acc<T>* r_qk;  // (B, T, 2, H)
   std::array<MergeSaved<Acc<T>>, 2> merge;
-  Acc<T>* log_sums;  // these two are there in place of probs where attention runs on tensor cores
-  T* Y_rest;         // (appendix D)
+  // In place of probs, where attention runs on tensor cores (appendix D): the logarithm of each
+  // softmax's sum, and what rounding took from Y.
+  Acc<T>* log_sums;
+  T* Y_rest;
 };
 
 // Arrays that live within one block's pass, shared by all blocks. On tensor cores attention needs

@@ -246,7 +246,7 @@ HD A rsqrt_(A x) {
   return A(1) / std::sqrt(x);
 }
 template <class A>
-HD A max_(A a, A b) {
+HD constexpr A max_(A a, A b) {
   return a > b ? a : b;
 }
 
@@ -310,7 +310,7 @@ struct Device {
   }
   // cuBLAS gets its workspace from us: its own would be allocated out of the plan's sight, and a
   // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph. The
-  // meeting place is where the blocks of one kernel leave what they have for each other: launch().
+  // meeting place is where the blocks of one kernel leave what they have for each other: launch(), appendix C.
   static constexpr size_t blas_bytes = size_t(64) << 20, meeting_bytes = size_t(8) << 20;
   static size_t workspace_bytes(bool on_gpu) { return on_gpu ? blas_bytes + meeting_bytes : 0; }
   float* meeting_place() const {
@@ -596,6 +596,17 @@ template <class Out, class In>
 void convert(const Device& device, Out* out, const In* in, size_t n) {
   for_each(device, n, [=] HD(size_t i) { out[i] = Out(in[i]); });
 }
+
+// Formulas over arrays of rows are not written as loops over a Team, but given to a schedule, which
+// knows how many rows and channels a thread takes at once and when it loads them (appendix B):
+//
+//     map_rows(device, groups, D, make, put)             put(row, d, make(group, row, d))
+//     map_rows_by_length(..., make, finish, put)         with finish(row, |made row|^2) as well
+//     sum_over_rows(..., zero, term, finish)             finish(group, d, sum of term(group, row, d))
+//     sum_over_channels(device, rows, D, term, finish)   finish(row, sum of term(row, d))
+//     sum_over_groups(...)                               finish(d, sum of term(group, d))
+//
+// d is the first of four channels; groups are runs of rows, such as a sequence's image tokens.
 
 // ---------------------------------------------------------------------------------------------
 // 5. The matrix product

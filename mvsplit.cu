@@ -141,7 +141,10 @@ void segment_means(const Device& device, Acc<T>* xbar, Acc<T>* fbar, const T* X,
 // of a given size:
 //
 //     kappa ~ 0:    A ~ 1,   ||dW|| = |w| = O(sqrt T)        tokens that differ
-//     kappa -> 1:   A -> T,  ||dW|| = sqrt(T) |w| = O(T)     tokens alike, and dW = dW_mu
+//     kappa -> 1:   A -> T,  ||dW|| = sqrt(T) |w| = O(T)     tokens alike
+//
+// and in the second, where the delta_t agree and the y_t do (not only the products of their
+// cosines), dW = dW_mu.
 //
 // That is the lever of the collapse. When tokens become alike, each writer's gradient grows by up
 // to sqrt(T), 16 for 256 tokens, and points in one direction. A step against dW_mu, -eta dW_mu,
@@ -255,8 +258,8 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 //     Z - X = lambda * J F + lambda * P F          one gain for both parts, nothing leaks    (41)
 //     Z - X = alpha * J (F - X) + beta * P F       MV-Split                                  (42)
 //
-// For all X and F these are equal only if alpha = 0, since J X appears in one alone, and then alpha
-// = lambda = beta, all zero. The consequence for training: a lambda small enough to tame the mean
+// For all X and F these are equal only if alpha = 0, since J X appears in one alone; then lambda *
+// J F = 0 leaves lambda = 0, and with it beta = 0. The consequence for training: a lambda small enough to tame the mean
 // slows what the tokens learn about each other as much.
 //
 // Backward. With Delta = dL/dZ, dL = <Delta, dZ>, for MV-Split with dZ = dX + beta * P dF + alpha *
@@ -269,7 +272,7 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 // with Dbar_s the mean of Delta over the segment s of token i:
 //
 //     dL/dX = Delta - alpha * J Delta            Delta_i - alpha * Dbar_s                   (dX)
-//     dL/dF = beta * P Delta + alpha * J Delta   beta * Delta_i + (alpha - beta) * Dbar_s   (dF) = (10)
+//     dL/dF = beta * P Delta + alpha * J Delta  beta * Delta_i + (alpha - beta) * Dbar_s (dF), (10)
 //
 // A gate's gradient is the sum over tokens of Delta times what the gate multiplies:
 //
@@ -282,8 +285,8 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 //
 // The consequence of (10) for section 2: delta = dL/dF. With the J and P of the merge, row d of a
 // writer's dW_mu is scaled by alpha_d and row d of its dW_c by beta_d, separately; at alpha = 0,
-// where training starts, delta has no segment mean at all, however large Dbar is, and dW_mu is
-// zero. LayerScale scales row d of both by lambda_d, which cannot change their ratio in that row;
+// where training starts, delta = beta * P Delta has no segment mean at all (J P = 0), however large
+// Dbar is, and dW_mu is zero. LayerScale scales row d of both by lambda_d, which cannot change their ratio in that row;
 // nor can clipping, which multiplies all of dW by one number (App. J).
 
 // A learned gain of a merge, a number a channel, (D), or one for all.
@@ -301,33 +304,33 @@ struct Gains {
   HD Quad<A> operator[](int i) const { return of[i]; }
 };
 
-// A merge is a struct as below, and one entry in the list `Merges` (appendix B). x, f are four
-// channels of a token of X, F; xbar, fbar the means over its segment, zero unless the merge `means`
-// to use them; dZ, dZbar those of Delta.
+// A merge is a struct as below, and one entry in the list `Merges` (appendix A). Of a token's
+// four channels x, f are those of X, F; xbar, fbar their means over its segment, zero unless the
+// merge needs `means`; dZ, dZbar those of Delta.
 struct PostNorm {
   static constexpr const char* name = "postnorm";
   static std::vector<Gate> gates() { return {}; }
   static constexpr bool means = false;        // does it need them, on the way forward or back?
-  static constexpr bool trunk_apart = false;  // Pre-Norm alone
+  static constexpr bool trunk_apart = false;  // a matter of Pre-Norm alone (appendix A)
   static constexpr double writer_std = 0;     // where writers start, N(0, std^2)
 
   template <class A>
-  HD static Quad<A> Z(Gains<A>, Quad<A> x, Quad<A> f, Quad<A>, Quad<A>) {
+  HD static Quad<A> Z(Gains<A>, Quad<A> x, Quad<A> f, Quad<A> /*xbar*/, Quad<A> /*fbar*/) {
     return x + f;
   }
   template <class A>
-  HD static Quad<A> dX(Gains<A>, Quad<A> dZ, Quad<A>) {
+  HD static Quad<A> dX(Gains<A>, Quad<A> dZ, Quad<A> /*dZbar*/) {
     return dZ;
   }
   template <class A>
-  HD static Quad<A> dF(Gains<A>, Quad<A> dZ, Quad<A>) {
+  HD static Quad<A> dF(Gains<A>, Quad<A> dZ, Quad<A> /*dZbar*/) {
     return dZ;
   }
   // What the gate `by_token` multiplies in Z, token by token, and the gate `by_segment`, which is
   // the same for a segment's tokens; -1: there is none.
   static constexpr int by_token = -1, by_segment = -1;
   template <class A>
-  HD static Quad<A> token_factor(Quad<A>, Quad<A>, Quad<A>) {
+  HD static Quad<A> token_factor(Quad<A> /*x*/, Quad<A> /*f*/, Quad<A> /*fbar*/) {
     return {};
   }
   template <class A>
@@ -403,10 +406,10 @@ struct MvSplit : PostNorm {
 //
 //     Delta = r (G - h X_next),      h = <G, X_next> / D,     for each token            (Delta')
 //
-// Three passes (two without gates): over channels for h; over tokens for Dbar and the gates; and
-// one for the outputs of section 4. Delta is made in each of the last two. To store it would write
-// one array and read one in the third pass; this reads two, writes none, takes no (B, T, D) array
-// and rounds no Delta.
+// Three passes: over channels for h; over tokens for Dbar and the gates (not for a merge that has
+// neither means nor gates); and one for the outputs of section 4. Delta is made in each of the last
+// two, from G and X_next: to store it would cost a write, a (B, T, D) array and a rounding. The
+// passes are walks over rows, whose schedules are listed in math.h (end of section 4).
 
 // Which merge, and its gates (P = const T) or their gradients, in the order in which it lists them.
 struct Merge {
@@ -541,7 +544,8 @@ void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<
     return in.saved.r[row] * (load<A>(in.G + row * D + d) -
                               scratch.h[row] * load<A>(in.X_next + row * D + d));  // (Delta')
   };
-  if constexpr (M::means || M::by_token >= 0) merge_token_sums<M>(device, scratch, in, shape, dZ);
+  if constexpr (M::means || M::by_token >= 0 || M::by_segment >= 0)
+    merge_token_sums<M>(device, scratch, in, shape, dZ);
   map_rows(
       device, tokens, D,
       [=] HD(size_t segment, size_t row, size_t d) {
@@ -581,12 +585,15 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
     return sum;
   };
   auto finish = [=] HD(size_t d, Pair<A> sum) {
-    if (M::by_token >= 0) set_or_add(dgates.of[M::by_token] + d, sum.a, accumulate);
-    constexpr int other = M::by_segment < 0 ? 0 : M::by_segment;  // -1 is no place
+    constexpr int one = max_(M::by_token, 0), other = max_(M::by_segment, 0);  // -1 is no place
+    if (M::by_token >= 0) set_or_add(dgates.of[one] + d, sum.a, accumulate);
     if (M::by_segment >= 0) set_or_add(dgates.of[other] + d, sum.b, accumulate);
   };
   sum_over_groups(device, tokens.groups(), D, M::one_number, Pair<A>{}, term, finish);
 }
+
+// What dit.cu calls is merge_forward() and merge_backward() (appendix C): these passes for the merge
+// that `gates` names or, on a GPU, one kernel in their place.
 
 // Appendix. The straight way ends here. Below: merges for comparison and the list of all (A), the
 // same merges in one kernel on a GPU (B), what the network calls (C), measuring (D).
@@ -1097,7 +1104,7 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, MergeScratch<
   Merges::with(in.gates.merge.index, [&](auto m) {
     using M = decltype(m);
     if (!done) merge_backward_passes<M>(device, dX, dF, scratch, in, shape);
-    if (M::by_token >= 0)
+    if constexpr (M::by_token >= 0 || M::by_segment >= 0)
       device.beside(
           [&] { gate_gradients<M, T>(device, dgates, in.saved, scratch, shape, accumulate); });
   });

@@ -103,8 +103,8 @@ void draw_training_batch(Network<T, Kept>& net, RunArrays a, DeviceData data,
 //     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
 //     w = w - lr ( (m / (1 - b1^s)) / (sqrt(v / (1 - b2^s)) + eps) + decay w ),   s = 1, 2, ...
 //
-// with g the gradient times min(1, clip / (|g| + 1e-6)), |g| over all parameters, and decay on
-// matrices only. A weight is kept in Acc<T> ("master") and rounded to T for the network.
+// with g = g0 min(1, clip / (|g0| + 1e-6)), g0 the gradient, |g0| over all parameters (clip = 0: g =
+// g0), and decay on matrices only. A weight is kept in Acc<T> ("master") and rounded to T for the network.
 //
 // Moments are rounded only to be kept, if at all: a step uses m and v as just computed. (Appendix A
 // has the two ways to keep them and the master, at 18 and at 10 bytes a parameter.)
@@ -154,9 +154,9 @@ inline std::vector<Chunk> chunks_of(const Table& table) {
 //
 //     avg_s = avg_(s-1) + follow (w_s - avg_(s-1)),   follow = max(1 - e, 10 / (s + 9)).
 //
-// So avg_1 = w_1, and what was before has no part in it. As long as the second is the larger, w_k
-// weighs as k (k + 1) ... (k + 8), about k^9: follow_k prod_(k < j <= s) (1 - follow_j) is 10 / (k
-// + 9) times prod (j - 1) / (j + 9), of which all but ten factors above and below cancel.
+// So avg_1 = w_1, and what was before has no part in it. While 10 / (s + 9) is the larger, w_k has
+// the weight follow_k prod_(k < j <= s) (1 - follow_j) = 10 / (k + 9) prod (j - 1) / (j + 9). All but
+// ten factors cancel: 10 k (k + 1) ... (k + 8) / (s (s + 1) ... (s + 9)), about 10 k^9 / s^10.
 inline void begin_step(const Device& device, Clock* clock, Optimizer o, double ema) {
   for_each(device, 1, [=] HD(size_t) {
     double s = double(clock->step + 1);
@@ -213,7 +213,7 @@ void adamw(const Device& device, Master master, Kept* m, Kept* v, typename Maste
         change[k] = m_next[k] * c1 / (std::sqrt(v_next[k] * c2) + eps) + decay * w[k];
       w = w - lr * change;
       master.set(i, w);
-      if (average) {  // in float a step of follow (w - avg) is soon below half a gap
+      if (average) {  // in float most of these small steps would round to nothing
         Quad<double> avg = load<double>(average + i);
         avg = avg + clock->follow * (widen<double>(w) - avg);
         store_stochastically(average + i, avg, average_dither(i / 4), 0);
@@ -256,8 +256,13 @@ void end_step(const Device& device, Clock* clock, Record* history, const A* loss
 // `accumulate` passes, each the gradients of a batch, then one update. `t` is the Trainer of
 // appendix D: the network, the arrays of the run and its options. The host only enqueues all this:
 // on a GPU it is captured once and replayed, so what changes from step to step is in t.a.clock.
+//
+//     begin_step                              learning rate, bias corrections
+//     training_pass, `accumulate` times       gradients
+//     update_weights                          norm, AdamW, the average, the record
 
-// Where bits for rounding come from in this pass.
+// Where bits for rounding come from: t.a.clock->pass, the passes that have ended, tells one from the
+// next.
 template <class Trainer>
 Dither dither(const Trainer& t, uint64_t stream) {
   return {t.o.seed, stream, &t.a.clock->pass};
@@ -703,7 +708,7 @@ inline size_t graph_bytes(const TrainOptions& o) {
 // Everything a run will take, by slab, before it is taken.
 template <class T, class Kept = Acc<T>>
 Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bool on_gpu) {
-  double numbers = double(data.images + data.held_out) * double(o.model.pixels()) +
+  double numbers = (double(data.images) + double(data.held_out)) * double(o.model.pixels()) +
                    double(data.captions) * double(o.model.text_size());
   if (numbers > 1e15)
     fail("%zu images and %zu captions are larger than any machine", data.images, data.captions);
@@ -1285,6 +1290,14 @@ inline void set_aside(const std::vector<std::string>& logs) {
 
 inline volatile std::sig_atomic_t interrupted = 0;
 
+// The first one ends the run after its step, saved; the next one at once.
+inline void interrupt(int signal) {
+  static const char text[] = "\nstopping after this step, to save (once more: at once, unsaved)\n";
+  interrupted = 1;
+  std::signal(signal, SIG_DFL);
+  if (write(STDERR_FILENO, text, sizeof text - 1) < 0) return;
+}
+
 // "1h02m", "3m20s", "12s".
 inline std::string duration(double seconds) {
   char text[64];
@@ -1354,9 +1367,12 @@ class Run {
     std::vector<float>().swap(data_.pixels);  // the device has them
     if (o_.resume && std::filesystem::exists(o_.out + "/state.safetensors")) {
       resume_run(trainer_);
-      std::printf("resumed %s after step %zu\n", o_.out.c_str(), size_t(trainer_.step));
+      if (trainer_.step > o_.steps)
+        fail("--steps %zu: %s is at step %zu already; ask for more", o_.steps, o_.out.c_str(),
+             size_t(trainer_.step));
+      std::printf("resumed %s after step %zu\n", visible(o_.out).c_str(), size_t(trainer_.step));
     } else {
-      if (o_.resume) std::printf("no state in %s: starting at step 1\n", o_.out.c_str());
+      if (o_.resume) std::printf("no state in %s: starting at step 1\n", visible(o_.out).c_str());
       set_aside(logs_in(o_.out));
     }
     logged_ = first_ = trainer_.step;
@@ -1369,6 +1385,9 @@ class Run {
     }
     log_ = std::make_unique<CsvLog>(o_.out + "/log.csv", "step,loss,gradient_norm,lr", logged_);
     validation_ = std::make_unique<CsvLog>(o_.out + "/validation.csv", "step,loss", logged_);
+    if (log_->last() != logged_)
+      std::printf("note: log.csv has no rows of steps %zu to %zu\n", size_t(log_->last() + 1),
+                  size_t(logged_));
     if (!o_.ini.empty()) {
       SafeFile file(o_.out + "/config.ini");
       file.write(o_.ini);
@@ -1376,8 +1395,25 @@ class Run {
     }
   }
 
+  // What the disk does not take costs no work: pictures and reports are only warned of, a save is
+  // tried again when the next one is due, and where the run cannot go on it saves first.
   int go() {
-    for (int signal : {SIGINT, SIGTERM}) std::signal(signal, [](int) { interrupted = 1; });
+    try {
+      return train_and_save();
+    } catch (const Error& e) {
+      if (!saves_ && saved_ != trainer_.step) {
+        std::fprintf(stderr, "mvsplit: %s\n", e.what());
+        save();
+        fail("saved at step %zu before ending: mend this and go on with --resume",
+             size_t(trainer_.step));
+      }
+      throw;
+    }
+  }
+
+ private:
+  int train_and_save() {
+    for (int signal : {SIGINT, SIGTERM}) std::signal(signal, interrupt);
     start_ = last_ = Time::now();
     while (trainer_.step < o_.steps && !interrupted) {
       bool diagnose = o_.diagnose_every && (trainer_.step + 1) % o_.diagnose_every == 0;
@@ -1392,8 +1428,8 @@ class Run {
       if ((due(o_.log_every) || keep || check || draw) && !log()) return 1;
       // The state last: what a resumed run goes on from has left all that belongs to its steps.
       if (check) validate();
-      if (draw) grid("samples_" + padded(trainer_.step) + ".png");
-      if (keep) save();
+      if (draw) warn_of([&] { grid("samples_" + padded(trainer_.step) + ".png"); });
+      if (keep) warn_of([&] { save(); });
     }
     if (!log()) return 1;
     if (saved_ != trainer_.step) save();  // what follows, a run that is resumed at its end makes
@@ -1407,11 +1443,11 @@ class Run {
     double loss = validate();
     std::printf(
         "validation loss %.4f%s   weights %s/weights.safetensors   samples %s/samples.png\n", loss,
-        trainer_.a.average ? " of the weights' average" : "", o_.out.c_str(), o_.out.c_str());
+        trainer_.a.average ? " of the weights' average" : "", visible(o_.out).c_str(),
+        visible(o_.out).c_str());
     return std::isfinite(loss) ? 0 : 1;
   }
 
- private:
   using Time = std::chrono::steady_clock;
   const size_t in_use_before_;
   Trainer<T, Kept> trainer_;
@@ -1419,10 +1455,12 @@ class Run {
   Dataset data_;
   std::unique_ptr<CsvLog> log_, validation_, diagnostics_;
   uint64_t first_, logged_, saved_ = ~uint64_t(0);
+  bool saves_ = false;  // a save is under way, or has failed
   static constexpr size_t most_reports = 10;
   size_t reports_ = 0;
   Time::time_point start_, last_;
 
+  static double plain(double x) { return std::isnan(x) ? std::fabs(x) : x; }  // nan, never -nan
   bool due(size_t every) const { return every && trainer_.step % every == 0; }
   static std::string padded(uint64_t step) {
     char text[24];
@@ -1437,7 +1475,7 @@ class Run {
   // CPU the growth of the resident set.
   void print_memory() {
     trainer_.device.synchronize();
-    size_t taken = trainer_.device.in_use() - in_use_before_;
+    size_t now = trainer_.device.in_use(), taken = now - std::min(now, in_use_before_);
     std::printf("  %-21s %12.3f MB\n", "taken", 1e-6 * double(taken));
     std::fflush(stdout);
   }
@@ -1449,7 +1487,8 @@ class Run {
     double loss = 0;
     for (const Record& r : history) {
       char row[128];
-      std::snprintf(row, sizeof row, "%zu,%.9g,%.9g,%.9g", size_t(++logged_), r.loss, r.norm, r.lr);
+      std::snprintf(row, sizeof row, "%zu,%.9g,%.9g,%.9g", size_t(++logged_), plain(r.loss),
+                    plain(r.norm), r.lr);
       log_->row(logged_, row);
       loss += r.loss / double(history.size());
     }
@@ -1460,14 +1499,15 @@ class Run {
     double tokens = double(o_.batch * o_.accumulate * o_.model.tokens()),
            flops = step_flops(o_) / step;
     std::printf("step %6zu/%zu  loss %.4f  norm %8.3g  lr %.2e  %.1f ms/step  %.3g tokens/s  ",
-                size_t(trainer_.step), o_.steps, loss, now.norm, now.lr, 1e3 * step, tokens / step);
+                size_t(trainer_.step), o_.steps, plain(loss), plain(now.norm), now.lr, 1e3 * step,
+                tokens / step);
     if (double peak = peak_flops<T>(trainer_.device.name))
       std::printf("HFU %.1f%% of %.0f TFLOP/s  ", 100 * flops / peak, 1e-12 * peak);
     else
       std::printf("%.3g GFLOP/s  ", 1e-9 * flops);
     std::printf("left %s\n", duration(left).c_str());
     std::fflush(stdout);
-    report_spikes();
+    warn_of([&] { report_spikes(); });
     last_ = Time::now();
     if (std::isfinite(loss) && std::isfinite(now.norm)) return true;
     std::fprintf(
@@ -1478,11 +1518,23 @@ class Run {
     return false;
   }
 
+  template <class Act>
+  void warn_of(const Act& act) {
+    try {
+      act();
+    } catch (const Error& e) {
+      std::fprintf(stderr, "warning: %s\n", e.what());
+    }
+    saves_ = false;
+  }
+
   void save() {
+    saves_ = true;
     for (CsvLog* log : {log_.get(), validation_.get(), diagnostics_.get()})
       if (log) log->sync();
     save_run(trainer_);
     saved_ = trainer_.step;
+    saves_ = false;
   }
 
   // Write a report a spike: ten of a process, at least 25 steps apart unless one outgrows the last.
@@ -1585,6 +1637,8 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   double limit = memory_limit(device);
   if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
   std::string saved = o.out + "/state.safetensors";
+  std::optional<OwnFolder> own;  // from before its state is looked at
+  if (std::filesystem::is_directory(o.out)) own.emplace(o.out);
   bool resumed = o.resume && std::filesystem::exists(saved);
   if (resumed) {
     SafetensorsReader file(saved);
@@ -1598,7 +1652,7 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   std::error_code error;
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
-  OwnFolder own(o.out);
+  if (!own) own.emplace(o.out);
   refuse_to_overwrite(o);
   print_plan<T>(o, table, sizes, device.gpu, choice);
   if constexpr (std::is_same_v<T, bf16>)
@@ -1725,7 +1779,7 @@ int sample(Device& device, const SampleOptions& o) {
     write_png_grid(o.out, images.data(), rows, o.columns, m.channels, m.height, m.image_width,
                    scale, prompts.names);
   }
-  std::printf("%zu samples: %s\n", n, o.out.c_str());
+  std::printf("%zu samples: %s\n", n, visible(o.out).c_str());
   return 0;
 }
 
@@ -1746,6 +1800,7 @@ template <class T>
 int forward(Device& device, const ForwardOptions& o) {
   using A = Acc<T>;
   SafetensorsReader weights(o.weights), inputs(o.inputs);
+  SafeFile(o.out).abandon();  // better refused now than after the work
   const TensorInfo *z = inputs.find("z"), *text = inputs.find("text");
   if (!z || z->shape.size() != 4 || !text || text->shape.size() != 3 || z->shape[0] == 0)
     fail("%s: expected z (B,C,H,W) and text (B,L,d_text)", o.inputs.c_str());
@@ -1792,7 +1847,7 @@ int forward(Device& device, const ForwardOptions& o) {
     for (const Parameter& p : net.table.parameters) put(net.gradients() + p.offset, p.count());
   }
   out.finish();
-  std::printf("velocity%s: %s\n", backward ? " and gradients" : "", o.out.c_str());
+  std::printf("velocity%s: %s\n", backward ? " and gradients" : "", visible(o.out).c_str());
   return 0;
 }
 
@@ -2148,7 +2203,7 @@ int probe(Device& device, const ProbeOptions& o) {
   std::printf(
       "R^2 of t on %zu held-out images, in brackets with t shuffled; %zu to fit, %zu for the "
       "penalty\n%s%s\n",
-      split.test, split.fit, split.choose, probe_table(rows).c_str(), o.out.c_str());
+      split.test, split.fit, split.choose, probe_table(rows).c_str(), visible(o.out).c_str());
   out.write(probe_csv(rows, m, split.fit, split.choose, split.test));
   out.commit();
   return 0;
@@ -2180,6 +2235,7 @@ inline int command(int argc, const char* const* argv) {
       return 0;
     }
     auto is = [&](const char* name) { return line.sub->name == name; };
+    if (is("train")) outlive_console();
     GivenOptions given = line.given;  // the words win
     if (given.count("config")) given.merge(read_ini(given["config"].texts[0], all)[line.sub->name]);
     Words missing;
@@ -2246,7 +2302,7 @@ inline int command(int argc, const char* const* argv) {
 
 #ifndef MVSPLIT_NO_MAIN  // the tests bring their own
 int main(int argc, char** argv) {
-  outlive_console();
+  open_console();
   // OpenMP threads that spin while they wait take the processor from each other on a busy machine
   // (up to nine times slower was seen). libgomp reads its policy when it is loaded: set it, and
   // start again.
@@ -2254,6 +2310,13 @@ int main(int argc, char** argv) {
     setenv("OMP_WAIT_POLICY", "passive", 1);
     execv("/proc/self/exe", argv);
   }
-  return command(argc, argv);
+  int status = command(argc, argv);
+  // What a command says is all that some make. (train has its files, and outlives its console.)
+  bool trains = argc > 1 && std::strcmp(argv[1], "train") == 0;
+  if (status == 0 && !trains && (std::fflush(stdout) != 0 || std::ferror(stdout))) {
+    std::fprintf(stderr, "mvsplit: the output could not be written: %s\n", std::strerror(errno));
+    return 2;
+  }
+  return status;
 }
 #endif

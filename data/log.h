@@ -10,11 +10,16 @@
 #include <fstream>
 #include <sstream>
 
-// The end of a console ends no program: not that of the reader behind a pipe (SIGPIPE), nor that of
-// a terminal (SIGHUP). What is printed after it is lost. An output that was closed before is
-// opened: its number would be that of the next file, which would get the console's text.
+// The end of a console ends no run: not that of the reader behind a pipe (SIGPIPE), nor that of a
+// terminal (SIGHUP). What is printed after it is lost.
 inline void outlive_console() {
   for (int signal : {SIGPIPE, SIGHUP}) std::signal(signal, SIG_IGN);
+}
+
+// An input or output that was closed is opened: its number would be that of the next file, which
+// would get the console's text.
+inline void open_console() {
+  std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is a write that fails
   for (int descriptor : {0, 1, 2})
     if (fcntl(descriptor, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return;
 }
@@ -115,6 +120,7 @@ class CsvLog {
     if (std::fprintf(file_.get(), "%s\n", text.c_str()) < 0 || std::fflush(file_.get()) != 0)
       fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
   }
+  uint64_t last() const { return last_; }  // step
   // Flush to the disk, before a state is there that says these steps are done: a run that resumes
   // does not do them again.
   void sync() {

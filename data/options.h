@@ -440,7 +440,7 @@ inline CommandLine read_words(Words words, const std::vector<Subcommand>& all) {
         fail("--%s needs a value", o.name.c_str());
       texts.push_back(words[i]);
     }
-    if (o.kind == Option::value && texts.size() > 1)
+    if ((o.kind == Option::value || o.kind == Option::flag) && texts.size() > 1)
       fail("--%s is given twice, as %s and as %s: leave one out", o.name.c_str(), texts[0].c_str(),
            texts[1].c_str());
   }

@@ -45,6 +45,10 @@ class SafeFile {
       : path_(path), temporary_(path + ".tmp") {
     // A rename would replace a device such as /dev/null by a plain file.
     std::error_code error;
+    if (std::filesystem::is_symlink(path, error)) {  // the link stays, what it leads to is replaced
+      path_ = std::filesystem::weakly_canonical(path, error);
+      temporary_ = path_ + ".tmp";
+    }
     if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error))
       fail("cannot write %s: it exists and is not a regular file", path.c_str());
     open_temporary();
@@ -92,7 +96,10 @@ class SafeFile {
   void open_temporary() {
     struct stat locked, named;
     do {
-      int descriptor = open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+      int descriptor =
+          open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
+      if (descriptor < 0 && errno == ELOOP)
+        fail("cannot write %s: the link %s is in the way", path_.c_str(), temporary_.c_str());
       if (descriptor < 0) give_up(errno);
       if (file_) std::fclose(file_);
       file_ = fdopen(descriptor, "wb");
@@ -102,6 +109,11 @@ class SafeFile {
              path_.c_str());
       }
       if (fstat(descriptor, &locked) != 0) give_up(errno);
+      if (!S_ISREG(locked.st_mode)) {
+        std::fclose(std::exchange(file_, nullptr));
+        fail("cannot write %s: %s is in the way and is no regular file", path_.c_str(),
+             temporary_.c_str());
+      }
     } while (stat(temporary_.c_str(), &named) != 0 || named.st_ino != locked.st_ino);
     if (locked.st_size > 0 && ftruncate(fileno(file_), 0) != 0) give_up(errno);
   }
@@ -109,7 +121,9 @@ class SafeFile {
     abandon();
     fail("cannot write %s: %s; what was there before is unchanged, so %s and try again",
          path_.c_str(), std::strerror(reason),
-         reason == ENOENT ? "create its directory" : "make room or choose another place");
+         reason == ENOENT                                          ? "create its directory"
+         : reason == ENOSPC || reason == EDQUOT || reason == EFBIG ? "make room"
+                                                                   : "choose another place");
   }
   // The new name lives in the directory: a power cut could undo it until that is flushed as well.
   // Where a directory cannot be opened or flushed there is nothing more that we could do.

@@ -64,7 +64,8 @@ for file in "$clone"/experiments/tiny/figures/csv/*.csv.gz; do
   gzip -dc "$file" | awk -F, 'NR == 1 { n = NF } NF != n { exit 1 } END { exit NR < 2 }' ||
     fault "a row of $(basename "$file") has not as many fields as the first"
 done
-SCALE=tiny experiment scream 2>&1 | grep -q 'runs to do' && fault "scream ran again"
+SCALE=tiny experiment scream >"$work/again" 2>&1 || fault "scream's second call failed"
+grep -q 'runs to do' "$work/again" && fault "scream ran again"
 
 # refused WORD COMMAND...: with a sentence that has the WORD.
 refused() {

@@ -1729,6 +1729,7 @@ class CommandTest : public TrainTest {
 };
 
 TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
+  const std::string small = "--width 64 --height 32 --image-width 32";
   fs::create_directories(at("torn"));
   fs::rename(cut("run/state.safetensors"), at("torn/state.safetensors"));
   const std::string weights = cut("run/weights.safetensors");
@@ -1779,9 +1780,12 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
        "--batch four: expected a whole number in decimal digits, below 2^64"},
       {"train", "--batch 1000000 --width 4096", "the largest --batch that fits is"},
       {"plan", "--depth 1 --patch 65536 --channels 4096", "larger than any machine"},
-      {"plan", "--depth 100000 --batch 1048575", "larger than any machine"},
-      {"plan", "--images 18446744073709551615", "larger than any machine"},
-      {"plan", "--captions 18446744073709551614", "larger than any machine"},
+      {"plan", small + " --depth 100000 --batch 1048575", "larger than any machine"},
+      {"plan", small + " --images 18446744073709551615", "images and 10 captions are larger"},
+      {"plan", small + " --val-images 18446744073709551615",
+       "captions are larger than any machine"},
+      {"plan", small + " --images 18446744073709551400 --val-images 216", "captions are larger"},
+      {"plan", small + " --captions 18446744073709551614", "captions are larger than any machine"},
       {"plan", "--depth 1 --patch 65536 --channels 4096 --batch 1000000 --width 8 --heads 1",
        "larger than any machine"},
       {"train", "--accumulate 0", "--batch and --accumulate must be from 1"},
@@ -2845,6 +2849,24 @@ TEST(Console, ShowsHowFarLongWorkHasCome) {
   EXPECT_GT(read(terminal, text, sizeof text - 1), 0);
   EXPECT_STREQ(text, "\r\033[Kdrawing 8 samples: 1 of 3\r\033[K");
   close(terminal);
+}
+
+// A picture that cannot be written is warned of, and the run goes on; rows that somebody took out of
+// a log are told of, and a run is not "done" at a step that lies behind it.
+TEST_F(CommandTest, SmallTroubleCostsNoWork) {
+  const std::string flags = "--steps 4 --sample-every 2 --out " + at("trouble");
+  fs::create_directories(at("trouble/samples_000002.png"));
+  std::ofstream(at("trouble/samples_000002.png/full")) << "in the way";
+  Outcome first = run("train", train_, flags + " --resume");
+  EXPECT_EQ(first.status, 0) << first.err;
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "warning: cannot write " + at("trouble/samples_000002"),
+                      first.err);
+  EXPECT_TRUE(fs::exists(at("trouble/samples_000004.png")));
+  std::ofstream(at("trouble/log.csv")) << "step,loss,gradient_norm,lr\n1,1,1,1\n";
+  expect_refused(run("train", train_, flags + " --resume --steps 3"), "is at step 4 already");
+  Outcome more = run("train", train_, flags + " --resume --steps 5");
+  EXPECT_EQ(more.status, 0) << more.err;
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "log.csv has no rows of steps 2 to 4", more.out);
 }
 
 TEST_F(CommandTest, AFolderAndAFileHaveOneOwner) {
