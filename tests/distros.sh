@@ -4,6 +4,7 @@
 # in $CHROOTS, where they stay for the next time.
 #   distros.sh [SUITE[:COMPILER]]...     GOAL=all: build the program only, in place of every test
 set -uo pipefail
+export LC_ALL=C.UTF-8  # decimal points, not commas
 cd "$(dirname "$0")/.."
 declare -A names=([bookworm]="Debian 12" [trixie]="Debian 13" [sid]="Debian sid" [noble]="Ubuntu 24.04")
 chroots=${CHROOTS:-/var/tmp/mvsplit-distros} goal=${GOAL:-test} root=
