@@ -156,15 +156,18 @@ inline std::vector<unsigned char> read_idx(const std::string& path,
   require_regular(path);
   std::unique_ptr<gzFile_s, int (*)(gzFile)> file(gzopen(path.c_str(), "rb"), gzclose);
   if (!file) fail("cannot open %s: %s", path.c_str(), std::strerror(errno));
+  // As much as zlib gives at once, 0 at the end. It tells each read's errors until the next.
+  auto some = [&](unsigned char* to, size_t most) {
+    int got = gzread(file.get(), to, unsigned(std::min<size_t>(most, 1 << 30))), status;
+    const char* text = gzerror(file.get(), &status);  // begins with the path
+    if (got < 0) fail("cannot read %s: fetch it again", text);
+    if (status == Z_BUF_ERROR) fail("%s is truncated: fetch it again", path.c_str());
+    return size_t(got);
+  };
   auto read = [&](unsigned char* to, size_t bytes) {
-    for (size_t done = 0; done < bytes;) {
-      // zlib counts in int
-      int got = gzread(file.get(), to + done, unsigned(std::min<size_t>(bytes - done, 1 << 30)));
-      int status;  // gzerror's text begins with the path
-      if (got < 0) fail("cannot read %s: fetch it again", gzerror(file.get(), &status));
-      if (got == 0) fail("%s is truncated: fetch it again", path.c_str());
-      done += size_t(got);
-    }
+    for (size_t done = 0, got; done < bytes; done += got)
+      if ((got = some(to + done, bytes - done)) == 0)
+        fail("%s is truncated: fetch it again", path.c_str());
   };
   auto number = [&] {
     unsigned char b[4];
@@ -188,9 +191,7 @@ inline std::vector<unsigned char> read_idx(const std::string& path,
   read(data.data(), data.size());
   // Only at its end does a gzip stream show whether its checksum holds.
   unsigned char extra;
-  int got = gzread(file.get(), &extra, 1);
-  if (got > 0) fail("%s has bytes after its %zu items", path.c_str(), count);
-  if (got < 0 || gzclose(file.release()) != Z_OK) fail("%s is corrupt or truncated", path.c_str());
+  if (some(&extra, 1) > 0) fail("%s has bytes after its %zu items", path.c_str(), count);
   return data;
 }
 

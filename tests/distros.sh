@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 declare -A names=([bookworm]="Debian 12" [trixie]="Debian 13" [sid]="Debian sid" [noble]="Ubuntu 24.04")
 chroots=${CHROOTS:-/var/tmp/mvsplit-distros} goal=${GOAL:-test} root=
 [ "$(id -u)" -eq 0 ] && mkdir -p "$chroots" || { echo "distros.sh is for root" >&2; exit 2; }
+exec {lock}>"$chroots/lock" && flock -n "$lock" || { echo "distros.sh runs already" >&2; exit 2; }
 command -v debootstrap >/dev/null || { apt-get update && apt-get install -y debootstrap; } >/dev/null ||
   { echo "please install debootstrap" >&2; exit 1; }
 
