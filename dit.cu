@@ -204,8 +204,8 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
 // The mean has gain one, however deep the network. Where mu_eff < 1, attention alone makes tokens
 // more alike from layer to layer. (mu_eff can be larger: rows that put all their weight on one of
 // two tokens, half of them on each, have mu_eff = sqrt(T/2).) JAPV would vanish if columns summed
-// to one as well, since then J A = J. For means within segments Prop. 1 fails: rows of A mix the image's and the text's
-// mean in different proportions.
+// to one as well, since then J A = J. For means within segments Prop. 1 fails: rows of A mix the
+// image's and the text's mean in different proportions.
 //
 // Backward, with G the cotangent of Y. Y = A V is linear in each factor:
 //     dV = A^T G,     dA = G V^T.
@@ -253,8 +253,8 @@ Matrix<T> head_square(T* a, Heads h) {
 }
 
 // The probabilities A (B, H, T, T), `probs`, from qkv (B, T, 3, H, hd). The scores S (B, H, T, T)
-// are scratch, in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd), 8 for hd = 64)
-// would be off by up to 0.016, and its probability by 1.6%. Both may be one array.
+// are scratch, in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd), 8
+// for hd = 64) would be off by up to 0.016, and its probability by 1.6%. Both may be one array.
 template <class T, class Probability>
 void attention_matrices(Device& device, Probability* probs, Acc<T>* scores, const T* qkv, Heads h) {
   using A = Acc<T>;

@@ -310,7 +310,8 @@ struct Device {
   }
   // cuBLAS gets its workspace from us: its own would be allocated out of the plan's sight, and a
   // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph. The
-  // meeting place is where the blocks of one kernel leave what they have for each other: launch(), appendix C.
+  // meeting place is where the blocks of one kernel leave what they have for each other: launch(),
+  // appendix C.
   static constexpr size_t blas_bytes = size_t(64) << 20, meeting_bytes = size_t(8) << 20;
   static size_t workspace_bytes(bool on_gpu) { return on_gpu ? blas_bytes + meeting_bytes : 0; }
   float* meeting_place() const {

@@ -259,8 +259,8 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 //     Z - X = alpha * J (F - X) + beta * P F       MV-Split                                  (42)
 //
 // For all X and F these are equal only if alpha = 0, since J X appears in one alone; then lambda *
-// J F = 0 leaves lambda = 0, and with it beta = 0. The consequence for training: a lambda small enough to tame the mean
-// slows what the tokens learn about each other as much.
+// J F = 0 leaves lambda = 0, and with it beta = 0. The consequence for training: a lambda small
+// enough to tame the mean slows what the tokens learn about each other as much.
 //
 // Backward. With Delta = dL/dZ, dL = <Delta, dZ>, for MV-Split with dZ = dX + beta * P dF + alpha *
 // J (dF - dX). J and P are symmetric, so they may move to the other side of <,>; so may a gain,
@@ -286,8 +286,8 @@ void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, cons
 // The consequence of (10) for section 2: delta = dL/dF. With the J and P of the merge, row d of a
 // writer's dW_mu is scaled by alpha_d and row d of its dW_c by beta_d, separately; at alpha = 0,
 // where training starts, delta = beta * P Delta has no segment mean at all (J P = 0), however large
-// Dbar is, and dW_mu is zero. LayerScale scales row d of both by lambda_d, which cannot change their ratio in that row;
-// nor can clipping, which multiplies all of dW by one number (App. J).
+// Dbar is, and dW_mu is zero. LayerScale scales row d of both by lambda_d, which cannot change
+// their ratio in that row; nor can clipping, which multiplies all of dW by one number (App. J).
 
 // A learned gain of a merge, a number a channel, (D), or one for all.
 struct Gate {
@@ -592,8 +592,8 @@ void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> sa
   sum_over_groups(device, tokens.groups(), D, M::one_number, Pair<A>{}, term, finish);
 }
 
-// What dit.cu calls is merge_forward() and merge_backward() (appendix C): these passes for the merge
-// that `gates` names or, on a GPU, one kernel in their place.
+// What dit.cu calls is merge_forward() and merge_backward() (appendix C): these passes for the
+// merge that `gates` names or, on a GPU, one kernel in their place.
 
 // Appendix. The straight way ends here. Below: merges for comparison and the list of all (A), the
 // same merges in one kernel on a GPU (B), what the network calls (C), measuring (D).

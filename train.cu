@@ -103,8 +103,9 @@ void draw_training_batch(Network<T, Kept>& net, RunArrays a, DeviceData data,
 //     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
 //     w = w - lr ( (m / (1 - b1^s)) / (sqrt(v / (1 - b2^s)) + eps) + decay w ),   s = 1, 2, ...
 //
-// with g = g0 min(1, clip / (|g0| + 1e-6)), g0 the gradient, |g0| over all parameters (clip = 0: g =
-// g0), and decay on matrices only. A weight is kept in Acc<T> ("master") and rounded to T for the network.
+// with g = g0 min(1, clip / (|g0| + 1e-6)), g0 the gradient, |g0| over all parameters (clip = 0: g
+// = g0), and decay on matrices only. A weight is kept in Acc<T> ("master") and rounded to T for the
+// network.
 //
 // Moments are rounded only to be kept, if at all: a step uses m and v as just computed. (Appendix A
 // has the two ways to keep them and the master, at 18 and at 10 bytes a parameter.)
@@ -155,8 +156,8 @@ inline std::vector<Chunk> chunks_of(const Table& table) {
 //     avg_s = avg_(s-1) + follow (w_s - avg_(s-1)),   follow = max(1 - e, 10 / (s + 9)).
 //
 // So avg_1 = w_1, and what was before has no part in it. While 10 / (s + 9) is the larger, w_k has
-// the weight follow_k prod_(k < j <= s) (1 - follow_j) = 10 / (k + 9) prod (j - 1) / (j + 9). All but
-// ten factors cancel: 10 k (k + 1) ... (k + 8) / (s (s + 1) ... (s + 9)), about 10 k^9 / s^10.
+// the weight follow_k prod_(k < j <= s) (1 - follow_j) = 10 / (k + 9) prod (j - 1) / (j + 9). All
+// but ten factors cancel: 10 k (k + 1) ... (k + 8) / (s (s + 1) ... (s + 9)), about 10 k^9 / s^10.
 inline void begin_step(const Device& device, Clock* clock, Optimizer o, double ema) {
   for_each(device, 1, [=] HD(size_t) {
     double s = double(clock->step + 1);
@@ -261,8 +262,8 @@ void end_step(const Device& device, Clock* clock, Record* history, const A* loss
 //     training_pass, `accumulate` times       gradients
 //     update_weights                          norm, AdamW, the average, the record
 
-// Where bits for rounding come from: t.a.clock->pass, the passes that have ended, tells one from the
-// next.
+// Where bits for rounding come from: t.a.clock->pass, the passes that have ended, tells one from
+// the next.
 template <class Trainer>
 Dither dither(const Trainer& t, uint64_t stream) {
   return {t.o.seed, stream, &t.a.clock->pass};
@@ -1638,7 +1639,8 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
   std::string saved = o.out + "/state.safetensors";
   std::optional<OwnFolder> own;  // from before its state is looked at
-  if (std::filesystem::is_directory(o.out)) own.emplace(o.out);
+  std::error_code error;
+  if (std::filesystem::is_directory(o.out, error)) own.emplace(o.out);
   bool resumed = o.resume && std::filesystem::exists(saved);
   if (resumed) {
     SafetensorsReader file(saved);
@@ -1649,7 +1651,6 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   o.recompute = choice.recompute;
   if (!resumed || !o.changes.empty() || !std::filesystem::exists(o.out + "/config.ini"))
     o.ini = ini_of(asked, machine, choice.lean ? "lean" : "fp32");
-  std::error_code error;
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
   if (!own) own.emplace(o.out);
