@@ -70,31 +70,7 @@ inline int omp_get_max_threads() { return 1; }
 // A text that may come from a file, fit for a terminal: one line, and nothing in it is obeyed.
 // Letters of all languages stay. Control characters (DEL and C1 too), what breaks lines or turns
 // their direction, and bytes that are not UTF-8 become \xNN.
-inline std::string visible(const std::string& text) {
-  constexpr uint32_t least[] = {0, 0x80, 0x800, 0x10000};  // what needs so many further bytes
-  std::string out;
-  for (size_t i = 0, n; i < text.size(); i += n) {
-    auto byte = [&](size_t k) { return i + k < text.size() ? text[i + k] & 0xffu : 0; };
-    size_t more = byte(0) < 0xc0 ? 0 : byte(0) < 0xe0 ? 1 : byte(0) < 0xf0 ? 2 : 3;
-    uint32_t letter = more ? byte(0) & (0x3f >> more) : byte(0);
-    for (n = 1; n <= more && (byte(n) & 0xc0) == 0x80; ++n) letter = letter << 6 | (byte(n) & 0x3f);
-    auto from = [&](uint32_t first, uint32_t last) { return letter >= first && letter <= last; };
-    bool good = n == more + 1 && letter >= least[more] && letter <= 0x10ffff && byte(0) < 0xf8 &&
-                (more || letter < 0x80) && !from(0xd800, 0xdfff);
-    bool shown = !from(0, 0x1f) && !from(0x7f, 0x9f) && !from(0x200e, 0x200f) &&
-                 !from(0x2028, 0x202e) && !from(0x2066, 0x2069);
-    if (good && shown) {
-      out.append(text, i, n);
-      continue;
-    }
-    char escaped[8];
-    for (size_t k = 0; k < n; ++k) {
-      std::snprintf(escaped, sizeof escaped, "\\x%02x", byte(k));
-      out += escaped;
-    }
-  }
-  return out;
-}
+inline std::string visible(const std::string& text);  // appendix A
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -526,19 +502,6 @@ inline int threads_for_row(size_t D) {
   while (threads < Team::max_size && 16 * size_t(threads) < D) threads *= 2;
   return threads;
 }
-// Threads for four such rows at once: one quad of each.
-inline int threads_for_fours(size_t D) { return std::min(4 * threads_for_row(D), Team::max_size); }
-
-// Call f(d, inside) for the team's quads of a row of D channels. The first four come without a
-// branch, so that a thread has all its loads on the way at once: past the end of the row d is the
-// last quad once more, and `inside` false.
-template <class F>
-HD void each_quad(Team team, size_t D, const F& f) {
-  size_t d = 4 * size_t(team.rank), step = 4 * size_t(team.size);
-  UNROLL
-  for (int i = 0; i < 4; ++i, d += step) f(d < D ? d : D - 4, d < D);
-  for (; d < D; d += step) f(d, true);
-}
 
 #ifdef __CUDACC__
 template <class Body>
@@ -603,7 +566,7 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
 //
 //     map_rows(device, groups, D, make, put)             put(row, d, make(group, row, d))
 //     map_rows_by_length(..., make, finish, put)         with finish(row, |made row|^2) as well
-//     sum_over_rows(..., zero, term, finish)             finish(group, d, sum of term(group, row, d))
+//     sum_over_rows(..., zero, term, finish)           finish(group, d, sum of term(group, row, d))
 //     sum_over_channels(device, rows, D, term, finish)   finish(row, sum of term(row, d))
 //     sum_over_groups(...)                               finish(d, sum of term(group, d))
 //
@@ -731,6 +694,32 @@ constexpr uint64_t average_rounding = uint64_t(4) << 32;
 
 // ---------------------------------------------------------------------------------------------
 // A. The device
+
+inline std::string visible(const std::string& text) {
+  constexpr uint32_t least[] = {0, 0x80, 0x800, 0x10000};  // what needs so many further bytes
+  std::string out;
+  for (size_t i = 0, n; i < text.size(); i += n) {
+    auto byte = [&](size_t k) { return i + k < text.size() ? text[i + k] & 0xffu : 0; };
+    size_t more = byte(0) < 0xc0 ? 0 : byte(0) < 0xe0 ? 1 : byte(0) < 0xf0 ? 2 : 3;
+    uint32_t letter = more ? byte(0) & (0x3f >> more) : byte(0);
+    for (n = 1; n <= more && (byte(n) & 0xc0) == 0x80; ++n) letter = letter << 6 | (byte(n) & 0x3f);
+    auto from = [&](uint32_t first, uint32_t last) { return letter >= first && letter <= last; };
+    bool good = n == more + 1 && letter >= least[more] && letter <= 0x10ffff && byte(0) < 0xf8 &&
+                (more || letter < 0x80) && !from(0xd800, 0xdfff);
+    bool shown = !from(0, 0x1f) && !from(0x7f, 0x9f) && !from(0x200e, 0x200f) &&
+                 !from(0x2028, 0x202e) && !from(0x2066, 0x2069);
+    if (good && shown) {
+      out.append(text, i, n);
+      continue;
+    }
+    char escaped[8];
+    for (size_t k = 0; k < n; ++k) {
+      std::snprintf(escaped, sizeof escaped, "\\x%02x", byte(k));
+      out += escaped;
+    }
+  }
+  return out;
+}
 
 #ifdef __CUDACC__
 static __global__ void empty_kernel() {}  // are there any kernels for the GPU at hand?
@@ -922,6 +911,20 @@ inline void Device::download(void* to, const void* from, size_t bytes) const {
 template <class F>
 void for_each_quad(const Device& device, size_t rows, size_t D, const F& f) {
   for_each(device, rows * D / 4, [=] HD(size_t i) { f(i / (D / 4), i % (D / 4) * 4); });
+}
+
+// Threads for four such rows at once: one quad of each.
+inline int threads_for_fours(size_t D) { return std::min(4 * threads_for_row(D), Team::max_size); }
+
+// Call f(d, inside) for the team's quads of a row of D channels. The first four come without a
+// branch, so that a thread has all its loads on the way at once: past the end of the row d is the
+// last quad once more, and `inside` false.
+template <class F>
+HD void each_quad(Team team, size_t D, const F& f) {
+  size_t d = 4 * size_t(team.rank), step = 4 * size_t(team.size);
+  UNROLL
+  for (int i = 0; i < 4; ++i, d += step) f(d < D ? d : D - 4, d < D);
+  for (; d < D; d += step) f(d, true);
 }
 
 // Neighbouring rows of one group, up to four: what belongs to the group and the channel is read
