@@ -1,5 +1,6 @@
 # make run    train an ultra-deep model on this machine and draw pictures from it
 # make test   build and run every test (SAN=1: under AddressSanitizer and UBSan)
+# make DEBUG=1   build for a debugger: -O0 -g, one thread, a kernel is a loop (make DEBUG=1 build/debug/dit_test)
 # make test-gpu    the same, and an error where there is no GPU to test
 # make bench       time every kernel, product, block and step on a GPU
 # make bench-peer  and beside PyTorch, whose outputs and gradients are compared too
@@ -28,18 +29,18 @@ HOST := $(if $(filter-out default,$(origin CXX)),-ccbin $(lastword $(CXX)))
 nvcc_fault := $(if $(and $(NVCC),$(shell command -v $(CXX))),$(shell \
     $(NVCC) $(HOST) -arch=$(ARCH) -x cu -E /dev/null 2>&1 >/dev/null | grep -m 1 -E 'error|fatal'))
 no_gpu_build := $(if $(NVCC),$(nvcc_fault),no nvcc)
-ifdef SAN
-no_gpu_build := SAN is for the CPU
+ifneq ($(SAN)$(DEBUG),)
+no_gpu_build := SAN and DEBUG are for the CPU
 MACHINE := cpu
 endif
 
 # Without OpenMP (a clang without libomp) the program is serial. Asked when it is built: setup may
 # have installed it.
-openmp = $(if $(shell $(CXX) -fopenmp -include omp.h -x c++ -fsyntax-only /dev/null >/dev/null 2>&1 || echo none),-Wno-unknown-pragmas,-fopenmp)
+openmp = $(if $(if $(DEBUG),none,$(shell $(CXX) -fopenmp -include omp.h -x c++ -fsyntax-only /dev/null >/dev/null 2>&1 || echo none)),-Wno-unknown-pragmas,-fopenmp)
 # A compiler that may fuse a product with a sum does so in one copy of a function and not in another:
 # the blocks of a replay would differ from the forward's in their last bits.
 HOSTFLAGS = -march=native -ffp-contract=off $(openmp) -Wall -Wextra
-CXXFLAGS = -std=c++17 $(if $(SAN),-O1 -g -fsanitize=address$(comma)undefined -fno-sanitize-recover=all,-O3) \
+CXXFLAGS = -std=c++17 $(if $(SAN),-O1 -g -fsanitize=address$(comma)undefined -fno-sanitize-recover=all,$(if $(DEBUG),-O0 -g,-O3)) \
            $(HOSTFLAGS) $(if $(WERROR),-Werror)
 comma := ,
 space := $(subst ,, )
@@ -48,7 +49,7 @@ NVCCFLAGS = -std=c++17 -O3 -arch=$(patsubst build/gpu-%/,%,$(dir $@)) --extended
 
 SOURCES := math.h mvsplit.cu dit.cu train.cu $(wildcard data/*.h) tests/check.h
 TESTS := math mvsplit dit train data
-cpu := build/$(if $(SAN),san,cpu)
+cpu := build/$(if $(SAN),san,$(if $(DEBUG),debug,cpu))
 gpu := build/gpu-$(ARCH)
 BIN := $($(MACHINE))
 # A Hopper runs both ways of attention: its own, and that of all other cards.
