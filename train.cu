@@ -1638,9 +1638,9 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   double limit = memory_limit(device);
   if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
   std::string saved = o.out + "/state.safetensors";
-  std::optional<OwnFolder> own;  // from before its state is looked at
+  std::unique_ptr<OwnFolder> own;  // from before its state is looked at
   std::error_code error;
-  if (std::filesystem::is_directory(o.out, error)) own.emplace(o.out);
+  if (std::filesystem::is_directory(o.out, error)) own = std::make_unique<OwnFolder>(o.out);
   bool resumed = o.resume && std::filesystem::exists(saved);
   if (resumed) {
     SafetensorsReader file(saved);
@@ -1653,7 +1653,7 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
     o.ini = ini_of(asked, machine, choice.lean ? "lean" : "fp32");
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
-  if (!own) own.emplace(o.out);
+  if (!own) own = std::make_unique<OwnFolder>(o.out);
   refuse_to_overwrite(o);
   print_plan<T>(o, table, sizes, device.gpu, choice);
   if constexpr (std::is_same_v<T, bf16>)
