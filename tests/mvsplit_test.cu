@@ -158,7 +158,7 @@ TEST(Merge, AgreesOnBothDevices) {
     }
 }
 
-// 4.1 against the passes on the same GPU, down to the sums. A replay's bits are those of the first
+// Appendix B against the passes on the same GPU, down to the sums. A replay's bits are those of the first
 // time, and dX may take the place of G.
 TEST(Merge, OneKernelDoesWhatThePassesDo) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
@@ -173,7 +173,7 @@ TEST(Merge, OneKernelDoesWhatThePassesDo) {
       wrong.inputs[0].value.set(X);
       for (MergeOp* op : {&one, &passes, &wrong}) op->forward(), op->backward();
       double rejected = 0;
-      for (size_t i = 0; i + 1 < one.kept.size(); ++i) {  // all but h: 4.1 does not store it
+      for (size_t i = 0; i + 1 < one.kept.size(); ++i) {  // all but h: appendix B does not store it
         std::vector<double> expected = passes.kept[i].get();
         EXPECT_LE(relative_difference(one.kept[i].get(), expected), 1e-5) << "array " << i;
         rejected = std::max(rejected, relative_difference(wrong.kept[i].get(), expected));
