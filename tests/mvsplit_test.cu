@@ -158,8 +158,8 @@ TEST(Merge, AgreesOnBothDevices) {
     }
 }
 
-// Appendix B against the passes on the same GPU, down to the sums. A replay's bits are those of the first
-// time, and dX may take the place of G.
+// Appendix B against the passes on the same GPU, down to the sums. A replay's bits are those of the
+// first time, and dX may take the place of G.
 TEST(Merge, OneKernelDoesWhatThePassesDo) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
   Device& gpu = *devices()[1];
