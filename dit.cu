@@ -30,42 +30,42 @@
 //     dX = G W,     dW = G^T X = sum_t g_t x_t^T.
 
 // Y (rows, out) = X (rows, in) W^T, W (out, in).
-template <class TY, class T>
-void linear_forward(Device& device, TY* Y, const T* X, const T* W, size_t rows, size_t out,
+template <class TY, class Real>
+void linear_forward(Device& device, TY* Y, const Real* X, const Real* W, size_t rows, size_t out,
                     size_t in) {
   gemm(device, Matrix(Y, out), Matrix(X, in), Matrix(W, in).transpose(), {rows, out, in});
 }
 
 // dX (rows, in) = G W, or += if `accumulate`.
-template <class TX, class T>
-void linear_backward_input(Device& device, TX* dX, const T* G, const T* W, size_t rows, size_t out,
-                           size_t in, bool accumulate = false) {
+template <class TX, class Real>
+void linear_backward_input(Device& device, TX* dX, const Real* G, const Real* W, size_t rows,
+                           size_t out, size_t in, bool accumulate = false) {
   gemm(device, Matrix(dX, in), Matrix(G, out), Matrix(W, in), {rows, in, out}, 1, accumulate);
 }
 
 // dW (out, in) = G^T X, or += if `accumulate`.
-template <class Number, class T>
-void linear_backward_weight(Device& device, Number* dW, const T* G, const T* X, size_t rows,
+template <class Number, class Real>
+void linear_backward_weight(Device& device, Number* dW, const Real* G, const Real* X, size_t rows,
                             size_t out, size_t in, bool accumulate) {
   gemm(device, Matrix(dW, in), Matrix(G, out).transpose(), Matrix(X, in), {out, in, rows}, 1,
        accumulate);
 }
 
 // Y (rows, n) += bias (n), on each row.
-template <class T>
-void bias_forward(const Device& device, T* Y, const T* bias, size_t rows, size_t n) {
-  using A = Acc<T>;
-  for_each(device, rows * n, [=] HD(size_t i) { Y[i] = T(A(Y[i]) + A(bias[i % n])); });
+template <class Real>
+void bias_forward(const Device& device, Real* Y, const Real* bias, size_t rows, size_t n) {
+  using Acc = AccOf<Real>;
+  for_each(device, rows * n, [=] HD(size_t i) { Y[i] = Real(Acc(Y[i]) + Acc(bias[i % n])); });
 }
 
 // dbias (n) = the sum of the rows of G (rows, n), or += if `accumulate`.
-template <class Number, class T>
-void bias_backward(const Device& device, Number* dbias, const T* G, size_t rows, size_t n,
+template <class Number, class Real>
+void bias_backward(const Device& device, Number* dbias, const Real* G, size_t rows, size_t n,
                    bool accumulate) {
   for_each_team(device, n, Team::max_size, [=] HD(Team team) {
-    Acc<T> sum = 0;
+    AccOf<Real> sum = 0;
     for (size_t row = team.rank; row < rows; row += team.size)
-      sum += Acc<T>(G[row * n + team.index]);
+      sum += AccOf<Real>(G[row * n + team.index]);
     sum = team.sum(sum);
     if (team.rank == 0) set_or_add(dbias + team.index, sum, accumulate);
   });
@@ -79,9 +79,9 @@ void bias_backward(const Device& device, Number* dbias, const T* G, size_t rows,
 // strides.
 
 struct Heads {
-  size_t batch, length, heads, dim;  // B, T, H, hd
+  size_t batch, length, count, dim;  // B, T, H, hd
 
-  HD size_t width() const { return heads * dim; }
+  HD size_t width() const { return count * dim; }
 };
 
 // 2.1 Two-dimensional RoPE and QK-norm
@@ -107,51 +107,51 @@ struct Heads {
 constexpr double qk_eps = 1e-6, rope_theta = 10000;
 
 // cos and sin (N, hd/2) of each image token's angles.
-template <class A>
-void rope_table(std::vector<A>& cosine, std::vector<A>& sine, size_t grid_rows, size_t grid_columns,
-                size_t head_dim) {
+template <class Acc>
+void rope_table(std::vector<Acc>& cosine, std::vector<Acc>& sine, size_t grid_rows,
+                size_t grid_columns, size_t head_dim) {
   size_t quarter = head_dim / 4;
   for (size_t n = 0; n < grid_rows * grid_columns; ++n)
     for (size_t j = 0; j < 2 * quarter; ++j) {
       double position = double(j < quarter ? n / grid_columns : n % grid_columns);
       double w = std::pow(rope_theta, -2.0 * double(j % quarter) / double(head_dim / 2));
-      cosine.push_back(A(std::cos(position * w)));
-      sine.push_back(A(std::sin(position * w)));
+      cosine.push_back(Acc(std::cos(position * w)));
+      sine.push_back(Acc(std::sin(position * w)));
     }
 }
 
 // Channel j of both halves of a head.
-template <class A>
+template <class Acc>
 struct Point {
-  A x1, x2;
+  Acc x1, x2;
 };
-template <class A>
-HD Point<A> operator-(Point<A> a, Point<A> b) {
+template <class Acc>
+HD Point<Acc> operator-(Point<Acc> a, Point<Acc> b) {
   return {a.x1 - b.x1, a.x2 - b.x2};
 }
-template <class A>
-HD Point<A> operator*(A scale, Point<A> a) {
+template <class Acc>
+HD Point<Acc> operator*(Acc scale, Point<Acc> a) {
   return {scale * a.x1, scale * a.x2};
 }
 
 // R of one plane.
-template <class A>
+template <class Acc>
 struct Rotation {
-  A c, s;
+  Acc c, s;
 };
-template <class A>
-HD Point<A> turn(Rotation<A> R, Point<A> x) {  // R x
+template <class Acc>
+HD Point<Acc> turn(Rotation<Acc> R, Point<Acc> x) {  // R x
   return {x.x1 * R.c + x.x2 * R.s, x.x2 * R.c - x.x1 * R.s};
 }
-template <class A>
-HD Point<A> turn_back(Rotation<A> R, Point<A> x) {  // R^T x
+template <class Acc>
+HD Point<Acc> turn_back(Rotation<Acc> R, Point<Acc> x) {  // R^T x
   return {x.x1 * R.c - x.x2 * R.s, x.x2 * R.c + x.x1 * R.s};
 }
 
 // The tables, and how many tokens at the start of a sequence they cover.
-template <class A>
+template <class Acc>
 struct Rope {
-  const A *cosine, *sine;  // (image_tokens, hd/2)
+  const Acc *cosine, *sine;  // (image_tokens, hd/2)
   size_t image_tokens;
 };
 
@@ -161,30 +161,31 @@ struct Rope {
 // place in r (B, T, 2, H); `mine`: of the threads that call, this one writes there.
 
 // y = r R x for Q and K inside qkv (B, T, 3, H, hd), in place; r is kept. hd/2 is even.
-template <class T>
-void rope_qk_norm_forward(const Device& device, T* qkv, Acc<T>* r, Rope<Acc<T>> rope, Heads h) {
-  using A = Acc<T>;
+template <class Real>
+void rope_qk_norm_forward(const Device& device, Real* qkv, AccOf<Real>* r, Rope<AccOf<Real>> rope,
+                          Heads heads) {
+  using Acc = AccOf<Real>;
   replace_heads(
-      device, qkv, rope, h,
-      [=] HD(size_t number, A xx, bool mine) {  // xx = |x|^2
-        A scale = inverse_rms(xx, h.dim, A(qk_eps));
+      device, qkv, rope, heads,
+      [=] HD(size_t number, Acc xx, bool mine) {  // xx = |x|^2
+        Acc scale = inverse_rms(xx, heads.dim, Acc(qk_eps));
         if (mine) r[number] = scale;
         return scale;
       },
-      [=] HD(Point<A> x, Point<A>, Rotation<A> R, A scale) { return scale * turn(R, x); });
+      [=] HD(Point<Acc> x, Point<Acc>, Rotation<Acc> R, Acc scale) { return scale * turn(R, x); });
 }
 
 // dx = R^T r (g - (<g, y> / hd) y) for dqkv's Q and K, in place of g. y is in qkv.
-template <class T>
-void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Acc<T>* r,
-                           Rope<Acc<T>> rope, Heads h) {
-  using A = Acc<T>;
+template <class Real>
+void rope_qk_norm_backward(const Device& device, Real* dqkv, const Real* qkv, const AccOf<Real>* r,
+                           Rope<AccOf<Real>> rope, Heads heads) {
+  using Acc = AccOf<Real>;
   replace_heads(
-      device, dqkv, qkv, rope, h,
-      [=] HD(size_t number, A gy, bool) {  // gy = <g, y>
-        return Pair<A>{r[number], gy / A(h.dim)};
+      device, dqkv, qkv, rope, heads,
+      [=] HD(size_t number, Acc gy, bool) {  // gy = <g, y>
+        return Pair<Acc>{r[number], gy / Acc(heads.dim)};
       },
-      [=] HD(Point<A> g, Point<A> y, Rotation<A> R, Pair<A> k) {
+      [=] HD(Point<Acc> g, Point<Acc> y, Rotation<Acc> R, Pair<Acc> k) {
         return turn_back(R, k.a * (g - k.b * y));
       });
 }
@@ -238,74 +239,80 @@ void rope_qk_norm_backward(const Device& device, T* dqkv, const T* qkv, const Ac
 //     dQ = dS K / sqrt(hd),     dK = dS^T Q / sqrt(hd).
 
 // The Q (part 0), K (1) or V (2) matrices (T, hd) of all sequences and heads inside a qkv array.
-template <class T>
-Matrix<T> head_part(T* qkv, size_t part, Heads h) {
-  return Matrix<T>(qkv + part * h.width(), 3 * h.width()).batch(h.length * 3 * h.width(), h.dim);
+template <class Real>
+Matrix<Real> head_part(Real* qkv, size_t part, Heads heads) {
+  return Matrix<Real>(qkv + part * heads.width(), 3 * heads.width())
+      .batch(heads.length * 3 * heads.width(), heads.dim);
 }
 // The heads' slices (T, hd) of a (B, T, D) array, and the (T, T) matrices of a (B, H, T, T) one.
-template <class T>
-Matrix<T> head_slice(T* y, Heads h) {
-  return Matrix<T>(y, h.width()).batch(h.length * h.width(), h.dim);
+template <class Real>
+Matrix<Real> head_slice(Real* y, Heads heads) {
+  return Matrix<Real>(y, heads.width()).batch(heads.length * heads.width(), heads.dim);
 }
-template <class T>
-Matrix<T> head_square(T* a, Heads h) {
-  return Matrix<T>(a, h.length).batch(h.heads * h.length * h.length, h.length * h.length);
+template <class Real>
+Matrix<Real> head_square(Real* a, Heads heads) {
+  return Matrix<Real>(a, heads.length)
+      .batch(heads.count * heads.length * heads.length, heads.length * heads.length);
 }
 
 // The probabilities A (B, H, T, T), `probs`, from qkv (B, T, 3, H, hd). The scores S (B, H, T, T)
-// are scratch, in Acc<T>: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd), 8
+// are scratch, in Acc: rounded to bf16, a score just under 8 (QK-norm bounds |S| by sqrt(hd), 8
 // for hd = 64) would be off by up to 0.016, and its probability by 1.6%. Both may be one array.
-template <class T, class Probability>
-void attention_matrices(Device& device, Probability* probs, Acc<T>* scores, const T* qkv, Heads h) {
-  using A = Acc<T>;
-  size_t n = h.length;
-  gemm(device, head_square(scores, h), head_part(qkv, 0, h), head_part(qkv, 1, h).transpose(),
-       {n, n, h.dim, h.batch, h.heads}, A(1) / std::sqrt(A(h.dim)));
-  for_each_team(device, h.batch * h.heads * n, threads_for(n / 4), [=] HD(Team team) {
-    A* s = scores + team.index * n;
-    A largest = s[0], sum = 0;
+template <class Real, class Probability>
+void attention_matrices(Device& device, Probability* probs, AccOf<Real>* scores, const Real* qkv,
+                        Heads heads) {
+  using Acc = AccOf<Real>;
+  size_t n = heads.length;
+  gemm(device, head_square(scores, heads), head_part(qkv, 0, heads),
+       head_part(qkv, 1, heads).transpose(), {n, n, heads.dim, heads.batch, heads.count},
+       Acc(1) / std::sqrt(Acc(heads.dim)));
+  for_each_team(device, heads.batch * heads.count * n, threads_for(n / 4), [=] HD(Team team) {
+    Acc* s = scores + team.index * n;
+    Acc largest = s[0], sum = 0;
     for (size_t j = team.rank; j < n; j += team.size) largest = max_(largest, s[j]);
     largest = team.max(largest);  // exp never overflows
     for (size_t j = team.rank; j < n; j += team.size) sum += s[j] = exp_(s[j] - largest);
-    A scale = A(1) / team.sum(sum);
+    Acc scale = Acc(1) / team.sum(sum);
     for (size_t j = team.rank; j < n; j += team.size)
       probs[team.index * n + j] = Probability(scale * s[j]);
   });
 }
 
 // Y (B, T, D) from qkv. The probabilities are kept, scores are scratch.
-template <class T>
-void attention_forward(Device& device, T* Y, T* probs, Acc<T>* scores, const T* qkv, Heads h) {
-  size_t n = h.length;
-  attention_matrices(device, probs, scores, qkv, h);
-  gemm(device, head_slice(Y, h), head_square(probs, h), head_part(qkv, 2, h),
-       {n, h.dim, n, h.batch, h.heads});
+template <class Real>
+void attention_forward(Device& device, Real* Y, Real* probs, AccOf<Real>* scores, const Real* qkv,
+                       Heads heads) {
+  size_t n = heads.length;
+  attention_matrices(device, probs, scores, qkv, heads);
+  gemm(device, head_slice(Y, heads), head_square(probs, heads), head_part(qkv, 2, heads),
+       {n, heads.dim, n, heads.batch, heads.count});
 }
 
-// dqkv (=) (B, T, 3, H, hd) from dY (B, T, D). Scratch: dA (B, H, T, T) in Acc<T>, dS (B, H, T, T).
-template <class T>
-void attention_backward(Device& device, T* dqkv, const T* dY, const T* probs, const T* qkv,
-                        Acc<T>* dA, T* dS, Heads h) {
-  using A = Acc<T>;
-  size_t n = h.length;
-  A scale = A(1) / std::sqrt(A(h.dim));
-  Sizes to_tokens{n, h.dim, n, h.batch, h.heads};
-  gemm(device, head_part(dqkv, 2, h), head_square(probs, h).transpose(), head_slice(dY, h),
-       to_tokens);
-  gemm(device, head_square(dA, h), head_slice(dY, h), head_part(qkv, 2, h).transpose(),
-       {n, n, h.dim, h.batch, h.heads});
-  for_each_team(device, h.batch * h.heads * n, threads_for(n / 4), [=] HD(Team team) {
-    const T* a = probs + team.index * n;
-    const A* da = dA + team.index * n;
-    A inner = 0;
-    for (size_t j = team.rank; j < n; j += team.size) inner += A(a[j]) * da[j];
+// dqkv (=) (B, T, 3, H, hd) from dY (B, T, D). Scratch: dA (B, H, T, T) in Acc, dS (B, H, T, T).
+template <class Real>
+void attention_backward(Device& device, Real* dqkv, const Real* dY, const Real* probs,
+                        const Real* qkv, AccOf<Real>* dA, Real* dS, Heads heads) {
+  using Acc = AccOf<Real>;
+  size_t n = heads.length;
+  Acc scale = Acc(1) / std::sqrt(Acc(heads.dim));
+  Sizes to_tokens{n, heads.dim, n, heads.batch, heads.count};
+  gemm(device, head_part(dqkv, 2, heads), head_square(probs, heads).transpose(),
+       head_slice(dY, heads), to_tokens);
+  gemm(device, head_square(dA, heads), head_slice(dY, heads), head_part(qkv, 2, heads).transpose(),
+       {n, n, heads.dim, heads.batch, heads.count});
+  for_each_team(device, heads.batch * heads.count * n, threads_for(n / 4), [=] HD(Team team) {
+    const Real* a = probs + team.index * n;
+    const Acc* da = dA + team.index * n;
+    Acc inner = 0;
+    for (size_t j = team.rank; j < n; j += team.size) inner += Acc(a[j]) * da[j];
     inner = team.sum(inner);
     for (size_t j = team.rank; j < n; j += team.size)
-      dS[team.index * n + j] = T(A(a[j]) * (da[j] - inner));  // (dS)
+      dS[team.index * n + j] = Real(Acc(a[j]) * (da[j] - inner));  // (dS)
   });
-  gemm(device, head_part(dqkv, 0, h), head_square(dS, h), head_part(qkv, 1, h), to_tokens, scale);
-  gemm(device, head_part(dqkv, 1, h), head_square(dS, h).transpose(), head_part(qkv, 0, h),
+  gemm(device, head_part(dqkv, 0, heads), head_square(dS, heads), head_part(qkv, 1, heads),
        to_tokens, scale);
+  gemm(device, head_part(dqkv, 1, heads), head_square(dS, heads).transpose(),
+       head_part(qkv, 0, heads), to_tokens, scale);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -315,33 +322,33 @@ void attention_backward(Device& device, T* dqkv, const T* dY, const T* probs, co
 // Backward: ds/dg = s (1 - s), so silu'(g) = s + g s (1 - s) = s (1 + g (1 - s)), and
 //     dg = dh * v * silu'(g),     dv = dh * silu(g).
 
-template <class A>
-HD A sigmoid(A g) {
-  return A(1) / (A(1) + exp_(-g));
+template <class Acc>
+HD Acc sigmoid(Acc g) {
+  return Acc(1) / (Acc(1) + exp_(-g));
 }
 
 // hidden (rows, ffn) from u = [g, v] (rows, 2 ffn).
-template <class T>
-void swiglu_forward(const Device& device, T* hidden, const T* u, size_t rows, size_t ffn) {
-  using A = Acc<T>;
+template <class Real>
+void swiglu_forward(const Device& device, Real* hidden, const Real* u, size_t rows, size_t ffn) {
+  using Acc = AccOf<Real>;
   for_each_quad(device, rows, ffn, [=] HD(size_t row, size_t f) {
-    Quad<A> g = load<A>(u + row * 2 * ffn + f), v = load<A>(u + row * 2 * ffn + ffn + f);
+    Quad<Acc> g = load<Acc>(u + row * 2 * ffn + f), v = load<Acc>(u + row * 2 * ffn + ffn + f);
     for (int k = 0; k < 4; ++k) v[k] *= g[k] * sigmoid(g[k]);
     store(hidden + row * ffn + f, v);
   });
 }
 
 // du (=) (rows, 2 ffn) from dhidden (rows, ffn).
-template <class T>
-void swiglu_backward(const Device& device, T* du, const T* dhidden, const T* u, size_t rows,
-                     size_t ffn) {
-  using A = Acc<T>;
+template <class Real>
+void swiglu_backward(const Device& device, Real* du, const Real* dhidden, const Real* u,
+                     size_t rows, size_t ffn) {
+  using Acc = AccOf<Real>;
   for_each_quad(device, rows, ffn, [=] HD(size_t row, size_t f) {
-    Quad<A> g = load<A>(u + row * 2 * ffn + f), v = load<A>(u + row * 2 * ffn + ffn + f);
-    Quad<A> dh = load<A>(dhidden + row * ffn + f), dg, dv;
+    Quad<Acc> g = load<Acc>(u + row * 2 * ffn + f), v = load<Acc>(u + row * 2 * ffn + ffn + f);
+    Quad<Acc> dh = load<Acc>(dhidden + row * ffn + f), dg, dv;
     for (int k = 0; k < 4; ++k) {
-      A s = sigmoid(g[k]);
-      dg[k] = dh[k] * v[k] * s * (A(1) + g[k] * (A(1) - s));
+      Acc s = sigmoid(g[k]);
+      dg[k] = dh[k] * v[k] * s * (Acc(1) + g[k] * (Acc(1) - s));
       dv[k] = dh[k] * g[k] * s;
     }
     store(du + row * 2 * ffn + f, dg);
@@ -368,52 +375,52 @@ struct BlockParameters {
 
 // What a block's forward leaves for its backward: the arrays above and what attention and the
 // merges save.
-template <class T>
+template <class Real>
 struct BlockSaved {
-  T *X, *qkv, *probs, *Y, *F1, *X1, *u, *hidden, *F2, *X_next;
-  Acc<T>* r_qk;  // (B, T, 2, H)
-  std::array<MergeSaved<Acc<T>>, 2> merge;
+  Real *X, *qkv, *probs, *Y, *F1, *X1, *u, *hidden, *F2, *X_next;
+  AccOf<Real>* r_qk;  // (B, T, 2, H)
+  std::array<MergeSaved<AccOf<Real>>, 2> merge;
   // In place of probs, where attention runs on tensor cores (appendix D): the logarithm of each
   // softmax's sum, and what rounding took from Y.
-  Acc<T>* log_sums;
-  T* Y_rest;
+  AccOf<Real>* log_sums;
+  Real* Y_rest;
 };
 
 // Arrays that live within one block's pass, shared by all blocks. On tensor cores attention needs
 // `inner` in place of scores and dS.
-template <class T>
+template <class Real>
 struct BlockScratch {
-  Acc<T>*scores, *inner;             // (B, H, T, T), in the backward dA; (B, H, T)
-  T* dF[2];                          // (B T, D), of both branches
-  T *dhidden, *du, *dY, *dqkv, *dS;  // (B T, ffn), (, 2 ffn), (, D), (, 3D), (B, H, T, T)
-  MergeScratch<Acc<T>> merge[2];
+  AccOf<Real>*scores, *inner;           // (B, H, T, T), in the backward dA; (B, H, T)
+  Real* dF[2];                          // (B T, D), of both branches
+  Real *dhidden, *du, *dY, *dqkv, *dS;  // (B T, ffn), (, 2 ffn), (, D), (, 3D), (B, H, T, T)
+  MergeScratch<AccOf<Real>> merge[2];
 };
 
 // The sizes and tables that all blocks share.
-template <class T>
+template <class Real>
 struct BlockShape {
   MergeShape merge;  // with tokens in the segments that the merges average over
   Heads heads;
   size_t ffn;
-  Rope<Acc<T>> rope;
+  Rope<AccOf<Real>> rope;
 };
 
 // A block, with all that its two passes work on.
-template <class T>
+template <class Real>
 struct Block {
-  BlockParameters<const T> w;
-  BlockSaved<T> saved;
-  BlockScratch<T> scratch;
-  BlockShape<T> shape;
+  BlockParameters<const Real> w;
+  BlockSaved<Real> saved;
+  BlockScratch<Real> scratch;
+  BlockShape<Real> shape;
 };
 
 // saved.X_next (B, T, D), unless that is null, from saved.X. `again`: a replay (5.1), which finds
 // what the merges saved the first time.
-template <class T>
-void block_forward(Device& device, const Block<T>& block, bool again = false) {
-  const BlockParameters<const T>& w = block.w;
-  const BlockSaved<T>& s = block.saved;
-  const BlockShape<T>& shape = block.shape;
+template <class Real>
+void block_forward(Device& device, const Block<Real>& block, bool again = false) {
+  const BlockParameters<const Real>& w = block.w;
+  const BlockSaved<Real>& s = block.saved;
+  const BlockShape<Real>& shape = block.shape;
   size_t rows = shape.merge.tokens.rows(), D = shape.merge.D, ffn = shape.ffn;
 
   linear_forward(device, s.qkv, s.X, w.qkv, rows, 3 * D, D);
@@ -439,16 +446,16 @@ void block_forward(Device& device, const Block<T>& block, bool again = false) {
 //
 // `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of writer i: 1 (W2), then 0
 // (W_O).
-template <class T, class Number>
-void block_backward(Device& device, T* G, BlockParameters<Number> dw, const Block<T>& block,
+template <class Real, class Number>
+void block_backward(Device& device, Real* G, BlockParameters<Number> dw, const Block<Real>& block,
                     bool accumulate, const std::function<void(int)>& observe = {}) {
-  const BlockParameters<const T>& w = block.w;
-  const BlockSaved<T>& s = block.saved;
-  const BlockScratch<T>& scratch = block.scratch;
-  const BlockShape<T>& shape = block.shape;
+  const BlockParameters<const Real>& w = block.w;
+  const BlockSaved<Real>& s = block.saved;
+  const BlockScratch<Real>& scratch = block.scratch;
+  const BlockShape<Real>& shape = block.shape;
   size_t rows = shape.merge.tokens.rows(), D = shape.merge.D, ffn = shape.ffn;
-  T *dF1 = scratch.dF[0], *dF2 = scratch.dF[1];
-  auto weight_gradient = [&](Number* dW, const T* dY, const T* X, size_t out, size_t in) {
+  Real *dF1 = scratch.dF[0], *dF2 = scratch.dF[1];
+  auto weight_gradient = [&](Number* dW, const Real* dY, const Real* X, size_t out, size_t in) {
     device.beside([&] { linear_backward_weight(device, dW, dY, X, rows, out, in, accumulate); });
   };
 
@@ -515,23 +522,23 @@ struct Parameters {
 // Looks on during a forward: called with the input X (B, T, D) of each block before it runs, and as
 // layer `depth` with the trunk's output. It enqueues kernels that read X; later blocks write over
 // X.
-template <class T>
-using StateObserver = std::function<void(size_t layer, const T* X)>;
+template <class Real>
+using StateObserver = std::function<void(size_t layer, const Real* X)>;
 
 // Looks on during a backward: called for each block and each of its writers with all that the
 // block saved and the writer's adjoint delta (B, T, D). It enqueues kernels that only read these.
-template <class T>
+template <class Real>
 using Observer =
-    std::function<void(size_t block, int writer, const BlockSaved<T>& saved, const T* delta)>;
+    std::function<void(size_t block, int writer, const BlockSaved<Real>& saved, const Real* delta)>;
 
 // The trunk's output, net.input(depth), from its input, net.input(0), for b sequences.
-template <class Net, class T>
-void trunk_forward(Net& net, const Parameters<const T>& w, size_t b,
-                   const StateObserver<T>& observe) {
+template <class Net, class Real>
+void trunk_forward(Net& net, const Parameters<const Real>& w, size_t b,
+                   const StateObserver<Real>& observe) {
   size_t depth = net.config.depth, last_span = (depth - 1) / net.span * net.span;
   for (size_t i = 0; i < depth; ++i) {
     if (observe) observe(i, net.input(i));
-    Block<T> block = net.block(i, w, b);
+    Block<Real> block = net.block(i, w, b);
     if (i < last_span) block.saved.Y_rest = nullptr;  // the replay will make it
     block_forward(net.device, block);
   }
@@ -539,28 +546,28 @@ void trunk_forward(Net& net, const Parameters<const T>& w, size_t b,
 }
 
 // How a backward goes.
-template <class T>
+template <class Real>
 struct BackwardOptions {
   bool accumulate = false;                // += for =, in all gradients of parameters
   bool inputs = false;                    // the gradients of z and text as well
-  Observer<T> observe = {};               // may be empty, as the next
+  Observer<Real> observe = {};            // may be empty, as the next
   std::function<void(size_t)> done = {};  // called when the gradients of block i are enqueued
 };
 
 // net.arrays.G from dL/d(the trunk's output) to dL/d(its input), and the blocks' gradients dw.
-template <class Net, class T, class Number>
-void trunk_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w, size_t b,
-                    const BackwardOptions<T>& o) {
+template <class Net, class Real, class Number>
+void trunk_backward(Net& net, const Parameters<Number>& dw, const Parameters<const Real>& w,
+                    size_t b, const BackwardOptions<Real>& o) {
   for (size_t first, end = net.config.depth; end > 0; end = first) {
     first = (end - 1) / net.span * net.span;
     if (end < net.config.depth)
       for (size_t i = first; i < end; ++i) {
-        Block<T> block = net.block(i, w, b);
+        Block<Real> block = net.block(i, w, b);
         if (i + 1 == end) block.saved.X_next = nullptr;  // it is the next span's checkpoint
         block_forward(net.device, block, true);
       }
     for (size_t i = end; i-- > first;) {
-      Block<T> block = net.block(i, w, b);
+      Block<Real> block = net.block(i, w, b);
       block_backward(net.device, net.arrays.G, dw.block(i), block, o.accumulate, [&](int writer) {
         if (o.observe) o.observe(i, writer, block.saved, block.scratch.dF[writer]);
       });
@@ -597,24 +604,24 @@ struct Patches {
 
 // tokens (B, length, dim) from images (B, channels, height, width); rows after the image tokens get
 // zeros.
-template <class T, class A>
-void image_to_tokens(const Device& device, T* tokens, const A* image, size_t batch, size_t length,
-                     Patches p, PatchOrder order) {
+template <class Real, class Acc>
+void image_to_tokens(const Device& device, Real* tokens, const Acc* image, size_t batch,
+                     size_t length, Patches p, PatchOrder order) {
   for_each(device, batch * length * p.dim(), [=] HD(size_t i) {
     size_t e = i % p.dim(), n = i / p.dim() % length, b = i / p.dim() / length;
-    tokens[i] = n < p.tokens() ? T(image[b * p.pixels() + p.pixel(n, e, order)]) : T(0);
+    tokens[i] = n < p.tokens() ? Real(image[b * p.pixels() + p.pixel(n, e, order)]) : Real(0);
   });
 }
 
 // images (B, channels, height, width) from tokens (B, length, dim) + bias (dim; may be null); text
 // rows are ignored.
-template <class T, class A>
-void tokens_to_image(const Device& device, A* image, const A* tokens, const T* bias, size_t batch,
-                     size_t length, Patches p, PatchOrder order) {
+template <class Real, class Acc>
+void tokens_to_image(const Device& device, Acc* image, const Acc* tokens, const Real* bias,
+                     size_t batch, size_t length, Patches p, PatchOrder order) {
   for_each(device, batch * p.tokens() * p.dim(), [=] HD(size_t i) {
     size_t e = i % p.dim(), n = i / p.dim() % p.tokens(), b = i / p.dim() / p.tokens();
     image[b * p.pixels() + p.pixel(n, e, order)] =
-        tokens[(b * length + n) * p.dim() + e] + (bias ? A(bias[e]) : A(0));
+        tokens[(b * length + n) * p.dim() + e] + (bias ? Acc(bias[e]) : Acc(0));
   });
 }
 
@@ -624,25 +631,25 @@ void tokens_to_image(const Device& device, A* image, const A* tokens, const T* b
 // image tokens are projected to patches of the velocity.
 
 // The arrays outside the trunk, part of net.arrays.
-template <class T>
+template <class Real>
 struct EndArrays {
-  Acc<T>*z, *velocity;                       // (B, channels, height, width): in and out
-  T* text;                                   // (B, L, text_dim): in
-  T *patches, *image_embed, *text_embed;     // (B, N, p p channels), (B, N, D), (B, L, D)
-  Acc<T>*r_image, *r_text;                   // (B, N), (B, L)
-  Acc<T>* prediction;                        // (B, T, p p channels)
-  Acc<T>*dvelocity, *dz, *dtext, *dpatches;  // their gradients
-  T *dimage_embed, *dtext_embed, *dprediction;
+  AccOf<Real>*z, *velocity;                       // (B, channels, height, width): in and out
+  Real* text;                                     // (B, L, text_dim): in
+  Real *patches, *image_embed, *text_embed;       // (B, N, p p channels), (B, N, D), (B, L, D)
+  AccOf<Real>*r_image, *r_text;                   // (B, N), (B, L)
+  AccOf<Real>* prediction;                        // (B, T, p p channels)
+  AccOf<Real>*dvelocity, *dz, *dtext, *dpatches;  // their gradients
+  Real *dimage_embed, *dtext_embed, *dprediction;
 };
 
 // The trunk's input from arrays.z and arrays.text.
-template <class Net, class T>
-void embed_forward(Net& net, const Parameters<const T>& w, size_t b) {
+template <class Net, class Real>
+void embed_forward(Net& net, const Parameters<const Real>& w, size_t b) {
   Device& device = net.device;
   const auto& c = net.config;
   auto& a = net.arrays;
   size_t N = c.image_tokens(), L = c.text_tokens, D = c.width, stride = c.tokens() * D;
-  T* X = net.input(0);
+  Real* X = net.input(0);
   image_to_tokens(device, a.patches, a.z, b, N, c.patches(), PatchOrder::channel_first);
   linear_forward(device, a.image_embed, a.patches, w.patch_weight, b * N, D, c.patch_dim());
   if (w.patch_bias) bias_forward(device, a.image_embed, w.patch_bias, b * N, D);
@@ -653,9 +660,9 @@ void embed_forward(Net& net, const Parameters<const T>& w, size_t b) {
 }
 
 // dw from arrays.G, dL/d(the trunk's input); with o.inputs also arrays.dz and arrays.dtext.
-template <class Net, class T, class Number>
-void embed_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w, size_t b,
-                    const BackwardOptions<T>& o) {
+template <class Net, class Real, class Number>
+void embed_backward(Net& net, const Parameters<Number>& dw, const Parameters<const Real>& w,
+                    size_t b, const BackwardOptions<Real>& o) {
   Device& device = net.device;
   const auto& c = net.config;
   auto& a = net.arrays;
@@ -671,8 +678,8 @@ void embed_backward(Net& net, const Parameters<Number>& dw, const Parameters<con
   if (!o.inputs) return;
   linear_backward_input(device, a.dpatches, a.dimage_embed, w.patch_weight, b * N, D,
                         c.patch_dim());
-  tokens_to_image<T>(device, a.dz, a.dpatches, nullptr, b, N, c.patches(),
-                     PatchOrder::channel_first);
+  tokens_to_image<Real>(device, a.dz, a.dpatches, nullptr, b, N, c.patches(),
+                        PatchOrder::channel_first);
   if (w.context)
     linear_backward_input(device, a.dtext, a.dtext_embed, w.context, b * L, D, c.text_dim);
   else
@@ -681,8 +688,8 @@ void embed_backward(Net& net, const Parameters<Number>& dw, const Parameters<con
 
 // arrays.velocity from the trunk's output. Text tokens are projected too, and ignored: 3% more
 // work, and no gather.
-template <class Net, class T>
-void output_forward(Net& net, const Parameters<const T>& w, size_t b) {
+template <class Net, class Real>
+void output_forward(Net& net, const Parameters<const Real>& w, size_t b) {
   const auto& c = net.config;
   auto& a = net.arrays;
   linear_forward(net.device, a.prediction, net.input(c.depth), w.final_weight, b * c.tokens(),
@@ -693,9 +700,9 @@ void output_forward(Net& net, const Parameters<const T>& w, size_t b) {
 
 // arrays.G = dL/d(the trunk's output), and dw, from arrays.dvelocity. (image_to_tokens gives the
 // rows of text tokens a zero gradient.)
-template <class Net, class T, class Number>
-void output_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w, size_t b,
-                     const BackwardOptions<T>& o) {
+template <class Net, class Real, class Number>
+void output_backward(Net& net, const Parameters<Number>& dw, const Parameters<const Real>& w,
+                     size_t b, const BackwardOptions<Real>& o) {
   Device& device = net.device;
   const auto& c = net.config;
   auto& a = net.arrays;
@@ -709,9 +716,9 @@ void output_backward(Net& net, const Parameters<Number>& dw, const Parameters<co
 }
 
 // arrays.z (b, channels, height, width), arrays.text (b, L, text_dim)  ->  arrays.velocity, as z.
-template <class Net, class T>
-void network_forward(Net& net, const Parameters<const T>& w, size_t b,
-                     const StateObserver<T>& observe) {
+template <class Net, class Real>
+void network_forward(Net& net, const Parameters<const Real>& w, size_t b,
+                     const StateObserver<Real>& observe) {
   embed_forward(net, w, b);
   trunk_forward(net, w, b, observe);
   output_forward(net, w, b);
@@ -719,9 +726,9 @@ void network_forward(Net& net, const Parameters<const T>& w, size_t b,
 
 // arrays.dvelocity  ->  the gradients dw of all parameters, and with o.inputs arrays.dz,
 // arrays.dtext: after network_forward() with the same inputs.
-template <class Net, class T, class Number>
-void network_backward(Net& net, const Parameters<Number>& dw, const Parameters<const T>& w,
-                      size_t b, const BackwardOptions<T>& o) {
+template <class Net, class Real, class Number>
+void network_backward(Net& net, const Parameters<Number>& dw, const Parameters<const Real>& w,
+                      size_t b, const BackwardOptions<Real>& o) {
   output_backward(net, dw, w, b, o);
   trunk_backward(net, dw, w, b, o);
   embed_backward(net, dw, w, b, o);
@@ -971,9 +978,9 @@ void draw_parameters(const Device& device, const Table& table, uint64_t seed, co
 }
 
 // Into a slab of A, with zeros between the tensors.
-template <class A>
-void initialise(const Device& device, const Table& table, A* slab, uint64_t seed) {
-  device.fill(slab, 0, table.size * sizeof(A));
+template <class Acc>
+void initialise(const Device& device, const Table& table, Acc* slab, uint64_t seed) {
+  device.fill(slab, 0, table.size * sizeof(Acc));
   draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) { store(slab + i, q); });
 }
 
@@ -981,35 +988,35 @@ void initialise(const Device& device, const Table& table, A* slab, uint64_t seed
 // B. Memory
 
 // Whether attention runs on tensor cores (D.2): then there are no (T, T) matrices to make room for.
-template <class T>
+template <class Real>
 bool fused_attention(bool gpu, size_t head_dim) {
   constexpr bool has_kernels = built_for() >= 800;
-  return gpu && has_kernels && std::is_same_v<T, bf16> && (head_dim == 64 || head_dim == 128);
+  return gpu && has_kernels && std::is_same_v<Real, bf16> && (head_dim == 64 || head_dim == 128);
 }
 
 // All arrays of a network for a largest batch, and the functions that lay them out. With a Carver
 // that has no base they only count, which is how `plan` knows the bytes without taking them.
-template <class T>
-struct Arrays : EndArrays<T> {
-  using A = Acc<T>;
-  T *inputs, *output;                 // (spans, B, T, D), (B, T, D): inputs of spans; the last X
-  std::vector<BlockSaved<T>> blocks;  // what a span's blocks save
-  std::vector<std::array<MergeSaved<A>, 2>> merges;  // of every block
-  BlockScratch<T> scratch;
-  T* G;              // (B, T, D), the trunk's gradient
-  A *cosine, *sine;  // (N, hd / 2)
+template <class Real>
+struct Arrays : EndArrays<Real> {
+  using Acc = AccOf<Real>;
+  Real *inputs, *output;                 // (spans, B, T, D), (B, T, D): inputs of spans; the last X
+  std::vector<BlockSaved<Real>> blocks;  // what a span's blocks save
+  std::vector<std::array<MergeSaved<Acc>, 2>> merges;  // of every block
+  BlockScratch<Real> scratch;
+  Real* G;             // (B, T, D), the trunk's gradient
+  Acc *cosine, *sine;  // (N, hd / 2)
 
   // Without training, blocks pass two arrays back and forth.
   void lay_checkpoints(Carver& c, const Config& m, size_t B, size_t span, bool trains) {
     size_t X = B * m.tokens() * m.width, means = 2 * B * m.width;
-    inputs = c.take<T>((trains ? ceil_div(m.depth, span) : 2) * input_stride(m, B));
-    output = trains ? c.take<T>(X) : nullptr;
+    inputs = c.take<Real>((trains ? ceil_div(m.depth, span) : 2) * input_stride(m, B));
+    output = trains ? c.take<Real>(X) : nullptr;
     merges.resize(trains ? m.depth : 1);
     for (auto& of_block : merges)
       for (int i = 0; i < 2; ++i) {
-        of_block[i] = {c.take<A>(B * m.tokens()), nullptr, nullptr};
+        of_block[i] = {c.take<Acc>(B * m.tokens()), nullptr, nullptr};
         if (about(i ? m.mode().ffn : m.mode().attention).means)
-          of_block[i].xbar = c.take<A>(means), of_block[i].fbar = c.take<A>(means);
+          of_block[i].xbar = c.take<Acc>(means), of_block[i].fbar = c.take<Acc>(means);
       }
   }
   static size_t input_stride(const Config& m, size_t B) {
@@ -1018,59 +1025,59 @@ struct Arrays : EndArrays<T> {
 
   void lay_blocks(Carver& c, const Config& m, size_t B, size_t span, bool trains, bool gpu) {
     size_t rows = B * m.tokens(), X = rows * m.width;
-    bool fused = fused_attention<T>(gpu, m.head_dim());
+    bool fused = fused_attention<Real>(gpu, m.head_dim());
     blocks.resize(span);
     for (size_t i = 0; i < span; ++i) {
-      BlockSaved<T>& s = blocks[i];
-      s.X = i ? c.take<T>(X) : nullptr;  // the first block's input is the span's checkpoint
-      s.qkv = c.take<T>(3 * X);
-      s.probs = fused ? nullptr : c.take<T>(rows * m.heads * m.tokens());
-      s.log_sums = fused ? c.take<A>(rows * m.heads) : nullptr;
-      s.Y_rest = fused && trains ? c.take<T>(X) : nullptr;
-      s.Y = c.take<T>(X), s.F1 = c.take<T>(X), s.X1 = c.take<T>(X);
-      s.u = c.take<T>(2 * rows * m.ffn), s.hidden = c.take<T>(rows * m.ffn);
-      s.F2 = c.take<T>(X);
-      s.r_qk = c.take<A>(2 * rows * m.heads);
+      BlockSaved<Real>& s = blocks[i];
+      s.X = i ? c.take<Real>(X) : nullptr;  // the first block's input is the span's checkpoint
+      s.qkv = c.take<Real>(3 * X);
+      s.probs = fused ? nullptr : c.take<Real>(rows * m.heads * m.tokens());
+      s.log_sums = fused ? c.take<Acc>(rows * m.heads) : nullptr;
+      s.Y_rest = fused && trains ? c.take<Real>(X) : nullptr;
+      s.Y = c.take<Real>(X), s.F1 = c.take<Real>(X), s.X1 = c.take<Real>(X);
+      s.u = c.take<Real>(2 * rows * m.ffn), s.hidden = c.take<Real>(rows * m.ffn);
+      s.F2 = c.take<Real>(X);
+      s.r_qk = c.take<Acc>(2 * rows * m.heads);
     }
   }
 
   void lay_scratch(Carver& c, const Config& m, size_t B, bool trains, bool gpu) {
     size_t rows = B * m.tokens(), squares = rows * m.heads * m.tokens();
-    bool fused = fused_attention<T>(gpu, m.head_dim());
+    bool fused = fused_attention<Real>(gpu, m.head_dim());
     scratch = {};
-    if (!fused) scratch.scores = c.take<A>(squares);
+    if (!fused) scratch.scores = c.take<Acc>(squares);
     if (!trains) return;
     if (fused)
-      scratch.inner = c.take<A>(rows * m.heads);
+      scratch.inner = c.take<Acc>(rows * m.heads);
     else
-      scratch.dS = c.take<T>(squares);
-    G = c.take<T>(rows * m.width);
-    for (T*& dF : scratch.dF) dF = c.take<T>(rows * m.width);
-    scratch.dY = c.take<T>(rows * m.width);
-    scratch.dhidden = c.take<T>(rows * m.ffn), scratch.du = c.take<T>(2 * rows * m.ffn);
-    scratch.dqkv = c.take<T>(3 * rows * m.width);
-    for (MergeScratch<A>& merge : scratch.merge) {
-      merge.h = c.take<A>(rows);
-      merge.dZbar = c.take<A>(2 * B * m.width), merge.dgate = c.take<A>(2 * B * m.width);
+      scratch.dS = c.take<Real>(squares);
+    G = c.take<Real>(rows * m.width);
+    for (Real*& dF : scratch.dF) dF = c.take<Real>(rows * m.width);
+    scratch.dY = c.take<Real>(rows * m.width);
+    scratch.dhidden = c.take<Real>(rows * m.ffn), scratch.du = c.take<Real>(2 * rows * m.ffn);
+    scratch.dqkv = c.take<Real>(3 * rows * m.width);
+    for (MergeScratch<Acc>& merge : scratch.merge) {
+      merge.h = c.take<Acc>(rows);
+      merge.dZbar = c.take<Acc>(2 * B * m.width), merge.dgate = c.take<Acc>(2 * B * m.width);
     }
   }
 
   void lay_ends(Carver& c, const Config& m, size_t B, bool trains) {
-    EndArrays<T>& e = *this;
+    EndArrays<Real>& e = *this;
     size_t N = B * m.image_tokens(), L = B * m.text_tokens, rows = N + L, dim = m.patch_dim();
-    e.z = c.take<A>(B * m.pixels()), e.velocity = c.take<A>(B * m.pixels());
-    e.text = c.take<T>(B * m.text_size());
-    e.patches = c.take<T>(N * dim), e.image_embed = c.take<T>(N * m.width);
-    e.text_embed = m.projects_text() ? c.take<T>(L * m.width) : e.text;
-    e.r_image = c.take<A>(N), e.r_text = c.take<A>(L);
-    e.prediction = c.take<A>(rows * dim);
-    cosine = c.take<A>(m.image_tokens() * m.head_dim() / 2);
-    sine = c.take<A>(m.image_tokens() * m.head_dim() / 2);
+    e.z = c.take<Acc>(B * m.pixels()), e.velocity = c.take<Acc>(B * m.pixels());
+    e.text = c.take<Real>(B * m.text_size());
+    e.patches = c.take<Real>(N * dim), e.image_embed = c.take<Real>(N * m.width);
+    e.text_embed = m.projects_text() ? c.take<Real>(L * m.width) : e.text;
+    e.r_image = c.take<Acc>(N), e.r_text = c.take<Acc>(L);
+    e.prediction = c.take<Acc>(rows * dim);
+    cosine = c.take<Acc>(m.image_tokens() * m.head_dim() / 2);
+    sine = c.take<Acc>(m.image_tokens() * m.head_dim() / 2);
     if (!trains) return;
-    e.dvelocity = c.take<A>(B * m.pixels()), e.dz = c.take<A>(B * m.pixels());
-    e.dtext = c.take<A>(B * m.text_size());
-    e.dimage_embed = c.take<T>(N * m.width), e.dtext_embed = c.take<T>(L * m.width);
-    e.dprediction = c.take<T>(rows * dim), e.dpatches = c.take<A>(N * dim);
+    e.dvelocity = c.take<Acc>(B * m.pixels()), e.dz = c.take<Acc>(B * m.pixels());
+    e.dtext = c.take<Acc>(B * m.text_size());
+    e.dimage_embed = c.take<Real>(N * m.width), e.dtext_embed = c.take<Real>(L * m.width);
+    e.dprediction = c.take<Real>(rows * dim), e.dpatches = c.take<Acc>(N * dim);
   }
 };
 
@@ -1118,22 +1125,23 @@ inline size_t span_length(const Config& config, size_t recompute) {
   return recompute == 0 ? config.depth : std::min(recompute, config.depth);
 }
 
-// All that a network takes. Kept: what gradients are kept as, Acc<T> or T (see Network).
-template <class T, class Kept>
-struct NetworkArrays : Arrays<T> {
-  T* weights = nullptr;
+// All that a network takes. Kept: what gradients are kept as, Acc or T (see Network).
+template <class Real, class Kept>
+struct NetworkArrays : Arrays<Real> {
+  Real* weights = nullptr;
   Kept* gradients = nullptr;
-  Acc<T>* unrounded = nullptr;  // gradients of one block, and of all that is outside the blocks
+  AccOf<Real>* unrounded =
+      nullptr;  // gradients of one block, and of all that is outside the blocks
 
   // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
   template <class F>
   void each_slab(const Config& m, const Table& table, size_t B, size_t span, bool trains, bool gpu,
                  const F& slab) {
-    slab("weights", [&](Carver& c) { weights = c.take<T>(table.size); });
+    slab("weights", [&](Carver& c) { weights = c.take<Real>(table.size); });
     if (trains) slab("gradients", [&](Carver& c) { gradients = c.take<Kept>(table.size); });
-    if (trains && !std::is_same_v<Kept, Acc<T>>)
+    if (trains && !std::is_same_v<Kept, AccOf<Real>>)
       slab("a block's gradients",
-           [&](Carver& c) { unrounded = c.take<Acc<T>>(parameter_table(one_block(m)).size); });
+           [&](Carver& c) { unrounded = c.take<AccOf<Real>>(parameter_table(one_block(m)).size); });
     slab("checkpoints", [&](Carver& c) { this->lay_checkpoints(c, m, B, span, trains); });
     slab("activations", [&](Carver& c) { this->lay_blocks(c, m, B, span, trains, gpu); });
     slab("scratch", [&](Carver& c) { this->lay_scratch(c, m, B, trains, gpu); });
@@ -1141,7 +1149,7 @@ struct NetworkArrays : Arrays<T> {
   }
 };
 
-template <class T, class Kept = Acc<T>>
+template <class Real, class Kept = AccOf<Real>>
 Plan network_plan(const Config& config, const Table& table, size_t batch, size_t recompute,
                   bool trains, bool gpu) {
   // Beyond any machine; below, no product of sizes overflows 64 bits.
@@ -1154,7 +1162,7 @@ Plan network_plan(const Config& config, const Table& table, size_t batch, size_t
   if (parameters_about > 1e13 || rows * (double(span) * of_a_row + double(config.depth) * D) > 1e16)
     fail("this model and batch are larger than any machine: check --depth, --width and --batch");
   Plan plan;
-  NetworkArrays<T, Kept>().each_slab(
+  NetworkArrays<Real, Kept>().each_slab(
       config, table, batch, span, trains, gpu,
       [&](const char* name, const auto& lay) { plan.add(name, lay); });
   return plan;
@@ -1176,30 +1184,30 @@ inline double forward_flops(const Config& m, size_t batch) {
 // C. The class Network
 
 // to (n) = from, or += if `accumulate`, rounded by the draws first, first + 1, ... of `dither`.
-template <class Kept, class A>
-void add_rounded(const Device& device, Kept* to, const A* from, size_t n, bool accumulate,
+template <class Kept, class Acc>
+void add_rounded(const Device& device, Kept* to, const Acc* from, size_t n, bool accumulate,
                  Dither dither, size_t first) {
   for_each(device, n / 8, [=] HD(size_t i) {
     Random4 bits = dither(first + i);
     UNROLL
     for (int half = 0; half < 2; ++half) {
       size_t at = 8 * i + 4 * size_t(half);
-      Quad<A> sum = load<A>(from + at);
-      if (accumulate) sum = load<A>(to + at) + sum;
+      Quad<Acc> sum = load<Acc>(from + at);
+      if (accumulate) sum = load<Acc>(to + at) + sum;
       store_stochastically(to + at, sum, bits, half);
     }
   });
 }
 
-// Kept is what gradients are kept as. With Acc<T> the kernels write or add to them in place. bf16
-// gradients (Kept = T, half the bytes) cannot be added to in place without loss. Then each block's
-// are made in Acc<T>, in an array for one block, and added to the kept ones with stochastic
-// rounding (math.h, appendix E): the same kernels, and one pass more over a block's gradients.
-template <class T, class Kept = Acc<T>>
+// Kept is what gradients are kept as. With Acc the kernels write or add to them in place. bf16
+// gradients (Kept = Real, half the bytes) cannot be added to in place without loss: each block's are
+// made in Acc, in an array for one block, and added to the kept ones with stochastic rounding
+// (math.h, appendix E): the same kernels, and one pass more over a block's gradients.
+template <class Real, class Kept = AccOf<Real>>
 class Network {
  public:
-  using A = Acc<T>;
-  static constexpr bool rounds_gradients = !std::is_same_v<Kept, A>;
+  using Acc = AccOf<Real>;
+  static constexpr bool rounds_gradients = !std::is_same_v<Kept, Acc>;
 
   Device& device;
   const Config config;
@@ -1207,7 +1215,7 @@ class Network {
   const size_t batch;  // the largest
   const size_t span;   // blocks of one (5.1)
   const bool trains;
-  NetworkArrays<T, Kept> arrays;
+  NetworkArrays<Real, Kept> arrays;
 
   Network(Device& on, const Config& c, size_t largest_batch, size_t recompute, bool training)
       : device(on),
@@ -1216,7 +1224,7 @@ class Network {
         batch(largest_batch),
         span(training ? span_length(c, recompute) : 1),
         trains(training) {
-    Plan plan = network_plan<T, Kept>(c, table, batch, recompute, trains, device.gpu);
+    Plan plan = network_plan<Real, Kept>(c, table, batch, recompute, trains, device.gpu);
     if (plan.total() > device.available())
       fail("the network needs %.2f GB and %s has %.2f GB free: use a smaller --batch",
            1e-9 * double(plan.total()), device.name.c_str(), 1e-9 * double(device.available()));
@@ -1224,51 +1232,53 @@ class Network {
                      [&](const char*, const auto& lay) { slabs_.add(device, lay); });
     // Padding between tensors is never written: it must not be NaN when the slab is summed.
     if (trains) device.fill(arrays.gradients, 0, table.size * sizeof(Kept));
-    if (arrays.unrounded) device.fill(arrays.unrounded, 0, block_table_.size * sizeof(A));
-    std::vector<A> cosine, sine;
+    if (arrays.unrounded) device.fill(arrays.unrounded, 0, block_table_.size * sizeof(Acc));
+    std::vector<Acc> cosine, sine;
     rope_table(cosine, sine, config.height / config.patch, config.image_width / config.patch,
                config.head_dim());
-    device.upload(arrays.cosine, cosine.data(), cosine.size() * sizeof(A));
-    device.upload(arrays.sine, sine.data(), sine.size() * sizeof(A));
+    device.upload(arrays.cosine, cosine.data(), cosine.size() * sizeof(Acc));
+    device.upload(arrays.sine, sine.data(), sine.size() * sizeof(Acc));
   }
 
-  T* weights() { return arrays.weights; }
+  Real* weights() { return arrays.weights; }
   Kept* gradients() { return arrays.gradients; }
   // Compute with another copy of the weights (an average of them) until told otherwise; returns the
   // one used so far.
-  T* use_weights(T* slab) { return std::exchange(arrays.weights, slab); }
+  Real* use_weights(Real* slab) { return std::exchange(arrays.weights, slab); }
 
   // arrays.z and arrays.text -> arrays.velocity, for b <= batch sequences.
-  void forward(size_t b, const StateObserver<T>& observe = {}) {
+  void forward(size_t b, const StateObserver<Real>& observe = {}) {
     network_forward(*this, parameters(), b, observe);
   }
 
   // arrays.dvelocity -> gradients of all parameters (=, or += if `accumulate`), after forward(b)
   // with the same inputs; with `inputs` also arrays.dz and arrays.dtext. `dither`: where gradients
   // are rounded.
-  void backward(size_t b, bool accumulate, bool inputs = false, const Observer<T>& observe = {},
+  void backward(size_t b, bool accumulate, bool inputs = false, const Observer<Real>& observe = {},
                 Dither dither = {}) {
     if (rounds_gradients && !dither.pass) fail("gradients that are rounded need a Dither");
-    BackwardOptions<T> o{accumulate && !rounds_gradients, inputs, observe, {}};
+    BackwardOptions<Real> o{accumulate && !rounds_gradients, inputs, observe, {}};
     size_t first = blocks_at(), stride = table.block_stride, end = first + config.depth * stride;
     if (rounds_gradients)
       o.done = [=](size_t i) {
         round_gradients(first + i * stride, first, stride, accumulate, dither);
       };
     if (about(config.mode().ffn).trunk_apart)  // Pre-Norm: beyond the last merge there is no trunk
-      device.fill(arrays.scratch.dF[0], 0, b * config.tokens() * config.width * sizeof(T));
+      device.fill(arrays.scratch.dF[0], 0, b * config.tokens() * config.width * sizeof(Real));
     network_backward(*this, gradient_targets(), parameters(), b, o);
     round_gradients(0, 0, first, accumulate, dither);
     round_gradients(end, first + stride, table.size - end, accumulate, dither);
     device.join();
   }
 
-  Parameters<const T> parameters() const { return locate<const T>(config, table, arrays.weights); }
+  Parameters<const Real> parameters() const {
+    return locate<const Real>(config, table, arrays.weights);
+  }
   // Block i at work on b sequences.
-  Block<T> block(size_t i, const Parameters<const T>& w, size_t b) {
+  Block<Real> block(size_t i, const Parameters<const Real>& w, size_t b) {
     return {w.block(i), saved(i), arrays.scratch, shape(b)};
   }
-  BlockShape<T> shape(size_t b) const {
+  BlockShape<Real> shape(size_t b) const {
     Tokens tokens{b, config.image_tokens(), config.text_tokens};
     if (config.means == "global") tokens = {b, config.tokens(), 0};
     return {{tokens, config.width, config.norm_eps},
@@ -1278,14 +1288,14 @@ class Network {
   }
 
   // The input (B, T, D) of block i; of block `depth`: the trunk's output.
-  T* input(size_t i) {
-    size_t stride = Arrays<T>::input_stride(config, batch);
+  Real* input(size_t i) {
+    size_t stride = Arrays<Real>::input_stride(config, batch);
     if (!trains) return arrays.inputs + i % 2 * stride;
     if (i == config.depth) return arrays.output;
     return i % span ? arrays.blocks[i % span].X : arrays.inputs + i / span * stride;
   }
-  BlockSaved<T> saved(size_t i) {
-    BlockSaved<T> s = arrays.blocks[i % span];
+  BlockSaved<Real> saved(size_t i) {
+    BlockSaved<Real> s = arrays.blocks[i % span];
     s.X = input(i), s.X_next = input(i + 1), s.merge = arrays.merges[trains ? i : 0];
     s.merge[0].r_X = i ? arrays.merges[trains ? i - 1 : 0][1].r : nullptr;
     s.merge[1].r_X = s.merge[0].r;
@@ -1299,9 +1309,9 @@ class Network {
   size_t blocks_at() const { return table.at("blocks.0.operator.q_proj.weight").offset; }
 
   // Where the backward's kernels write.
-  Parameters<A> gradient_targets() {
-    if constexpr (!rounds_gradients) return locate<A>(config, table, arrays.gradients);
-    Parameters<A> dw = locate<A>(one_block(config), block_table_, arrays.unrounded);
+  Parameters<Acc> gradient_targets() {
+    if constexpr (!rounds_gradients) return locate<Acc>(config, table, arrays.gradients);
+    Parameters<Acc> dw = locate<Acc>(one_block(config), block_table_, arrays.unrounded);
     dw.block_stride = 0;  // every block's are the one block's
     return dw;
   }
@@ -1325,25 +1335,25 @@ class Network {
 // A token has 2 H head vectors, the queries, then the keys. threads_a_head(): threads for one of
 // them, a warp or less, `wide` channels of each half a thread. threads_a_token(): threads for all,
 // every group of `one` threads taking `each` heads at a time.
-inline int threads_a_head(Heads h, int wide) {
+inline int threads_a_head(Heads heads, int wide) {
   int threads = 1;
-  while (threads < 32 && 2 * size_t(wide * threads) < h.dim) threads *= 2;
+  while (threads < 32 && 2 * size_t(wide * threads) < heads.dim) threads *= 2;
   return threads;
 }
-inline int threads_a_token(Heads h, int one, size_t each) {
+inline int threads_a_token(Heads heads, int one, size_t each) {
   int threads = one;
-  while (threads < Team::max_size && size_t(threads) * each < 2 * h.heads * size_t(one))
+  while (threads < Team::max_size && size_t(threads) * each < 2 * heads.count * size_t(one))
     threads *= 2;
   return threads;
 }
 
 // Several channels of both halves of a head, of one array or of two.
-template <class T, int wide, int arrays>
+template <class Real, int wide, int arrays>
 struct HeadPiece {
-  Several<T, wide> of[arrays][2];
+  Several<Real, wide> of[arrays][2];
 
-  HD Point<Acc<T>> point(int array, int i) const {
-    return {Acc<T>(of[array][0].v[i]), Acc<T>(of[array][1].v[i])};
+  HD Point<AccOf<Real>> point(int array, int i) const {
+    return {AccOf<Real>(of[array][0].v[i]), AccOf<Real>(of[array][1].v[i])};
   }
 };
 
@@ -1353,91 +1363,93 @@ struct HeadPiece {
 // A group of threads takes `at_once` heads at a time: it has all its loads on the way, and reads
 // its angles once for all of them. A thread has `wide` neighbouring channels of each half, and
 // keeps the first that it has, on a GPU up to hd = 64 wide all of them.
-template <int wide, int at_once, int arrays, class T, class Finish, class Put>
-void replace_heads_by(const Device& device, T* x, const T* y, Rope<Acc<T>> rope, Heads h,
-                      const Finish& finish, const Put& put) {
-  using A = Acc<T>;
-  using Piece = HeadPiece<T, wide, arrays>;
-  using Wide = Several<T, wide>;
-  size_t half = h.dim / 2, heads = 2 * h.heads;
-  int one = threads_a_head(h, wide);
-  for_each_team(device, h.batch * h.length, threads_a_token(h, one, at_once), [=] HD(Team team) {
-    size_t row = team.index, token = uint32_t(row) % uint32_t(h.length);
-    bool turned = token < rope.image_tokens;
-    auto angle = [&](const A* table, size_t j) {
-      size_t at = (turned ? token * half : 0) + min_(j, half - wide);
-      return *reinterpret_cast<const Several<A, wide>*>(table + at);
-    };
-    Team part = team.part(one);
-    size_t own = size_t(wide * part.rank), step = size_t(wide * part.size);
-    for (size_t head = at_once * part.index; head < heads;
-         head += at_once * size_t(team.parts(one))) {
-      auto at = [&](int k, size_t j) {  // of head + k, or the last one's again
-        return row * 3 * h.width() + min_(head + size_t(k), heads - 1) * h.dim + j;
-      };
-      auto read = [&](int k, size_t j) {
-        Piece p;
-        for (int a = 0; a < arrays; ++a)
-          for (int i = 0; i < 2; ++i)
-            p.of[a][i] = *reinterpret_cast<const Wide*>((a ? y : x) + at(k, j + size_t(i) * half));
-        return p;
-      };
-      Piece kept[at_once] = {};  // zeros, if the thread has none
-      Several<A, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
-      Several<A, at_once> sums = {};
-      for (size_t j = own; j < half; j += step) {
-        UNROLL
-        for (int k = 0; k < at_once; ++k) {
-          Piece p = read(k, j);
-          if (j == own) kept[k] = p;
-          for (int i = 0; i < wide; ++i) {
-            Point<A> a = p.point(0, i), b = p.point(arrays - 1, i);
-            sums.v[k] += a.x1 * b.x1 + a.x2 * b.x2;
+template <int wide, int at_once, int arrays, class Real, class Finish, class Put>
+void replace_heads_by(const Device& device, Real* x, const Real* y, Rope<AccOf<Real>> rope,
+                      Heads heads, const Finish& finish, const Put& put) {
+  using Acc = AccOf<Real>;
+  using Piece = HeadPiece<Real, wide, arrays>;
+  using Wide = Several<Real, wide>;
+  size_t half = heads.dim / 2, all_heads = 2 * heads.count;
+  int one = threads_a_head(heads, wide);
+  for_each_team(
+      device, heads.batch * heads.length, threads_a_token(heads, one, at_once), [=] HD(Team team) {
+        size_t row = team.index, token = uint32_t(row) % uint32_t(heads.length);
+        bool turned = token < rope.image_tokens;
+        auto angle = [&](const Acc* table, size_t j) {
+          size_t at = (turned ? token * half : 0) + min_(j, half - wide);
+          return *reinterpret_cast<const Several<Acc, wide>*>(table + at);
+        };
+        Team part = team.part(one);
+        size_t own = size_t(wide * part.rank), step = size_t(wide * part.size);
+        for (size_t head = at_once * part.index; head < all_heads;
+             head += at_once * size_t(team.parts(one))) {
+          auto at = [&](int k, size_t j) {  // of head + k, or the last one's again
+            return row * 3 * heads.width() + min_(head + size_t(k), all_heads - 1) * heads.dim + j;
+          };
+          auto read = [&](int k, size_t j) {
+            Piece p;
+            for (int a = 0; a < arrays; ++a)
+              for (int i = 0; i < 2; ++i)
+                p.of[a][i] =
+                    *reinterpret_cast<const Wide*>((a ? y : x) + at(k, j + size_t(i) * half));
+            return p;
+          };
+          Piece kept[at_once] = {};  // zeros, if the thread has none
+          Several<Acc, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
+          Several<Acc, at_once> sums = {};
+          for (size_t j = own; j < half; j += step) {
+            UNROLL
+            for (int k = 0; k < at_once; ++k) {
+              Piece p = read(k, j);
+              if (j == own) kept[k] = p;
+              for (int i = 0; i < wide; ++i) {
+                Point<Acc> a = p.point(0, i), b = p.point(arrays - 1, i);
+                sums.v[k] += a.x1 * b.x1 + a.x2 * b.x2;
+              }
+            }
+          }
+          sums = part.sum_rows(sums, 1);
+          decltype(finish(0, Acc(), true)) found[at_once];
+          UNROLL
+          for (int k = 0; k < at_once; ++k)
+            found[k] = finish(row * all_heads + min_(head + size_t(k), all_heads - 1), sums.v[k],
+                              part.rank == 0 && head + size_t(k) < all_heads);
+          for (size_t j = own; j < half; j += step) {
+            Several<Acc, wide> c = j == own ? cosine : angle(rope.cosine, j);
+            Several<Acc, wide> s = j == own ? sine : angle(rope.sine, j);
+            if (!turned)
+              for (int i = 0; i < wide; ++i) c.v[i] = 1, s.v[i] = 0;
+            UNROLL
+            for (int k = 0; k < at_once; ++k) {
+              if (head + size_t(k) >= all_heads) break;
+              Piece p = j == own ? kept[k] : read(k, j);
+              for (int i = 0; i < wide; ++i) {
+                Rotation<Acc> R{c.v[i], s.v[i]};
+                Point<Acc> out = put(p.point(0, i), p.point(arrays - 1, i), R, found[k]);
+                p.of[0][0].v[i] = Real(out.x1), p.of[0][1].v[i] = Real(out.x2);
+              }
+              for (int i = 0; i < 2; ++i)
+                *reinterpret_cast<Wide*>(x + at(k, j + size_t(i) * half)) = p.of[0][i];
+            }
           }
         }
-      }
-      sums = part.sum_rows(sums, 1);
-      decltype(finish(0, A(), true)) found[at_once];
-      UNROLL
-      for (int k = 0; k < at_once; ++k)
-        found[k] = finish(row * heads + min_(head + size_t(k), heads - 1), sums.v[k],
-                          part.rank == 0 && head + size_t(k) < heads);
-      for (size_t j = own; j < half; j += step) {
-        Several<A, wide> c = j == own ? cosine : angle(rope.cosine, j);
-        Several<A, wide> s = j == own ? sine : angle(rope.sine, j);
-        if (!turned)
-          for (int i = 0; i < wide; ++i) c.v[i] = 1, s.v[i] = 0;
-        UNROLL
-        for (int k = 0; k < at_once; ++k) {
-          if (head + size_t(k) >= heads) break;
-          Piece p = j == own ? kept[k] : read(k, j);
-          for (int i = 0; i < wide; ++i) {
-            Rotation<A> R{c.v[i], s.v[i]};
-            Point<A> out = put(p.point(0, i), p.point(arrays - 1, i), R, found[k]);
-            p.of[0][0].v[i] = T(out.x1), p.of[0][1].v[i] = T(out.x2);
-          }
-          for (int i = 0; i < 2; ++i)
-            *reinterpret_cast<Wide*>(x + at(k, j + size_t(i) * half)) = p.of[0][i];
-        }
-      }
-    }
-  });
+      });
 }
 
 // One array: four heads at a time, and loads as wide as the halves allow.
-template <class T, class Finish, class Put>
-void replace_heads(const Device& device, T* x, Rope<Acc<T>> rope, Heads h, const Finish& finish,
-                   const Put& put) {
-  if (h.dim % 8 == 0)
-    replace_heads_by<4, 4, 1>(device, x, x, rope, h, finish, put);
+template <class Real, class Finish, class Put>
+void replace_heads(const Device& device, Real* x, Rope<AccOf<Real>> rope, Heads heads,
+                   const Finish& finish, const Put& put) {
+  if (heads.dim % 8 == 0)
+    replace_heads_by<4, 4, 1>(device, x, x, rope, heads, finish, put);
   else
-    replace_heads_by<2, 4, 1>(device, x, x, rope, h, finish, put);
+    replace_heads_by<2, 4, 1>(device, x, x, rope, heads, finish, put);
 }
 // Two: one at a time. Where this runs, off tensor cores, other kernels take the time.
-template <class T, class Finish, class Put>
-void replace_heads(const Device& device, T* x, const T* y, Rope<Acc<T>> rope, Heads h,
-                   const Finish& finish, const Put& put) {
-  replace_heads_by<1, 1, 2>(device, x, y, rope, h, finish, put);
+template <class Real, class Finish, class Put>
+void replace_heads(const Device& device, Real* x, const Real* y, Rope<AccOf<Real>> rope,
+                   Heads heads, const Finish& finish, const Put& put) {
+  replace_heads_by<1, 1, 2>(device, x, y, rope, heads, finish, put);
 }
 
 // D.2 On tensor cores
@@ -1472,20 +1484,20 @@ void replace_heads(const Device& device, T* x, const T* y, Rope<Acc<T>> rope, He
 
 // inner (B, H, T), c_i = <G_i, Y_i> for each head, from dY and Y (B, T, D), given as Y and what
 // rounding took from it.
-template <class T>
-void head_products(const Device& device, Acc<T>* inner, const T* dY, const T* Y, const T* Y_rest,
-                   Heads h) {
-  using A = Acc<T>;
-  sum_over_channels<A>(
-      device, h.batch * h.length * h.heads, h.dim,
+template <class Real>
+void head_products(const Device& device, AccOf<Real>* inner, const Real* dY, const Real* Y,
+                   const Real* Y_rest, Heads heads) {
+  using Acc = AccOf<Real>;
+  sum_over_channels<Acc>(
+      device, heads.batch * heads.length * heads.count, heads.dim,
       [=] HD(size_t number, size_t d) {
-        size_t at = number * h.dim + d;
-        return dot(load<A>(dY + at), load<A>(Y + at) + load<A>(Y_rest + at));
+        size_t at = number * heads.dim + d;
+        return dot(load<Acc>(dY + at), load<Acc>(Y + at) + load<Acc>(Y_rest + at));
       },
-      [=] HD(size_t number, A sum) {
-        uint32_t heads = uint32_t(h.heads), length = uint32_t(h.length);
-        uint32_t row = uint32_t(number) / heads, head = uint32_t(number) % heads;
-        inner[(row / length * h.heads + head) * h.length + row % length] = sum;
+      [=] HD(size_t number, Acc sum) {
+        uint32_t all_heads = uint32_t(heads.count), length = uint32_t(heads.length);
+        uint32_t row = uint32_t(number) / all_heads, head = uint32_t(number) % all_heads;
+        inner[(row / length * heads.count + head) * heads.length + row % length] = sum;
       });
 }
 
@@ -1734,30 +1746,30 @@ struct AttentionPlace {
   int n, first, warp, g, t;  // tokens; the block's first row; in it, the warp's; the lane 4 g + t
   size_t b, head, pair;      // pair = b H + head
 
-  __device__ AttentionPlace(Heads h)
-      : n(int(h.length)),
+  __device__ AttentionPlace(Heads heads)
+      : n(int(heads.length)),
         warp(int(threadIdx.x / 32) * 16),
         g(int(threadIdx.x % 32 / 4)),
         t(int(threadIdx.x % 4)) {
     int blocks = (n + block_rows - 1) / block_rows;
     first = int(blockIdx.x) % blocks * block_rows;
-    pair = blockIdx.x / unsigned(blocks), b = pair / h.heads, head = pair % h.heads;
+    pair = blockIdx.x / unsigned(blocks), b = pair / heads.count, head = pair % heads.count;
   }
 };
 
 // Y, Y_rest (B, T, D) and log sums (B, H, T) from qkv.
 template <int dim>
 __global__ void __launch_bounds__(block_threads, 4)
-    attention_forward_kernel(bf16* Y, bf16* Y_rest, float* log_sums, const bf16* qkv, Heads h) {
+    attention_forward_kernel(bf16* Y, bf16* Y_rest, float* log_sums, const bf16* qkv, Heads heads) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(1024) unsigned char shared[];
   using Rows = Tile<dim, block_rows>;
   using Columns = Tile<dim, tile_columns>;
   Rows Q{unsigned(__cvta_generic_to_shared(shared))};
   auto columns = [&](int i) { return Columns{Q.at + Q.size + unsigned(i) * Columns::size}; };
-  AttentionPlace p(h);
-  size_t D = h.width(), stride = 3 * D;
-  const bf16* q = qkv + p.b * h.length * stride + p.head * dim;
+  AttentionPlace p(heads);
+  size_t D = heads.width(), stride = 3 * D;
+  const bf16* q = qkv + p.b * heads.length * stride + p.head * dim;
   float log2_scale = log2_e / sqrtf(float(dim));  // e^x = 2^(x log2 e)
   auto load_columns = [&](int tile) {
     columns(tile % 2).load(q + D, stride, tile * tile_columns, p.n);
@@ -1803,9 +1815,9 @@ __global__ void __launch_bounds__(block_threads, 4)
       rest.pair(row, 8 * k + 2 * p.t) = packed(even - first_of(both), odd - second_of(both));
     }
     if (p.t == 0 && p.first + row < p.n)
-      log_sums[p.pair * h.length + size_t(p.first + row)] = log2f(total);
+      log_sums[p.pair * heads.length + size_t(p.first + row)] = log2f(total);
   }
-  size_t out = p.b * h.length * D + p.head * dim;
+  size_t out = p.b * heads.length * D + p.head * dim;
   Q.store(Y + out, D, p.first, p.n);
   if (Y_rest) rest.store(Y_rest + out, D, p.first, p.n);
 #endif
@@ -1862,16 +1874,17 @@ __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim
 // is made in dA's place.
 template <int dim, bool keys>
 __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const bf16* qkv,
-                                        AttentionBackwardInputs c, Heads h) {
+                                        AttentionBackwardInputs c, Heads heads) {
   using Rows = Tile<dim, block_rows>;
   using Columns = Tile<dim, tile_columns>;
   Rows L1{unsigned(__cvta_generic_to_shared(shared))}, L2{L1.at + Rows::size};
   auto columns = [&](int i) { return Columns{L2.at + Rows::size + unsigned(i) * Columns::size}; };
-  AttentionPlace p(h);
-  size_t D = h.width(), stride = 3 * D, start = p.b * h.length * stride + p.head * dim;
+  AttentionPlace p(heads);
+  size_t D = heads.width(), stride = 3 * D, start = p.b * heads.length * stride + p.head * dim;
   const bf16 *q = qkv + start, *k = q + D, *v = k + D;
-  const bf16* dy = c.dY + p.b * h.length * D + p.head * dim;
-  const float *log_sums = c.log_sums + p.pair * h.length, *inner = c.inner + p.pair * h.length;
+  const bf16* dy = c.dY + p.b * heads.length * D + p.head * dim;
+  const float *log_sums = c.log_sums + p.pair * heads.length,
+              *inner = c.inner + p.pair * heads.length;
   float scale = 1 / sqrtf(float(dim)), log2_scale = log2_e * scale;
   // l and c of a tile's queries, where these are the columns: two rows of 32 floats a stage.
   float* of_columns = reinterpret_cast<float*>(shared + 2 * Rows::size + 4 * Columns::size);
@@ -1933,8 +1946,8 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
   }
   // The sums leave by way of the rows' tiles.
   constexpr size_t part = keys ? 1 : 0;
-  const float* r = c.r + (p.b * h.length * 2 + part) * h.heads + p.head;
-  leave_through_rope<dim>(L1, d1, scale, r, 2 * h.heads, c.rope, p);
+  const float* r = c.r + (p.b * heads.length * 2 + part) * heads.count + p.head;
+  leave_through_rope<dim>(L1, d1, scale, r, 2 * heads.count, c.rope, p);
   L1.store(dqkv + start + part * D, stride, p.first, p.n);
   if constexpr (keys) {
     UNROLL
@@ -1947,13 +1960,13 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
 
 template <int dim>
 __global__ void __launch_bounds__(block_threads, dim == 64 ? 3 : 2)
-    attention_backward_kernel(bf16* dqkv, const bf16* qkv, AttentionBackwardInputs c, Heads h) {
+    attention_backward_kernel(bf16* dqkv, const bf16* qkv, AttentionBackwardInputs c, Heads heads) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(1024) unsigned char shared[];
   if (blockIdx.z == 0)
-    attention_backward_rows<dim, true>(shared, dqkv, qkv, c, h);
+    attention_backward_rows<dim, true>(shared, dqkv, qkv, c, heads);
   else
-    attention_backward_rows<dim, false>(shared, dqkv, qkv, c, h);
+    attention_backward_rows<dim, false>(shared, dqkv, qkv, c, heads);
 #endif
 }
 #endif
@@ -1961,43 +1974,44 @@ __global__ void __launch_bounds__(block_threads, dim == 64 ? 3 : 2)
 // attention_forward() on tensor cores: s.Y, what rounding took from it (s.Y_rest, unless null) and
 // s.log_sums (B, H, T) from s.qkv, whose Q and K are normalised. False where that is not how it is
 // done: then nothing is.
-template <class T>
-bool fused_attention_forward(Device& device, const BlockSaved<T>& s, Heads h) {
+template <class Real>
+bool fused_attention_forward(Device& device, const BlockSaved<Real>& s, Heads heads) {
   if (!s.log_sums) return false;
 #ifdef __CUDACC__
-  if constexpr (std::is_same_v<T, bf16>) {
-    dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads));
+  if constexpr (std::is_same_v<Real, bf16>) {
+    dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count));
     size_t rows = block_rows + 4 * tile_columns;
     auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, false, block_threads, rows * h.dim * sizeof(T), s.Y, s.Y_rest,
-             s.log_sums, s.qkv, h);
+      launch(device, kernel, blocks, false, block_threads, rows * heads.dim * sizeof(Real), s.Y,
+             s.Y_rest, s.log_sums, s.qkv, heads);
     };
-    h.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
+    heads.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
   }
 #endif
-  (void)device, (void)h;
+  (void)device, (void)heads;
   return true;
 }
 
 // attention_backward() and rope_qk_norm_backward() on tensor cores: scratch.dqkv (=) from
 // scratch.dY and what the forward saved; or false.
-template <class T>
-bool fused_attention_backward(Device& device, const Block<T>& block) {
-  const BlockSaved<T>& s = block.saved;
-  const BlockScratch<T>& scratch = block.scratch;
-  Heads h = block.shape.heads;
+template <class Real>
+bool fused_attention_backward(Device& device, const Block<Real>& block) {
+  const BlockSaved<Real>& s = block.saved;
+  const BlockScratch<Real>& scratch = block.scratch;
+  Heads heads = block.shape.heads;
   if (!s.log_sums) return false;
-  head_products(device, scratch.inner, scratch.dY, s.Y, s.Y_rest, h);
+  head_products(device, scratch.inner, scratch.dY, s.Y, s.Y_rest, heads);
 #ifdef __CUDACC__
-  if constexpr (std::is_same_v<T, bf16>) {
-    dim3 blocks(unsigned(ceil_div(h.length, block_rows) * h.batch * h.heads), 1, 2);
+  if constexpr (std::is_same_v<Real, bf16>) {
+    dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count), 1, 2);
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
     AttentionBackwardInputs c{scratch.dY, s.log_sums, scratch.inner, s.r_qk, block.shape.rope};
     auto run = [&](auto kernel) {
       launch(device, kernel, blocks, false, block_threads,
-             rows * h.dim * sizeof(T) + floats * sizeof(float), scratch.dqkv, s.qkv, c, h);
+             rows * heads.dim * sizeof(Real) + floats * sizeof(float), scratch.dqkv, s.qkv, c,
+             heads);
     };
-    h.dim == 64 ? run(attention_backward_kernel<64>) : run(attention_backward_kernel<128>);
+    heads.dim == 64 ? run(attention_backward_kernel<64>) : run(attention_backward_kernel<128>);
   }
 #endif
   return true;
@@ -2027,15 +2041,15 @@ struct MeasuredSizes {
 // What there is to see during a backward: what a block saved, one of its writers, 0 (W_O) or 1
 // (W2), with its input y (B, T, n), its adjoint delta (B, T, D), and the X, F (B, T, D) of its
 // merge.
-template <class T>
+template <class Real>
 struct Sight {
-  const BlockSaved<T>& saved;
+  const BlockSaved<Real>& saved;
   int writer;
-  const T* delta;
+  const Real* delta;
 
-  const T* y() const { return writer ? saved.hidden : saved.Y; }
-  const T* X() const { return writer ? saved.X1 : saved.X; }
-  const T* F() const { return writer ? saved.F2 : saved.F1; }
+  const Real* y() const { return writer ? saved.hidden : saved.Y; }
+  const Real* X() const { return writer ? saved.X1 : saved.X; }
+  const Real* F() const { return writer ? saved.F2 : saved.F1; }
 };
 
 // One column of diagnostics.csv, and what a measurement gives its columns to.
@@ -2066,17 +2080,17 @@ struct Measurement {
   // Lay out the scratch; measurements take the same bytes by turns.
   void lay(Carver&, const MeasuredSizes&) {}
   // Enqueue what makes the numbers `to`: during a backward, or after it, from gradients.
-  template <class T>
-  void during(Device&, double*, const Sight<T>&, const MeasuredSizes&) {}
+  template <class Real>
+  void during(Device&, double*, const Sight<Real>&, const MeasuredSizes&) {}
   template <class Kept>
   void after(Device&, double*, const BlockParameters<Kept>&, const MeasuredSizes&) {}
 };
 
 // The two parts of the writers' gradients, and their alignment (mvsplit.cu, appendix D).
-template <class T>
+template <class Real>
 struct WritersMeasured : Measurement {
   static constexpr bool of_writers = true, of_spikes = true;
-  WriterScratch<Acc<T>> scratch[2];
+  WriterScratch<AccOf<Real>> scratch[2];
 
   // How many numbers (double) it leaves: WriterModes (samples).
   static size_t count(const MeasuredSizes& m) {
@@ -2089,7 +2103,7 @@ struct WritersMeasured : Measurement {
     scratch[1].lay(second, m.tokens(), inputs(1, m.config), m.config.width);
     c.used = std::max(c.used, second.used);
   }
-  void during(Device& device, double* to, const Sight<T>& see, const MeasuredSizes& m) {
+  void during(Device& device, double* to, const Sight<Real>& see, const MeasuredSizes& m) {
     writer_modes(device, reinterpret_cast<WriterModes*>(to), scratch[see.writer], see.y(),
                  see.delta, m.tokens(), inputs(see.writer, m.config), m.config.width);
   }
@@ -2118,15 +2132,15 @@ struct WritersMeasured : Measurement {
 // Energies (3, B, 2) of X and F (B, T, D), and of X with every token scaled to length 1. The mean
 // u of T unit vectors has |u|^2 = (T + the sum of their T (T - 1) pairwise cosines) / T^2, so the
 // mean cosine is (T |u|^2 - 1) / (T - 1): TCS, from the mean's energy T |u|^2.
-template <class T>
-void state_energies(const Device& device, double* energies, const T* X, const T* F,
-                    Acc<T>* inverse_norms, Tokens tokens, size_t D) {
-  using A = Acc<T>;
+template <class Real>
+void state_energies(const Device& device, double* energies, const Real* X, const Real* F,
+                    AccOf<Real>* inverse_norms, Tokens tokens, size_t D) {
+  using Acc = AccOf<Real>;
   size_t n = tokens.length();
   for_each_team(device, tokens.rows(), threads_for(D), [=] HD(Team team) {
-    A squares = 0;
+    Acc squares = 0;
     for (size_t d = team.rank; d < D; d += team.size) {
-      A x = A(X[team.index * D + d]);
+      Acc x = Acc(X[team.index * D + d]);
       squares += x * x;
     }
     squares = team.sum(squares);
@@ -2134,21 +2148,23 @@ void state_energies(const Device& device, double* energies, const T* X, const T*
   });
   matrix_energies(device, energies, X, tokens.batch, n, D);
   matrix_energies(device, energies + 2 * tokens.batch, F, tokens.batch, n, D);
-  split_energies<A>(device, energies + 4 * tokens.batch, tokens.batch, n, D,
-                    [=] HD(size_t b, size_t t, size_t d) {
-                      return inverse_norms[b * n + t] * A(X[(b * n + t) * D + d]);
-                    });
+  split_energies<Acc>(device, energies + 4 * tokens.batch, tokens.batch, n, D,
+                      [=] HD(size_t b, size_t t, size_t d) {
+                        return inverse_norms[b * n + t] * Acc(X[(b * n + t) * D + d]);
+                      });
 }
 
-template <class T>
+template <class Real>
 struct StatesMeasured : Measurement {
   static constexpr bool of_writers = true;
-  Acc<T>* inverse_norms;  // (samples, T)
+  AccOf<Real>* inverse_norms;  // (samples, T)
 
   // Energies (3, samples, 2) of X, of F, and of X's unit tokens.
   static size_t count(const MeasuredSizes& m) { return 3 * m.samples * 2; }
-  void lay(Carver& c, const MeasuredSizes& m) { inverse_norms = c.take<Acc<T>>(m.tokens().rows()); }
-  void during(Device& device, double* to, const Sight<T>& see, const MeasuredSizes& m) {
+  void lay(Carver& c, const MeasuredSizes& m) {
+    inverse_norms = c.take<AccOf<Real>>(m.tokens().rows());
+  }
+  void during(Device& device, double* to, const Sight<Real>& see, const MeasuredSizes& m) {
     state_energies(device, to, see.X(), see.F(), inverse_norms, m.tokens(), m.config.width);
   }
   static void read(const double* from, int, const MeasuredSizes& m, const Add& add) {
@@ -2181,14 +2197,16 @@ struct StatesMeasured : Measurement {
 // (Prop. 1).
 
 // out = P x for each x (n, D) of a batch: every column is centered.
-template <class A, class T>
-void center_columns(const Device& device, A* out, const T* x, size_t batch, size_t n, size_t D) {
+template <class Acc, class Real>
+void center_columns(const Device& device, Acc* out, const Real* x, size_t batch, size_t n,
+                    size_t D) {
   for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
     size_t first = team.index * n * D;
     for (size_t d = team.rank; d < D; d += team.size) {
-      A sum = 0;
-      for (size_t t = 0; t < n; ++t) sum += A(x[first + t * D + d]);
-      for (size_t t = 0; t < n; ++t) out[first + t * D + d] = A(x[first + t * D + d]) - sum / A(n);
+      Acc sum = 0;
+      for (size_t t = 0; t < n; ++t) sum += Acc(x[first + t * D + d]);
+      for (size_t t = 0; t < n; ++t)
+        out[first + t * D + d] = Acc(x[first + t * D + d]) - sum / Acc(n);
     }
   });
 }
@@ -2202,21 +2220,21 @@ void center_columns(const Device& device, A* out, const T* x, size_t batch, size
 // P A is brought to |P A|_F = 1 first: of one that is small, the power would vanish in fp32.
 constexpr int power_steps = 100;
 
-template <class A>
-void centered_norms(Device& device, double* norms, const A* matrices, A* centered, A* power, A* x,
-                    size_t batch, size_t n) {
-  auto square = [&](A* to, A* from, bool of_columns) {
-    Matrix<A> m = Matrix<A>(from, n).batch(n * n, 0);
-    gemm(device, Matrix<A>(to, n).batch(n * n, 0), of_columns ? m.transpose() : m, m,
+template <class Acc>
+void centered_norms(Device& device, double* norms, const Acc* matrices, Acc* centered, Acc* power,
+                    Acc* x, size_t batch, size_t n) {
+  auto square = [&](Acc* to, Acc* from, bool of_columns) {
+    Matrix<Acc> m = Matrix<Acc>(from, n).batch(n * n, 0);
+    gemm(device, Matrix<Acc>(to, n).batch(n * n, 0), of_columns ? m.transpose() : m, m,
          {n, n, n, batch});
   };
   center_columns(device, centered, matrices, batch, n, n);
   for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
-    A* c = centered + team.index * n * n;
+    Acc* c = centered + team.index * n * n;
     double squares = 0;
     for (size_t i = team.rank; i < n * n; i += team.size) squares += double(c[i]) * double(c[i]);
     double length = std::sqrt(team.sum(squares));
-    A inverse = length > 0 ? A(1 / length) : A(0);
+    Acc inverse = length > 0 ? Acc(1 / length) : Acc(0);
     for (size_t i = team.rank; i < n * n; i += team.size) c[i] *= inverse;
     if (team.rank == 0) norms[team.index] = length;
   });
@@ -2224,56 +2242,57 @@ void centered_norms(Device& device, double* norms, const A* matrices, A* centere
   square(centered, power, false);  // its 2nd
   square(power, centered, false);  // and 4th power
   for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
-    const A* m = power + team.index * n * n;
-    A *v = x + team.index * 2 * n, *next = v + n;
+    const Acc* m = power + team.index * n * n;
+    Acc *v = x + team.index * 2 * n, *next = v + n;
     for (size_t i = team.rank; i < n; i += team.size)
-      v[i] = A(2 * uniform(0, streams::check, i) - 1);  // fixed, and orthogonal to nothing special
-    A scale = 0;
+      v[i] =
+          Acc(2 * uniform(0, streams::check, i) - 1);  // fixed, and orthogonal to nothing special
+    Acc scale = 0;
     // The first product has no unit vector yet: one more.
     for (int step = 0; step <= power_steps; ++step) {
       team.sync();
-      A squares = 0;
+      Acc squares = 0;
       for (size_t j = team.rank; j < n; j += team.size) {
-        A sum = 0;
+        Acc sum = 0;
         for (size_t i = 0; i < n; ++i) sum += m[i * n + j] * v[i];  // it is symmetric
         next[j] = sum;
         squares += sum * sum;
       }
       scale = std::sqrt(team.sum(squares));
-      A inverse = scale > 0 ? A(1) / scale : A(0);
+      Acc inverse = scale > 0 ? Acc(1) / scale : Acc(0);
       for (size_t j = team.rank; j < n; j += team.size) v[j] = inverse * next[j];
     }
     if (team.rank == 0) norms[team.index] *= pow(double(scale), 0.125);  // |power^4 x|^(1/8)
   });
 }
 
-template <class T>
+template <class Real>
 struct AttentionMeasured : Measurement {
-  using A = Acc<T>;
-  A *probs, *columns, *products, *vectors;  // three (samples, H, T, T), (samples, H, 2, T)
-  A *centered, *moved;                      // (samples, T, D), (samples, H, T, D)
+  using Acc = AccOf<Real>;
+  Acc *probs, *columns, *products, *vectors;  // three (samples, H, T, T), (samples, H, 2, T)
+  Acc *centered, *moved;                      // (samples, T, D), (samples, H, T, D)
 
   // Energies of A (samples, H, 2), and of A c(X), X the block's input, likewise; ||P A P||_2
   // (samples, H); and energies of X (samples, 2).
   static size_t count(const MeasuredSizes& m) { return m.samples * (5 * m.config.heads + 2); }
   void lay(Carver& c, const MeasuredSizes& m) {
     size_t n = m.config.tokens(), D = m.config.width, pairs = m.samples * m.config.heads;
-    for (A** squares : {&probs, &columns, &products}) *squares = c.take<A>(pairs * n * n);
-    vectors = c.take<A>(pairs * 2 * n);
-    centered = c.take<A>(m.samples * n * D), moved = c.take<A>(pairs * n * D);
+    for (Acc** squares : {&probs, &columns, &products}) *squares = c.take<Acc>(pairs * n * n);
+    vectors = c.take<Acc>(pairs * 2 * n);
+    centered = c.take<Acc>(m.samples * n * D), moved = c.take<Acc>(pairs * n * D);
   }
-  void during(Device& device, double* to, const Sight<T>& see, const MeasuredSizes& m) {
+  void during(Device& device, double* to, const Sight<Real>& see, const MeasuredSizes& m) {
     if (see.writer != 0) return;
-    Heads h = m.heads();
-    size_t n = h.length, D = h.width(), pairs = h.batch * h.heads;
+    Heads heads = m.heads();
+    size_t n = heads.length, D = heads.width(), pairs = heads.batch * heads.count;
     double *moved_to = to + 2 * pairs, *norms = moved_to + 2 * pairs, *trunk = norms + pairs;
-    attention_matrices(device, probs, probs, see.saved.qkv, h);
+    attention_matrices(device, probs, probs, see.saved.qkv, heads);
     centered_norms(device, norms, probs, columns, products, vectors, pairs, n);
     matrix_energies(device, to, probs, pairs, n, n);
-    matrix_energies(device, trunk, see.X(), h.batch, n, D);
-    center_columns(device, centered, see.X(), h.batch, n, D);
-    gemm(device, Matrix<A>(moved, D).batch(h.heads * n * D, n * D), head_square(probs, h),
-         Matrix<A>(centered, D).batch(n * D, 0), {n, D, n, h.batch, h.heads});
+    matrix_energies(device, trunk, see.X(), heads.batch, n, D);
+    center_columns(device, centered, see.X(), heads.batch, n, D);
+    gemm(device, Matrix<Acc>(moved, D).batch(heads.count * n * D, n * D), head_square(probs, heads),
+         Matrix<Acc>(centered, D).batch(n * D, 0), {n, D, n, heads.batch, heads.count});
     matrix_energies(device, moved_to, moved, pairs, n, D);
   }
   static void read(const double* from, int, const MeasuredSizes& m, const Add& add) {
@@ -2327,11 +2346,11 @@ struct QueriesAndKeysMeasured : Measurement {
 
 // All there are. Columns come in this order: those of one writer, those of the other, then a
 // block's.
-template <class T>
-using Measurements =
-    std::tuple<WritersMeasured<T>, StatesMeasured<T>, AttentionMeasured<T>, QueriesAndKeysMeasured>;
+template <class Real>
+using Measurements = std::tuple<WritersMeasured<Real>, StatesMeasured<Real>,
+                                AttentionMeasured<Real>, QueriesAndKeysMeasured>;
 
-template <class T>
+template <class Real>
 class Diagnostics {
  public:
   const MeasuredSizes sizes;
@@ -2356,14 +2375,14 @@ class Diagnostics {
   }
 
   // Measure during a backward: what spikes are described by, and with `all` the rest.
-  void observe(Device& device, size_t block, int writer, const BlockSaved<T>& s, const T* delta,
-               bool all) {
+  void observe(Device& device, size_t block, int writer, const BlockSaved<Real>& s,
+               const Real* delta, bool all) {
     auto at = std::find(layers.begin(), layers.end(), block);
     if (at == layers.end()) return;
     each(all_, [&](auto& m, size_t k) {
       if (all || m.of_spikes)
         m.during(device, numbers(m, numbers_[k], size_t(at - layers.begin()), writer),
-                 Sight<T>{s, writer, delta}, sizes);
+                 Sight<Real>{s, writer, delta}, sizes);
     });
   }
 
@@ -2401,8 +2420,8 @@ class Diagnostics {
   }
 
  private:
-  using Numbers = std::array<double*, std::tuple_size_v<Measurements<T>>>;
-  Measurements<T> all_;
+  using Numbers = std::array<double*, std::tuple_size_v<Measurements<Real>>>;
+  Measurements<Real> all_;
   Numbers numbers_{};  // of each measurement: (layers, 2 if of writers, else 1, count())
   std::byte* base_ = nullptr;
   size_t results_ = 0, results_bytes_ = 0;

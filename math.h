@@ -113,7 +113,7 @@ struct Error : std::runtime_error {
 // 2. Numbers
 //
 // T is what is stored: double for gradient checks, else as --precision says, by default bf16 on a
-// GPU with tensor cores for it, else float. Acc<T> is what sums are made in: double for double,
+// GPU with tensor cores for it, else float. Acc is what sums are made in: double for double,
 // float for the others.
 
 // bfloat16: the upper half of a float. Eight bits of exponent, seven of mantissa.
@@ -142,41 +142,41 @@ struct bf16 {
   }
 };
 
-template <class T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class Real>
+using AccOf = std::conditional_t<std::is_same_v<Real, double>, double, float>;
 
 // Neighbours in memory that are moved as one.
-template <class T, int n>
-struct alignas(n * sizeof(T)) Several {
-  T v[n];
+template <class Real, int n>
+struct alignas(n * sizeof(Real)) Several {
+  Real v[n];
 };
 
-template <class T, int n>
-HD Several<T, n> operator+(Several<T, n> a, Several<T, n> b) {
+template <class Real, int n>
+HD Several<Real, n> operator+(Several<Real, n> a, Several<Real, n> b) {
   for (int i = 0; i < n; ++i) a.v[i] += b.v[i];
   return a;
 }
 
 // Four neighbouring channels: what one thread loads and stores at once (8 bytes of bf16, 16 of
 // float). Widths are multiples of four, so rows are read by quads and never have a tail.
-template <class A>
-struct alignas(4 * sizeof(A)) Quad {
-  A v[4];
-  HD A& operator[](int i) { return v[i]; }
-  HD A operator[](int i) const { return v[i]; }
+template <class Acc>
+struct alignas(4 * sizeof(Acc)) Quad {
+  Acc v[4];
+  HD Acc& operator[](int i) { return v[i]; }
+  HD Acc operator[](int i) const { return v[i]; }
 };
 
-template <class A>
-HD Quad<A> quad(A x) {
+template <class Acc>
+HD Quad<Acc> quad(Acc x) {
   return {{x, x, x, x}};
 }
 #define QUAD_OPERATOR(op)                                              \
-  template <class A>                                                   \
-  HD Quad<A> operator op(Quad<A> a, Quad<A> b) {                       \
+  template <class Acc>                                                 \
+  HD Quad<Acc> operator op(Quad<Acc> a, Quad<Acc> b) {                 \
     return {{a[0] op b[0], a[1] op b[1], a[2] op b[2], a[3] op b[3]}}; \
   }                                                                    \
-  template <class A>                                                   \
-  HD Quad<A> operator op(A a, Quad<A> b) {                             \
+  template <class Acc>                                                 \
+  HD Quad<Acc> operator op(Acc a, Quad<Acc> b) {                       \
     return quad(a) op b;                                               \
   }
 QUAD_OPERATOR(+)
@@ -186,8 +186,8 @@ QUAD_OPERATOR(*)
 
 // a * b + c, on a GPU always rounded once: left to the compiler, two kernels with the same formula
 // may round differently.
-template <class A>
-HD Quad<A> multiply_add(Quad<A> a, Quad<A> b, Quad<A> c) {
+template <class Acc>
+HD Quad<Acc> multiply_add(Quad<Acc> a, Quad<Acc> b, Quad<Acc> c) {
 #ifdef __CUDA_ARCH__
   return {
       {fma(a[0], b[0], c[0]), fma(a[1], b[1], c[1]), fma(a[2], b[2], c[2]), fma(a[3], b[3], c[3])}};
@@ -195,39 +195,39 @@ HD Quad<A> multiply_add(Quad<A> a, Quad<A> b, Quad<A> c) {
   return a * b + c;
 #endif
 }
-template <class A>
-HD A dot(Quad<A> a, Quad<A> b) {
+template <class Acc>
+HD Acc dot(Quad<Acc> a, Quad<Acc> b) {
   return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
 }
 
 // One wide load or store, converting between storage and sums.
-template <class A, class T>
-HD Quad<A> widen(Quad<T> q) {
-  return {{A(q[0]), A(q[1]), A(q[2]), A(q[3])}};
+template <class Acc, class Real>
+HD Quad<Acc> widen(Quad<Real> q) {
+  return {{Acc(q[0]), Acc(q[1]), Acc(q[2]), Acc(q[3])}};
 }
-template <class A, class T>
-HD Quad<A> load(const T* p) {
-  return widen<A>(*reinterpret_cast<const Quad<T>*>(p));
+template <class Acc, class Real>
+HD Quad<Acc> load(const Real* p) {
+  return widen<Acc>(*reinterpret_cast<const Quad<Real>*>(p));
 }
-template <class T, class A>
-HD void store(T* p, Quad<A> q) {
-  *reinterpret_cast<Quad<T>*>(p) = {{T(q[0]), T(q[1]), T(q[2]), T(q[3])}};
+template <class Real, class Acc>
+HD void store(Real* p, Quad<Acc> q) {
+  *reinterpret_cast<Quad<Real>*>(p) = {{Real(q[0]), Real(q[1]), Real(q[2]), Real(q[3])}};
 }
 
 // The elementary functions by type, so that double stays double and float stays float everywhere.
 HD inline float exp_(float x) { return expf(x); }
 HD inline double exp_(double x) { return exp(x); }
-template <class A>
-HD A rsqrt_(A x) {
-  return A(1) / std::sqrt(x);
+template <class Acc>
+HD Acc rsqrt_(Acc x) {
+  return Acc(1) / std::sqrt(x);
 }
-template <class A>
-HD constexpr A max_(A a, A b) {
+template <class Acc>
+HD constexpr Acc max_(Acc a, Acc b) {
   return a > b ? a : b;
 }
 
-template <class A>
-HD A min_(A a, A b) {
+template <class Acc>
+HD Acc min_(Acc a, Acc b) {
   return a < b ? a : b;
 }
 
@@ -360,11 +360,11 @@ struct Carver {
   std::byte* base = nullptr;
   size_t used = 0;
 
-  template <class T>
-  T* take(size_t count) {
+  template <class Real>
+  Real* take(size_t count) {
     used = round_up(used, 256);
-    T* data = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += count * sizeof(T);
+    Real* data = base ? reinterpret_cast<Real*>(base + used) : nullptr;
+    used += count * sizeof(Real);
     return data;
   }
 };
@@ -427,15 +427,15 @@ struct Team {
   }
 
   // Combine x over the team with a commutative `op`; every thread gets the result.
-  template <class A, class Op>
-  HD A reduce(A x, Op op) const {
+  template <class Acc, class Op>
+  HD Acc reduce(Acc x, Op op) const {
 #ifdef __CUDA_ARCH__
     // Exchange with the lane whose number differs in one bit, up to five times. Both partners add
     // the same two numbers, so all lanes agree to the last bit.
     for (int bit = (size < 32 ? size : 32) / 2; bit > 0; bit /= 2)
       x = op(x, __shfl_xor_sync(lanes(), x, bit));
     if (size > 32) {
-      __shared__ A partial[max_size / 32];
+      __shared__ Acc partial[max_size / 32];
       if (rank % 32 == 0) partial[rank / 32] = x;
       __syncthreads();
       x = partial[0];
@@ -447,13 +447,13 @@ struct Team {
 #endif
     return x;
   }
-  template <class A>
-  HD A sum(A x) const {
-    return reduce(x, [](A a, A b) { return a + b; });
+  template <class Acc>
+  HD Acc sum(Acc x) const {
+    return reduce(x, [](Acc a, Acc b) { return a + b; });
   }
-  template <class A>
-  HD A max(A x) const {
-    return reduce(x, [](A a, A b) { return max_(a, b); });
+  template <class Acc>
+  HD Acc max(Acc x) const {
+    return reduce(x, [](Acc a, Acc b) { return max_(a, b); });
   }
 
   // The team as a grid, rank = row * columns + column, for columns a power of two up to 32: sum x
@@ -580,14 +580,14 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
 // `transposed`. A batch has two indices, outer and inner, since attention reads the heads' slices
 // of a (B, T, 3, H, hd) array in place: from one sequence to the next is another stride than from
 // one head to the next.
-template <class T>
+template <class Real>
 struct Matrix {
-  T* data;
+  Real* data;
   size_t stride;
   bool transposed = false;
   size_t outer_stride = 0, inner_stride = 0;
 
-  Matrix(T* d, size_t s) : data(d), stride(s) {}
+  Matrix(Real* d, size_t s) : data(d), stride(s) {}
   Matrix transpose() const {
     Matrix m = *this;
     m.transposed = !transposed;
@@ -599,7 +599,7 @@ struct Matrix {
     m.inner_stride = inner;
     return m;
   }
-  HD T* at(size_t o, size_t h) const { return data + o * outer_stride + h * inner_stride; }
+  HD Real* at(size_t o, size_t h) const { return data + o * outer_stride + h * inner_stride; }
 };
 
 struct Sizes {
@@ -607,18 +607,18 @@ struct Sizes {
   size_t outer = 1, inner = 1;  // outer * inner products: o < outer, h < inner
 };
 
-template <class A>
+template <class Acc>
 struct HostGemm;  // appendix D
 
 // C = alpha op(A) op(B) + beta C for each matrix of the batch; C (m,n), op(A) (m,k), op(B) (k,n).
-// Sums in Acc<T>; C may be stored as T or as Acc<T>. With k = 0 the product is zero.
+// Sums in Acc; C may be stored as Real or as Acc. With k = 0 the product is zero.
 template <class TC, class TA, class TB>
 void gemm(Device& device, Matrix<TC> C, Matrix<TA> A, Matrix<TB> B, Sizes s,
-          Acc<std::remove_const_t<TA>> alpha = 1, Acc<std::remove_const_t<TA>> beta = 0) {
-  using T = std::remove_const_t<TA>;
-  static_assert(std::is_same_v<T, std::remove_const_t<TB>>, "both factors are stored alike");
+          AccOf<std::remove_const_t<TA>> alpha = 1, AccOf<std::remove_const_t<TA>> beta = 0) {
+  using Real = std::remove_const_t<TA>;
+  static_assert(std::is_same_v<Real, std::remove_const_t<TB>>, "both factors are stored alike");
   auto view = [](auto m) {
-    Matrix<const T> v(m.data, m.stride);
+    Matrix<const Real> v(m.data, m.stride);
     v.transposed = m.transposed;
     v.outer_stride = m.outer_stride, v.inner_stride = m.inner_stride;
     return v;
@@ -628,12 +628,12 @@ void gemm(Device& device, Matrix<TC> C, Matrix<TA> A, Matrix<TB> B, Sizes s,
     return for_each(device, s.outer * s.inner * s.m * s.n, [=] HD(size_t i) {
       size_t row = i / s.n % s.m, product = i / s.n / s.m;
       TC& c = C.at(product / s.inner, product % s.inner)[row * C.stride + i % s.n];
-      c = beta == 0 ? TC(0) : TC(beta * Acc<T>(c));
+      c = beta == 0 ? TC(0) : TC(beta * AccOf<Real>(c));
     });
 #ifdef __CUDACC__
   if (device.gpu) return device_gemm(device, C, view(A), view(B), s, alpha, beta);
 #endif
-  HostGemm<Acc<T>>::template run<T, TC>(C, view(A), view(B), s, alpha, beta);
+  HostGemm<AccOf<Real>>::template run<Real, TC>(C, view(A), view(B), s, alpha, beta);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -971,12 +971,12 @@ void sum_over_rows(const Device& device, Groups groups, size_t D, Sum zero, cons
 }
 
 // Two sums that one pass makes.
-template <class A>
+template <class Acc>
 struct Pair {
-  A a, b;
+  Acc a, b;
 };
-template <class A>
-HD Pair<A> operator+(Pair<A> x, Pair<A> y) {
+template <class Acc>
+HD Pair<Acc> operator+(Pair<Acc> x, Pair<Acc> y) {
   return {x.a + y.a, x.b + y.b};
 }
 
@@ -1011,14 +1011,14 @@ void sum_over_groups(const Device& device, size_t groups, size_t D, bool one_num
 }
 
 // finish(row, sum) with the sum of term(row, d) over each row's channels.
-template <class A, class Term, class Finish>
+template <class Acc, class Term, class Finish>
 void sum_over_channels(const Device& device, size_t rows, size_t D, const Term& term,
                        const Finish& finish) {
   for_each_team(device, rows, threads_for_row(D), [=] HD(Team team) {
-    A sum = 0;
+    Acc sum = 0;
     each_quad(team, D, [&](size_t d, bool inside) {
-      A one = term(team.index, d);
-      sum += inside ? one : A(0);
+      Acc one = term(team.index, d);
+      sum += inside ? one : Acc(0);
     });
     sum = team.sum(sum);
     if (team.rank == 0) finish(team.index, sum);
@@ -1045,17 +1045,17 @@ void map_rows(const Device& device, Groups groups, size_t D, const Make& make, c
 // put(row, d, v, scale) with v = make(group, row, d) and scale = finish(row, |v|^2), one a row. A
 // thread keeps its first quad of each row, on a GPU up to D = 1024 all that it has; others are made
 // again.
-template <class A, class Groups, class Make, class Finish, class Put>
+template <class Acc, class Groups, class Make, class Finish, class Put>
 void map_rows_by_length(const Device& device, Groups groups, size_t D, const Make& make,
                         const Finish& finish, const Put& put) {
   for_each_team(device, groups.fours(), threads_for_fours(D), [=] HD(Team team) {
     FourRows rows = groups.four(team.index);
     size_t own = 4 * size_t(team.rank), step = 4 * size_t(team.size);
-    Quad<A> kept[4] = {}, squares = quad(A(0)), scale;
+    Quad<Acc> kept[4] = {}, squares = quad(Acc(0)), scale;
     for (size_t d = own; d < D; d += step) {
       UNROLL
       for (int k = 0; k < 4; ++k) {
-        Quad<A> v = make(rows.group, rows.row(k), d);
+        Quad<Acc> v = make(rows.group, rows.row(k), d);
         if (d == own) kept[k] = v;
         squares[k] += dot(v, v);
       }
@@ -1166,20 +1166,20 @@ class Graph {
 // D. The two matrix products
 
 // The CPU product. Each task makes one tile of C: it packs a panel of A and one of B into the order
-// in which the innermost loop reads them (and into Acc<T>), and multiplies panels by register
+// in which the innermost loop reads them (and into Acc), and multiplies panels by register
 // blocks of rows x columns. Tiles are independent and each sums k in the same order, whatever the
 // number of threads, so the bits do not depend on it.
-template <class A>
+template <class Acc>
 struct HostGemm {
 #ifdef __AVX512F__
   static constexpr int vector_bytes = 64;
 #else
   static constexpr int vector_bytes = 32;
 #endif
-  static constexpr int lanes = vector_bytes / sizeof(A);
+  static constexpr int lanes = vector_bytes / sizeof(Acc);
   static constexpr int rows = 6, columns = 2 * lanes;  // 12 accumulators hide the latency of a FMA
   static constexpr size_t tile_m = 96, tile_n = 256, tile_k = 256;
-  typedef A Vector __attribute__((vector_size(vector_bytes)));
+  typedef Acc Vector __attribute__((vector_size(vector_bytes)));
 
   // acc (rows, columns) = a (k, rows)^T b (k, columns), added to what is there unless `first`. Here
   // alone a compiler may fuse products and sums (see the Makefile): there is one way to do it.
@@ -1187,7 +1187,7 @@ struct HostGemm {
   [[gnu::optimize("fp-contract=fast")]]
 #endif
   static void
-  block(A* acc, size_t acc_stride, const A* a, const A* b, size_t k, bool first) {
+  block(Acc* acc, size_t acc_stride, const Acc* a, const Acc* b, size_t k, bool first) {
 #ifdef __clang__
 #pragma clang fp contract(fast)
 #endif
@@ -1214,26 +1214,26 @@ struct HostGemm {
 
   // Strips of `width` lines of op(M) (rows of A, columns of B), k-major within a strip, zero
   // padded.
-  template <class T>
-  static void pack(A* out, const T* data, size_t line_step, size_t k_step, size_t lines, size_t k,
-                   size_t width) {
+  template <class Real>
+  static void pack(Acc* out, const Real* data, size_t line_step, size_t k_step, size_t lines,
+                   size_t k, size_t width) {
     for (size_t start = 0; start < lines; start += width, out += width * k) {
       size_t w = std::min(width, lines - start);
-      const T* from = data + start * line_step;
-      if (w < width) std::fill(out, out + width * k, A(0));
+      const Real* from = data + start * line_step;
+      if (w < width) std::fill(out, out + width * k, Acc(0));
       if (line_step == 1)
         for (size_t p = 0; p < k; ++p)
-          for (size_t i = 0; i < w; ++i) out[p * width + i] = A(from[i + p * k_step]);
+          for (size_t i = 0; i < w; ++i) out[p * width + i] = Acc(from[i + p * k_step]);
       else
         for (size_t i = 0; i < w; ++i)
-          for (size_t p = 0; p < k; ++p) out[p * width + i] = A(from[i * line_step + p * k_step]);
+          for (size_t p = 0; p < k; ++p) out[p * width + i] = Acc(from[i * line_step + p * k_step]);
     }
   }
 
   // What one thread packs and adds up in: made at its first product, as a thread's static storage
   // is zeroed, hence taken, by every thread for every type.
   struct Workspace {
-    alignas(64) A a[tile_m * tile_k], b[tile_n * tile_k], acc[tile_m * tile_n];
+    alignas(64) Acc a[tile_m * tile_k], b[tile_n * tile_k], acc[tile_m * tile_n];
   };
   static Workspace& workspace() {
     static thread_local std::unique_ptr<Workspace> own(new Workspace);
@@ -1242,12 +1242,12 @@ struct HostGemm {
   static size_t workspace_bytes() { return size_t(omp_get_max_threads()) * sizeof(Workspace); }
 
   // C[m0.., n0..] = alpha op(A) op(B) + beta C for one tile.
-  template <class T, class TC>
-  static void tile(TC* C, size_t ldc, const T* Am, size_t a_row, size_t a_k, const T* Bm,
-                   size_t b_col, size_t b_k, size_t m, size_t n, size_t k, A alpha, A beta) {
+  template <class Real, class TC>
+  static void tile(TC* C, size_t ldc, const Real* Am, size_t a_row, size_t a_k, const Real* Bm,
+                   size_t b_col, size_t b_k, size_t m, size_t n, size_t k, Acc alpha, Acc beta) {
     static_assert(tile_m % rows == 0 && tile_n % columns == 0, "panels are whole strips");
     Workspace& own = workspace();
-    A *pa = own.a, *pb = own.b, *acc = own.acc;
+    Acc *pa = own.a, *pb = own.b, *acc = own.acc;
     for (size_t k0 = 0; k0 < k; k0 += tile_k) {
       size_t kk = std::min(tile_k, k - k0);
       pack(pa, Am + k0 * a_k, a_row, a_k, m, kk, rows);
@@ -1258,14 +1258,15 @@ struct HostGemm {
     }
     for (size_t i = 0; i < m; ++i)
       for (size_t j = 0; j < n; ++j) {
-        A c = alpha * acc[i * tile_n + j];
+        Acc c = alpha * acc[i * tile_n + j];
         // With beta = 0, C may hold anything, NaN included: it is not read.
-        C[i * ldc + j] = TC(beta == 0 ? c : c + beta * A(C[i * ldc + j]));
+        C[i * ldc + j] = TC(beta == 0 ? c : c + beta * Acc(C[i * ldc + j]));
       }
   }
 
-  template <class T, class TC>
-  static void run(Matrix<TC> C, Matrix<const T> Am, Matrix<const T> Bm, Sizes s, A alpha, A beta) {
+  template <class Real, class TC>
+  static void run(Matrix<TC> C, Matrix<const Real> Am, Matrix<const Real> Bm, Sizes s, Acc alpha,
+                  Acc beta) {
     size_t a_row = Am.transposed ? 1 : Am.stride, a_k = Am.transposed ? Am.stride : 1;
     size_t b_col = Bm.transposed ? Bm.stride : 1, b_k = Bm.transposed ? 1 : Bm.stride;
     // Shorter tiles when there would be too few to share among the threads.
@@ -1287,27 +1288,27 @@ struct HostGemm {
 };
 
 #ifdef __CUDACC__
-template <class T>
-constexpr cudaDataType_t cuda_type = std::is_same_v<T, double>  ? CUDA_R_64F
-                                     : std::is_same_v<T, float> ? CUDA_R_32F
-                                                                : CUDA_R_16BF;
+template <class Real>
+constexpr cudaDataType_t cuda_type = std::is_same_v<Real, double>  ? CUDA_R_64F
+                                     : std::is_same_v<Real, float> ? CUDA_R_32F
+                                                                   : CUDA_R_16BF;
 
 // cuBLAS is column-major: it sees each row-major matrix as its transpose, so C = A B is asked for
 // as C^T = B^T A^T. It has one batch stride, so the inner index is a loop.
-template <class T, class TC>
-void device_gemm(Device& device, Matrix<TC> C, Matrix<const T> A, Matrix<const T> B, Sizes s,
-                 Acc<T> alpha, Acc<T> beta) {
+template <class Real, class TC>
+void device_gemm(Device& device, Matrix<TC> C, Matrix<const Real> A, Matrix<const Real> B, Sizes s,
+                 AccOf<Real> alpha, AccOf<Real> beta) {
   for (size_t size : {s.m, s.n, s.k, s.outer, A.stride, B.stride, C.stride})
     if (size > 0x7fffffff)
       fail("a matrix product with a size of %zu is too large for cuBLAS", size);
   auto op = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
-  auto compute = std::is_same_v<T, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
+  auto compute = std::is_same_v<Real, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
   for (size_t h = 0; h < s.inner; ++h)
     CUBLAS_CHECK(cublasGemmStridedBatchedEx(
         device.blas, op(B.transposed), op(A.transposed), int(s.n), int(s.m), int(s.k), &alpha,
-        B.at(0, h), cuda_type<T>, int(B.stride), int64_t(B.outer_stride), A.at(0, h), cuda_type<T>,
-        int(A.stride), int64_t(A.outer_stride), &beta, C.at(0, h), cuda_type<TC>, int(C.stride),
-        int64_t(C.outer_stride), int(s.outer), compute, CUBLAS_GEMM_DEFAULT));
+        B.at(0, h), cuda_type<Real>, int(B.stride), int64_t(B.outer_stride), A.at(0, h),
+        cuda_type<Real>, int(A.stride), int64_t(A.outer_stride), &beta, C.at(0, h), cuda_type<TC>,
+        int(C.stride), int64_t(C.outer_stride), int(s.outer), compute, CUBLAS_GEMM_DEFAULT));
 }
 #endif
 
@@ -1353,8 +1354,8 @@ struct Dither {
 };
 
 // Store four sums: as they are where p holds sums, else rounded by half of a draw's bits.
-template <class A>
-HD void store_stochastically(A* p, Quad<A> q, const Random4&, int) {
+template <class Acc>
+HD void store_stochastically(Acc* p, Quad<Acc> q, const Random4&, int) {
   store(p, q);
 }
 HD inline void store_stochastically(bf16* p, Quad<float> q, const Random4& bits, int half) {

@@ -63,9 +63,9 @@ struct Tokens {
     return row / length() * 2 + (row % length() < image ? 0 : 1);
   }
   // 1 / (tokens of a segment). An empty one has no mean and nobody asks: 1 keeps it free of NaN.
-  template <class A>
-  HD A one_over(size_t segment) const {
-    return A(1) / A(max_<size_t>(count(segment % 2), 1));
+  template <class Acc>
+  HD Acc one_over(size_t segment) const {
+    return Acc(1) / Acc(max_<size_t>(count(segment % 2), 1));
   }
 
   // The groups of rows that math.h's schedules walk over are the segments.
@@ -83,18 +83,18 @@ struct Tokens {
 };
 
 // Segment means of X and of F in one pass: xbar, fbar (B, 2, D) from X, F (B, T, D). Eq. (43).
-template <class T>
-void segment_means(const Device& device, Acc<T>* xbar, Acc<T>* fbar, const T* X, const T* F,
-                   Tokens tokens, size_t D) {
-  using A = Acc<T>;
+template <class Real>
+void segment_means(const Device& device, AccOf<Real>* xbar, AccOf<Real>* fbar, const Real* X,
+                   const Real* F, Tokens tokens, size_t D) {
+  using Acc = AccOf<Real>;
   sum_over_rows(
-      device, tokens, D, Pair<Quad<A>>{quad(A(0)), quad(A(0))},
+      device, tokens, D, Pair<Quad<Acc>>{quad(Acc(0)), quad(Acc(0))},
       [=] HD(size_t, size_t row, size_t d) {
-        return Pair<Quad<A>>{load<A>(X + row * D + d), load<A>(F + row * D + d)};
+        return Pair<Quad<Acc>>{load<Acc>(X + row * D + d), load<Acc>(F + row * D + d)};
       },
-      [=] HD(size_t segment, size_t d, Pair<Quad<A>> sum) {
-        store(xbar + segment * D + d, tokens.one_over<A>(segment) * sum.a);
-        store(fbar + segment * D + d, tokens.one_over<A>(segment) * sum.b);
+      [=] HD(size_t segment, size_t d, Pair<Quad<Acc>> sum) {
+        store(xbar + segment * D + d, tokens.one_over<Acc>(segment) * sum.a);
+        store(fbar + segment * D + d, tokens.one_over<Acc>(segment) * sum.b);
       });
 }
 
@@ -185,46 +185,47 @@ void segment_means(const Device& device, Acc<T>* xbar, Acc<T>* fbar, const T* X,
 // length sqrt(D) whatever z's is, so all that a layer can do to a token is to turn it.
 
 // r for one row, given the sum of its squares.
-template <class A>
-HD A inverse_rms(A sum_of_squares, size_t D, A eps) {
-  return rsqrt_(sum_of_squares / A(D) + eps);
+template <class Acc>
+HD Acc inverse_rms(Acc sum_of_squares, size_t D, Acc eps) {
+  return rsqrt_(sum_of_squares / Acc(D) + eps);
 }
 
 // Y = r X by rows; r (B, n) is kept for the backward. X is (B, n, D) packed; Y's sequences are
 // y_stride elements apart, so that image and text tokens land in their places of one (B, T, D)
 // array.
-template <class T>
-void rmsnorm_forward(const Device& device, T* Y, Acc<T>* r, const T* X, size_t batch, size_t n,
-                     size_t D, size_t y_stride, double eps) {
-  using A = Acc<T>;
+template <class Real>
+void rmsnorm_forward(const Device& device, Real* Y, AccOf<Real>* r, const Real* X, size_t batch,
+                     size_t n, size_t D, size_t y_stride, double eps) {
+  using Acc = AccOf<Real>;
   for_each_team(device, batch * n, threads_for_row(D), [=] HD(Team team) {
-    const T* x = X + team.index * D;
-    T* y = Y + team.index / n * y_stride + team.index % n * D;
-    A squares = 0;
+    const Real* x = X + team.index * D;
+    Real* y = Y + team.index / n * y_stride + team.index % n * D;
+    Acc squares = 0;
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
-      Quad<A> v = load<A>(x + d);
+      Quad<Acc> v = load<Acc>(x + d);
       squares += dot(v, v);
     }
-    A scale = inverse_rms(team.sum(squares), D, A(eps));
-    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) store(y + d, scale * load<A>(x + d));
+    Acc scale = inverse_rms(team.sum(squares), D, Acc(eps));
+    for (size_t d = 4 * team.rank; d < D; d += 4 * team.size)
+      store(y + d, scale * load<Acc>(x + d));
     if (team.rank == 0) r[team.index] = scale;
   });
 }
 
 // dX (=) from dY by (Delta); X, r, dX (B, n, D) packed, dY strided as Y above.
-template <class T>
-void rmsnorm_backward(const Device& device, T* dX, const T* dY, const T* X, const Acc<T>* r,
-                      size_t batch, size_t n, size_t D, size_t y_stride) {
-  using A = Acc<T>;
+template <class Real>
+void rmsnorm_backward(const Device& device, Real* dX, const Real* dY, const Real* X,
+                      const AccOf<Real>* r, size_t batch, size_t n, size_t D, size_t y_stride) {
+  using Acc = AccOf<Real>;
   for_each_team(device, batch * n, threads_for_row(D), [=] HD(Team team) {
-    const T* x = X + team.index * D;
-    const T* g = dY + team.index / n * y_stride + team.index % n * D;
-    A scale = r[team.index], gx = 0;
+    const Real* x = X + team.index * D;
+    const Real* g = dY + team.index / n * y_stride + team.index % n * D;
+    Acc scale = r[team.index], gx = 0;
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size)
-      gx += dot(load<A>(g + d), load<A>(x + d));
-    A q = scale * scale * scale / A(D) * team.sum(gx);
+      gx += dot(load<Acc>(g + d), load<Acc>(x + d));
+    Acc q = scale * scale * scale / Acc(D) * team.sum(gx);
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size)
-      store(dX + team.index * D + d, scale * load<A>(g + d) - q * load<A>(x + d));
+      store(dX + team.index * D + d, scale * load<Acc>(g + d) - q * load<Acc>(x + d));
   });
 }
 
@@ -298,10 +299,10 @@ struct Gate {
 constexpr int most_gates = 2;
 
 // The values of a merge's gates at four channels, in the order in which it lists them.
-template <class A>
+template <class Acc>
 struct Gains {
-  Quad<A> of[most_gates];
-  HD Quad<A> operator[](int i) const { return of[i]; }
+  Quad<Acc> of[most_gates];
+  HD Quad<Acc> operator[](int i) const { return of[i]; }
 };
 
 // A merge is a struct as below, and one entry in the list `Merges` (appendix A). Of a token's
@@ -314,27 +315,28 @@ struct PostNorm {
   static constexpr bool trunk_apart = false;  // a matter of Pre-Norm alone (appendix A)
   static constexpr double writer_std = 0;     // where writers start, N(0, std^2)
 
-  template <class A>
-  HD static Quad<A> Z(Gains<A>, Quad<A> x, Quad<A> f, Quad<A> /*xbar*/, Quad<A> /*fbar*/) {
+  template <class Acc>
+  HD static Quad<Acc> Z(Gains<Acc>, Quad<Acc> x, Quad<Acc> f, Quad<Acc> /*xbar*/,
+                        Quad<Acc> /*fbar*/) {
     return x + f;
   }
-  template <class A>
-  HD static Quad<A> dX(Gains<A>, Quad<A> dZ, Quad<A> /*dZbar*/) {
+  template <class Acc>
+  HD static Quad<Acc> dX(Gains<Acc>, Quad<Acc> dZ, Quad<Acc> /*dZbar*/) {
     return dZ;
   }
-  template <class A>
-  HD static Quad<A> dF(Gains<A>, Quad<A> dZ, Quad<A> /*dZbar*/) {
+  template <class Acc>
+  HD static Quad<Acc> dF(Gains<Acc>, Quad<Acc> dZ, Quad<Acc> /*dZbar*/) {
     return dZ;
   }
   // What the gate `by_token` multiplies in Z, token by token, and the gate `by_segment`, which is
   // the same for a segment's tokens; -1: there is none.
   static constexpr int by_token = -1, by_segment = -1;
-  template <class A>
-  HD static Quad<A> token_factor(Quad<A> /*x*/, Quad<A> /*f*/, Quad<A> /*fbar*/) {
+  template <class Acc>
+  HD static Quad<Acc> token_factor(Quad<Acc> /*x*/, Quad<Acc> /*f*/, Quad<Acc> /*fbar*/) {
     return {};
   }
-  template <class A>
-  HD static A segment_factor(A, A) {
+  template <class Acc>
+  HD static Acc segment_factor(Acc, Acc) {
     return 0;
   }
   static constexpr bool one_number = false;  // is its gate one for all channels?
@@ -346,17 +348,17 @@ struct LayerScale : PostNorm {
   static constexpr double writer_std = 0.02;  // the paper's choice (Table 3)
   enum { lambda };
 
-  template <class A>
-  HD static Quad<A> Z(Gains<A> g, Quad<A> x, Quad<A> f, Quad<A>, Quad<A>) {
+  template <class Acc>
+  HD static Quad<Acc> Z(Gains<Acc> g, Quad<Acc> x, Quad<Acc> f, Quad<Acc>, Quad<Acc>) {
     return multiply_add(g[lambda], f, x);
   }
-  template <class A>
-  HD static Quad<A> dF(Gains<A> g, Quad<A> dZ, Quad<A>) {
+  template <class Acc>
+  HD static Quad<Acc> dF(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc>) {
     return g[lambda] * dZ;
   }
   static constexpr int by_token = lambda;
-  template <class A>
-  HD static Quad<A> token_factor(Quad<A>, Quad<A> f, Quad<A>) {
+  template <class Acc>
+  HD static Quad<Acc> token_factor(Quad<Acc>, Quad<Acc> f, Quad<Acc>) {
     return f;
   }
 };
@@ -369,25 +371,25 @@ struct MvSplit : PostNorm {
   static constexpr bool means = true;
   enum { alpha, beta };
 
-  template <class A>
-  HD static Quad<A> Z(Gains<A> g, Quad<A> x, Quad<A> f, Quad<A> xbar, Quad<A> fbar) {
+  template <class Acc>
+  HD static Quad<Acc> Z(Gains<Acc> g, Quad<Acc> x, Quad<Acc> f, Quad<Acc> xbar, Quad<Acc> fbar) {
     return multiply_add(g[alpha], fbar - xbar, multiply_add(g[beta], f - fbar, x));  // (7)
   }
-  template <class A>
-  HD static Quad<A> dX(Gains<A> g, Quad<A> dZ, Quad<A> dZbar) {
+  template <class Acc>
+  HD static Quad<Acc> dX(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc> dZbar) {
     return dZ - g[alpha] * dZbar;  // (dX)
   }
-  template <class A>
-  HD static Quad<A> dF(Gains<A> g, Quad<A> dZ, Quad<A> dZbar) {
+  template <class Acc>
+  HD static Quad<Acc> dF(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc> dZbar) {
     return g[beta] * dZ + (g[alpha] - g[beta]) * dZbar;  // (dF)
   }
   static constexpr int by_token = beta, by_segment = alpha;
-  template <class A>
-  HD static Quad<A> token_factor(Quad<A>, Quad<A> f, Quad<A> fbar) {
+  template <class Acc>
+  HD static Quad<Acc> token_factor(Quad<Acc>, Quad<Acc> f, Quad<Acc> fbar) {
     return f - fbar;  // (dbeta)
   }
-  template <class A>
-  HD static A segment_factor(A xbar, A fbar) {
+  template <class Acc>
+  HD static Acc segment_factor(Acc xbar, Acc fbar) {
     return fbar - xbar;  // (dalpha)
   }
 };
@@ -411,15 +413,15 @@ struct MvSplit : PostNorm {
 // two, from G and X_next: to store it would cost a write, a (B, T, D) array and a rounding. The
 // passes are walks over rows, whose schedules are listed in math.h (end of section 4).
 
-// Which merge, and its gates (P = const T) or their gradients, in the order in which it lists them.
+// Which merge, and its gates (Number = const Real) or their gradients, as it lists them.
 struct Merge {
   int index;  // in the list
   bool operator==(Merge other) const { return index == other.index; }
 };
-template <class P>
+template <class Number>
 struct Gates {
   Merge merge;
-  P* of[most_gates];
+  Number* of[most_gates];
 };
 
 // The sizes that all merges of a network share.
@@ -432,164 +434,170 @@ struct MergeShape {
 // What the forward leaves for the backward: r (B, T), and the segment means (B, 2, D) if the merge
 // needs them. For Pre-Norm there has to be r_X (B, T), what the merge before left; null where X is
 // the trunk.
-template <class A>
+template <class Acc>
 struct MergeSaved {
-  A *r, *xbar, *fbar;
-  const A* r_X = nullptr;
+  Acc *r, *xbar, *fbar;
+  const Acc* r_X = nullptr;
 };
 
 // A merge's gains at channels d to d + 3.
-template <class M, class T>
-HD Gains<Acc<T>> gains_at(Gates<const T> gates, size_t d) {
-  Gains<Acc<T>> gains = {};
+template <class M, class Real>
+HD Gains<AccOf<Real>> gains_at(Gates<const Real> gates, size_t d) {
+  Gains<AccOf<Real>> gains = {};
   for (int i : {M::by_token, M::by_segment})
     if (i >= 0)
-      gains.of[i] = M::one_number ? quad(Acc<T>(gates.of[i][0])) : load<Acc<T>>(gates.of[i] + d);
+      gains.of[i] =
+          M::one_number ? quad(AccOf<Real>(gates.of[i][0])) : load<AccOf<Real>>(gates.of[i] + d);
   return gains;
 }
 
 // X_next = RMSNorm(Z(X, F)) and what is saved, (7)-(8). X, F, X_next (B, T, D). `again`: a replay
 // (dit.cu, 5.1) from the same X and F, with what was saved the first time: one pass, the same bits.
-template <class M, class T>
-void merge_forward_passes(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
-                          const T* F, Gates<const T> gates, MergeShape shape, bool again) {
-  using A = Acc<T>;
+template <class M, class Real>
+void merge_forward_passes(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> saved,
+                          const Real* X, const Real* F, Gates<const Real> gates, MergeShape shape,
+                          bool again) {
+  using Acc = AccOf<Real>;
   size_t D = shape.D;
-  A eps = A(shape.eps);
+  Acc eps = Acc(shape.eps);
   if (M::means && !again) segment_means(device, saved.xbar, saved.fbar, X, F, shape.tokens, D);
   auto Z = [=] HD(size_t segment, size_t row, size_t d) {
-    Quad<A> x = load<A>(X + row * D + d), xbar = {}, fbar = {};
-    if (M::trunk_apart && saved.r_X) x = A(1) / saved.r_X[row] * x;
+    Quad<Acc> x = load<Acc>(X + row * D + d), xbar = {}, fbar = {};
+    if (M::trunk_apart && saved.r_X) x = Acc(1) / saved.r_X[row] * x;
     if (M::means) {
-      xbar = load<A>(saved.xbar + segment * D + d), fbar = load<A>(saved.fbar + segment * D + d);
+      xbar = load<Acc>(saved.xbar + segment * D + d),
+      fbar = load<Acc>(saved.fbar + segment * D + d);
     }
-    return M::Z(gains_at<M>(gates, d), x, load<A>(F + row * D + d), xbar, fbar);
+    return M::Z(gains_at<M>(gates, d), x, load<Acc>(F + row * D + d), xbar, fbar);
   };
   if (again) {
-    map_rows(device, shape.tokens, D, Z, [=] HD(size_t row, size_t d, Quad<A> z) {
+    map_rows(device, shape.tokens, D, Z, [=] HD(size_t row, size_t d, Quad<Acc> z) {
       store(X_next + row * D + d, saved.r[row] * z);
     });
     return;
   }
-  map_rows_by_length<A>(
+  map_rows_by_length<Acc>(
       device, shape.tokens, D, Z,
-      [=] HD(size_t row, A squares, bool mine) {
-        A r = inverse_rms(squares, D, eps);
+      [=] HD(size_t row, Acc squares, bool mine) {
+        Acc r = inverse_rms(squares, D, eps);
         if (mine) saved.r[row] = r;
         return r;
       },
-      [=] HD(size_t row, size_t d, Quad<A> z, A r) { store(X_next + row * D + d, r * z); });
+      [=] HD(size_t row, size_t d, Quad<Acc> z, Acc r) { store(X_next + row * D + d, r * z); });
 }
 
 // Scratch of the backward: h (B, T), of the passes alone; and (B, 2, D): dZbar, Delta's segment
 // means, and dgate, a segment's sums of Delta times what the gate `by_token` multiplies.
-template <class A>
+template <class Acc>
 struct MergeScratch {
-  A *h, *dZbar, *dgate;
+  Acc *h, *dZbar, *dgate;
 };
 
 // What a merge's backward reads: G = dL/dX_next, and what its forward read and left.
-template <class T>
+template <class Real>
 struct MergeBackwardInputs {
-  const T *G, *X_next, *X, *F;  // (B, T, D)
-  Gates<const T> gates;
-  MergeSaved<Acc<T>> saved;
-  const T* dF_next = nullptr;  // dF of the merge after, for Pre-Norm alone; zeros if there is none
+  const Real *G, *X_next, *X, *F;  // (B, T, D)
+  Gates<const Real> gates;
+  MergeSaved<AccOf<Real>> saved;
+  const Real* dF_next =
+      nullptr;  // dF of the merge after, for Pre-Norm alone; zeros if there is none
 };
 
 // h (rows) of (Delta'): <G, X_next> / D for each token, from G, X_next (rows, D).
-template <class T>
-void adjoint_products(const Device& device, Acc<T>* h, const T* G, const T* X_next, size_t rows,
-                      size_t D) {
-  using A = Acc<T>;
-  sum_over_channels<A>(
+template <class Real>
+void adjoint_products(const Device& device, AccOf<Real>* h, const Real* G, const Real* X_next,
+                      size_t rows, size_t D) {
+  using Acc = AccOf<Real>;
+  sum_over_channels<Acc>(
       device, rows, D,
       [=] HD(size_t row, size_t d) {
-        return dot(load<A>(G + row * D + d), load<A>(X_next + row * D + d));
+        return dot(load<Acc>(G + row * D + d), load<Acc>(X_next + row * D + d));
       },
-      [=] HD(size_t row, A sum) { h[row] = sum / A(D); });
+      [=] HD(size_t row, Acc sum) { h[row] = sum / Acc(D); });
 }
 
 // scratch.dZbar, and scratch.dgate by (dbeta); dZ(row, d) is (Delta').
-template <class M, class T, class Adjoint>
-void merge_token_sums(const Device& device, MergeScratch<Acc<T>> scratch, MergeBackwardInputs<T> in,
-                      MergeShape shape, const Adjoint& dZ) {
-  using A = Acc<T>;
+template <class M, class Real, class Adjoint>
+void merge_token_sums(const Device& device, MergeScratch<AccOf<Real>> scratch,
+                      MergeBackwardInputs<Real> in, MergeShape shape, const Adjoint& dZ) {
+  using Acc = AccOf<Real>;
   size_t D = shape.D;
   Tokens tokens = shape.tokens;
   sum_over_rows(
-      device, tokens, D, Pair<Quad<A>>{quad(A(0)), quad(A(0))},
+      device, tokens, D, Pair<Quad<Acc>>{quad(Acc(0)), quad(Acc(0))},
       [=] HD(size_t segment, size_t row, size_t d) {
-        Quad<A> dZ_i = dZ(row, d), fbar = {};
-        if (M::means) fbar = load<A>(in.saved.fbar + segment * D + d);
-        Quad<A> x = load<A>(in.X + row * D + d), f = load<A>(in.F + row * D + d);
-        return Pair<Quad<A>>{dZ_i, dZ_i * M::token_factor(x, f, fbar)};
+        Quad<Acc> dZ_i = dZ(row, d), fbar = {};
+        if (M::means) fbar = load<Acc>(in.saved.fbar + segment * D + d);
+        Quad<Acc> x = load<Acc>(in.X + row * D + d), f = load<Acc>(in.F + row * D + d);
+        return Pair<Quad<Acc>>{dZ_i, dZ_i * M::token_factor(x, f, fbar)};
       },
-      [=] HD(size_t segment, size_t d, Pair<Quad<A>> sum) {
-        store(scratch.dZbar + segment * D + d, tokens.one_over<A>(segment) * sum.a);
+      [=] HD(size_t segment, size_t d, Pair<Quad<Acc>> sum) {
+        store(scratch.dZbar + segment * D + d, tokens.one_over<Acc>(segment) * sum.a);
         store(scratch.dgate + segment * D + d, sum.b);
       });
 }
 
 // dX (=), dF (=) (B, T, D), and in scratch what the gates' gradients are made of. dX may be G
 // itself.
-template <class M, class T>
-void merge_backward_passes(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                           MergeBackwardInputs<T> in, MergeShape shape) {
-  using A = Acc<T>;
+template <class M, class Real>
+void merge_backward_passes(const Device& device, Real* dX, Real* dF,
+                           MergeScratch<AccOf<Real>> scratch, MergeBackwardInputs<Real> in,
+                           MergeShape shape) {
+  using Acc = AccOf<Real>;
   size_t D = shape.D;
   Tokens tokens = shape.tokens;
   adjoint_products(device, scratch.h, in.G, in.X_next, tokens.rows(), D);
   auto dZ = [=] HD(size_t row, size_t d) {
-    return in.saved.r[row] * (load<A>(in.G + row * D + d) -
-                              scratch.h[row] * load<A>(in.X_next + row * D + d));  // (Delta')
+    return in.saved.r[row] * (load<Acc>(in.G + row * D + d) -
+                              scratch.h[row] * load<Acc>(in.X_next + row * D + d));  // (Delta')
   };
   if constexpr (M::means || M::by_token >= 0 || M::by_segment >= 0)
     merge_token_sums<M>(device, scratch, in, shape, dZ);
   map_rows(
       device, tokens, D,
       [=] HD(size_t segment, size_t row, size_t d) {
-        Gains<A> gains = gains_at<M>(in.gates, d);
-        Quad<A> dZ_i = dZ(row, d), dZbar = {};
-        if (M::trunk_apart) dZ_i = load<A>(in.dF_next + row * D + d) + dZ_i;  // (trunk), appendix A
-        if (M::means) dZbar = load<A>(scratch.dZbar + segment * D + d);
+        Gains<Acc> gains = gains_at<M>(in.gates, d);
+        Quad<Acc> dZ_i = dZ(row, d), dZbar = {};
+        if (M::trunk_apart)
+          dZ_i = load<Acc>(in.dF_next + row * D + d) + dZ_i;  // (trunk), appendix A
+        if (M::means) dZbar = load<Acc>(scratch.dZbar + segment * D + d);
         bool apart = M::trunk_apart && in.saved.r_X;  // then the trunk's part is in dF alone
-        return Pair<Quad<A>>{apart ? Quad<A>{} : M::dX(gains, dZ_i, dZbar),
-                             M::dF(gains, dZ_i, dZbar)};
+        return Pair<Quad<Acc>>{apart ? Quad<Acc>{} : M::dX(gains, dZ_i, dZbar),
+                               M::dF(gains, dZ_i, dZbar)};
       },
-      [=] HD(size_t row, size_t d, Pair<Quad<A>> out) {
+      [=] HD(size_t row, size_t d, Pair<Quad<Acc>> out) {
         store(dX + row * D + d, out.a), store(dF + row * D + d, out.b);
       });
 }
 
 // *to = sum, or += if `accumulate`.
-template <class P, class A>
-HD void set_or_add(P* to, A sum, bool accumulate) {
-  *to = P(accumulate ? A(*to) + sum : sum);
+template <class Number, class Acc>
+HD void set_or_add(Number* to, Acc sum, bool accumulate) {
+  *to = Number(accumulate ? Acc(*to) + sum : sum);
 }
 
 // The gates' gradients (=, or += if `accumulate`) from the segments' sums: (dbeta), (dalpha).
-template <class M, class T, class P>
-void gate_gradients(const Device& device, Gates<P> dgates, MergeSaved<Acc<T>> saved,
-                    MergeScratch<Acc<T>> scratch, MergeShape shape, bool accumulate) {
-  using A = Acc<T>;
+template <class M, class Real, class Number>
+void gate_gradients(const Device& device, Gates<Number> dgates, MergeSaved<AccOf<Real>> saved,
+                    MergeScratch<AccOf<Real>> scratch, MergeShape shape, bool accumulate) {
+  using Acc = AccOf<Real>;
   size_t D = shape.D;
   Tokens tokens = shape.tokens;
   auto term = [=] HD(size_t segment, size_t d) {
     size_t at = segment * D + d;
-    Pair<A> sum{scratch.dgate[at], 0};
+    Pair<Acc> sum{scratch.dgate[at], 0};
     if (M::by_segment >= 0) {
-      A factor = M::segment_factor(saved.xbar[at], saved.fbar[at]);
-      sum.b = A(tokens.count(segment % 2)) * scratch.dZbar[at] * factor;
+      Acc factor = M::segment_factor(saved.xbar[at], saved.fbar[at]);
+      sum.b = Acc(tokens.count(segment % 2)) * scratch.dZbar[at] * factor;
     }
     return sum;
   };
-  auto finish = [=] HD(size_t d, Pair<A> sum) {
+  auto finish = [=] HD(size_t d, Pair<Acc> sum) {
     constexpr int one = max_(M::by_token, 0), other = max_(M::by_segment, 0);  // -1 is no place
     if (M::by_token >= 0) set_or_add(dgates.of[one] + d, sum.a, accumulate);
     if (M::by_segment >= 0) set_or_add(dgates.of[other] + d, sum.b, accumulate);
   };
-  sum_over_groups(device, tokens.groups(), D, M::one_number, Pair<A>{}, term, finish);
+  sum_over_groups(device, tokens.groups(), D, M::one_number, Pair<Acc>{}, term, finish);
 }
 
 // What dit.cu calls is merge_forward() and merge_backward() (appendix C): these passes for the
@@ -640,16 +648,16 @@ struct ReZero : LayerScale {
 struct MvSplitNoLeak : MvSplit {
   static constexpr const char* name = "mvsplit-noleak";
 
-  template <class A>
-  HD static Quad<A> Z(Gains<A> g, Quad<A> x, Quad<A> f, Quad<A>, Quad<A> fbar) {
+  template <class Acc>
+  HD static Quad<Acc> Z(Gains<Acc> g, Quad<Acc> x, Quad<Acc> f, Quad<Acc>, Quad<Acc> fbar) {
     return multiply_add(g[alpha], fbar, multiply_add(g[beta], f - fbar, x));
   }
-  template <class A>
-  HD static Quad<A> dX(Gains<A>, Quad<A> dZ, Quad<A>) {
+  template <class Acc>
+  HD static Quad<Acc> dX(Gains<Acc>, Quad<Acc> dZ, Quad<Acc>) {
     return dZ;
   }
-  template <class A>
-  HD static A segment_factor(A, A fbar) {
+  template <class Acc>
+  HD static Acc segment_factor(Acc, Acc fbar) {
     return fbar;
   }
 };
@@ -660,12 +668,12 @@ struct Centered : PostNorm {
   static constexpr const char* name = "centered";
   static constexpr bool means = true;
 
-  template <class A>
-  HD static Quad<A> Z(Gains<A>, Quad<A> x, Quad<A> f, Quad<A>, Quad<A> fbar) {
+  template <class Acc>
+  HD static Quad<Acc> Z(Gains<Acc>, Quad<Acc> x, Quad<Acc> f, Quad<Acc>, Quad<Acc> fbar) {
     return x + (f - fbar);
   }
-  template <class A>
-  HD static Quad<A> dF(Gains<A>, Quad<A> dZ, Quad<A> dZbar) {
+  template <class Acc>
+  HD static Quad<Acc> dF(Gains<Acc>, Quad<Acc> dZ, Quad<Acc> dZbar) {
     return dZ - dZbar;
   }
 };
@@ -677,21 +685,21 @@ struct Leaky : PostNorm {
   static std::vector<Gate> gates() { return {{"alpha", "leaky#", 0.1}}; }
   enum { alpha };
 
-  template <class A>
-  HD static Quad<A> Z(Gains<A> g, Quad<A> x, Quad<A> f, Quad<A>, Quad<A>) {
+  template <class Acc>
+  HD static Quad<Acc> Z(Gains<Acc> g, Quad<Acc> x, Quad<Acc> f, Quad<Acc>, Quad<Acc>) {
     return multiply_add(g[alpha], f - x, x);
   }
-  template <class A>
-  HD static Quad<A> dX(Gains<A> g, Quad<A> dZ, Quad<A>) {
+  template <class Acc>
+  HD static Quad<Acc> dX(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc>) {
     return dZ - g[alpha] * dZ;
   }
-  template <class A>
-  HD static Quad<A> dF(Gains<A> g, Quad<A> dZ, Quad<A>) {
+  template <class Acc>
+  HD static Quad<Acc> dF(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc>) {
     return g[alpha] * dZ;
   }
   static constexpr int by_token = alpha;
-  template <class A>
-  HD static Quad<A> token_factor(Quad<A> x, Quad<A> f, Quad<A>) {
+  template <class Acc>
+  HD static Quad<Acc> token_factor(Quad<Acc> x, Quad<Acc> f, Quad<Acc>) {
     return f - x;
   }
 };
@@ -1013,9 +1021,9 @@ __global__ void __launch_bounds__(D / 2, 1)
 // Call f with the kind of merge, D and `held` as compile-time constants, where there are kernels
 // for them. Two lines of 44 rows of 1024 channels are what a multiprocessor can hold; 256 image and
 // 64 text tokens then take eight lines, and 32 such sequences 128 of 132 multiprocessors.
-template <class T, class F>
+template <class Real, class F>
 bool with_held_rows(const Device& device, Merge merge, size_t D, const F& f) {
-  if (!device.gpu || !std::is_same_v<T, bf16>) return false;
+  if (!device.gpu || !std::is_same_v<Real, bf16>) return false;
   auto with_width = [&](auto width, auto held) {
     bool done = false;
     Merges::with(merge.index, [&](auto m) {
@@ -1049,12 +1057,12 @@ bool launch_held(const Device& device, void (*kernel)(Parameters...), Tokens tok
 #endif
 
 // False where there is no such kernel: then nothing is done.
-template <class T>
-bool fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
-                         const T* F, Gates<const T> gates, MergeShape shape) {
+template <class Real>
+bool fused_merge_forward(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> saved,
+                         const Real* X, const Real* F, Gates<const Real> gates, MergeShape shape) {
 #ifdef __CUDACC__
-  if constexpr (std::is_same_v<T, bf16>)
-    return with_held_rows<T>(device, gates.merge, shape.D, [&](auto m, auto width, auto held) {
+  if constexpr (std::is_same_v<Real, bf16>)
+    return with_held_rows<Real>(device, gates.merge, shape.D, [&](auto m, auto width, auto held) {
       constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
       return launch_held<HeldLine<columns, rows>>(
           device, merge_forward_kernel<decltype(m), columns, rows>, shape.tokens, rows, X_next,
@@ -1065,17 +1073,19 @@ bool fused_merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> sav
   return false;
 }
 
-template <class T>
-bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T>> scratch,
-                          MergeBackwardInputs<T> in, MergeShape shape) {
+template <class Real>
+bool fused_merge_backward(const Device& device, Real* dX, Real* dF,
+                          MergeScratch<AccOf<Real>> scratch, MergeBackwardInputs<Real> in,
+                          MergeShape shape) {
 #ifdef __CUDACC__
-  if constexpr (std::is_same_v<T, bf16>)
-    return with_held_rows<T>(device, in.gates.merge, shape.D, [&](auto m, auto width, auto held) {
-      constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
-      return launch_held<HeldLine<columns, rows>>(
-          device, merge_backward_kernel<decltype(m), columns, rows>, shape.tokens, rows, dX, dF,
-          scratch, in.G, in.X_next, in.F, in.gates, in.saved, shape.tokens);
-    });
+  if constexpr (std::is_same_v<Real, bf16>)
+    return with_held_rows<Real>(
+        device, in.gates.merge, shape.D, [&](auto m, auto width, auto held) {
+          constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
+          return launch_held<HeldLine<columns, rows>>(
+              device, merge_backward_kernel<decltype(m), columns, rows>, shape.tokens, rows, dX, dF,
+              scratch, in.G, in.X_next, in.F, in.gates, in.saved, shape.tokens);
+        });
 #endif
   (void)device, (void)dX, (void)dF, (void)scratch, (void)in, (void)shape;
   return false;
@@ -1085,9 +1095,9 @@ bool fused_merge_backward(const Device& device, T* dX, T* dF, MergeScratch<Acc<T
 // C. What the network calls: the merge that `gates` names, in one kernel or in passes
 
 // X_next = RMSNorm(Z(X, F)) and what is saved; see merge_forward_passes().
-template <class T>
-void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, const T* X,
-                   const T* F, Gates<const T> gates, MergeShape shape, bool again = false) {
+template <class Real>
+void merge_forward(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> saved, const Real* X,
+                   const Real* F, Gates<const Real> gates, MergeShape shape, bool again = false) {
   if (!again && fused_merge_forward(device, X_next, saved, X, F, gates, shape)) return;
   Merges::with(gates.merge.index, [&](auto m) {
     merge_forward_passes<decltype(m)>(device, X_next, saved, X, F, gates, shape, again);
@@ -1097,16 +1107,17 @@ void merge_forward(const Device& device, T* X_next, MergeSaved<Acc<T>> saved, co
 // dX, dF and the gates' gradients (=, or += if `accumulate`); see merge_backward_passes(). The
 // gates' are made beside what follows: they are there, and `scratch` may be used again, after
 // device.join().
-template <class T, class P>
-void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, MergeScratch<Acc<T>> scratch,
-                    MergeBackwardInputs<T> in, MergeShape shape, bool accumulate) {
+template <class Real, class Number>
+void merge_backward(Device& device, Real* dX, Real* dF, Gates<Number> dgates,
+                    MergeScratch<AccOf<Real>> scratch, MergeBackwardInputs<Real> in,
+                    MergeShape shape, bool accumulate) {
   bool done = fused_merge_backward(device, dX, dF, scratch, in, shape);
   Merges::with(in.gates.merge.index, [&](auto m) {
     using M = decltype(m);
     if (!done) merge_backward_passes<M>(device, dX, dF, scratch, in, shape);
     if constexpr (M::by_token >= 0 || M::by_segment >= 0)
       device.beside(
-          [&] { gate_gradients<M, T>(device, dgates, in.saved, scratch, shape, accumulate); });
+          [&] { gate_gradients<M, Real>(device, dgates, in.saved, scratch, shape, accumulate); });
   });
 }
 
@@ -1139,17 +1150,17 @@ void merge_backward(Device& device, T* dX, T* dF, Gates<P> dgates, MergeScratch<
 
 // energies (batch, 2): |mu(X)|^2 and |c(X)|^2 of matrices X (T, D) over all T rows, given by their
 // elements x(matrix, t, d).
-template <class A, class Element>
+template <class Acc, class Element>
 void split_energies(const Device& device, double* energies, size_t batch, size_t T, size_t D,
                     const Element& x) {
   for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
     double mean_energy = 0, centered = 0;
     for (size_t d = team.rank; d < D; d += team.size) {
-      A sum = 0, squares = 0;
+      Acc sum = 0, squares = 0;
       for (size_t t = 0; t < T; ++t) sum += x(team.index, t, d);
-      A mean = sum / A(T);
+      Acc mean = sum / Acc(T);
       for (size_t t = 0; t < T; ++t) {
-        A rest = x(team.index, t, d) - mean;
+        Acc rest = x(team.index, t, d) - mean;
         squares += rest * rest;
       }
       mean_energy += double(T) * double(mean) * double(mean);
@@ -1164,12 +1175,12 @@ void split_energies(const Device& device, double* energies, size_t batch, size_t
 }
 
 // Energies (batch, 2) of stored matrices x (batch, n, D).
-template <class T>
-void matrix_energies(const Device& device, double* energies, const T* x, size_t batch, size_t n,
+template <class Real>
+void matrix_energies(const Device& device, double* energies, const Real* x, size_t batch, size_t n,
                      size_t D) {
-  using A = Acc<T>;
-  split_energies<A>(device, energies, batch, n, D,
-                    [=] HD(size_t b, size_t t, size_t d) { return A(x[(b * n + t) * D + d]); });
+  using Acc = AccOf<Real>;
+  split_energies<Acc>(device, energies, batch, n, D,
+                      [=] HD(size_t b, size_t t, size_t d) { return Acc(x[(b * n + t) * D + d]); });
 }
 
 // Of one sequence. |dW_mu| and |dW_c| with the global mean, as in the paper, and with a mean a
@@ -1181,86 +1192,88 @@ struct WriterModes {
 
 // Scratch for a batch of B sequences: segment means; powers of two; tokens as they are, globally
 // centered and centered by segment, over these; their Gram matrices.
-template <class A>
+template <class Acc>
 struct WriterScratch {
-  A *ybar, *dbar;            // (B, 2, n), (B, 2, D)
-  A *y_scale, *delta_scale;  // (B)
-  A *y, *delta;              // (3, B, T, n), (3, B, T, D)
-  A *K, *C;                  // (3, B, T, T)
+  Acc *ybar, *dbar;            // (B, 2, n), (B, 2, D)
+  Acc *y_scale, *delta_scale;  // (B)
+  Acc *y, *delta;              // (3, B, T, n), (3, B, T, D)
+  Acc *K, *C;                  // (3, B, T, T)
 
   void lay(Carver& c, Tokens tokens, size_t n, size_t D) {
     size_t squares = 3 * tokens.rows() * tokens.length();
-    ybar = c.take<A>(2 * tokens.batch * n), dbar = c.take<A>(2 * tokens.batch * D);
-    y_scale = c.take<A>(tokens.batch), delta_scale = c.take<A>(tokens.batch);
-    y = c.take<A>(3 * tokens.rows() * n), delta = c.take<A>(3 * tokens.rows() * D);
-    K = c.take<A>(squares), C = c.take<A>(squares);
+    ybar = c.take<Acc>(2 * tokens.batch * n), dbar = c.take<Acc>(2 * tokens.batch * D);
+    y_scale = c.take<Acc>(tokens.batch), delta_scale = c.take<Acc>(tokens.batch);
+    y = c.take<Acc>(3 * tokens.rows() * n), delta = c.take<Acc>(3 * tokens.rows() * D);
+    K = c.take<Acc>(squares), C = c.take<Acc>(squares);
   }
 };
 
 // means (B, 2, n) of x (B, T, n) over each segment's tokens.
-template <class T>
-void token_means(const Device& device, Acc<T>* means, const T* x, Tokens tokens, size_t n) {
-  using A = Acc<T>;
+template <class Real>
+void token_means(const Device& device, AccOf<Real>* means, const Real* x, Tokens tokens, size_t n) {
+  using Acc = AccOf<Real>;
   sum_over_rows(
-      device, tokens, n, quad(A(0)),
-      [=] HD(size_t, size_t row, size_t d) { return load<A>(x + row * n + d); },
-      [=] HD(size_t segment, size_t d, Quad<A> sum) {
-        store(means + segment * n + d, tokens.one_over<A>(segment) * sum);
+      device, tokens, n, quad(Acc(0)),
+      [=] HD(size_t, size_t row, size_t d) { return load<Acc>(x + row * n + d); },
+      [=] HD(size_t segment, size_t d, Quad<Acc> sum) {
+        store(means + segment * n + d, tokens.one_over<Acc>(segment) * sum);
       });
 }
 
 // spreads (B, 2, n): the root mean square over each segment's tokens of x (B, T, n) less `means`,
 // those of token_means(). By channel it is to c(x) what the mean is to mu(x).
-template <class T>
-void token_spreads(const Device& device, Acc<T>* spreads, const T* x, const Acc<T>* means,
-                   Tokens tokens, size_t n) {
-  using A = Acc<T>;
+template <class Real>
+void token_spreads(const Device& device, AccOf<Real>* spreads, const Real* x,
+                   const AccOf<Real>* means, Tokens tokens, size_t n) {
+  using Acc = AccOf<Real>;
   sum_over_rows(
-      device, tokens, n, quad(A(0)),
+      device, tokens, n, quad(Acc(0)),
       [=] HD(size_t segment, size_t row, size_t d) {
-        Quad<A> rest = load<A>(x + row * n + d) - load<A>(means + segment * n + d);
+        Quad<Acc> rest = load<Acc>(x + row * n + d) - load<Acc>(means + segment * n + d);
         return rest * rest;
       },
-      [=] HD(size_t segment, size_t d, Quad<A> sum) {
-        A count = A(max_<size_t>(tokens.count(segment % 2), 1));
+      [=] HD(size_t segment, size_t d, Quad<Acc> sum) {
+        Acc count = Acc(max_<size_t>(tokens.count(segment % 2), 1));
         for (int k = 0; k < 4; ++k) sum[k] = std::sqrt(sum[k] / count);
         store(spreads + segment * n + d, sum);
       });
 }
 
 // scales (B): the largest number of each sequence of x (B, T, n), down to a power of two.
-template <class T>
-void token_scales(const Device& device, Acc<T>* scales, const T* x, Tokens tokens, size_t n) {
-  using A = Acc<T>;
+template <class Real>
+void token_scales(const Device& device, AccOf<Real>* scales, const Real* x, Tokens tokens,
+                  size_t n) {
+  using Acc = AccOf<Real>;
   size_t count = tokens.length() * n;
   for_each_team(device, tokens.batch, Team::max_size, [=] HD(Team team) {
-    A largest = 0;
+    Acc largest = 0;
     for (size_t i = 4 * team.rank; i < count; i += 4 * team.size) {
-      Quad<A> v = load<A>(x + team.index * count + i);
-      for (int k = 0; k < 4; ++k) largest = max_(largest, A(fabs(v[k])));
+      Quad<Acc> v = load<Acc>(x + team.index * count + i);
+      for (int k = 0; k < 4; ++k) largest = max_(largest, Acc(fabs(v[k])));
     }
     largest = team.max(largest);
     // Within what the scale and one over it can be in fp32.
     int exponent = largest > 0 ? max_(min_(int(ilogb(largest)), 126), -126) : 0;
-    if (team.rank == 0) scales[team.index] = A(ldexp(1.0, exponent));
+    if (team.rank == 0) scales[team.index] = Acc(ldexp(1.0, exponent));
   });
 }
 
 // out (3, B, T, n): x (B, T, n) as it is, less the global mean, less its segment's mean; each over
 // its sequence's scale.
-template <class T>
-void center_tokens(const Device& device, Acc<T>* out, const T* x, const Acc<T>* means,
-                   const Acc<T>* scales, Tokens tokens, size_t n) {
-  using A = Acc<T>;
+template <class Real>
+void center_tokens(const Device& device, AccOf<Real>* out, const Real* x, const AccOf<Real>* means,
+                   const AccOf<Real>* scales, Tokens tokens, size_t n) {
+  using Acc = AccOf<Real>;
   size_t rows = tokens.rows();
-  A image = A(tokens.image) / A(tokens.length()), text = A(tokens.text) / A(tokens.length());
+  Acc image = Acc(tokens.image) / Acc(tokens.length()),
+      text = Acc(tokens.text) / Acc(tokens.length());
   for_each(device, rows * n / 4, [=] HD(size_t i) {
     size_t row = i / (n / 4), d = i % (n / 4) * 4, sequence = row / tokens.length();
-    const A* mean = means + sequence * 2 * n + d;
-    Quad<A> value = load<A>(x + row * n + d);
-    Quad<A> global = image * load<A>(mean) + text * load<A>(mean + n);
-    Quad<A> own = load<A>(means + tokens.segment_of(row) * n + d);
-    A over = A(1) / scales[sequence];
+    const Acc* mean = means + sequence * 2 * n + d;
+    Quad<Acc> value = load<Acc>(x + row * n + d);
+    Quad<Acc> global = image * load<Acc>(mean) + text * load<Acc>(mean + n);
+    Quad<Acc> own = load<Acc>(means + tokens.segment_of(row) * n + d);
+    Acc over = Acc(1) / scales[sequence];
     store(out + row * n + d, over * value);
     store(out + (rows + row) * n + d, over * (value - global));
     store(out + (2 * rows + row) * n + d, over * (value - own));
@@ -1269,8 +1282,8 @@ void center_tokens(const Device& device, Acc<T>* out, const T* x, const Acc<T>* 
 
 // <a_0, a_0>, <a_0, a_1>, <a_1, a_1> of two vectors a (2, n), times the counts of tokens they stand
 // for.
-template <class A>
-HD Quad<double> mean_products(Team team, const A* a, size_t n, Tokens tokens) {
+template <class Acc>
+HD Quad<double> mean_products(Team team, const Acc* a, size_t n, Tokens tokens) {
   double p[3] = {0, 0, 0};
   for (size_t d = team.rank; d < n; d += team.size) {
     double first = double(a[d]), second = double(a[n + d]);
@@ -1281,14 +1294,14 @@ HD Quad<double> mean_products(Team team, const A* a, size_t n, Tokens tokens) {
 }
 
 // modes (B) of a writer with input y (B, T, n) and adjoint delta (B, T, D) of its output.
-template <class T>
-void writer_modes(Device& device, WriterModes* modes, WriterScratch<Acc<T>> scratch, const T* y,
-                  const T* delta, Tokens tokens, size_t n, size_t D) {
-  using A = Acc<T>;
+template <class Real>
+void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>> scratch,
+                  const Real* y, const Real* delta, Tokens tokens, size_t n, size_t D) {
+  using Acc = AccOf<Real>;
   size_t length = tokens.length(), squares = length * length;
-  auto gram = [&](A* product, A* x, size_t channels) {
-    Matrix<A> rows = Matrix<A>(x, channels).batch(length * channels, 0);
-    gemm(device, Matrix<A>(product, length).batch(squares, 0), rows, rows.transpose(),
+  auto gram = [&](Acc* product, Acc* x, size_t channels) {
+    Matrix<Acc> rows = Matrix<Acc>(x, channels).batch(length * channels, 0);
+    gemm(device, Matrix<Acc>(product, length).batch(squares, 0), rows, rows.transpose(),
          {length, length, channels, 3 * tokens.batch});
   };
   token_means(device, scratch.ybar, y, tokens, n);

@@ -45,44 +45,45 @@ struct Draw {
 };
 
 // Fill z, target (b, C, H, W) and text (b, L, d_text) from draw(i), i < b.
-template <class T, class Pick>
-void noisy_batch(const Device& device, Acc<T>* z, Acc<T>* target, T* text, DeviceData data,
-                 size_t b, uint64_t seed, uint64_t noise_stream, const Pick& draw) {
-  using A = Acc<T>;
+template <class Real, class Pick>
+void noisy_batch(const Device& device, AccOf<Real>* z, AccOf<Real>* target, Real* text,
+                 DeviceData data, size_t b, uint64_t seed, uint64_t noise_stream,
+                 const Pick& draw) {
+  using Acc = AccOf<Real>;
   size_t n = data.pixels_per_image, l = data.text_per_caption;
   for_each(device, b * n, [=] HD(size_t i) {
     Draw d = draw(i / n);
     double x0 = data.pixels[d.image * n + i % n];
     double x1 = gaussian(seed, noise_stream, d.noise * n + i % n);
-    z[i] = A((1 - d.t) * x0 + d.t * x1);
-    target[i] = A(x0 - x1);
+    z[i] = Acc((1 - d.t) * x0 + d.t * x1);
+    target[i] = Acc(x0 - x1);
   });
   for_each(device, b * l,
-           [=] HD(size_t i) { text[i] = T(data.text[draw(i / l).caption * l + i % l]); });
+           [=] HD(size_t i) { text[i] = Real(data.text[draw(i / l).caption * l + i % l]); });
 }
 
 // Each sample's mean squared error, losses (b), and dvelocity (b, C, H, W) = 2 scale (v - target),
 // where scale is what one number weighs in the total: 1 / (all numbers of the step).
-template <class A>
-void flow_loss(const Device& device, A* losses, A* dvelocity, const A* velocity, const A* target,
-               size_t b, size_t n, double scale) {
+template <class Acc>
+void flow_loss(const Device& device, Acc* losses, Acc* dvelocity, const Acc* velocity,
+               const Acc* target, size_t b, size_t n, double scale) {
   for_each_team(device, b, Team::max_size, [=] HD(Team team) {
-    A sum = 0;
+    Acc sum = 0;
     for (size_t i = team.index * n + team.rank; i < (team.index + 1) * n; i += team.size) {
-      A error = velocity[i] - target[i];
+      Acc error = velocity[i] - target[i];
       sum += error * error;
-      if (dvelocity) dvelocity[i] = A(2 * scale) * error;
+      if (dvelocity) dvelocity[i] = Acc(2 * scale) * error;
     }
     sum = team.sum(sum);
-    if (team.rank == 0) losses[team.index] = sum / A(n);
+    if (team.rank == 0) losses[team.index] = sum / Acc(n);
   });
 }
 
 // A pass's batch: net.arrays.z and text, and a.target, from images and captions drawn at random,
 // with replacement; a share `dropout` of the captions is left out, so that guidance has something
 // to hold against. `a` are the arrays of a run (appendix C).
-template <class T, class Kept, class RunArrays>
-void draw_training_batch(Network<T, Kept>& net, RunArrays a, DeviceData data,
+template <class Real, class Kept, class RunArrays>
+void draw_training_batch(Network<Real, Kept>& net, RunArrays a, DeviceData data,
                          const TrainOptions& o) {
   uint64_t seed = o.seed, batch = o.batch;
   double dropout = o.dropout, shift = o.time_shift;
@@ -104,7 +105,7 @@ void draw_training_batch(Network<T, Kept>& net, RunArrays a, DeviceData data,
 //     w = w - lr ( (m / (1 - b1^s)) / (sqrt(v / (1 - b2^s)) + eps) + decay w ),   s = 1, 2, ...
 //
 // with g = g0 min(1, clip / (|g0| + 1e-6)), g0 the gradient, |g0| over all parameters (clip = 0: g
-// = g0), and decay on matrices only. A weight is kept in Acc<T> ("master") and rounded to T for the
+// = g0), and decay on matrices only. A weight is kept in Acc ("master") and rounded to Real for the
 // network.
 //
 // Moments are rounded only to be kept, if at all: a step uses m and v as just computed. (Appendix A
@@ -174,9 +175,9 @@ void gradient_norm(const Device& device, Clock* clock, double* partial, const Ke
                    const Chunk* chunks, size_t count, double clip) {
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     Chunk c = chunks[team.index];
-    Acc<Kept> sum = 0;
+    AccOf<Kept> sum = 0;
     for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
-      Quad<Acc<Kept>> g = load<Acc<Kept>>(gradients + i);
+      Quad<AccOf<Kept>> g = load<AccOf<Kept>>(gradients + i);
       sum += dot(g, g);
     }
     sum = team.sum(sum);
@@ -195,21 +196,21 @@ void gradient_norm(const Device& device, Clock* clock, double* partial, const Ke
 // One step of AdamW: updates the weights, m and v (Kept), and `average` if it is not null. `dither`
 // is for moments that are rounded, `average_dither` for the average.
 template <class Master, class Kept>
-void adamw(const Device& device, Master master, Kept* m, Kept* v, typename Master::A* average,
+void adamw(const Device& device, Master master, Kept* m, Kept* v, typename Master::Acc* average,
            const Kept* gradients, const Clock* clock, const Chunk* chunks, size_t count,
            Optimizer o, Dither dither, Dither average_dither) {
-  using A = typename Master::A;
+  using Acc = typename Master::Acc;
   for_each_team(device, count, Team::max_size, [=] HD(Team team) {
     Chunk c = chunks[team.index];
-    A clip = A(clock->clip_scale), lr = A(clock->lr), b1 = A(o.beta1), b2 = A(o.beta2);
+    Acc clip = Acc(clock->clip_scale), lr = Acc(clock->lr), b1 = Acc(o.beta1), b2 = Acc(o.beta2);
     // 1 - 0.999 in float is off by 1.3e-5 of itself: take the difference in double.
-    A one_minus_b1 = A(1 - o.beta1), one_minus_b2 = A(1 - o.beta2);
-    A c1 = A(1 / clock->correction1), c2 = A(1 / clock->correction2);
-    A decay = c.decays ? A(o.decay) : A(0), eps = A(o.eps);
+    Acc one_minus_b1 = Acc(1 - o.beta1), one_minus_b2 = Acc(1 - o.beta2);
+    Acc c1 = Acc(1 / clock->correction1), c2 = Acc(1 / clock->correction2);
+    Acc decay = c.decays ? Acc(o.decay) : Acc(0), eps = Acc(o.eps);
     for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
-      Quad<A> w = master.get(i), g = clip * load<A>(gradients + i);
-      Quad<A> m_next = b1 * load<A>(m + i) + one_minus_b1 * g;
-      Quad<A> v_next = b2 * load<A>(v + i) + one_minus_b2 * g * g, change;
+      Quad<Acc> w = master.get(i), g = clip * load<Acc>(gradients + i);
+      Quad<Acc> m_next = b1 * load<Acc>(m + i) + one_minus_b1 * g;
+      Quad<Acc> v_next = b2 * load<Acc>(v + i) + one_minus_b2 * g * g, change;
       for (int k = 0; k < 4; ++k)
         change[k] = m_next[k] * c1 / (std::sqrt(v_next[k] * c2) + eps) + decay * w[k];
       w = w - lr * change;
@@ -227,11 +228,11 @@ void adamw(const Device& device, Master master, Kept* m, Kept* v, typename Maste
 }
 
 // End of a pass: put its samples' losses (b) into the step's (accumulate * b), and move on.
-template <class A>
-void end_pass(const Device& device, Clock* clock, A* step_losses, const A* losses, size_t b,
+template <class Acc>
+void end_pass(const Device& device, Clock* clock, Acc* step_losses, const Acc* losses, size_t b,
               size_t accumulate) {
   for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
-    A* out = step_losses + clock->pass % accumulate * b;
+    Acc* out = step_losses + clock->pass % accumulate * b;
     for (size_t i = team.rank; i < b; i += team.size) out[i] = losses[i];
     team.sync();  // all have read the clock
     if (team.rank == 0) ++clock->pass;
@@ -239,8 +240,9 @@ void end_pass(const Device& device, Clock* clock, A* step_losses, const A* losse
 }
 
 // End of a step: record it and move on.
-template <class A>
-void end_step(const Device& device, Clock* clock, Record* history, const A* losses, size_t count) {
+template <class Acc>
+void end_step(const Device& device, Clock* clock, Record* history, const Acc* losses,
+              size_t count) {
   for_each_team(device, 1, Team::max_size, [=] HD(Team team) {
     double sum = 0;
     for (size_t i = team.rank; i < count; i += team.size) sum += double(losses[i]);
@@ -305,73 +307,75 @@ void update_weights(Trainer& t, bool diagnose) {
 //     z <- z + (t - t_next) v,     v = v_u + w (v_c - v_u),
 // v_c with the caption, v_u with the empty one.
 
-template <class T>
+template <class Real>
 struct Sampler {
-  using A = Acc<T>;
-  A* conditional;   // (B, C, H, W)
-  T *text, *empty;  // (B, L, d_text)
+  using Acc = AccOf<Real>;
+  Acc* conditional;    // (B, C, H, W)
+  Real *text, *empty;  // (B, L, d_text)
 
   void lay(Carver& c, const Config& m, size_t batch) {
-    conditional = c.take<A>(batch * m.pixels());
-    text = c.take<T>(batch * m.text_size()), empty = c.take<T>(batch * m.text_size());
+    conditional = c.take<Acc>(batch * m.pixels());
+    text = c.take<Real>(batch * m.text_size()), empty = c.take<Real>(batch * m.text_size());
   }
 };
 
-template <class T>
-void start_from_noise(const Device& device, Acc<T>* z, size_t n, uint64_t seed, uint64_t first) {
-  for_each(device, n,
-           [=] HD(size_t i) { z[i] = Acc<T>(gaussian(seed, streams::sampling_noise, first + i)); });
-}
-template <class T>
-void euler_step(const Device& device, Acc<T>* z, const Acc<T>* conditional,
-                const Acc<T>* unconditional, size_t n, double dt, double guidance) {
-  using A = Acc<T>;
+template <class Real>
+void start_from_noise(const Device& device, AccOf<Real>* z, size_t n, uint64_t seed,
+                      uint64_t first) {
   for_each(device, n, [=] HD(size_t i) {
-    A v = unconditional[i] + A(guidance) * (conditional[i] - unconditional[i]);
-    z[i] += A(dt) * v;
+    z[i] = AccOf<Real>(gaussian(seed, streams::sampling_noise, first + i));
+  });
+}
+template <class Real>
+void euler_step(const Device& device, AccOf<Real>* z, const AccOf<Real>* conditional,
+                const AccOf<Real>* unconditional, size_t n, double dt, double guidance) {
+  using Acc = AccOf<Real>;
+  for_each(device, n, [=] HD(size_t i) {
+    Acc v = unconditional[i] + Acc(guidance) * (conditional[i] - unconditional[i]);
+    z[i] += Acc(dt) * v;
   });
 }
 
 // Images (n, C, H, W) for captions (n, L, d_text), all on the host. Image i depends on seed and i
 // only.
-template <class T, class Kept>
-std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
+template <class Real, class Kept>
+std::vector<float> sample_images(Network<Real, Kept>& net, Sampler<Real> sampler,
                                  const std::vector<float>& text,
                                  const std::vector<float>& empty_text, size_t n, size_t steps,
                                  double guidance, double shift, uint64_t seed) {
-  using A = Acc<T>;
+  using Acc = AccOf<Real>;
   Device& device = net.device;
-  Arrays<T>& a = net.arrays;
+  Arrays<Real>& a = net.arrays;
   size_t pixels = net.config.pixels(), words = net.config.text_size();
   std::vector<float> images;
   Progress progress("drawing " + std::to_string(n) + " samples", ceil_div(n, net.batch) * steps);
   for (size_t first = 0; first < n; first += net.batch) {
     size_t b = std::min(net.batch, n - first);
-    std::vector<T> conditional, empty;
+    std::vector<Real> conditional, empty;
     for (size_t i = 0; i < b * words; ++i) {
-      conditional.push_back(T(text[first * words + i]));
-      empty.push_back(T(empty_text[i % words]));
+      conditional.push_back(Real(text[first * words + i]));
+      empty.push_back(Real(empty_text[i % words]));
     }
-    device.upload(sampler.text, conditional.data(), b * words * sizeof(T));
-    device.upload(sampler.empty, empty.data(), b * words * sizeof(T));
-    start_from_noise<T>(device, a.z, b * pixels, seed, first * pixels);
+    device.upload(sampler.text, conditional.data(), b * words * sizeof(Real));
+    device.upload(sampler.empty, empty.data(), b * words * sizeof(Real));
+    start_from_noise<Real>(device, a.z, b * pixels, seed, first * pixels);
     for (size_t k = 0; k < steps; ++k) {
       double t = shift_time(1 - double(k) / double(steps), shift);
       double t_next = shift_time(1 - double(k + 1) / double(steps), shift);
-      device.copy(a.text, sampler.text, b * words * sizeof(T));
+      device.copy(a.text, sampler.text, b * words * sizeof(Real));
       net.forward(b);
-      const A* with_caption = a.velocity;
+      const Acc* with_caption = a.velocity;
       if (guidance != 1) {
-        device.copy(sampler.conditional, a.velocity, b * pixels * sizeof(A));
+        device.copy(sampler.conditional, a.velocity, b * pixels * sizeof(Acc));
         with_caption = sampler.conditional;
-        device.copy(a.text, sampler.empty, b * words * sizeof(T));
+        device.copy(a.text, sampler.empty, b * words * sizeof(Real));
         net.forward(b);
       }
-      euler_step<T>(device, a.z, with_caption, a.velocity, b * pixels, t - t_next, guidance);
+      euler_step<Real>(device, a.z, with_caption, a.velocity, b * pixels, t - t_next, guidance);
       progress.advance(1);
     }
-    std::vector<A> z(b * pixels);
-    device.download(z.data(), a.z, z.size() * sizeof(A));
+    std::vector<Acc> z(b * pixels);
+    device.download(z.data(), a.z, z.size() * sizeof(Acc));
     images.insert(images.end(), z.begin(), z.end());
   }
   return images;
@@ -388,7 +392,7 @@ std::vector<float> sample_images(Network<T, Kept>& net, Sampler<T> sampler,
 //
 //                  weights   master   gradient   m   v
 //     fp32 state      2        4         4       4   4    18
-//     lean state      2       +2         2       2   2    10     Kept = T in the code
+//     lean state      2       +2         2       2   2    10     Kept = Real in the code
 //
 // In the lean state the gradient and the moments are bf16, rounded stochastically (math.h, appendix
 // E), and the master is the bf16 weight and the 16 bits of the float that it lacks. Moments are
@@ -419,51 +423,51 @@ HD inline float join(Halves h) {
   return x;
 }
 
-// The weights that AdamW moves, in Acc<T>, beside the network's copy of them in T.
-template <class T, class Kept>
+// The weights that AdamW moves, in Acc, beside the network's copy of them in Real.
+template <class Real, class Kept>
 struct Master {
-  using A = Acc<T>;
-  static constexpr bool lean = !std::is_same_v<Kept, A>;
-  T* weights;  // the network's
-  // What AdamW moves; lean: only what `weights` lack of it; where T is Acc<T>: `weights` again.
-  std::conditional_t<lean, int16_t, A>* own;
+  using Acc = AccOf<Real>;
+  static constexpr bool lean = !std::is_same_v<Kept, Acc>;
+  Real* weights;  // the network's
+  // What AdamW moves; lean: only what `weights` lack of it; where T is Acc: `weights` again.
+  std::conditional_t<lean, int16_t, Acc>* own;
 
-  HD Quad<A> get(size_t i) const {
+  HD Quad<Acc> get(size_t i) const {
     if constexpr (!lean) {
-      return load<A>(own + i);
+      return load<Acc>(own + i);
     } else {
-      Quad<T> nearest = *reinterpret_cast<const Quad<T>*>(weights + i);
+      Quad<Real> nearest = *reinterpret_cast<const Quad<Real>*>(weights + i);
       Quad<int16_t> rest = *reinterpret_cast<const Quad<int16_t>*>(own + i);
-      Quad<A> w;
+      Quad<Acc> w;
       for (int k = 0; k < 4; ++k) w[k] = join({nearest[k], rest[k]});
       return w;
     }
   }
-  HD void set(size_t i, Quad<A> w) const {
+  HD void set(size_t i, Quad<Acc> w) const {
     if constexpr (!lean) {
       store(own + i, w);
       store(weights + i, w);
     } else {
-      Quad<T> nearest;
+      Quad<Real> nearest;
       Quad<int16_t> rest;
       for (int k = 0; k < 4; ++k) {
         Halves h = split(w[k]);
         nearest[k] = h.nearest, rest[k] = h.rest;
       }
-      *reinterpret_cast<Quad<T>*>(weights + i) = nearest;
+      *reinterpret_cast<Quad<Real>*>(weights + i) = nearest;
       *reinterpret_cast<Quad<int16_t>*>(own + i) = rest;
     }
   }
 };
 
 // Draw all parameters as the table says into the master, and into `average` if it is not null.
-template <class T, class Kept>
-void initialise(const Device& device, const Table& table, Master<T, Kept> master, Acc<T>* average,
-                uint64_t seed) {
-  using A = Acc<T>;
-  device.fill(master.weights, 0, table.size * sizeof(T));
+template <class Real, class Kept>
+void initialise(const Device& device, const Table& table, Master<Real, Kept> master,
+                AccOf<Real>* average, uint64_t seed) {
+  using Acc = AccOf<Real>;
+  device.fill(master.weights, 0, table.size * sizeof(Real));
   draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) {
-    Quad<A> w{{A(q[0]), A(q[1]), A(q[2]), A(q[3])}};
+    Quad<Acc> w{{Acc(q[0]), Acc(q[1]), Acc(q[2]), Acc(q[3])}};
     master.set(i, w);
     if (average) store(average + i, w);
   });
@@ -568,10 +572,10 @@ inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
 }
 
 // At a spike, copy what the report needs. After the step, so that its weights are those looked at.
-template <class T, class Kept>
+template <class Real, class Kept>
 void copy_spike(const Device& device, SpikeArrays a, const double* partial, const Kept* gradients,
-                const T* weights, const Chunk* chunks, size_t count, const Acc<T>* losses,
-                size_t samples, const Acc<T>* dvelocity, size_t b, size_t n) {
+                const Real* weights, const Chunk* chunks, size_t count, const AccOf<Real>* losses,
+                size_t samples, const AccOf<Real>* dvelocity, size_t b, size_t n) {
   size_t teams = std::min<size_t>(count, 1024);
   for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
@@ -609,38 +613,38 @@ void copy_spike(const Device& device, SpikeArrays a, const double* partial, cons
 // ---------------------------------------------------------------------------------------------
 // C. The arrays of a run, and what fits
 
-template <class T>
-Diagnostics<T> chosen_diagnostics(const TrainOptions& o) {
+template <class Real>
+Diagnostics<Real> chosen_diagnostics(const TrainOptions& o) {
   return {o.model, chosen_layers(o), std::min(o.diagnose_samples, o.batch)};
 }
 
 // The arrays of a run besides the network's.
-template <class T, class Kept>
+template <class Real, class Kept>
 struct TrainArrays {
-  using A = Acc<T>;
-  Master<T, Kept> master;  // as the weights, like m, v and average
+  using Acc = AccOf<Real>;
+  Master<Real, Kept> master;  // as the weights, like m, v and average
   Kept *m, *v;
-  A* average;
-  T* average_rounded;  // what the network evaluates with; the same where T is Acc<T>
+  Acc* average;
+  Real* average_rounded;  // what the network evaluates with; the same where T is Acc
   Chunk* chunks;
   double* partial;
-  A *target, *losses, *step_losses;  // (B, C, H, W), (B), (accumulate * B)
+  Acc *target, *losses, *step_losses;  // (B, C, H, W), (B), (accumulate * B)
   Clock* clock;
   Record* history;
 
   void lay_optimizer(Carver& c, size_t parameters, size_t chunk_count, bool averages) {
-    if (!std::is_same_v<T, A>)
+    if (!std::is_same_v<Real, Acc>)
       master.own = c.take<std::remove_pointer_t<decltype(master.own)>>(parameters);
     m = c.take<Kept>(parameters), v = c.take<Kept>(parameters);
-    average = averages ? c.take<A>(parameters) : nullptr;
-    average_rounded = averages && !std::is_same_v<T, A> ? c.take<T>(parameters) : nullptr;
+    average = averages ? c.take<Acc>(parameters) : nullptr;
+    average_rounded = averages && !std::is_same_v<Real, Acc> ? c.take<Real>(parameters) : nullptr;
     chunks = c.take<Chunk>(chunk_count), partial = c.take<double>(chunk_count);
     clock = c.take<Clock>(1), history = c.take<Record>(records);
   }
   void lay_batch(Carver& c, const TrainOptions& o, size_t held_out) {
-    target = c.take<A>(o.batch * o.model.pixels());
-    losses = c.take<A>(std::max(o.batch, held_out));
-    step_losses = c.take<A>(o.batch * o.accumulate);
+    target = c.take<Acc>(o.batch * o.model.pixels());
+    losses = c.take<Acc>(std::max(o.batch, held_out));
+    step_losses = c.take<Acc>(o.batch * o.accumulate);
   }
 };
 
@@ -667,15 +671,15 @@ inline void upload_data(const Device& device, const DeviceData& to, const Datase
 }
 
 // All that a run takes besides the network.
-template <class T, class Kept>
+template <class Real, class Kept>
 struct RunArrays {
-  TrainArrays<T, Kept> a;
+  TrainArrays<Real, Kept> a;
   DeviceData train, held_out;
-  Sampler<T> sampler;
-  Diagnostics<T> diagnostics;
+  Sampler<Real> sampler;
+  Diagnostics<Real> diagnostics;
   SpikeArrays spikes;
 
-  explicit RunArrays(const TrainOptions& o) : diagnostics(chosen_diagnostics<T>(o)) {}
+  explicit RunArrays(const TrainOptions& o) : diagnostics(chosen_diagnostics<Real>(o)) {}
 
   // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
   template <class F>
@@ -707,18 +711,18 @@ inline size_t graph_bytes(const TrainOptions& o) {
 }
 
 // Everything a run will take, by slab, before it is taken.
-template <class T, class Kept = Acc<T>>
+template <class Real, class Kept = AccOf<Real>>
 Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bool on_gpu) {
   double numbers = (double(data.images) + double(data.held_out)) * double(o.model.pixels()) +
                    double(data.captions) * double(o.model.text_size());
   if (numbers > 1e15)
     fail("%zu images and %zu captions are larger than any machine", data.images, data.captions);
-  Plan plan = network_plan<T, Kept>(o.model, table, o.batch, o.recompute, true, on_gpu);
-  RunArrays<T, Kept>(o).each_slab(o, table, data,
-                                  [&](const char* name, const auto& lay) { plan.add(name, lay); });
+  Plan plan = network_plan<Real, Kept>(o.model, table, o.batch, o.recompute, true, on_gpu);
+  RunArrays<Real, Kept>(o).each_slab(
+      o, table, data, [&](const char* name, const auto& lay) { plan.add(name, lay); });
   plan.slabs.emplace_back(
       on_gpu ? "cuBLAS workspace" : "products' workspace",
-      on_gpu ? Device::workspace_bytes(true) : HostGemm<Acc<T>>::workspace_bytes());
+      on_gpu ? Device::workspace_bytes(true) : HostGemm<AccOf<Real>>::workspace_bytes());
   if (on_gpu) plan.slabs.emplace_back("captured steps", graph_bytes(o));
   return plan;
 }
@@ -750,30 +754,30 @@ inline double step_flops(const TrainOptions& o) {
          (3 + double(replayed) / double(o.model.depth));
 }
 
-template <class T>
+template <class Real>
 Choice way_to_run(TrainOptions o, bool lean, size_t recompute, const Table& table, DataSizes data,
                   bool on_gpu) {
   o.recompute = recompute;
-  Plan plan = lean ? training_plan<T, T>(o, table, data, on_gpu)
-                   : training_plan<T, Acc<T>>(o, table, data, on_gpu);
+  Plan plan = lean ? training_plan<Real, Real>(o, table, data, on_gpu)
+                   : training_plan<Real, AccOf<Real>>(o, table, data, on_gpu);
   return {lean, recompute, plan.total(), step_flops(o)};
 }
 
 // Bytes of the network alone: what the length of spans changes.
-template <class T>
+template <class Real>
 size_t network_bytes(const TrainOptions& o, const Choice& way, const Table& table, bool on_gpu) {
   auto plan = [&](auto kept) {
-    return network_plan<T, decltype(kept)>(o.model, table, o.batch, way.recompute, true, on_gpu);
+    return network_plan<Real, decltype(kept)>(o.model, table, o.batch, way.recompute, true, on_gpu);
   };
-  return (way.lean ? plan(T{}) : plan(Acc<T>{})).total();
+  return (way.lean ? plan(Real{}) : plan(AccOf<Real>{})).total();
 }
 
 // The ways to run that the options leave open, best first. Of those with one state each takes less
 // memory than the one before it, and more work.
-template <class T>
+template <class Real>
 std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes data,
                             bool on_gpu) {
-  constexpr bool can_be_lean = std::is_same_v<T, bf16>;
+  constexpr bool can_be_lean = std::is_same_v<Real, bf16>;
   if (o.state == "lean" && !can_be_lean) fail("--state lean is for --precision bf16 alone");
   std::set<size_t> lengths = {o.recompute};
   if (o.recompute == automatic) {
@@ -787,12 +791,12 @@ std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes
     std::vector<Choice> ways;
     // The rest is the same for all lengths, of which there may be hundreds, and walks over the
     // table.
-    Choice way = way_to_run<T>(o, lean, *lengths.begin(), table, data, on_gpu);
-    size_t rest = way.bytes - network_bytes<T>(o, way, table, on_gpu);
+    Choice way = way_to_run<Real>(o, lean, *lengths.begin(), table, data, on_gpu);
+    size_t rest = way.bytes - network_bytes<Real>(o, way, table, on_gpu);
     TrainOptions with = o;
     for (size_t length : lengths) {
       with.recompute = way.recompute = length;
-      way.bytes = rest + network_bytes<T>(o, way, table, on_gpu), way.flops = step_flops(with);
+      way.bytes = rest + network_bytes<Real>(o, way, table, on_gpu), way.flops = step_flops(with);
       ways.push_back(way);
     }
     std::sort(ways.begin(), ways.end(), [](const Choice& a, const Choice& b) {
@@ -806,13 +810,13 @@ std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes
 }
 
 // What to say where not even `least`, the way that takes the least memory, fits.
-template <class T>
+template <class Real>
 std::string does_not_fit(TrainOptions o, const Choice& least, const Table& table, DataSizes data,
                          bool on_gpu, double limit) {
   size_t fitting = 0, too_large = o.batch;  // all that grows with the batch grows alike
   while (too_large - fitting > 1) {
     o.batch = (fitting + too_large) / 2;
-    Choice way = way_to_run<T>(o, least.lean, least.recompute, table, data, on_gpu);
+    Choice way = way_to_run<Real>(o, least.lean, least.recompute, table, data, on_gpu);
     (double(way.bytes) <= limit ? fitting : too_large) = o.batch;
   }
   char text[256];
@@ -826,16 +830,16 @@ std::string does_not_fit(TrainOptions o, const Choice& least, const Table& table
 
 // The best way that fits into `limit` bytes, and on the console the next best. If none does: fails,
 // or says so and returns the one that takes least.
-template <class T>
+template <class Real>
 Choice choose(const TrainOptions& o, const Table& table, DataSizes data, bool on_gpu, double limit,
               bool must_fit) {
-  std::vector<Choice> all = choices<T>(o, table, data, on_gpu);
+  std::vector<Choice> all = choices<Real>(o, table, data, on_gpu);
   auto fits = [&](const Choice& c) { return double(c.bytes) <= limit; };
   auto best = std::find_if(all.begin(), all.end(), fits);
   if (best == all.end()) {
     Choice least = *std::min_element(
         all.begin(), all.end(), [](const Choice& a, const Choice& b) { return a.bytes < b.bytes; });
-    std::string text = does_not_fit<T>(o, least, table, data, on_gpu, limit);
+    std::string text = does_not_fit<Real>(o, least, table, data, on_gpu, limit);
     if (must_fit) fail("%s", text.c_str());
     std::printf("%s\n", text.c_str());
     return least;
@@ -852,8 +856,8 @@ Choice choose(const TrainOptions& o, const Table& table, DataSizes data, bool on
 // D. The trainer: a run's network and arrays, and the step as captured graphs
 
 // Held-out images with fixed noise and times.
-template <class T, class Kept>
-void draw_validation_batch(Network<T, Kept>& net, TrainArrays<T, Kept> a, DeviceData data,
+template <class Real, class Kept>
+void draw_validation_batch(Network<Real, Kept>& net, TrainArrays<Real, Kept> a, DeviceData data,
                            const TrainOptions& o, size_t first, size_t b) {
   double shift = o.time_shift;
   auto draw = [=] HD(size_t i) {
@@ -891,18 +895,18 @@ inline uint64_t hash_data(const Dataset& data) {
 }
 
 // T: what the network computes with; Kept: what its gradients and AdamW's moments are kept as.
-template <class T, class Kept = Acc<T>>
-class Trainer : public RunArrays<T, Kept> {
-  using Base = RunArrays<T, Kept>;
+template <class Real, class Kept = AccOf<Real>>
+class Trainer : public RunArrays<Real, Kept> {
+  using Base = RunArrays<Real, Kept>;
 
  public:
-  using A = Acc<T>;
+  using Acc = AccOf<Real>;
   using Base::a, Base::train, Base::held_out, Base::sampler, Base::diagnostics, Base::spikes;
-  static constexpr bool mixed = !std::is_same_v<T, A>, lean = Master<T, Kept>::lean;
+  static constexpr bool mixed = !std::is_same_v<Real, Acc>, lean = Master<Real, Kept>::lean;
 
   const TrainOptions o;
   Device& device;
-  Network<T, Kept> net;
+  Network<Real, Kept> net;
   size_t chunk_count;
   uint64_t step = 0;  // steps done
   uint64_t data_hash, validated_hash;
@@ -996,19 +1000,19 @@ class Trainer : public RunArrays<T, Kept> {
   // Mean loss over the held-out images, with the averaged weights if there are any.
   double validate() {
     return with_average([&] {
-      std::vector<A> losses(held_out.images);
+      std::vector<Acc> losses(held_out.images);
       Progress progress("validating", held_out.images);
       for (size_t first = 0; first < held_out.images; first += o.batch) {
         size_t b = std::min(o.batch, held_out.images - first);
         draw_validation_batch(net, a, held_out, o, first, b);
         net.forward(b);
-        flow_loss<A>(device, a.losses + first, nullptr, net.arrays.velocity, a.target, b,
-                     o.model.pixels(), 0);
+        flow_loss<Acc>(device, a.losses + first, nullptr, net.arrays.velocity, a.target, b,
+                       o.model.pixels(), 0);
         progress.advance(b);
       }
-      device.download(losses.data(), a.losses, losses.size() * sizeof(A));
+      device.download(losses.data(), a.losses, losses.size() * sizeof(Acc));
       double sum = 0;
-      for (A loss : losses) sum += double(loss);
+      for (Acc loss : losses) sum += double(loss);
       return sum / double(losses.size());
     });
   }
@@ -1021,7 +1025,7 @@ class Trainer : public RunArrays<T, Kept> {
   }
 
   // The weights to evaluate: the average, where one is kept.
-  const T* evaluated_weights() {
+  const Real* evaluated_weights() {
     if (!a.average) return net.weights();
     if constexpr (mixed) convert(device, a.average_rounded, a.average, net.table.size);
     return a.average_rounded;
@@ -1039,15 +1043,15 @@ class Trainer : public RunArrays<T, Kept> {
       bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
       act(graphs_[observe][last][first], [&] {
         if (first) begin_step(device, a.clock, o.optimizer, o.ema);
-        training_pass(*this, first, last ? observer(diagnose) : Observer<T>());
+        training_pass(*this, first, last ? observer(diagnose) : Observer<Real>());
         if (last) update_weights(*this, diagnose);
       });
     }
   }
 
-  Observer<T> observer(bool diagnose) {
+  Observer<Real> observer(bool diagnose) {
     if (!diagnose && o.spike_factor == 0) return {};
-    return [=](size_t block, int writer, const BlockSaved<T>& saved, const T* delta) {
+    return [=](size_t block, int writer, const BlockSaved<Real>& saved, const Real* delta) {
       diagnostics.observe(device, block, writer, saved, delta, diagnose);
     };
   }
@@ -1109,7 +1113,7 @@ class Trainer : public RunArrays<T, Kept> {
 
   template <class Function>
   auto with_average(const Function& function) {
-    T* own = net.use_weights(const_cast<T*>(evaluated_weights()));
+    Real* own = net.use_weights(const_cast<Real*>(evaluated_weights()));
     auto result = function();
     net.use_weights(own);
     return result;
@@ -1119,20 +1123,20 @@ class Trainer : public RunArrays<T, Kept> {
 // ---------------------------------------------------------------------------------------------
 // E. Saving and resuming
 //
-// weights.safetensors holds the network in T under the published names; ema.safetensors the
+// weights.safetensors holds the network in Real under the published names; ema.safetensors the
 // averaged one. state.safetensors is all that a run needs to go on: master weights (lean: the
 // weights and the rests), moments, average, step.
 
 // T as --precision names it.
-template <class T>
-constexpr const char* precision_name = std::is_same_v<T, double>  ? "fp64"
-                                       : std::is_same_v<T, float> ? "fp32"
-                                                                  : "bf16";
+template <class Real>
+constexpr const char* precision_name = std::is_same_v<Real, double>  ? "fp64"
+                                       : std::is_same_v<Real, float> ? "fp32"
+                                                                     : "bf16";
 
 // What must be the same for a resumed run to be the same run. The optimiser's settings are not
 // among them: a run may go on at another learning rate, but its bits are then not those of an
 // unbroken one.
-template <class T>
+template <class Real>
 Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, size_t val_images,
                         uint64_t val_images_hash) {
   Metadata m = describe(o.model, o.time_shift);
@@ -1140,7 +1144,7 @@ Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, si
   m["seed"] = std::to_string(o.seed), m["data_hash"] = std::to_string(data_hash);
   m["val_images"] = std::to_string(val_images);
   m["val_images_hash"] = std::to_string(val_images_hash);
-  m["precision"] = precision_name<T>, m["state"] = lean ? "lean" : "fp32";
+  m["precision"] = precision_name<Real>, m["state"] = lean ? "lean" : "fp32";
   m["dropout"] = exact(o.dropout), m["ema"] = exact(o.ema);
   m["fix"] = o.model.fix.empty() ? "nothing" : join_list(o.model.fix);
   // Where it began: what has been learned since then hides it.
@@ -1149,9 +1153,9 @@ Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, si
   for (const Gate& gate : o.model.gates_of_mode()) m[gate.name] = exact(o.model.start(gate));
   return m;
 }
-template <class T, class Kept>
-Metadata describe_state(const Trainer<T, Kept>& t) {
-  return describe_state<T>(t.o, t.lean, t.data_hash, t.held_out.images, t.validated_hash);
+template <class Real, class Kept>
+Metadata describe_state(const Trainer<Real, Kept>& t) {
+  return describe_state<Real>(t.o, t.lean, t.data_hash, t.held_out.images, t.validated_hash);
 }
 
 // The entry `key` of a state's metadata. Throws Error where there is none.
@@ -1170,8 +1174,8 @@ inline Metadata describe_optimizer(const Optimizer& o) {
 }
 
 // Call f with the slabs that a resumed run needs. (Wide types first, as files like it.)
-template <class T, class Kept, class F>
-void with_state(Trainer<T, Kept>& t, const F& f) {
+template <class Real, class Kept, class F>
+void with_state(Trainer<Real, Kept>& t, const F& f) {
   auto& a = t.a;
   Stored average{"ema.", a.average};
   Stored own{t.lean ? "rest." : "master.", a.master.own};
@@ -1181,8 +1185,8 @@ void with_state(Trainer<T, Kept>& t, const F& f) {
 
 // Write DIR/state.safetensors (unless only weights are wanted), weights.safetensors and
 // ema.safetensors (if any).
-template <class T, class Kept>
-void save_run(Trainer<T, Kept>& t) {
+template <class Real, class Kept>
+void save_run(Trainer<Real, Kept>& t) {
   std::string dir = t.o.out + "/";
   Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
   about["step"] = state["step"] = std::to_string(t.step);
@@ -1202,7 +1206,7 @@ void save_run(Trainer<T, Kept>& t) {
 
 // Fails, naming all differences, if a run with these options would not be the one whose state is in
 // the file. Says what else has changed: the optimiser's settings, and what no bit depends on.
-template <class T>
+template <class Real>
 void require_same_run(const SafetensorsReader& file, const std::string& path, const TrainOptions& o,
                       const Dataset& data, const Dataset& validation) {
   // A number as it was typed, not with all the digits that a double has.
@@ -1222,7 +1226,7 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
                                     "final_std"};
   for (const Gate& gate : o.model.gates_of_mode()) optional.insert(gate.name);
   std::string others;
-  for (const auto& [key, value] : describe_state<T>(o, lean, hashes[0], V, hashes[1])) {
+  for (const auto& [key, value] : describe_state<Real>(o, lean, hashes[0], V, hashes[1])) {
     std::string was =
         optional.count(key) && !file.metadata().count(key) ? value : described(file, path, key);
     if (was == value) continue;
@@ -1249,8 +1253,8 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
       note(c.name, c.was, c.now);
 }
 
-template <class T, class Kept>
-void resume_run(Trainer<T, Kept>& t) {
+template <class Real, class Kept>
+void resume_run(Trainer<Real, Kept>& t) {
   std::string path = t.o.out + "/state.safetensors";
   SafetensorsReader file(path);
   std::string step = described(file, path, "step");
@@ -1312,9 +1316,9 @@ inline std::string duration(double seconds) {
   return text;
 }
 
-// Operations a second that a card can do at most in products of T without sparsity, as its maker
+// Operations a second that a card can do at most in products of Real without sparsity, as its maker
 // says; 0 for a card or a type that is not in the table. The names are those that its driver gives.
-template <class T>
+template <class Real>
 double peak_flops(const std::string& name) {
   struct {
     const char* card;
@@ -1323,25 +1327,25 @@ double peak_flops(const std::string& name) {
                {"H200 NVL", 836, 60},  {"H200", 989, 67},     {"A100", 312, 19.5}};
   for (const auto& c : cards)
     if (name.find(c.card) != std::string::npos)
-      return std::is_same_v<T, bf16>    ? 1e12 * c.bf16_tera
-             : std::is_same_v<T, float> ? 1e12 * c.fp32_tera
-                                        : 0;
+      return std::is_same_v<Real, bf16>    ? 1e12 * c.bf16_tera
+             : std::is_same_v<Real, float> ? 1e12 * c.fp32_tera
+                                           : 0;
   return 0;
 }
 
-template <class T>
+template <class Real>
 void print_plan(TrainOptions o, const Table& table, DataSizes data, bool on_gpu,
                 const Choice& choice) {
   o.recompute = choice.recompute;
-  Plan plan = choice.lean ? training_plan<T, T>(o, table, data, on_gpu)
-                          : training_plan<T>(o, table, data, on_gpu);
+  Plan plan = choice.lean ? training_plan<Real, Real>(o, table, data, on_gpu)
+                          : training_plan<Real>(o, table, data, on_gpu);
   const Config& m = o.model;
   double parameters = double(table.count());
   std::printf("%s: %zu layers, width %zu, %zu heads, ffn %zu; %zu image + %zu text tokens\n",
               m.residual.c_str(), m.depth, m.width, m.heads, m.ffn, m.image_tokens(),
               m.text_tokens);
   std::printf("%.3f million parameters, batch %zu x %zu, %s, %s state, recompute %zu, ",
-              1e-6 * parameters, o.batch, o.accumulate, dtype_name<T>(),
+              1e-6 * parameters, o.batch, o.accumulate, dtype_name<Real>(),
               choice.lean ? "lean" : "fp32", choice.recompute);
   std::printf("%.4g TFLOP a step\n", 1e-12 * choice.flops);
   auto line = [&](const std::string& name, size_t bytes) {
@@ -1355,7 +1359,7 @@ void print_plan(TrainOptions o, const Table& table, DataSizes data, bool on_gpu,
 }
 
 // A run and its console: what is logged, validated, sampled and saved, and when.
-template <class T, class Kept>
+template <class Real, class Kept>
 class Run {
  public:
   // `in_use`: bytes in use on the device before the data was read.
@@ -1378,7 +1382,7 @@ class Run {
     }
     logged_ = first_ = trainer_.step;
     if (o_.diagnose_every) {  // first: it may refuse, before anything is written
-      const Diagnostics<T>& d = trainer_.diagnostics;  // nothing is measured yet: for the names
+      const Diagnostics<Real>& d = trainer_.diagnostics;  // nothing is measured yet: for the names
       std::string header = diagnostics_header(d.read(device)[0], o_.model, d.samples);
       diagnostics_ =
           std::make_unique<CsvLog>(o_.out + "/diagnostics.csv", header, logged_, 2,
@@ -1420,7 +1424,7 @@ class Run {
       bool diagnose = o_.diagnose_every && (trainer_.step + 1) % o_.diagnose_every == 0;
       trainer_.train_step(diagnose);
       if (diagnose) {
-        const Diagnostics<T>& d = trainer_.diagnostics;
+        const Diagnostics<Real>& d = trainer_.diagnostics;
         diagnostics_->row(trainer_.step,
                           diagnostics_rows(trainer_.step, d.layers, d.read(trainer_.device)));
       }
@@ -1451,7 +1455,7 @@ class Run {
 
   using Time = std::chrono::steady_clock;
   const size_t in_use_before_;
-  Trainer<T, Kept> trainer_;
+  Trainer<Real, Kept> trainer_;
   const TrainOptions& o_;
   Dataset data_;
   std::unique_ptr<CsvLog> log_, validation_, diagnostics_;
@@ -1502,7 +1506,7 @@ class Run {
     std::printf("step %6zu/%zu  loss %.4f  norm %8.3g  lr %.2e  %.1f ms/step  %.3g tokens/s  ",
                 size_t(trainer_.step), o_.steps, plain(loss), plain(now.norm), now.lr, 1e3 * step,
                 tokens / step);
-    if (double peak = peak_flops<T>(trainer_.device.name))
+    if (double peak = peak_flops<Real>(trainer_.device.name))
       std::printf("HFU %.1f%% of %.0f TFLOP/s  ", 100 * flops / peak, 1e-12 * peak);
     else
       std::printf("%.3g GFLOP/s  ", 1e-9 * flops);
@@ -1600,10 +1604,10 @@ inline double memory_limit(const Device& device) {
   return 0.99 * double(device.available() + Device::workspace_bytes(device.gpu));
 }
 
-template <class T, class Kept>
+template <class Real, class Kept>
 int start_run(Device& device, const TrainOptions& o, Dataset data, Dataset validation,
               size_t in_use) {
-  Run<T, Kept> run(device, o, std::move(data), validation, in_use);
+  Run<Real, Kept> run(device, o, std::move(data), validation, in_use);
   validation = {};
   return run.go();
 }
@@ -1628,7 +1632,7 @@ inline void refuse_to_overwrite(const TrainOptions& o) {
         o.out.c_str());
 }
 
-template <class T>
+template <class Real>
 int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, Dataset validation,
           size_t in_use) {
   const TrainOptions asked = o;
@@ -1644,10 +1648,10 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   bool resumed = o.resume && std::filesystem::exists(saved);
   if (resumed) {
     SafetensorsReader file(saved);
-    require_same_run<T>(file, saved, o, data, validation);
+    require_same_run<Real>(file, saved, o, data, validation);
     if (o.state == "auto") o.state = described(file, saved, "state");
   }
-  Choice choice = choose<T>(o, table, sizes, device.gpu, limit, true);
+  Choice choice = choose<Real>(o, table, sizes, device.gpu, limit, true);
   o.recompute = choice.recompute;
   if (!resumed || !o.changes.empty() || !std::filesystem::exists(o.out + "/config.ini"))
     o.ini = ini_of(asked, machine, choice.lean ? "lean" : "fp32");
@@ -1655,24 +1659,24 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
   if (!own) own = std::make_unique<OwnFolder>(o.out);
   refuse_to_overwrite(o);
-  print_plan<T>(o, table, sizes, device.gpu, choice);
-  if constexpr (std::is_same_v<T, bf16>)
+  print_plan<Real>(o, table, sizes, device.gpu, choice);
+  if constexpr (std::is_same_v<Real, bf16>)
     if (choice.lean)
-      return start_run<T, T>(device, o, std::move(data), std::move(validation), in_use);
-  return start_run<T, Acc<T>>(device, o, std::move(data), std::move(validation), in_use);
+      return start_run<Real, Real>(device, o, std::move(data), std::move(validation), in_use);
+  return start_run<Real, AccOf<Real>>(device, o, std::move(data), std::move(validation), in_use);
 }
 
 // ---------------------------------------------------------------------------------------------
 // G. The other subcommands
 
 // `mvsplit plan`: as `train` would choose on this machine, or for the memory that is named.
-template <class T>
+template <class Real>
 void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
   Table table = parameter_table(o.model);
   bool is_here = !on_gpu || Device::gpus() > 0;
   double limit = o.memory > 0 ? 1e9 * o.memory : is_here ? memory_limit(Device(on_gpu)) : HUGE_VAL;
-  Choice choice = choose<T>(o, table, data, on_gpu, limit, o.memory > 0);
-  print_plan<T>(o, table, data, on_gpu, choice);
+  Choice choice = choose<Real>(o, table, data, on_gpu, limit, o.memory > 0);
+  print_plan<Real>(o, table, data, on_gpu, choice);
 }
 
 // The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must
@@ -1714,7 +1718,7 @@ inline Captions prompt_text(const SampleOptions& o, const Config& m) {
   return asked;
 }
 
-template <class T>
+template <class Real>
 int sample(Device& device, const SampleOptions& o) {
   bool numbers = has_extension(o.out, ".safetensors");
   if (!numbers && !has_extension(o.out, ".png"))
@@ -1759,9 +1763,9 @@ int sample(Device& device, const SampleOptions& o) {
     auto row = prompts.text.begin() + ptrdiff_t(i / o.columns * m.text_size());
     text.insert(text.end(), row, row + ptrdiff_t(m.text_size()));
   }
-  Network<T> net(device, m, std::min(n, o.batch), 0, false);
+  Network<Real> net(device, m, std::min(n, o.batch), 0, false);
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
-  Sampler<T> sampler;
+  Sampler<Real> sampler;
   Carver count;
   sampler.lay(count, m, net.batch);
   Slab slab(device, count.used);
@@ -1784,22 +1788,22 @@ int sample(Device& device, const SampleOptions& o) {
   return 0;
 }
 
-// Read tensor `name` into a device array of T, through numbers that must be finite.
-template <class T>
+// Read tensor `name` into a device array of Real, through numbers that must be finite.
+template <class Real>
 void upload_tensor(const SafetensorsReader& file, const std::string& path, const Device& device,
-                   const std::string& name, const std::vector<size_t>& shape, T* to) {
+                   const std::string& name, const std::vector<size_t>& shape, Real* to) {
   const TensorInfo& tensor = file.require(name, shape);
-  std::vector<T> host(tensor.count());
+  std::vector<Real> host(tensor.count());
   file.read(tensor, host.data(), 0, host.size());
   for (size_t i = 0; i < host.size(); ++i)
     if (!std::isfinite(double(host[i])))
       fail("%s: %s holds NaN or infinity at number %zu", path.c_str(), name.c_str(), i);
-  device.upload(to, host.data(), host.size() * sizeof(T));
+  device.upload(to, host.data(), host.size() * sizeof(Real));
 }
 
-template <class T>
+template <class Real>
 int forward(Device& device, const ForwardOptions& o) {
-  using A = Acc<T>;
+  using Acc = AccOf<Real>;
   SafetensorsReader weights(o.weights), inputs(o.inputs);
   SafeFile(o.out).abandon();  // better refused now than after the work
   const TensorInfo *z = inputs.find("z"), *text = inputs.find("text");
@@ -1818,8 +1822,8 @@ int forward(Device& device, const ForwardOptions& o) {
   std::vector<size_t> image{b, m.channels, m.height, m.image_width};
   std::vector<size_t> caption{b, m.text_tokens, m.text_dim};
   bool backward = inputs.find("cotangent");
-  Network<T> net(device, m, b, o.recompute, backward);
-  Arrays<T>& a = net.arrays;
+  Network<Real> net(device, m, b, o.recompute, backward);
+  Arrays<Real>& a = net.arrays;
   load_tensors(weights, o.weights, device, net.table, Stored{"", net.weights()});
   upload_tensor(inputs, o.inputs, device, "z", image, a.z);
   upload_tensor(inputs, o.inputs, device, "text", caption, a.text);
@@ -1828,17 +1832,17 @@ int forward(Device& device, const ForwardOptions& o) {
   if (backward) net.backward(b, false, true);
 
   SafetensorsWriter out(o.out);
-  out.declare("velocity", dtype_name<A>(), image);
+  out.declare("velocity", dtype_name<Acc>(), image);
   if (backward) {
-    out.declare("grad.z", dtype_name<A>(), image);
-    out.declare("grad.text", dtype_name<A>(), caption);
+    out.declare("grad.z", dtype_name<Acc>(), image);
+    out.declare("grad.text", dtype_name<Acc>(), caption);
     for (const Parameter& p : net.table.parameters)
-      out.declare("grad." + p.name, dtype_name<A>(), p.shape);
+      out.declare("grad." + p.name, dtype_name<Acc>(), p.shape);
   }
-  std::vector<A> host;
-  auto put = [&](const A* from, size_t count) {
+  std::vector<Acc> host;
+  auto put = [&](const Acc* from, size_t count) {
     host.resize(count);
-    device.download(host.data(), from, count * sizeof(A));
+    device.download(host.data(), from, count * sizeof(Acc));
     out.write(host.data(), count);
   };
   put(a.velocity, b * m.pixels());
@@ -2041,31 +2045,31 @@ inline std::vector<size_t> shuffled(size_t n, uint64_t seed, uint64_t stream) {
 
 // What there is to read t off without a network: scalars (b, 5) of each image of z (b, n), which
 // are its mean, root mean square, standard deviation, smallest and largest number.
-template <class A>
-void image_scalars(const Device& device, A* scalars, const A* z, size_t b, size_t n) {
+template <class Acc>
+void image_scalars(const Device& device, Acc* scalars, const Acc* z, size_t b, size_t n) {
   for_each_team(device, b, threads_for(n), [=] HD(Team team) {
-    const A* x = z + team.index * n;
-    A sum = 0, squares = 0, rest = 0, below = -x[0], largest = x[0];
+    const Acc* x = z + team.index * n;
+    Acc sum = 0, squares = 0, rest = 0, below = -x[0], largest = x[0];
     for (size_t i = team.rank; i < n; i += team.size) {
       sum += x[i], squares += x[i] * x[i];
       below = max_(below, -x[i]), largest = max_(largest, x[i]);
     }
-    A mean = team.sum(sum) / A(n);
+    Acc mean = team.sum(sum) / Acc(n);
     for (size_t i = team.rank; i < n; i += team.size) rest += (x[i] - mean) * (x[i] - mean);
     squares = team.sum(squares), rest = team.sum(rest);
     below = team.max(below), largest = team.max(largest);
     if (team.rank != 0) return;
-    A* out = scalars + 5 * team.index;
-    out[0] = mean, out[1] = std::sqrt(squares / A(n)), out[2] = std::sqrt(rest / A(n));
+    Acc* out = scalars + 5 * team.index;
+    out[0] = mean, out[1] = std::sqrt(squares / Acc(n)), out[2] = std::sqrt(rest / Acc(n));
     out[3] = -below, out[4] = largest;
   });
 }
 
 // A kind of features at a layer, x (n, D) for n samples.
-template <class A>
+template <class Acc>
 struct Features {
   std::string layer, name;
-  std::vector<A> x;
+  std::vector<Acc> x;
 };
 
 // The time of a sample; its noise has the sample's number too.
@@ -2075,19 +2079,20 @@ HD inline double probe_time(uint64_t seed, size_t sample) {
 
 // The scalars of z, then for each layer the image tokens' mean and centered root mean square by
 // channel and the text tokens' mean, for every image of `data`. Only these leave the device.
-template <class T>
-std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& data,
-                                             const std::vector<size_t>& layers, uint64_t seed) {
-  using A = Acc<T>;
+template <class Real>
+std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Dataset& data,
+                                                  const std::vector<size_t>& layers,
+                                                  uint64_t seed) {
+  using Acc = AccOf<Real>;
   Device& device = net.device;
   const Config& m = net.config;
   size_t D = m.width, B = net.batch;
   DeviceData samples;
-  A *target, *scalars, *means, *spreads;  // (B, C, H, W), (B, 5), twice (B, 2, D)
+  Acc *target, *scalars, *means, *spreads;  // (B, C, H, W), (B, 5), twice (B, 2, D)
   auto lay = [&](Carver& c) {
     samples = lay_data(c, m, data.images, data.captions);
-    target = c.take<A>(B * m.pixels()), scalars = c.take<A>(B * 5);
-    means = c.take<A>(B * 2 * D), spreads = c.take<A>(B * 2 * D);
+    target = c.take<Acc>(B * m.pixels()), scalars = c.take<Acc>(B * 5);
+    means = c.take<Acc>(B * 2 * D), spreads = c.take<Acc>(B * 2 * D);
   };
   Carver count;
   lay(count);
@@ -2096,11 +2101,11 @@ std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& dat
   lay(carver);
   upload_data(device, samples, data);
 
-  std::vector<Features<A>> all = {{"z", "scalars", {}}};
+  std::vector<Features<Acc>> all = {{"z", "scalars", {}}};
   for (size_t layer : layers)
     for (const char* name : {"image_mean", "image_rms", "text_mean"})
       all.push_back({std::to_string(layer), name, {}});
-  for (Features<A>& f : all) f.x.reserve(data.images * (f.layer == "z" ? 5 : D));
+  for (Features<Acc>& f : all) f.x.reserve(data.images * (f.layer == "z" ? 5 : D));
   for (size_t first = 0; first < data.images; first += B) {
     size_t b = std::min(B, data.images - first);
     auto draw = [=] HD(size_t i) {
@@ -2110,16 +2115,16 @@ std::vector<Features<Acc<T>>> probe_features(Network<T>& net, const Dataset& dat
     noisy_batch(device, net.arrays.z, target, net.arrays.text, samples, b, seed,
                 streams::probe_noise, draw);
     // Rows of `size` numbers, `stride` apart on the device, onto the end of f.
-    auto append = [&](Features<A>& f, const A* from, size_t size, size_t stride) {
-      std::vector<A> rows(b * stride);
-      device.download(rows.data(), from, (b * stride - (stride - size)) * sizeof(A));
+    auto append = [&](Features<Acc>& f, const Acc* from, size_t size, size_t stride) {
+      std::vector<Acc> rows(b * stride);
+      device.download(rows.data(), from, (b * stride - (stride - size)) * sizeof(Acc));
       for (size_t i = 0; i < b; ++i)
         f.x.insert(f.x.end(), &rows[i * stride], &rows[i * stride] + size);
     };
     image_scalars(device, scalars, net.arrays.z, b, m.pixels());
     append(all[0], scalars, 5, 5);
-    Features<A>* next = &all[1];
-    net.forward(b, [&](size_t layer, const T* X) {
+    Features<Acc>* next = &all[1];
+    net.forward(b, [&](size_t layer, const Real* X) {
       if (!std::binary_search(layers.begin(), layers.end(), layer)) return;
       Tokens tokens{b, m.image_tokens(), m.text_tokens};
       token_means(device, means, X, tokens, D);
@@ -2163,7 +2168,7 @@ inline Dataset probe_images(const ProbeOptions& o) {
   return images;
 }
 
-template <class T>
+template <class Real>
 int probe(Device& device, const ProbeOptions& o) {
   SafetensorsReader file(o.weights);
   Dataset data = probe_images(o);
@@ -2178,12 +2183,12 @@ int probe(Device& device, const ProbeOptions& o) {
         o.data.c_str(), data.channels, data.height, data.width, data.text_tokens, data.text_dim,
         m.channels, m.height, m.image_width, m.text_tokens, m.text_dim);
   std::vector<size_t> layers = chosen_layers("--layers", o.layers, m.depth);
-  double bytes = double(layers.size() * 3 * data.images * m.width * sizeof(Acc<T>));
+  double bytes = double(layers.size() * 3 * data.images * m.width * sizeof(AccOf<Real>));
   if (bytes > double(Device().available()))
     fail("the features of %zu layers need %.2f GB: name fewer --layers", layers.size(),
          1e-9 * bytes);
   SafeFile out(o.out);  // better refused now than after the work
-  Network<T> net(device, m, std::min(data.images, o.batch), 0, false);
+  Network<Real> net(device, m, std::min(data.images, o.batch), 0, false);
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   auto all = probe_features(net, data, layers, o.seed);
 

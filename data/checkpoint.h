@@ -153,10 +153,10 @@ inline Assumed read_config(const SafetensorsReader& file, const std::string& pat
 
 // One slab of numbers, one for each parameter, and what goes before their names in a file. A null
 // slab is left out.
-template <class A>
+template <class Acc>
 struct Stored {
   std::string prefix;
-  A* slab;
+  Acc* slab;
 
   // Call f(name, parameter, where its numbers are) for each tensor.
   template <class F>
@@ -165,13 +165,13 @@ struct Stored {
     for (const Parameter& p : table.parameters) f(prefix + p.name, p, slab + p.offset);
   }
 };
-template <class A>
-Stored(const char*, A*) -> Stored<A>;
+template <class Acc>
+Stored(const char*, Acc*) -> Stored<Acc>;
 
 // Write the table's tensors from each slab. Host memory: one tensor.
-template <class... A>
+template <class... Acc>
 void save_tensors(const std::string& path, const Metadata& metadata, const Device& device,
-                  const Table& table, const Stored<A>&... slabs) {
+                  const Table& table, const Stored<Acc>&... slabs) {
   SafetensorsWriter file(path, metadata);
   auto declare = [&](const std::string& name, const Parameter& p, auto* from) {
     file.declare(name, dtype_name<std::remove_const_t<std::remove_pointer_t<decltype(from)>>>(),
@@ -206,9 +206,9 @@ inline bool is_norm_gain(const std::string& name) {
 }
 
 // Read the table's tensors into each slab. Anything missing, unknown or of another shape fails.
-template <class... A>
+template <class... Acc>
 void load_tensors(const SafetensorsReader& file, const std::string& path, const Device& device,
-                  const Table& table, const Stored<A>&... slabs) {
+                  const Table& table, const Stored<Acc>&... slabs) {
   Progress progress("reading " + visible(path), file.tensors().size());
   auto read = [&](const TensorInfo& tensor, auto& host) {
     progress.advance(1);

@@ -249,12 +249,13 @@ class Subcommand {
     add({option, Option::value, read, [&] { return shortest(x); }}, "FLOAT", about);
   }
   // `otherwise`: what it is where nobody says, for the help.
-  template <class T>
-  void add(const char* option, std::optional<T>& x, const char* about, const char* otherwise = "") {
+  template <class Real>
+  void add(const char* option, std::optional<Real>& x, const char* about,
+           const char* otherwise = "") {
     auto read = [&](const Words& texts) { return take(texts[0], x.emplace()); };
     auto write = [&] { return x ? shortest(*x) : ""; };
-    add({option, Option::value, read, write}, std::is_same_v<T, size_t> ? "UINT" : "FLOAT", about,
-        otherwise);
+    add({option, Option::value, read, write}, std::is_same_v<Real, size_t> ? "UINT" : "FLOAT",
+        about, otherwise);
   }
   void add(const char* option, std::string& x, const char* about, const Words& choices = {}) {
     auto read = [=, &x](const Words& texts) -> std::string {

@@ -40,8 +40,8 @@ struct Line {
   double intercept = 0;
   std::vector<double> weights;
 
-  template <class A>
-  double at(const A* x) const {
+  template <class Acc>
+  double at(const Acc* x) const {
     double t = intercept;
     for (size_t d = 0; d < weights.size(); ++d) t += weights[d] * double(x[d]);
     return t;
@@ -50,8 +50,8 @@ struct Line {
 
 // The share of the labels' variance that a line explains: 1 if it is exact, 0 if it knows no more
 // than their mean, below 0 if less. x (n, D), t (n).
-template <class A>
-double r_squared(const Line& line, const A* x, const double* t, size_t n) {
+template <class Acc>
+double r_squared(const Line& line, const Acc* x, const double* t, size_t n) {
   double mean = std::accumulate(t, t + n, 0.0) / double(n), rest = 0, all = 0;
   for (size_t i = 0; i < n; ++i) {
     rest += std::pow(t[i] - line.at(x + i * line.weights.size()), 2);
@@ -66,8 +66,8 @@ using Labels = std::vector<std::vector<double>>;
 // The regressions on samples [0, n) of x (n, D), for any penalty.
 class Ridge {
  public:
-  template <class A>
-  Ridge(const A* samples, const Labels& labels, size_t n, size_t D)
+  template <class Acc>
+  Ridge(const Acc* samples, const Labels& labels, size_t n, size_t D)
       : mean_(D), inverse_(D), gram_(D * D), intercepts_(labels.size()) {
     std::vector<double> X(samples, samples + n * D), variance(D);
     auto each = [&](const auto& f) {
@@ -139,8 +139,9 @@ struct Probed {
 };
 
 // For each label the line through the first two parts of x (n, D), and its R^2 in the third.
-template <class A>
-std::vector<Probed> fit_and_test(const std::vector<A>& x, const Labels& labels, ProbeSplit split) {
+template <class Acc>
+std::vector<Probed> fit_and_test(const std::vector<Acc>& x, const Labels& labels,
+                                 ProbeSplit split) {
   size_t n = split.fit + split.choose, D = x.size() / (n + split.test);
   std::vector<Probed> best(labels.size());
   Ridge part(x.data(), labels, split.fit, D), all(x.data(), labels, n, D);

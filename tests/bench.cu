@@ -12,8 +12,8 @@
 
 namespace {
 
-using T = bf16;
-using A = float;
+using Real = bf16;
+using Acc = float;
 
 FILE* tsv = nullptr;
 double copy_ceiling = 0, gemm_ceiling = 0;
@@ -73,13 +73,14 @@ X* random_array(Slab& slab, size_t count, uint64_t seed, double scale = 1) {
 void ceilings(Device& device) {
   size_t bytes = size_t(1) << 30;
   Slab from(device, bytes), to(device, bytes);
-  random_array<T>(from, bytes / 2, 1);
+  random_array<Real>(from, bytes / 2, 1);
   Wide *x16 = reinterpret_cast<Wide*>(from.data), *y16 = reinterpret_cast<Wide*>(to.data);
   double s = seconds(device, [&](int) { convert(device, y16, x16, bytes / 16); });
   copy_ceiling = 2 * double(bytes) / s;
   report("device copy", s, 2 * double(bytes), 0);
   size_t n = 8192;
-  T *x = random_array<T>(from, n * n, 1), *w = x + n * n, *y = reinterpret_cast<T*>(to.data);
+  Real *x = random_array<Real>(from, n * n, 1), *w = x + n * n,
+       *y = reinterpret_cast<Real*>(to.data);
   s = seconds(device, [&](int) { linear_forward(device, y, x, w, n, n, n); });
   gemm_ceiling = 2 * double(n) * double(n) * double(n) / s;
   report("product of 8192 x 8192", s, 0, 2 * double(n) * double(n) * double(n));
@@ -96,13 +97,13 @@ Config model(size_t depth, size_t width, size_t heads, size_t ffn, size_t text,
 
 // A network with random weights and inputs.
 struct Subject {
-  Network<T> net;
+  Network<Real> net;
   Subject(Device& device, const Config& c, size_t batch, size_t recompute)
       : net(device, c, batch, recompute, true) {
     Slab master(device, net.table.size * sizeof(A));
     initialise(device, net.table, reinterpret_cast<A*>(master.data), 1);
     convert(device, net.weights(), reinterpret_cast<A*>(master.data), net.table.size);
-    Arrays<T>& a = net.arrays;
+    Arrays<Real>& a = net.arrays;
     auto fill = [&](auto* x, size_t n, double scale) {
       using X = std::remove_pointer_t<decltype(x)>;
       std::vector<X> host;
@@ -122,36 +123,36 @@ void kernels(Device& device) {
   size_t B = 32;
   Config c = model(sets, 1024, 8, 3072, 64);
   Subject subject(device, c, B, 0);
-  Network<T>& net = subject.net;
-  BlockShape<T> b = net.shape(B);
-  Parameters<const T> w = locate<const T>(net.config, net.table, net.weights());
+  Network<Real>& net = subject.net;
+  BlockShape<Real> b = net.shape(B);
+  Parameters<const Real> w = locate<const Real>(net.config, net.table, net.weights());
   Parameters<A> d = locate<A>(net.config, net.table, net.gradients());
-  BlockScratch<T>& scratch = net.arrays.scratch;
+  BlockScratch<Real>& scratch = net.arrays.scratch;
   auto saved = [&](int k) { return net.saved(size_t(k)); };
-  double X = double(b.merge.tokens.rows() * b.merge.D) * sizeof(T),
-         U = double(b.merge.tokens.rows() * b.ffn) * sizeof(T);
+  double X = double(b.merge.tokens.rows() * b.merge.D) * sizeof(Real),
+         U = double(b.merge.tokens.rows() * b.ffn) * sizeof(Real);
   // Gradients of their own for each turn: 8 arrays would not fit a cache either.
   std::vector<std::unique_ptr<Slab>> G, dF;
   for (int k = 0; k < sets; ++k) {
     G.push_back(std::make_unique<Slab>(device, size_t(X)));
     dF.push_back(std::make_unique<Slab>(device, size_t(X)));
-    random_array<T>(*G.back(), size_t(X) / sizeof(T), uint64_t(k), 1e-3);
+    random_array<Real>(*G.back(), size_t(X) / sizeof(Real), uint64_t(k), 1e-3);
   }
-  auto g = [&](int k) { return reinterpret_cast<T*>(G[size_t(k)]->data); };
-  auto df = [&](int k) { return reinterpret_cast<T*>(dF[size_t(k)]->data); };
+  auto g = [&](int k) { return reinterpret_cast<Real*>(G[size_t(k)]->data); };
+  auto df = [&](int k) { return reinterpret_cast<Real*>(dF[size_t(k)]->data); };
   auto time = [&](const char* name, double bytes, double flops, auto f) {
     report(name, seconds(device, f, sets), bytes, flops);
   };
   time("merge forward", 3 * X, 0, [&](int k) {
-    BlockSaved<T> s = saved(k);
+    BlockSaved<Real> s = saved(k);
     merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.block(size_t(k)).gates[0], b.merge);
   });
   time("merge replay", 3 * X, 0, [&](int k) {
-    BlockSaved<T> s = saved(k);
+    BlockSaved<Real> s = saved(k);
     merge_forward(device, s.X1, s.merge[0], s.X, s.F1, w.block(size_t(k)).gates[0], b.merge, true);
   });
   time("merge backward", 5 * X, 0, [&](int k) {
-    BlockSaved<T> s = saved(k);
+    BlockSaved<Real> s = saved(k);
     merge_backward(device, df((k + 1) % sets), df(k), d.block(size_t(k)).gates[0], scratch.merge[0],
                    {g(k), s.X1, s.X, s.F1, w.block(size_t(k)).gates[0], s.merge[0]}, b.merge,
                    false);
@@ -159,13 +160,13 @@ void kernels(Device& device) {
   });
   double attention = 4 * double(B * b.heads.length * b.heads.length) * double(b.merge.D);
   time("rope + QK-norm forward", 4 * X, 0, [&](int k) {
-    BlockSaved<T> s = saved(k);
+    BlockSaved<Real> s = saved(k);
     rope_qk_norm_forward(device, s.qkv, s.r_qk, b.rope, b.heads);
   });
   time("attention forward", 4 * X, attention,
        [&](int k) { fused_attention_forward(device, saved(k), b.heads); });
   time("attention backward", 8 * X, 2.5 * attention, [&](int k) {
-    Block<T> block = net.block(size_t(k), w, B);
+    Block<Real> block = net.block(size_t(k), w, B);
     block.scratch.dY = g(k);
     fused_attention_backward(device, block);
   });
@@ -181,9 +182,9 @@ void kernels(Device& device) {
 void gemms(Device& device, size_t rows, size_t D, size_t F) {
   std::printf("products of %zu tokens, width %zu\n", rows, D);
   size_t largest = std::max(rows * 2 * F, 2 * F * D);
-  Slab a(device, largest * sizeof(T)), b(device, largest * sizeof(T)),
+  Slab a(device, largest * sizeof(Real)), b(device, largest * sizeof(Real)),
       c(device, largest * sizeof(A));
-  T *x = random_array<T>(a, largest, 1), *w = random_array<T>(b, largest, 2, 0.02);
+  Real *x = random_array<Real>(a, largest, 1), *w = random_array<Real>(b, largest, 2, 0.02);
   struct Shape {
     const char* name;
     size_t out, in;
@@ -192,7 +193,7 @@ void gemms(Device& device, size_t rows, size_t D, size_t F) {
        {Shape{"qkv", 3 * D, D}, Shape{"proj", D, D}, Shape{"w13", 2 * F, D}, Shape{"w2", D, F}}) {
     double flops = 2 * double(rows) * double(s.out) * double(s.in);
     std::string name = s.name;
-    T* y = reinterpret_cast<T*>(c.data);
+    Real* y = reinterpret_cast<Real*>(c.data);
     A* dw = reinterpret_cast<A*>(c.data);
     report(name + " forward",
            seconds(
@@ -256,13 +257,13 @@ void optimizer(Device& device, const char* name) {
   table.parameters = {{"w", {size_t(1) << 28}, Init::uniform, 0.05, 0}};
   size_t n = table.size = size_t(1) << 28, count = count_chunks(table);
   std::vector<Chunk> chunks = chunks_of(table);
-  TrainArrays<T, G> a;
+  TrainArrays<Real, G> a;
   Carver counter;
   a.lay_optimizer(counter, n, count, false);
-  Slab slab(device, counter.used, 0), weights(device, n * sizeof(T)), g(device, n * sizeof(G));
+  Slab slab(device, counter.used, 0), weights(device, n * sizeof(Real)), g(device, n * sizeof(G));
   Carver carver{slab.data};
   a.lay_optimizer(carver, n, count, false);
-  a.master.weights = reinterpret_cast<T*>(weights.data);
+  a.master.weights = reinterpret_cast<Real*>(weights.data);
   device.upload(a.chunks, chunks.data(), count * sizeof(Chunk));
   initialise(device, table, a.master, nullptr, 1);
   const G* gradient = random_array<G>(g, n, 3, 1e-3);
@@ -274,8 +275,9 @@ void optimizer(Device& device, const char* name) {
           {1, streams::moment_rounding, &a.clock->pass}, {});
   });
   // Read: the gradient twice, m, v, the master (which lean holds the weight). Written: all but g.
-  double own = sizeof(*a.master.own), bytes = 4 * sizeof(G) + 2 * own + 2 * sizeof(G) + sizeof(T);
-  if (Master<T, G>::lean) bytes += sizeof(T);
+  double own = sizeof(*a.master.own),
+         bytes = 4 * sizeof(G) + 2 * own + 2 * sizeof(G) + sizeof(Real);
+  if (Master<Real, G>::lean) bytes += sizeof(Real);
   report(name, s, bytes * double(n), 0);
 }
 
@@ -283,7 +285,7 @@ void optimizer(Device& device, const char* name) {
 template <class G = A>
 void step(Device& device, const Config& c, size_t accumulate = 1, int repeats = 9) {
   TrainOptions o;
-  o.model = c, o.accumulate = accumulate, o.state = std::is_same_v<G, T> ? "lean" : "fp32";
+  o.model = c, o.accumulate = accumulate, o.state = std::is_same_v<G, Real> ? "lean" : "fp32";
   Dataset data;
   data.channels = 1, data.height = data.width = 32, data.images = 512, data.captions = 10;
   data.text_tokens = 8, data.text_dim = 64;
@@ -291,10 +293,10 @@ void step(Device& device, const Config& c, size_t accumulate = 1, int repeats = 
   for (size_t i = 0; i < 10 * 512; ++i) data.text.push_back(float(gaussian(4, 7, i)));
   data.empty_text.resize(512, 0.1f);
   for (size_t i = 0; i < data.images; ++i) data.caption.push_back(int32_t(i % 10));
-  Choice choice = choose<T>(o, parameter_table(c), {data.images, o.val_images, data.captions}, true,
-                            memory_limit(device), true);
+  Choice choice = choose<Real>(o, parameter_table(c), {data.images, o.val_images, data.captions},
+                               true, memory_limit(device), true);
   o.recompute = choice.recompute;
-  Trainer<T, G> trainer(device, o, data, data);
+  Trainer<Real, G> trainer(device, o, data, data);
   trainer.train_step();
   trainer.train_step();
   device.synchronize();
@@ -360,13 +362,13 @@ void bench(const std::vector<std::string>& parts) {
     for (size_t depth : {100, 200, 700}) step(device, narrow(depth));
   if (wanted("optimizer")) {
     optimizer<A>(device, "clip and AdamW, fp32 state");
-    optimizer<T>(device, "clip and AdamW, lean state");
+    optimizer<Real>(device, "clip and AdamW, lean state");
   }
   // The paper's sizes take most of a 141 GB card and minutes: only when asked for.
   auto asked = [&](const char* name) { return !parts.empty() && wanted(name); };
   for (size_t accumulate : {1, 8}) {
     if (asked("paper400")) step(device, model(400, 1024, 8, 3072, 8), accumulate, 3);
-    if (asked("paper1000")) step<T>(device, model(1000, 1024, 8, 3072, 8), accumulate, 3);
+    if (asked("paper1000")) step<Real>(device, model(1000, 1024, 8, 3072, 8), accumulate, 3);
   }
 }
 

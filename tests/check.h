@@ -309,9 +309,9 @@ inline double spectral_norm(const std::vector<double>& m, size_t n) {
 }
 
 // The GPU's outputs and gradients against the CPU's on the same numbers.
-template <class T, class Make>
+template <class Real, class Make>
 void compare_devices(const Make& make, double tolerance) {
-  Op a = make(*devices()[0], T{}), b = make(*devices()[1], T{});
+  Op a = make(*devices()[0], Real{}), b = make(*devices()[1], Real{});
   for (Op* op : {&a, &b}) op->forward(), op->backward();
   EXPECT_LE(relative_difference(b.output.get(), a.output.get()), tolerance) << "output";
   for (size_t i = 0; i < a.inputs.size(); ++i)

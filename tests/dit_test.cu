@@ -10,27 +10,29 @@
 // ---------------------------------------------------------------------------------------------
 // Operations
 
-template <class T>
+template <class Real>
 Op linear_op(Device& device, size_t rows, size_t out, size_t in) {
-  using A = Acc<T>;
+  using Acc = AccOf<Real>;
   Op op;
   Device* d = &device;
-  Tensor X = Tensor::random<T>(device, rows * in, 1), W = Tensor::random<T>(device, out * in, 2);
-  Tensor bias = Tensor::random<T>(device, out, 3);
-  op.inputs = {{"X", X, Tensor::of<T>(device, X.count())},
-               {"W", W, Tensor::of<A>(device, W.count())},
-               {"bias", bias, Tensor::of<A>(device, out)}};
-  Tensor Y = op.output = Tensor::of<T>(device, rows * out);
-  Tensor G = op.cotangent = Tensor::random<T>(device, rows * out, 4);
+  Tensor X = Tensor::random<Real>(device, rows * in, 1),
+         W = Tensor::random<Real>(device, out * in, 2);
+  Tensor bias = Tensor::random<Real>(device, out, 3);
+  op.inputs = {{"X", X, Tensor::of<Real>(device, X.count())},
+               {"W", W, Tensor::of<Acc>(device, W.count())},
+               {"bias", bias, Tensor::of<Acc>(device, out)}};
+  Tensor Y = op.output = Tensor::of<Real>(device, rows * out);
+  Tensor G = op.cotangent = Tensor::random<Real>(device, rows * out, 4);
   Tensor dX = op.inputs[0].gradient, dW = op.inputs[1].gradient, db = op.inputs[2].gradient;
   op.forward = [=] {
-    linear_forward(*d, Y.data<T>(), X.data<T>(), W.data<T>(), rows, out, in);
-    bias_forward(*d, Y.data<T>(), bias.data<T>(), rows, out);
+    linear_forward(*d, Y.data<Real>(), X.data<Real>(), W.data<Real>(), rows, out, in);
+    bias_forward(*d, Y.data<Real>(), bias.data<Real>(), rows, out);
   };
   op.backward = [=] {
-    linear_backward_input(*d, dX.data<T>(), G.data<T>(), W.data<T>(), rows, out, in);
-    linear_backward_weight(*d, dW.data<A>(), G.data<T>(), X.data<T>(), rows, out, in, false);
-    bias_backward(*d, db.data<A>(), G.data<T>(), rows, out, false);
+    linear_backward_input(*d, dX.data<Real>(), G.data<Real>(), W.data<Real>(), rows, out, in);
+    linear_backward_weight(*d, dW.data<Acc>(), G.data<Real>(), X.data<Real>(), rows, out, in,
+                           false);
+    bias_backward(*d, db.data<Acc>(), G.data<Real>(), rows, out, false);
   };
   return op;
 }
@@ -61,16 +63,18 @@ TEST(Linear, WrongBackwardsAreRejected) {
   expect_rejected(op, "bias", db.get(), "the last token is missing");
 }
 
-template <class T>
+template <class Real>
 Op swiglu_op(Device& device, size_t rows, size_t ffn) {
   Op op;
   Device* d = &device;
-  Tensor u = Tensor::random<T>(device, rows * 2 * ffn, 1, 1.5);
-  op.inputs = {{"u", u, Tensor::of<T>(device, u.count())}};
-  Tensor h = op.output = Tensor::of<T>(device, rows * ffn);
-  Tensor G = op.cotangent = Tensor::random<T>(device, rows * ffn, 2), du = op.inputs[0].gradient;
-  op.forward = [=] { swiglu_forward(*d, h.data<T>(), u.data<T>(), rows, ffn); };
-  op.backward = [=] { swiglu_backward(*d, du.data<T>(), G.data<T>(), u.data<T>(), rows, ffn); };
+  Tensor u = Tensor::random<Real>(device, rows * 2 * ffn, 1, 1.5);
+  op.inputs = {{"u", u, Tensor::of<Real>(device, u.count())}};
+  Tensor h = op.output = Tensor::of<Real>(device, rows * ffn);
+  Tensor G = op.cotangent = Tensor::random<Real>(device, rows * ffn, 2), du = op.inputs[0].gradient;
+  op.forward = [=] { swiglu_forward(*d, h.data<Real>(), u.data<Real>(), rows, ffn); };
+  op.backward = [=] {
+    swiglu_backward(*d, du.data<Real>(), G.data<Real>(), u.data<Real>(), rows, ffn);
+  };
   return op;
 }
 
@@ -96,33 +100,33 @@ TEST(SwiGlu, WrongBackwardsAreRejected) {
 }
 
 // RoPE and QK-norm in place; V passes through. qkv is (B, T, 3, H, hd).
-template <class T>
-Op rope_op(Device& device, Heads h, size_t grid_rows, size_t grid_columns, double turn = 1) {
-  using A = Acc<T>;
+template <class Real>
+Op rope_op(Device& device, Heads heads, size_t grid_rows, size_t grid_columns, double turn = 1) {
+  using Acc = AccOf<Real>;
   Op op;
   Device* d = &device;
-  size_t n = h.batch * h.length * 3 * h.width();
-  Tensor x = Tensor::random<T>(device, n, 1), r = Tensor::of<A>(device, n / 3 / h.dim * 2);
-  std::vector<A> c, s;
-  rope_table(c, s, grid_rows, grid_columns, h.dim);
-  Tensor cosine = Tensor::of<A>(device, c.size()), sine = Tensor::of<A>(device, s.size());
+  size_t n = heads.batch * heads.length * 3 * heads.width();
+  Tensor x = Tensor::random<Real>(device, n, 1), r = Tensor::of<Acc>(device, n / 3 / heads.dim * 2);
+  std::vector<Acc> c, s;
+  rope_table(c, s, grid_rows, grid_columns, heads.dim);
+  Tensor cosine = Tensor::of<Acc>(device, c.size()), sine = Tensor::of<Acc>(device, s.size());
   cosine.set({c.begin(), c.end()}), sine.set({s.begin(), s.end()});
-  Tensor backward_sine = Tensor::of<A>(device, s.size());
-  for (A& v : s) v *= A(turn);
+  Tensor backward_sine = Tensor::of<Acc>(device, s.size());
+  for (Acc& v : s) v *= Acc(turn);
   backward_sine.set({s.begin(), s.end()});
-  op.inputs = {{"qkv", x, Tensor::of<T>(device, n)}};
-  Tensor y = op.output = Tensor::of<T>(device, n), dx = op.inputs[0].gradient;
-  Tensor G = op.cotangent = Tensor::random<T>(device, n, 2);
+  op.inputs = {{"qkv", x, Tensor::of<Real>(device, n)}};
+  Tensor y = op.output = Tensor::of<Real>(device, n), dx = op.inputs[0].gradient;
+  Tensor G = op.cotangent = Tensor::random<Real>(device, n, 2);
   op.kept = {cosine, sine, r, backward_sine};
-  Rope<A> rope{cosine.data<A>(), sine.data<A>(), grid_rows * grid_columns};
-  Rope<A> back{cosine.data<A>(), backward_sine.data<A>(), grid_rows * grid_columns};
+  Rope<Acc> rope{cosine.data<Acc>(), sine.data<Acc>(), grid_rows * grid_columns};
+  Rope<Acc> back{cosine.data<Acc>(), backward_sine.data<Acc>(), grid_rows * grid_columns};
   op.forward = [=] {
-    d->copy(y.data<T>(), x.data<T>(), n * sizeof(T));
-    rope_qk_norm_forward(*d, y.data<T>(), r.data<A>(), rope, h);
+    d->copy(y.data<Real>(), x.data<Real>(), n * sizeof(Real));
+    rope_qk_norm_forward(*d, y.data<Real>(), r.data<Acc>(), rope, heads);
   };
   op.backward = [=] {
-    d->copy(dx.data<T>(), G.data<T>(), n * sizeof(T));
-    rope_qk_norm_backward(*d, dx.data<T>(), y.data<T>(), r.data<A>(), back, h);
+    d->copy(dx.data<Real>(), G.data<Real>(), n * sizeof(Real));
+    rope_qk_norm_backward(*d, dx.data<Real>(), y.data<Real>(), r.data<Acc>(), back, heads);
   };
   return op;
 }
@@ -136,8 +140,8 @@ TEST(RopeQkNorm, AgreesOnBothDevices) {
     return rope_op<decltype(t)>(d, Heads{2, 70, 2, 68}, 8, 8);  // more pairs than a warp has lanes
   });
   // Four channels a thread: fours of heads and a rest, and more channels than a warp has at once.
-  for (Heads h : {Heads{2, 70, 3, 64}, Heads{2, 70, 5, 128}, Heads{1, 70, 1, 320}})
-    check_devices([&](Device& d, auto t) { return rope_op<decltype(t)>(d, h, 8, 8); });
+  for (Heads heads : {Heads{2, 70, 3, 64}, Heads{2, 70, 5, 128}, Heads{1, 70, 1, 320}})
+    check_devices([&](Device& d, auto t) { return rope_op<decltype(t)>(d, heads, 8, 8); });
 }
 TEST(RopeQkNorm, WrongBackwardsAreRejected) {
   Device& device = *devices()[0];
@@ -159,8 +163,8 @@ TEST(RopeQkNorm, ScoresDependOnRelativePositionsAndTextIsNotTurned) {
   // The same q and k at every token: the score of two image tokens is a function of the difference
   // of their places in the grid.
   size_t rows = 3, columns = 4;
-  Heads h{1, rows * columns + 1, 1, 8};
-  Op op = rope_op<double>(*devices()[0], h, rows, columns);
+  Heads heads{1, rows * columns + 1, 1, 8};
+  Op op = rope_op<double>(*devices()[0], heads, rows, columns);
   std::vector<double> x = op.inputs[0].value.get();
   for (size_t i = 0; i < x.size(); ++i) x[i] = x[i % 24];
   op.inputs[0].value.set(x);
@@ -189,26 +193,28 @@ struct AttentionOp : Op {
   Tensor probs, dA, dS;
 };
 
-template <class T>
-AttentionOp attention_op(Device& device, Heads h) {
-  using A = Acc<T>;
+template <class Real>
+AttentionOp attention_op(Device& device, Heads heads) {
+  using Acc = AccOf<Real>;
   AttentionOp op;
   Device* d = &device;
-  size_t X = h.batch * h.length * h.width(), squares = h.batch * h.heads * h.length * h.length;
-  Tensor qkv = Tensor::random<T>(device, 3 * X, 1);
-  Tensor probs = op.probs = Tensor::of<T>(device, squares),
-         dA = op.dA = Tensor::of<A>(device, squares);
-  Tensor dS = op.dS = Tensor::of<T>(device, squares), dqkv = Tensor::of<T>(device, 3 * X);
+  size_t X = heads.batch * heads.length * heads.width(),
+         squares = heads.batch * heads.count * heads.length * heads.length;
+  Tensor qkv = Tensor::random<Real>(device, 3 * X, 1);
+  Tensor probs = op.probs = Tensor::of<Real>(device, squares),
+         dA = op.dA = Tensor::of<Acc>(device, squares);
+  Tensor dS = op.dS = Tensor::of<Real>(device, squares), dqkv = Tensor::of<Real>(device, 3 * X);
   op.inputs = {{"qkv", qkv, dqkv}};
-  Tensor Y = op.output = Tensor::of<T>(device, X);
-  Tensor G = op.cotangent = Tensor::random<T>(device, X, 2);
+  Tensor Y = op.output = Tensor::of<Real>(device, X);
+  Tensor G = op.cotangent = Tensor::random<Real>(device, X, 2);
   op.kept = {probs, dA, dS};
   op.forward = [=] {
-    attention_forward(*d, Y.data<T>(), probs.data<T>(), dA.data<A>(), qkv.data<T>(), h);
+    attention_forward(*d, Y.data<Real>(), probs.data<Real>(), dA.data<Acc>(), qkv.data<Real>(),
+                      heads);
   };
   op.backward = [=] {
-    attention_backward(*d, dqkv.data<T>(), G.data<T>(), probs.data<T>(), qkv.data<T>(),
-                       dA.data<A>(), dS.data<T>(), h);
+    attention_backward(*d, dqkv.data<Real>(), G.data<Real>(), probs.data<Real>(), qkv.data<Real>(),
+                       dA.data<Acc>(), dS.data<Real>(), heads);
   };
   return op;
 }
@@ -226,10 +232,10 @@ TEST(Attention, AgreesOnBothDevices) {
 }
 TEST(Attention, WrongBackwardsAreRejected) {
   Device& device = *devices()[0];
-  Heads h{2, 6, 2, 8};
-  AttentionOp op = attention_op<double>(device, h);
+  Heads heads{2, 6, 2, 8};
+  AttentionOp op = attention_op<double>(device, heads);
   op.forward(), op.backward();
-  size_t n = h.length;
+  size_t n = heads.length;
   std::vector<double> probs = op.probs.get(), dA = op.dA.get(), no_outer = probs, global = probs;
   for (size_t i = 0; i < probs.size(); ++i) no_outer[i] = probs[i] * dA[i];  // diag(a) alone
   for (size_t row = 0; row < probs.size(); row += n) {
@@ -243,42 +249,43 @@ TEST(Attention, WrongBackwardsAreRejected) {
     s.set(dS);
     double *qkv = op.inputs[0].value.data<double>(), *out = op.inputs[0].gradient.data<double>();
     std::vector<double> right = op.inputs[0].gradient.get();
-    Sizes sizes{n, h.dim, n, h.batch, h.heads};
-    gemm(device, head_part(out, 0, h), head_square(s.data<double>(), h), head_part(qkv, 1, h),
-         sizes, scale);
-    gemm(device, head_part(out, 1, h), head_square(s.data<double>(), h).transpose(),
-         head_part(qkv, 0, h), sizes, scale);
+    Sizes sizes{n, heads.dim, n, heads.batch, heads.count};
+    gemm(device, head_part(out, 0, heads), head_square(s.data<double>(), heads),
+         head_part(qkv, 1, heads), sizes, scale);
+    gemm(device, head_part(out, 1, heads), head_square(s.data<double>(), heads).transpose(),
+         head_part(qkv, 0, heads), sizes, scale);
     std::vector<double> wrong = op.inputs[0].gradient.get();
     op.inputs[0].gradient.set(right);
     return wrong;
   };
-  double scale = 1 / std::sqrt(double(h.dim));
+  double scale = 1 / std::sqrt(double(heads.dim));
   EXPECT_LE(directional_error(op, op.inputs[0], with(op.dS.get(), scale)), gradient_tolerance);
   expect_rejected(op, "qkv", with(no_outer, scale), "diag(a) without a a^T");
   expect_rejected(op, "qkv", with(global, scale), "the plain mean of dA for <a, dA>");
   expect_rejected(op, "qkv", with(op.dS.get(), 1), "1/sqrt(hd) forgotten");
 }
 TEST(Attention, ForwardFollowsTheDefinition) {
-  Heads h{2, 5, 2, 4};
+  Heads heads{2, 5, 2, 4};
   for (Device* device : devices()) {
-    AttentionOp op = attention_op<double>(*device, h);
+    AttentionOp op = attention_op<double>(*device, heads);
     op.forward();
     std::vector<double> x = op.inputs[0].value.get(), want(op.output.count());
     auto at = [&](size_t b, size_t t, size_t part, size_t head, size_t k) {
-      return x[(((b * h.length + t) * 3 + part) * h.heads + head) * h.dim + k];
+      return x[(((b * heads.length + t) * 3 + part) * heads.count + head) * heads.dim + k];
     };
-    for (size_t b = 0; b < h.batch; ++b)
-      for (size_t head = 0; head < h.heads; ++head)
-        for (size_t i = 0; i < h.length; ++i) {
-          std::vector<double> p(h.length);
+    for (size_t b = 0; b < heads.batch; ++b)
+      for (size_t head = 0; head < heads.count; ++head)
+        for (size_t i = 0; i < heads.length; ++i) {
+          std::vector<double> p(heads.length);
           double sum = 0;
-          for (size_t j = 0; j < h.length; ++j) {
-            for (size_t k = 0; k < h.dim; ++k) p[j] += at(b, i, 0, head, k) * at(b, j, 1, head, k);
-            sum += p[j] = std::exp(p[j] / std::sqrt(double(h.dim)));
+          for (size_t j = 0; j < heads.length; ++j) {
+            for (size_t k = 0; k < heads.dim; ++k)
+              p[j] += at(b, i, 0, head, k) * at(b, j, 1, head, k);
+            sum += p[j] = std::exp(p[j] / std::sqrt(double(heads.dim)));
           }
-          for (size_t j = 0; j < h.length; ++j)
-            for (size_t k = 0; k < h.dim; ++k)
-              want[(b * h.length + i) * h.width() + head * h.dim + k] +=
+          for (size_t j = 0; j < heads.length; ++j)
+            for (size_t k = 0; k < heads.dim; ++k)
+              want[(b * heads.length + i) * heads.width() + head * heads.dim + k] +=
                   p[j] / sum * at(b, j, 2, head, k);
         }
     EXPECT_LE(relative_difference(op.output.get(), want), 1e-14) << device->name;
@@ -315,11 +322,11 @@ TEST(Patches, OrdersAreEachOthersBackward) {
 struct AttentionErrors {
   std::vector<double> fused, plain;  // of Y, dQ, dK, dV
 };
-AttentionErrors attention_errors(Device& gpu, Heads h, double spread, double mean,
+AttentionErrors attention_errors(Device& gpu, Heads heads, double spread, double mean,
                                  bool forget = false, bool with_rest = true) {
   Device& cpu = *devices()[0];
-  size_t rows = h.batch * h.length, D = h.width(), X = rows * D, half = h.dim / 2;
-  size_t image_tokens = h.length - 3;
+  size_t rows = heads.batch * heads.length, D = heads.width(), X = rows * D, half = heads.dim / 2;
+  size_t image_tokens = heads.length - 3;
   std::vector<double> values = random_values(3 * X, 1), common = random_values(2 * D, 4);
   for (size_t i = 0; i < values.size(); ++i) {
     size_t channel = i % (3 * D);
@@ -329,7 +336,7 @@ AttentionErrors attention_errors(Device& gpu, Heads h, double spread, double mea
   auto of = [&](size_t n) { return Tensor::of<bf16>(gpu, n); };
   auto f32 = [&](size_t n) { return Tensor::of<float>(gpu, n); };
   auto f64 = [&](size_t n) { return Tensor::of<double>(cpu, n); };
-  Tensor qkv = of(3 * X), dY = Tensor::random<bf16>(gpu, X, 2), r = f32(2 * rows * h.heads);
+  Tensor qkv = of(3 * X), dY = Tensor::random<bf16>(gpu, X, 2), r = f32(2 * rows * heads.count);
   qkv.set(values);
   std::vector<double> cosine = random_values(image_tokens * half, 3), sine = cosine;
   for (double& x : cosine) x = std::cos(x);
@@ -338,23 +345,24 @@ AttentionErrors attention_errors(Device& gpu, Heads h, double spread, double mea
          s64 = f64(c32.count());
   c64.set(cosine), c32.set(cosine), s64.set(sine), s32.set(sine);
   Rope<float> rope{c32.data<float>(), s32.data<float>(), image_tokens};
-  rope_qk_norm_forward(gpu, qkv.data<bf16>(), r.data<float>(), rope, h);
+  rope_qk_norm_forward(gpu, qkv.data<bf16>(), r.data<float>(), rope, heads);
 
-  Tensor Y = of(X), rest = of(X), dqkv = of(3 * X), l = f32(rows * h.heads), inner = f32(l.count());
+  Tensor Y = of(X), rest = of(X), dqkv = of(3 * X), l = f32(rows * heads.count),
+         inner = f32(l.count());
   auto b = [](const Tensor& t) { return t.data<bf16>(); };
   Block<bf16> block{};
-  block.shape.heads = h, block.shape.rope = rope;
+  block.shape.heads = heads, block.shape.rope = rope;
   block.saved.qkv = b(qkv), block.saved.r_qk = r.data<float>();
   block.saved.Y = b(Y), block.saved.Y_rest = b(rest), block.saved.log_sums = l.data<float>();
   block.scratch.dY = b(dY), block.scratch.dqkv = b(dqkv), block.scratch.inner = inner.data<float>();
-  EXPECT_TRUE(fused_attention_forward(gpu, block.saved, h));
+  EXPECT_TRUE(fused_attention_forward(gpu, block.saved, heads));
   if (!with_rest) gpu.fill(rest.data<bf16>(), 0, X * sizeof(bf16));
   EXPECT_TRUE(fused_attention_backward(gpu, block));
-  size_t squares = rows * h.heads * h.length;
+  size_t squares = rows * heads.count * heads.length;
   Tensor Y2 = of(X), probs2 = of(squares), dS2 = of(squares), S2 = f32(squares), dqkv2 = of(3 * X);
-  attention_forward(gpu, b(Y2), b(probs2), S2.data<float>(), b(qkv), h);
-  attention_backward(gpu, b(dqkv2), b(dY), b(probs2), b(qkv), S2.data<float>(), b(dS2), h);
-  rope_qk_norm_backward(gpu, b(dqkv2), b(qkv), r.data<float>(), rope, h);
+  attention_forward(gpu, b(Y2), b(probs2), S2.data<float>(), b(qkv), heads);
+  attention_backward(gpu, b(dqkv2), b(dY), b(probs2), b(qkv), S2.data<float>(), b(dS2), heads);
+  rope_qk_norm_backward(gpu, b(dqkv2), b(qkv), r.data<float>(), rope, heads);
 
   Tensor qkv64 = f64(3 * X), dY64 = f64(X), r64 = f64(r.count()), Y64 = f64(X), dqkv64 = f64(3 * X);
   Tensor probs = f64(squares), S = f64(squares), dS = f64(squares);
@@ -362,9 +370,10 @@ AttentionErrors attention_errors(Device& gpu, Heads h, double spread, double mea
   if (forget) std::fill(cotangent.end() - ptrdiff_t(D), cotangent.end(), 0.0);
   qkv64.set(qkv.get()), dY64.set(cotangent), r64.set(r.get());
   auto at = [](const Tensor& t) { return t.data<double>(); };
-  attention_forward(cpu, at(Y64), at(probs), at(S), at(qkv64), h);
-  attention_backward(cpu, at(dqkv64), at(dY64), at(probs), at(qkv64), at(S), at(dS), h);
-  rope_qk_norm_backward(cpu, at(dqkv64), at(qkv64), at(r64), {at(c64), at(s64), image_tokens}, h);
+  attention_forward(cpu, at(Y64), at(probs), at(S), at(qkv64), heads);
+  attention_backward(cpu, at(dqkv64), at(dY64), at(probs), at(qkv64), at(S), at(dS), heads);
+  rope_qk_norm_backward(cpu, at(dqkv64), at(qkv64), at(r64), {at(c64), at(s64), image_tokens},
+                        heads);
   auto errors = [&](const Tensor& y, const Tensor& d) {
     std::vector<double> all{relative_difference(y.get(), Y64.get())}, mine = d.get(),
                                                                       right = dqkv64.get();
@@ -387,9 +396,9 @@ TEST(Attention, OnTensorCoresAgreesWithTheReadableOne) {
   if (devices().size() < 2 || !Device::has_bf16()) GTEST_SKIP() << "no GPU with tensor cores";
   for (size_t dim : {64, 128})
     for (size_t length : {5, 16, 72, 130, 264, 320}) {
-      Heads h{2, length, 3, dim};
-      AttentionErrors right = attention_errors(*devices()[1], h, 1, 0),
-                      wrong = attention_errors(*devices()[1], h, 1, 0, true);
+      Heads heads{2, length, 3, dim};
+      AttentionErrors right = attention_errors(*devices()[1], heads, 1, 0),
+                      wrong = attention_errors(*devices()[1], heads, 1, 0, true);
       for (size_t i = 0; i < 4; ++i) {
         SCOPED_TRACE(testing::Message()
                      << attention_parts[i] << ", " << length << " tokens of " << dim);
@@ -405,13 +414,13 @@ TEST(Attention, OnTensorCoresIsAsExactNearCollapse) {
   if (devices().size() < 2 || !Device::has_bf16()) GTEST_SKIP() << "no GPU with tensor cores";
   for (double spread : {0.1, 0.01})
     for (double mean : {0.0, 3.0}) {
-      Heads h{2, 264, 3, 64};
-      AttentionErrors e = attention_errors(*devices()[1], h, spread, mean);
+      Heads heads{2, 264, 3, 64};
+      AttentionErrors e = attention_errors(*devices()[1], heads, spread, mean);
       for (size_t i = 0; i < 4; ++i)
         EXPECT_LE(e.fused[i], 2 * e.plain[i])
             << "spread " << spread << " mean " << mean << " " << attention_parts[i];
       if (mean == 0) continue;  // <G, Y> goes into dQ with the mean key
-      AttentionErrors rounded = attention_errors(*devices()[1], h, spread, mean, false, false);
+      AttentionErrors rounded = attention_errors(*devices()[1], heads, spread, mean, false, false);
       EXPECT_GT(rounded.fused[1], 2 * e.plain[1])
           << "dQ of a Y that was rounded, spread " << spread;
     }
@@ -504,22 +513,22 @@ TEST(Flops, AreThoseOfTheProducts) {
 // ---------------------------------------------------------------------------------------------
 // The network
 
-template <class T>
+template <class Real>
 struct Filled {
-  std::unique_ptr<Network<T>> net;
+  std::unique_ptr<Network<Real>> net;
   size_t batch;
 
   // A network with random weights, inputs and cotangent.
   Filled(Device& device, const Config& config, size_t b, size_t recompute, uint64_t seed = 1)
-      : net(std::make_unique<Network<T>>(device, config, b, recompute, true)), batch(b) {
-    std::vector<T> weights(net->table.size, T(0.f));
+      : net(std::make_unique<Network<Real>>(device, config, b, recompute, true)), batch(b) {
+    std::vector<Real> weights(net->table.size, Real(0.f));
     uint64_t number = 0;
     for (const Parameter& p : net->table.parameters) {
       std::vector<double> values = random_values(p.count(), seed * 1000 + number++, 0.25);
       for (size_t i = 0; i < values.size(); ++i)
-        weights[p.offset + i] = T(float(values[i] + (p.shape.size() == 1 ? 0.3 : 0)));
+        weights[p.offset + i] = Real(float(values[i] + (p.shape.size() == 1 ? 0.3 : 0)));
     }
-    device.upload(net->weights(), weights.data(), weights.size() * sizeof(T));
+    device.upload(net->weights(), weights.data(), weights.size() * sizeof(Real));
     auto fill = [&](auto* to, size_t n, uint64_t s) {
       using X = std::remove_pointer_t<decltype(to)>;
       std::vector<X> host;
@@ -530,13 +539,14 @@ struct Filled {
     fill(net->arrays.text, b * config.text_size(), seed + 2);
     fill(net->arrays.dvelocity, b * config.pixels(), seed + 3);
   }
-  std::vector<Acc<T>> run() {
+  std::vector<AccOf<Real>> run() {
     net->forward(batch);
     net->backward(batch, false, true);
-    std::vector<Acc<T>> out(net->table.size + batch * net->config.pixels());
-    Acc<T>* end = out.data() + net->table.size;
-    net->device.download(out.data(), net->gradients(), net->table.size * sizeof(Acc<T>));
-    net->device.download(end, net->arrays.velocity, batch * net->config.pixels() * sizeof(Acc<T>));
+    std::vector<AccOf<Real>> out(net->table.size + batch * net->config.pixels());
+    AccOf<Real>* end = out.data() + net->table.size;
+    net->device.download(out.data(), net->gradients(), net->table.size * sizeof(AccOf<Real>));
+    net->device.download(end, net->arrays.velocity,
+                         batch * net->config.pixels() * sizeof(AccOf<Real>));
     return out;
   }
 };
@@ -562,16 +572,16 @@ bool same_bits(const std::vector<X>& a, const std::vector<X>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(X)) == 0;
 }
 
-template <class T>
+template <class Real>
 void recompute_keeps_bits(Device& device, const Config& config) {
-  std::vector<Acc<T>> kept = Filled<T>(device, config, 2, 0).run();
-  EXPECT_TRUE(same_bits(kept, Filled<T>(device, config, 2, 0).run())) << "two runs differ";
+  std::vector<AccOf<Real>> kept = Filled<Real>(device, config, 2, 0).run();
+  EXPECT_TRUE(same_bits(kept, Filled<Real>(device, config, 2, 0).run())) << "two runs differ";
   for (size_t k : {1, 7, 32, 33, 100})
-    EXPECT_TRUE(same_bits(kept, Filled<T>(device, config, 2, k).run())) << "recompute " << k;
-  Filled<T> twice(device, config, 2, 7);
+    EXPECT_TRUE(same_bits(kept, Filled<Real>(device, config, 2, k).run())) << "recompute " << k;
+  Filled<Real> twice(device, config, 2, 7);
   twice.run();
   EXPECT_TRUE(same_bits(kept, twice.run())) << "a second pass over used arrays";
-  Filled<T> other(device, config, 2, 0, 2);
+  Filled<Real> other(device, config, 2, 0, 2);
   EXPECT_FALSE(same_bits(kept, other.run())) << "the comparison is blind";
 }
 TEST(Network, RecomputeDoesNotChangeABit) {
@@ -645,10 +655,10 @@ TEST(Network, PlansForAGpuWithoutAttentionsMatrices) {
                fused_attention<float>(true, 64));
 }
 
-template <class T>
+template <class Real>
 void compare_networks(const Config& c, double tolerance) {
-  auto [cpu, gpu] =
-      std::pair{Filled<T>(*devices()[0], c, 2, 0).run(), Filled<T>(*devices()[1], c, 2, 0).run()};
+  auto [cpu, gpu] = std::pair{Filled<Real>(*devices()[0], c, 2, 0).run(),
+                              Filled<Real>(*devices()[1], c, 2, 0).run()};
   EXPECT_LE(relative_difference({gpu.begin(), gpu.end()}, {cpu.begin(), cpu.end()}), tolerance);
 }
 // bf16, with the GPU's own kernels, against fp64: not much further off than the readable bf16.
@@ -734,16 +744,16 @@ TEST(Network, AgreesWithTheOracle) {
 // check must reject each mutation beside it.
 
 // The second block of a network, forward, and backward from a random cotangent.
-template <class T>
+template <class Real>
 struct OneBlock {
-  using A = Acc<T>;
+  using Acc = AccOf<Real>;
   struct Writer {
     Dense y, delta, dW;  // (B T, n), (B T, D), (D, n)
   };
-  Filled<T> filled;
-  Network<T>& net;
+  Filled<Real> filled;
+  Network<Real>& net;
   size_t B, N, L, D;
-  BlockSaved<T> saved;
+  BlockSaved<Real> saved;
 
   OneBlock(Device& device, const char* residual, const char* means = "segment")
       : filled(device, small(2, residual, means), 2, 0),
@@ -766,10 +776,10 @@ struct OneBlock {
     net.device.download(host.data(), from, host.size() * sizeof(X));
     return {rows, cols, {host.begin(), host.end()}};
   }
-  void write(T* to, const std::vector<double>& values) {
-    std::vector<T> host;
-    for (double x : values) host.push_back(T(A(x)));
-    net.device.upload(to, host.data(), host.size() * sizeof(T));
+  void write(Real* to, const std::vector<double>& values) {
+    std::vector<Real> host;
+    for (double x : values) host.push_back(Real(Acc(x)));
+    net.device.upload(to, host.data(), host.size() * sizeof(Real));
   }
   Dense input() const { return read(saved.X, B * length(), D); }
   void set_input(const Dense& X) { write(saved.X, X.v); }
@@ -781,9 +791,9 @@ struct OneBlock {
 
   // Both writers: attention's, the FFN's.
   std::vector<Writer> run() {
-    Arrays<T>& a = net.arrays;
-    Block<T> block = net.block(1, net.parameters(), B);
-    auto d = locate<A>(net.config, net.table, net.gradients()).block(1);
+    Arrays<Real>& a = net.arrays;
+    Block<Real> block = net.block(1, net.parameters(), B);
+    auto d = locate<Acc>(net.config, net.table, net.gradients()).block(1);
     size_t rows = B * length(), ffn = net.config.ffn;
     block_forward(net.device, block);
     write(a.G, random_values(rows * D, 50));
@@ -962,10 +972,10 @@ TEST(Statement, Eq5_17_WriterGradientSplits) {
 
 // What has no mean within segments has none globally (J J_seg = J): at alpha = 0 both counts of the
 // mean-coherent gradient are zero, up to the rounding of delta in T.
-template <class T>
+template <class Real>
 double mean_coherent(Device& device, bool by_segments, const char* residual, double alpha,
                      const char* means = "segment") {
-  OneBlock<T> block(device, residual, means);
+  OneBlock<Real> block(device, residual, means);
   if (residual == std::string("mvsplit")) block.set_alpha(alpha);
   Dense J = mean_over(by_segments ? block.segments() : block.sequences());
   double largest = 0;
@@ -977,16 +987,16 @@ double mean_coherent(Device& device, bool by_segments, const char* residual, dou
   }
   return largest;
 }
-template <class T>
+template <class Real>
 void check_alpha_zero(Device& device, const char* precision, double rounding) {
   for (bool by_segments : {true, false}) {
     auto coherent = [&](const char* residual, double alpha) {
-      return mean_coherent<T>(device, by_segments, residual, alpha);
+      return mean_coherent<Real>(device, by_segments, residual, alpha);
     };
     std::vector<Mutation> mutations = {{"alpha = 0.1", coherent("mvsplit", 0.1)},
                                        {"Post-Norm", coherent("postnorm", 0)},
                                        {"LayerScale", coherent("layerscale", 0)}};
-    double global = mean_coherent<T>(device, by_segments, "mvsplit", 0, "global");
+    double global = mean_coherent<Real>(device, by_segments, "mvsplit", 0, "global");
     if (by_segments)
       mutations.push_back({"a merge of the global mean: the segments' only cancel", global});
     else
@@ -1224,12 +1234,12 @@ TEST(Statement, Lemma1_EqualValuesStopQueriesAndKeys) {
     OneBlock<double> block(*device, "postnorm");
     block.run();
     size_t T = block.length(), hd = block.net.config.head_dim();
-    Heads h{1, T, 1, hd};
+    Heads heads{1, T, 1, hd};
     const Dense A = block.attention(0, 0), Q = block.part(0, 0, 0), K = block.part(1, 0, 0);
     const Dense V = block.part(2, 0, 0), vbar = mean_over({T}) * V, spread = V - vbar;
     Dense image_text = mean_over({block.N, block.L}) * V;
     // dQ and dK by attention_backward() on the block's own Q and K with values V.
-    AttentionOp op = attention_op<double>(*device, h);
+    AttentionOp op = attention_op<double>(*device, heads);
     Dense G(T, hd, op.cotangent.get());
     auto query_key = [&](const Dense& values) {
       std::vector<double> qkv;
@@ -1358,15 +1368,15 @@ std::vector<double> projected(const double* a, size_t n, bool left, bool right) 
   return m;
 }
 
-template <class A>
+template <class Acc>
 std::vector<double> centered_norms_of(Device& device, const std::vector<double>& matrices,
                                       size_t batch, size_t n) {
-  Tensor a = Tensor::of<A>(device, matrices.size()), c = Tensor::of<A>(device, matrices.size());
-  Tensor m = Tensor::of<A>(device, matrices.size()), x = Tensor::of<A>(device, batch * 2 * n);
+  Tensor a = Tensor::of<Acc>(device, matrices.size()), c = Tensor::of<Acc>(device, matrices.size());
+  Tensor m = Tensor::of<Acc>(device, matrices.size()), x = Tensor::of<Acc>(device, batch * 2 * n);
   Tensor norms = Tensor::of<double>(device, batch);
   a.set(matrices);
-  centered_norms(device, norms.data<double>(), a.data<A>(), c.data<A>(), m.data<A>(), x.data<A>(),
-                 batch, n);
+  centered_norms(device, norms.data<double>(), a.data<Acc>(), c.data<Acc>(), m.data<Acc>(),
+                 x.data<Acc>(), batch, n);
   return norms.get();
 }
 
@@ -1437,17 +1447,17 @@ std::vector<double> plain_states(const double* X, const double* F, size_t n, siz
 }
 
 // mu_eff, row diversity, retention and leakage of one head of one sample.
-std::vector<double> plain_attention(const double* X, const double* qkv, Heads h, size_t head,
+std::vector<double> plain_attention(const double* X, const double* qkv, Heads heads, size_t head,
                                     size_t D) {
-  size_t n = h.length;
+  size_t n = heads.length;
   std::vector<double> a(n * n), centered = {X, X + n * D}, moved(n * D);
   for (size_t i = 0; i < n; ++i) {
     double sum = 0;
     for (size_t j = 0; j < n; ++j) {
-      for (size_t k = 0; k < h.dim; ++k)
-        a[i * n + j] += qkv[(i * 3 * h.heads + head) * h.dim + k] *
-                        qkv[((j * 3 + 1) * h.heads + head) * h.dim + k];
-      sum += a[i * n + j] = std::exp(a[i * n + j] / std::sqrt(double(h.dim)));
+      for (size_t k = 0; k < heads.dim; ++k)
+        a[i * n + j] += qkv[(i * 3 * heads.count + head) * heads.dim + k] *
+                        qkv[((j * 3 + 1) * heads.count + head) * heads.dim + k];
+      sum += a[i * n + j] = std::exp(a[i * n + j] / std::sqrt(double(heads.dim)));
     }
     for (size_t j = 0; j < n; ++j) a[i * n + j] /= sum;
   }
@@ -1466,13 +1476,13 @@ std::vector<double> plain_attention(const double* X, const double* qkv, Heads h,
 }
 
 // A network of four layers and three samples, of which two are measured in layers 1 and 3.
-template <class T>
+template <class Real>
 struct Diagnosed {
-  Filled<T> filled;
-  Diagnostics<T> diagnostics;
+  Filled<Real> filled;
+  Diagnostics<Real> diagnostics;
   std::unique_ptr<Slab> slab;
   std::map<std::pair<size_t, int>, Seen> seen;
-  std::vector<Acc<T>> gradients;
+  std::vector<AccOf<Real>> gradients;
 
   Diagnosed(Device& device, const Config& config, size_t recompute, bool all = true)
       : filled(device, config, 3, recompute), diagnostics(config, {1, 3}, 2) {
@@ -1481,24 +1491,24 @@ struct Diagnosed {
     slab = std::make_unique<Slab>(device, count.used);
     Carver carver{slab->data};
     diagnostics.lay(carver);
-    Network<T>& net = *filled.net;
+    Network<Real>& net = *filled.net;
     net.forward(3);
     net.backward(3, false, true,
-                 [&](size_t block, int writer, const BlockSaved<T>& s, const T* delta) {
+                 [&](size_t block, int writer, const BlockSaved<Real>& s, const Real* delta) {
                    diagnostics.observe(device, block, writer, s, delta, all);
                    see(device, seen[{block, writer}], writer, s, delta);
                  });
-    diagnostics.gradients(device, locate<Acc<T>>(config, net.table, net.gradients()));
+    diagnostics.gradients(device, locate<AccOf<Real>>(config, net.table, net.gradients()));
     gradients.resize(net.table.size);
-    device.download(gradients.data(), net.gradients(), gradients.size() * sizeof(Acc<T>));
+    device.download(gradients.data(), net.gradients(), gradients.size() * sizeof(AccOf<Real>));
   }
 
-  void see(Device& device, Seen& to, int writer, const BlockSaved<T>& s, const T* delta) {
+  void see(Device& device, Seen& to, int writer, const BlockSaved<Real>& s, const Real* delta) {
     const Config& c = filled.net->config;
     size_t rows = 3 * c.tokens();
-    auto keep = [&](std::vector<double>& out, const T* from, size_t width) {
-      std::vector<T> host(rows * width);
-      device.download(host.data(), from, host.size() * sizeof(T));
+    auto keep = [&](std::vector<double>& out, const Real* from, size_t width) {
+      std::vector<Real> host(rows * width);
+      device.download(host.data(), from, host.size() * sizeof(Real));
       out.assign(host.begin(), host.end());
     };
     keep(to.X, writer ? s.X1 : s.X, c.width), keep(to.F, writer ? s.F2 : s.F1, c.width);
@@ -1514,10 +1524,10 @@ struct Diagnosed {
   }
 };
 
-template <class T>
+template <class Real>
 void check_diagnostics(Device& device, double tolerance) {
   Config config = small(4);
-  Diagnosed<T> d(device, config, 3);
+  Diagnosed<Real> d(device, config, 3);
   size_t n = config.tokens(), D = config.width, squares = D * D;
   for (size_t slot = 0; slot < 2; ++slot) {
     size_t layer = d.diagnostics.layers[slot];
@@ -1538,18 +1548,18 @@ void check_diagnostics(Device& device, double tolerance) {
     }
     const Seen& s = d.seen.at({layer, 0});
     const char* names[] = {"mu_eff", "row_diversity", "retention", "leakage"};
-    Heads h{2, n, config.heads, config.head_dim()};
+    Heads heads{2, n, config.heads, config.head_dim()};
     for (size_t b = 0; b < 2; ++b)
-      for (size_t head = 0; head < h.heads; ++head) {
+      for (size_t head = 0; head < heads.count; ++head) {
         std::vector<double> values =
-            plain_attention(&s.X[b * n * D], &s.qkv[b * n * 3 * D], h, head, D);
-        for (size_t i = 0; i < 4; ++i) want[names[i]] += values[i] / double(2 * h.heads);
+            plain_attention(&s.X[b * n * D], &s.qkv[b * n * 3 * D], heads, head, D);
+        for (size_t i = 0; i < 4; ++i) want[names[i]] += values[i] / double(2 * heads.count);
         want["mu_eff_max"] = std::max(want["mu_eff_max"], values[0]);
       }
     const Table& table = d.filled.net->table;
     for (const char* part : {"q", "k"}) {
       std::string name = "blocks." + std::to_string(layer) + ".operator." + part + "_proj.weight";
-      const Acc<T>* gradient = &d.gradients[table.at(name).offset];
+      const AccOf<Real>* gradient = &d.gradients[table.at(name).offset];
       double sum = 0;
       for (size_t i = 0; i < squares; ++i) sum += double(gradient[i]) * double(gradient[i]);
       want[part + std::string("_grad_rms")] = std::sqrt(sum / double(squares));
@@ -1585,13 +1595,14 @@ TEST(Diagnostics, ReadingsFollowTheirDefinitions) {
 }
 
 // The observer sees the same numbers with and without recomputation, and changes none.
-template <class T>
+template <class Real>
 void check_bits(Device& device) {
   Config config = small(4);
-  std::vector<Acc<T>> plain = Filled<T>(device, config, 3, 0).run();
+  std::vector<AccOf<Real>> plain = Filled<Real>(device, config, 3, 0).run();
   plain.resize(parameter_table(config).size);
-  Diagnosed<T> kept(device, config, 0), replayed(device, config, 1), some(device, config, 0, false);
-  for (const Diagnosed<T>* d : {&kept, &replayed, &some})
+  Diagnosed<Real> kept(device, config, 0), replayed(device, config, 1),
+      some(device, config, 0, false);
+  for (const Diagnosed<Real>* d : {&kept, &replayed, &some})
     EXPECT_TRUE(same_bits(plain, d->gradients));
   EXPECT_EQ(kept.readings(device, 0), replayed.readings(device, 0));
   EXPECT_EQ(kept.readings(device, 1).at("ffn_g_ctr"), some.readings(device, 1).at("ffn_g_ctr"));

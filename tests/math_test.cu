@@ -27,19 +27,19 @@ void on_every_device(const std::function<void(Device&)>& test) {
 }
 
 // An array in a device's memory and its copies to and from the host.
-template <class T>
+template <class Real>
 struct DeviceArray {
   Slab slab;
   size_t size;
 
-  DeviceArray(Device& device, size_t n) : slab(device, n * sizeof(T)), size(n) {}
-  DeviceArray(Device& device, const std::vector<T>& host) : DeviceArray(device, host.size()) {
-    device.upload(slab.data, host.data(), size * sizeof(T));
+  DeviceArray(Device& device, size_t n) : slab(device, n * sizeof(Real)), size(n) {}
+  DeviceArray(Device& device, const std::vector<Real>& host) : DeviceArray(device, host.size()) {
+    device.upload(slab.data, host.data(), size * sizeof(Real));
   }
-  T* data() const { return reinterpret_cast<T*>(slab.data); }
-  std::vector<T> host() const {
-    std::vector<T> out(size);
-    slab.device.download(out.data(), slab.data, size * sizeof(T));
+  Real* data() const { return reinterpret_cast<Real*>(slab.data); }
+  std::vector<Real> host() const {
+    std::vector<Real> out(size);
+    slab.device.download(out.data(), slab.data, size * sizeof(Real));
     return out;
   }
 };
@@ -167,26 +167,27 @@ TEST(Bf16, TheSameOnEveryDevice) {
 }
 
 // out = store(2 (a - b) + a * b), the inner product in dots.
-template <class T>
-void quad_kernel(const Device& device, T* out, Acc<T>* dots, const T* a, const T* b, size_t n) {
-  using A = Acc<T>;
+template <class Real>
+void quad_kernel(const Device& device, Real* out, AccOf<Real>* dots, const Real* a, const Real* b,
+                 size_t n) {
+  using Acc = AccOf<Real>;
   for_each(device, n / 4, [=] HD(size_t i) {
-    Quad<A> x = load<A>(a + 4 * i), y = load<A>(b + 4 * i);
-    store(out + 4 * i, A(2) * (x - y) + x * y);
+    Quad<Acc> x = load<Acc>(a + 4 * i), y = load<Acc>(b + 4 * i);
+    store(out + 4 * i, Acc(2) * (x - y) + x * y);
     dots[i] = dot(x, y);
   });
 }
 
-template <class T>
+template <class Real>
 void check_quads(Device& device) {
-  std::vector<T> a, b;
-  for (int i = 0; i < 64; ++i) a.push_back(T(i - 30)), b.push_back(T(i % 7));
-  DeviceArray<T> x(device, a), y(device, b), out(device, 64);
-  DeviceArray<Acc<T>> dots(device, 16);
+  std::vector<Real> a, b;
+  for (int i = 0; i < 64; ++i) a.push_back(Real(i - 30)), b.push_back(Real(i % 7));
+  DeviceArray<Real> x(device, a), y(device, b), out(device, 64);
+  DeviceArray<AccOf<Real>> dots(device, 16);
   quad_kernel(device, out.data(), dots.data(), x.data(), y.data(), 64);
   for (int i = 0; i < 64; ++i) {
     float u = float(a[i]), v = float(b[i]);
-    EXPECT_EQ(float(out.host()[i]), float(T(2 * (u - v) + u * v))) << i;
+    EXPECT_EQ(float(out.host()[i]), float(Real(2 * (u - v) + u * v))) << i;
   }
   for (int i = 0; i < 16; ++i) {
     double sum = 0;
@@ -338,12 +339,12 @@ TEST(Teams, ARowIsFourQuadsAThreadUpToTheLargestTeam) {
 
 // Each thread writes what it was told: sums (teams, 2, 256), the largest and its rank. Reductions
 // follow each other without a pause, so a missing barrier between them shows.
-template <class A>
-void reduce_kernel(const Device& device, A* sums, A* largest, const A* x, size_t teams, size_t n,
-                   int threads) {
+template <class Acc>
+void reduce_kernel(const Device& device, Acc* sums, Acc* largest, const Acc* x, size_t teams,
+                   size_t n, int threads) {
   for_each_team(device, teams, threads, [=] HD(Team team) {
-    const A* mine = x + team.index * n;
-    A sum = 0, top = mine[0], squares = 0;
+    const Acc* mine = x + team.index * n;
+    Acc sum = 0, top = mine[0], squares = 0;
     for (size_t i = team.rank; i < n; i += team.size)
       sum += mine[i], top = max_(top, mine[i]), squares += mine[i] * mine[i];
     sum = team.sum(sum), top = team.max(top), squares = team.sum(squares);
@@ -352,22 +353,23 @@ void reduce_kernel(const Device& device, A* sums, A* largest, const A* x, size_t
   });
 }
 
-template <class A>
+template <class Acc>
 void check_reductions(Device& device, int threads, size_t n) {
   constexpr size_t teams = 50;
-  std::vector<A> in;
-  for (size_t i = 0; i < teams * n; ++i) in.push_back(A(gaussian(1, 2, i) - 5));  // max is negative
-  DeviceArray<A> x(device, in), sums(device, teams * 512), largest(device, teams * 512);
+  std::vector<Acc> in;
+  for (size_t i = 0; i < teams * n; ++i)
+    in.push_back(Acc(gaussian(1, 2, i) - 5));  // max is negative
+  DeviceArray<Acc> x(device, in), sums(device, teams * 512), largest(device, teams * 512);
   reduce_kernel(device, sums.data(), largest.data(), x.data(), teams, n, threads);
   auto s = sums.host(), l = largest.host();
   for (size_t t = 0; t < teams; ++t) {
     double sum = 0, squares = 0, size = 0;
-    A top = in[t * n];
+    Acc top = in[t * n];
     for (size_t i = t * n; i < (t + 1) * n; ++i) {
       sum += double(in[i]), squares += double(in[i]) * double(in[i]), size += std::abs(in[i]);
       top = std::max(top, in[i]);
     }
-    double bound = double(n) * std::numeric_limits<A>::epsilon();
+    double bound = double(n) * std::numeric_limits<Acc>::epsilon();
     for (int rank = 0; rank < (device.gpu ? threads : 1); ++rank) {
       size_t at = t * 512 + size_t(rank);
       ASSERT_NEAR(s[at], sum, bound * size) << "team " << t << " rank " << rank;
@@ -391,16 +393,16 @@ TEST(Teams, SumAndMaxReachEveryThread) {
 // Column sums of (rows, width) matrices, as the merges use sum_rows; V is a number or a Quad.
 // Every row of threads writes its answer: out (teams, most_rows, width).
 constexpr size_t most_rows = 256;
-template <class V, class A>
-void column_kernel(const Device& device, A* out, const A* x, size_t teams, size_t rows,
+template <class V, class Acc>
+void column_kernel(const Device& device, Acc* out, const Acc* x, size_t teams, size_t rows,
                    size_t width, int threads, int columns) {
-  constexpr size_t lanes = sizeof(V) / sizeof(A);
+  constexpr size_t lanes = sizeof(V) / sizeof(Acc);
   for_each_team(device, teams, threads, [=] HD(Team team) {
     Team line = team.part(columns);
     for (size_t tile = 0; tile < width; tile += lanes * size_t(line.size)) {
       size_t c = tile + lanes * size_t(line.rank);
       V sum;
-      A* parts = reinterpret_cast<A*>(&sum);
+      Acc* parts = reinterpret_cast<Acc*>(&sum);
       for (size_t k = 0; k < lanes; ++k) parts[k] = 0;
       if (c < width)
         for (size_t r = line.index; r < rows; r += size_t(team.parts(columns)))
@@ -413,18 +415,18 @@ void column_kernel(const Device& device, A* out, const A* x, size_t teams, size_
   });
 }
 
-template <class V, class A>
+template <class V, class Acc>
 void check_columns(Device& device, int threads, int columns, size_t rows, size_t width) {
   constexpr size_t teams = 9;
-  std::vector<A> in;  // small whole numbers: every order of adding gives the same
+  std::vector<Acc> in;  // small whole numbers: every order of adding gives the same
   for (size_t i = 0; i < teams * rows * width; ++i)
-    in.push_back(A(int(uniform(1, 0, i) * 100) - 50));
-  DeviceArray<A> x(device, in), out(device, teams * most_rows * width);
+    in.push_back(Acc(int(uniform(1, 0, i) * 100) - 50));
+  DeviceArray<Acc> x(device, in), out(device, teams * most_rows * width);
   column_kernel<V>(device, out.data(), x.data(), teams, rows, width, threads, columns);
   auto host = out.host();
   for (size_t t = 0; t < teams; ++t)
     for (size_t c = 0; c < width; ++c) {
-      A sum = 0;
+      Acc sum = 0;
       for (size_t r = 0; r < rows; ++r) sum += in[(t * rows + r) * width + c];
       for (int row = 0; row < (device.gpu ? std::max(threads / columns, 1) : 1); ++row)
         ASSERT_EQ(host[(t * most_rows + size_t(row)) * width + c], sum)
@@ -473,18 +475,18 @@ TEST(Graph, EveryRunIsTheWholeSequence) {
 
 // A host array and a matrix, or a batch of them, that lies somewhere inside it. What the matrix
 // does not cover is NaN: a product that reads it shows, and so does one that writes it.
-template <class T>
+template <class Real>
 struct Operand {
-  std::vector<T> host;
+  std::vector<Real> host;
   size_t offset = 0;
-  Matrix<T> view{nullptr, 0};
+  Matrix<Real> view{nullptr, 0};
 
-  T& at(size_t o, size_t n, size_t i, size_t j) {
+  Real& at(size_t o, size_t n, size_t i, size_t j) {
     if (view.transposed) std::swap(i, j);
     return host[offset + o * view.outer_stride + n * view.inner_stride + i * view.stride + j];
   }
-  Matrix<T> on(const DeviceArray<T>& array) const {
-    Matrix<T> m = view;
+  Matrix<Real> on(const DeviceArray<Real>& array) const {
+    Matrix<Real> m = view;
     m.data = array.data() + offset;
     return m;
   }
@@ -492,42 +494,43 @@ struct Operand {
 
 // (rows, columns) matrices apart from each other, or, as attention's heads, side by side within
 // rows that belong to all of a batch's inner matrices.
-template <class T>
-Operand<T> operand(size_t rows, size_t columns, bool transposed, Sizes s, bool heads,
-                   uint64_t seed) {
-  Operand<T> x;
+template <class Real>
+Operand<Real> operand(size_t rows, size_t columns, bool transposed, Sizes s, bool heads,
+                      uint64_t seed) {
+  Operand<Real> x;
   size_t r = transposed ? columns : rows, c = transposed ? rows : columns;
   size_t stride = heads ? s.inner * c + 5 : c + 3, inner = heads ? c : r * stride + 1;
   size_t outer = heads ? r * stride + 2 : s.inner * inner;
   x.offset = 4;
-  x.host.assign(x.offset + s.outer * outer + stride, T(NAN));
-  x.view = Matrix<T>(nullptr, stride).batch(outer, inner);
+  x.host.assign(x.offset + s.outer * outer + stride, Real(NAN));
+  x.view = Matrix<Real>(nullptr, stride).batch(outer, inner);
   x.view.transposed = transposed;
   for (size_t o = 0; o < s.outer; ++o)
     for (size_t n = 0; n < s.inner; ++n)
       for (size_t i = 0; i < rows; ++i)
         for (size_t j = 0; j < columns; ++j)
-          x.at(o, n, i, j) = T(gaussian(seed, o * s.inner + n, i * columns + j));
+          x.at(o, n, i, j) = Real(gaussian(seed, o * s.inner + n, i * columns + j));
   return x;
 }
 
-template <class T>
-constexpr double unit_roundoff = std::is_same_v<T, double>  ? 0x1p-53
-                                 : std::is_same_v<T, float> ? 0x1p-24
-                                                            : 0x1p-8;
+template <class Real>
+constexpr double unit_roundoff = std::is_same_v<Real, double>  ? 0x1p-53
+                                 : std::is_same_v<Real, float> ? 0x1p-24
+                                                               : 0x1p-8;
 
-// gemm against a triple loop. The bound is the textbook one: k + 2 roundings in Acc<T> of terms
+// gemm against a triple loop. The bound is the textbook one: k + 2 roundings in Acc of terms
 // whose absolute values add up to `size`, and one rounding to TC.
-template <class T, class TC>
+template <class Real, class TC>
 void check_gemm(Device& device, Sizes s, bool ta, bool tb, double alpha, double beta, bool heads) {
   SCOPED_TRACE(testing::Message() << s.m << "x" << s.n << "x" << s.k << " transposed " << ta << tb
                                   << " alpha " << alpha << " beta " << beta);
-  Operand<T> a = operand<T>(s.m, s.k, ta, s, heads, 1), b = operand<T>(s.k, s.n, tb, s, heads, 2);
+  Operand<Real> a = operand<Real>(s.m, s.k, ta, s, heads, 1),
+                b = operand<Real>(s.k, s.n, tb, s, heads, 2);
   Operand<TC> c = operand<TC>(s.m, s.n, false, s, heads, 3), want = c;
   if (beta == 0) std::fill(c.host.begin(), c.host.end(), TC(NAN));  // must not be read
-  DeviceArray<T> da(device, a.host), db(device, b.host);
+  DeviceArray<Real> da(device, a.host), db(device, b.host);
   DeviceArray<TC> dc(device, c.host);
-  gemm(device, c.on(dc), a.on(da), b.on(db), s, Acc<T>(alpha), Acc<T>(beta));
+  gemm(device, c.on(dc), a.on(da), b.on(db), s, AccOf<Real>(alpha), AccOf<Real>(beta));
   Operand<TC> got = c;
   got.host = dc.host();
   for (size_t o = 0; o < s.outer; ++o)
@@ -541,7 +544,7 @@ void check_gemm(Device& device, Sizes s, bool ta, bool tb, double alpha, double 
           }
           long double old = beta == 0 ? 0.0L : beta * (long double)(want.at(o, n, i, j));
           sum = alpha * sum + old, size = std::abs(alpha) * size + std::abs(old);
-          double bound = double(s.k + 2) * unit_roundoff<Acc<T>> * double(size) +
+          double bound = double(s.k + 2) * unit_roundoff<AccOf<Real>> * double(size) +
                          unit_roundoff<TC> * double(std::abs(sum));
           TC& found = got.at(o, n, i, j);
           ASSERT_LE(std::abs(double(found) - double(sum)), bound) << i << ", " << j;
@@ -550,21 +553,21 @@ void check_gemm(Device& device, Sizes s, bool ta, bool tb, double alpha, double 
   for (TC x : got.host) ASSERT_TRUE(std::isnan(double(x))) << "written outside the matrices";
 }
 
-template <class T, class TC>
+template <class Real, class TC>
 void check_gemms(Device& device) {
   const Sizes sizes[] = {{5, 7, 0},    {1, 1, 1},     {5, 7, 97},   {7, 259, 1},  {97, 5, 259},
                          {130, 97, 7}, {259, 130, 5}, {1, 130, 97}, {97, 1, 600}, {130, 259, 513}};
   for (Sizes s : sizes)
-    for (int t = 0; t < 4; ++t) check_gemm<T, TC>(device, s, t & 1, t & 2, 1, 0, false);
+    for (int t = 0; t < 4; ++t) check_gemm<Real, TC>(device, s, t & 1, t & 2, 1, 0, false);
   const std::pair<double, double> factors[] = {{-0.5, 0}, {1, 1}, {0.75, -1.5}};
   for (auto [alpha, beta] : factors)
     for (int t = 0; t < 4; ++t)
-      check_gemm<T, TC>(device, {97, 130, 300}, t & 1, t & 2, alpha, beta, false);
+      check_gemm<Real, TC>(device, {97, 130, 300}, t & 1, t & 2, alpha, beta, false);
   for (bool heads : {false, true})
     for (int t = 0; t < 4; ++t) {
-      check_gemm<T, TC>(device, {72, 72, 16, 3, 4}, t & 1, t & 2, 0.25, 0, heads);
-      check_gemm<T, TC>(device, {33, 20, 65, 2, 3}, t & 1, t & 2, 1, 1, heads);
-      check_gemm<T, TC>(device, {33, 20, 0, 2, 3}, t & 1, t & 2, 1, 0.5, heads);
+      check_gemm<Real, TC>(device, {72, 72, 16, 3, 4}, t & 1, t & 2, 0.25, 0, heads);
+      check_gemm<Real, TC>(device, {33, 20, 65, 2, 3}, t & 1, t & 2, 1, 1, heads);
+      check_gemm<Real, TC>(device, {33, 20, 0, 2, 3}, t & 1, t & 2, 1, 0.5, heads);
     }
 }
 
@@ -574,15 +577,15 @@ TEST(Gemm, AgreesWithATripleLoopInBf16) { on_every_device(check_gemms<bf16, bf16
 TEST(Gemm, AgreesWithATripleLoopFromBf16IntoFloat) { on_every_device(check_gemms<bf16, float>); }
 
 #ifdef _OPENMP
-template <class T>
-std::vector<T> product_on(int threads, Sizes s) {
+template <class Real>
+std::vector<Real> product_on(int threads, Sizes s) {
   omp_set_num_threads(threads);
   Device device;
-  Operand<T> a = operand<T>(s.m, s.k, false, s, false, 1);
-  Operand<T> b = operand<T>(s.k, s.n, true, s, false, 2);
-  Operand<T> c = operand<T>(s.m, s.n, false, s, false, 3);
-  DeviceArray<T> da(device, a.host), db(device, b.host), dc(device, c.host);
-  gemm(device, c.on(dc), a.on(da), b.on(db), s, Acc<T>(0.3), Acc<T>(0.7));
+  Operand<Real> a = operand<Real>(s.m, s.k, false, s, false, 1);
+  Operand<Real> b = operand<Real>(s.k, s.n, true, s, false, 2);
+  Operand<Real> c = operand<Real>(s.m, s.n, false, s, false, 3);
+  DeviceArray<Real> da(device, a.host), db(device, b.host), dc(device, c.host);
+  gemm(device, c.on(dc), a.on(da), b.on(db), s, AccOf<Real>(0.3), AccOf<Real>(0.7));
   return dc.host();
 }
 

@@ -25,88 +25,89 @@ struct MergeOp : Op {
 // Pre-Norm passes more on than X_next. So two merges, the second of which adds F2 to the trunk that
 // the first left; the output (2, B, T, D) is both X_next, its cotangent what would come back from
 // the branches that read them.
-template <class T>
+template <class Real>
 MergeOp prenorm_op(Device& device, Shape shape) {
-  using A = Acc<T>;
+  using Acc = AccOf<Real>;
   Tokens tokens = shape.tokens;
   size_t D = shape.D, n = tokens.rows() * D;
   MergeOp op;
   const std::pair<const char*, double> inputs[] = {{"X", 1}, {"F", 0.7}, {"F2", 1.5}};
   for (auto [name, scale] : inputs)
-    op.inputs.push_back({name, Tensor::random<T>(device, n, 1 + op.inputs.size(), scale),
-                         Tensor::of<T>(device, n)});
+    op.inputs.push_back({name, Tensor::random<Real>(device, n, 1 + op.inputs.size(), scale),
+                         Tensor::of<Real>(device, n)});
   Tensor X = op.inputs[0].value, F = op.inputs[1].value, F2 = op.inputs[2].value;
   Tensor dX = op.inputs[0].gradient, dF = op.inputs[1].gradient, dF2 = op.inputs[2].gradient;
-  op.output = Tensor::of<T>(device, 2 * n), op.cotangent = Tensor::random<T>(device, 2 * n, 6);
-  Tensor r = Tensor::of<A>(device, 2 * tokens.rows()), h = Tensor::of<A>(device, tokens.rows());
-  Tensor mean = Tensor::of<A>(device, 2 * tokens.batch * D);  // not looked at
+  op.output = Tensor::of<Real>(device, 2 * n),
+  op.cotangent = Tensor::random<Real>(device, 2 * n, 6);
+  Tensor r = Tensor::of<Acc>(device, 2 * tokens.rows()), h = Tensor::of<Acc>(device, tokens.rows());
+  Tensor mean = Tensor::of<Acc>(device, 2 * tokens.batch * D);  // not looked at
   op.kept = {r, h, mean};
-  A *r1 = r.data<A>(), *r2 = r1 + tokens.rows(), *m = mean.data<A>();
-  T *Y = op.output.data<T>(), *g = op.cotangent.data<T>();
-  MergeSaved<A> first{r1, m, m}, second{r2, m, m, r1};
-  MergeScratch<A> scratch{h.data<A>(), m, m};
-  Gates<const T> gates{merge_of<PreNorm>, {}};
-  Gates<A> none{merge_of<PreNorm>, {}};
+  Acc *r1 = r.data<Acc>(), *r2 = r1 + tokens.rows(), *m = mean.data<Acc>();
+  Real *Y = op.output.data<Real>(), *g = op.cotangent.data<Real>();
+  MergeSaved<Acc> first{r1, m, m}, second{r2, m, m, r1};
+  MergeScratch<Acc> scratch{h.data<Acc>(), m, m};
+  Gates<const Real> gates{merge_of<PreNorm>, {}};
+  Gates<Acc> none{merge_of<PreNorm>, {}};
   MergeShape sizes{tokens, D, 1e-6};
   Device* d = &device;
   op.forward = [=] {
-    merge_forward(*d, Y, first, X.data<T>(), F.data<T>(), gates, sizes);
-    merge_forward(*d, Y + n, second, Y, F2.data<T>(), gates, sizes);
+    merge_forward(*d, Y, first, X.data<Real>(), F.data<Real>(), gates, sizes);
+    merge_forward(*d, Y + n, second, Y, F2.data<Real>(), gates, sizes);
   };
   op.backward = [=] {
-    T *G = dX.data<T>(), *dF_1 = dF.data<T>(), *dF_2 = dF2.data<T>();
-    d->fill(dF_1, 0, n * sizeof(T));  // no merge comes after the second
-    merge_backward(*d, G, dF_2, none, scratch, {g + n, Y + n, Y, F2.data<T>(), gates, second, dF_1},
-                   sizes, false);
-    merge_backward(*d, G, dF_1, none, scratch, {g, Y, X.data<T>(), F.data<T>(), gates, first, dF_2},
-                   sizes, false);
+    Real *G = dX.data<Real>(), *dF_1 = dF.data<Real>(), *dF_2 = dF2.data<Real>();
+    d->fill(dF_1, 0, n * sizeof(Real));  // no merge comes after the second
+    merge_backward(*d, G, dF_2, none, scratch,
+                   {g + n, Y + n, Y, F2.data<Real>(), gates, second, dF_1}, sizes, false);
+    merge_backward(*d, G, dF_1, none, scratch,
+                   {g, Y, X.data<Real>(), F.data<Real>(), gates, first, dF_2}, sizes, false);
   };
   return op;
 }
 
 // `passes`: never in one kernel.
-template <class T>
+template <class Real>
 MergeOp merge_op(Device& device, Merge merge, Shape shape, bool passes = false) {
-  if (about(merge).trunk_apart) return prenorm_op<T>(device, shape);
-  using A = Acc<T>;
+  if (about(merge).trunk_apart) return prenorm_op<Real>(device, shape);
+  using Acc = AccOf<Real>;
   Tokens tokens = shape.tokens;
   size_t D = shape.D, n = tokens.rows() * D, means = 2 * tokens.batch * D;
   MergeOp op;
-  Tensor X = Tensor::random<T>(device, n, 1), F = Tensor::random<T>(device, n, 2, 0.7);
+  Tensor X = Tensor::random<Real>(device, n, 1), F = Tensor::random<Real>(device, n, 2, 0.7);
   // A mean that is not small: the leaky term and the split have something to do.
   std::vector<double> x = X.get();
   for (size_t i = 0; i < n; ++i) x[i] += 0.5 * gaussian(7, streams::check, i % D);
   X.set(x);
-  op.inputs = {{"X", X, Tensor::of<T>(device, n)}, {"F", F, Tensor::of<T>(device, n)}};
+  op.inputs = {{"X", X, Tensor::of<Real>(device, n)}, {"F", F, Tensor::of<Real>(device, n)}};
   auto gate = [&](const char* name, size_t size, uint64_t seed) {
     op.inputs.push_back(
-        {name, Tensor::random<T>(device, size, seed, 0.6), Tensor::of<A>(device, size)});
+        {name, Tensor::random<Real>(device, size, seed, 0.6), Tensor::of<Acc>(device, size)});
     return op.inputs.back();
   };
-  Gates<const T> gates{merge, {}};
-  Gates<A> dgates{merge, {}};
+  Gates<const Real> gates{merge, {}};
+  Gates<Acc> dgates{merge, {}};
   for (size_t i = 0; i < about(merge).gates.size(); ++i) {
     Op::Input g = gate(about(merge).gates[i].name, about(merge).one_number ? 1 : D, 3 + i);
-    gates.of[i] = g.value.data<T>(), dgates.of[i] = g.gradient.data<A>();
+    gates.of[i] = g.value.data<Real>(), dgates.of[i] = g.gradient.data<Acc>();
   }
   MergeShape sizes{tokens, D, 1e-6};
-  op.output = Tensor::of<T>(device, n), op.cotangent = Tensor::random<T>(device, n, 6);
-  Tensor r = Tensor::of<A>(device, tokens.rows()), h = Tensor::of<A>(device, tokens.rows());
-  op.xbar = Tensor::of<A>(device, means), op.fbar = Tensor::of<A>(device, means);
-  op.dZbar = Tensor::of<A>(device, means);
-  Tensor dgate = Tensor::of<A>(device, means), Y = op.output, G = op.cotangent;
-  MergeSaved<A> saved{r.data<A>(), op.xbar.data<A>(), op.fbar.data<A>()};
-  MergeScratch<A> scratch{h.data<A>(), op.dZbar.data<A>(), dgate.data<A>()};
+  op.output = Tensor::of<Real>(device, n), op.cotangent = Tensor::random<Real>(device, n, 6);
+  Tensor r = Tensor::of<Acc>(device, tokens.rows()), h = Tensor::of<Acc>(device, tokens.rows());
+  op.xbar = Tensor::of<Acc>(device, means), op.fbar = Tensor::of<Acc>(device, means);
+  op.dZbar = Tensor::of<Acc>(device, means);
+  Tensor dgate = Tensor::of<Acc>(device, means), Y = op.output, G = op.cotangent;
+  MergeSaved<Acc> saved{r.data<Acc>(), op.xbar.data<Acc>(), op.fbar.data<Acc>()};
+  MergeScratch<Acc> scratch{h.data<Acc>(), op.dZbar.data<Acc>(), dgate.data<Acc>()};
   op.kept = {r, op.xbar, op.fbar, op.dZbar, dgate, h};
   Device* d = &device;
   Tensor dX = op.inputs[0].gradient, dF = op.inputs[1].gradient;
   auto forward = [=](bool again) {
-    merge_forward(*d, Y.data<T>(), saved, X.data<T>(), F.data<T>(), gates, sizes, again);
+    merge_forward(*d, Y.data<Real>(), saved, X.data<Real>(), F.data<Real>(), gates, sizes, again);
   };
   auto backward = [=](Tensor to) {
-    merge_backward(*d, to.data<T>(), dF.data<T>(), dgates, scratch,
-                   {G.data<T>(), Y.data<T>(), X.data<T>(), F.data<T>(), gates, saved}, sizes,
-                   false);
+    merge_backward(*d, to.data<Real>(), dF.data<Real>(), dgates, scratch,
+                   {G.data<Real>(), Y.data<Real>(), X.data<Real>(), F.data<Real>(), gates, saved},
+                   sizes, false);
   };
   op.forward = [=] { forward(false); };
   op.backward = [=] { backward(dX); };
@@ -115,17 +116,17 @@ MergeOp merge_op(Device& device, Merge merge, Shape shape, bool passes = false) 
   if (!passes) return op;
   op.forward = [=] {
     Merges::with(merge.index, [&](auto m) {
-      merge_forward_passes<decltype(m)>(*d, Y.data<T>(), saved, X.data<T>(), F.data<T>(), gates,
-                                        sizes, false);
+      merge_forward_passes<decltype(m)>(*d, Y.data<Real>(), saved, X.data<Real>(), F.data<Real>(),
+                                        gates, sizes, false);
     });
   };
   op.backward = [=] {
     Merges::with(merge.index, [&](auto m) {
       using M = decltype(m);
-      merge_backward_passes<M>(*d, dX.data<T>(), dF.data<T>(), scratch,
-                               {G.data<T>(), Y.data<T>(), X.data<T>(), F.data<T>(), gates, saved},
-                               sizes);
-      gate_gradients<M, T>(*d, dgates, saved, scratch, sizes, false);
+      merge_backward_passes<M>(
+          *d, dX.data<Real>(), dF.data<Real>(), scratch,
+          {G.data<Real>(), Y.data<Real>(), X.data<Real>(), F.data<Real>(), gates, saved}, sizes);
+      gate_gradients<M, Real>(*d, dgates, saved, scratch, sizes, false);
     });
   };
   return op;
@@ -409,22 +410,23 @@ TEST(Merge, AccumulatesGateGradients) {
 }
 
 // RMSNorm of packed rows into strided places, as the input norms use it.
-template <class T>
+template <class Real>
 Op rmsnorm_op(Device& device, size_t batch, size_t n, size_t D) {
-  using A = Acc<T>;
+  using Acc = AccOf<Real>;
   Op op;
   size_t stride = (n + 3) * D;
-  Tensor X = Tensor::random<T>(device, batch * n * D, 1), r = Tensor::of<A>(device, batch * n);
-  op.inputs = {{"X", X, Tensor::of<T>(device, batch * n * D)}};
-  op.output = Tensor::random<T>(device, batch * stride, 2);
-  op.cotangent = Tensor::random<T>(device, batch * stride, 3);
+  Tensor X = Tensor::random<Real>(device, batch * n * D, 1), r = Tensor::of<Acc>(device, batch * n);
+  op.inputs = {{"X", X, Tensor::of<Real>(device, batch * n * D)}};
+  op.output = Tensor::random<Real>(device, batch * stride, 2);
+  op.cotangent = Tensor::random<Real>(device, batch * stride, 3);
   Tensor Y = op.output, G = op.cotangent, dX = op.inputs[0].gradient;
   Device* d = &device;
   op.forward = [=] {
-    rmsnorm_forward(*d, Y.data<T>(), r.data<A>(), X.data<T>(), batch, n, D, stride, 1e-6);
+    rmsnorm_forward(*d, Y.data<Real>(), r.data<Acc>(), X.data<Real>(), batch, n, D, stride, 1e-6);
   };
   op.backward = [=] {
-    rmsnorm_backward(*d, dX.data<T>(), G.data<T>(), X.data<T>(), r.data<A>(), batch, n, D, stride);
+    rmsnorm_backward(*d, dX.data<Real>(), G.data<Real>(), X.data<Real>(), r.data<Acc>(), batch, n,
+                     D, stride);
   };
   return op;
 }
@@ -517,7 +519,7 @@ double worst_difference(const WriterModes& a, const WriterModes& b) {
 
 // A writer with tokens that share a direction (`offset` times as long as the rest) and differ in
 // magnitude.
-template <class T>
+template <class Real>
 struct Writer {
   Tokens tokens;
   size_t n, D;
@@ -527,8 +529,8 @@ struct Writer {
       : tokens(t),
         n(in),
         D(out),
-        y(Tensor::of<T>(device, t.rows() * in)),
-        delta(Tensor::of<T>(device, t.rows() * out)) {
+        y(Tensor::of<Real>(device, t.rows() * in)),
+        delta(Tensor::of<Real>(device, t.rows() * out)) {
     auto fill = [&](Tensor& x, size_t channels, uint64_t seed) {
       std::vector<double> values = random_values(x.count(), seed);
       for (size_t i = 0; i < values.size(); ++i) {
@@ -546,14 +548,14 @@ struct Writer {
     return {tokens.length(), channels, {from, from + ptrdiff_t(tokens.length() * channels)}};
   }
   std::vector<WriterModes> modes(Device& device) const {
-    WriterScratch<Acc<T>> scratch;
+    WriterScratch<AccOf<Real>> scratch;
     Carver count;
     scratch.lay(count, tokens, n, D);
     Slab slab(device, count.used), out(device, tokens.batch * sizeof(WriterModes));
     Carver carver{slab.data};
     scratch.lay(carver, tokens, n, D);
     auto* modes = reinterpret_cast<WriterModes*>(out.data);
-    writer_modes(device, modes, scratch, y.data<T>(), delta.data<T>(), tokens, n, D);
+    writer_modes(device, modes, scratch, y.data<Real>(), delta.data<Real>(), tokens, n, D);
     std::vector<WriterModes> host(tokens.batch);
     device.download(host.data(), modes, host.size() * sizeof(WriterModes));
     return host;
@@ -563,10 +565,10 @@ struct Writer {
 const Tokens some_tokens[] = {{2, 5, 3}, {3, 37, 11}, {1, 6, 0}};
 
 // In bf16 too: the reference starts from the rounded numbers. `size`: of delta.
-template <class T>
+template <class Real>
 void check_modes(Device& device, double offset, double tolerance, double size = 1) {
   for (Tokens tokens : some_tokens) {
-    Writer<T> writer(device, tokens, 24, 12, offset);
+    Writer<Real> writer(device, tokens, 24, 12, offset);
     std::vector<double> delta = writer.delta.get();
     for (double& x : delta) x *= size;
     writer.delta.set(delta);
@@ -662,13 +664,13 @@ TEST(WriterModes, AlignmentStaysUnderItsEnvelope) {
   }
 }
 
-template <class T>
+template <class Real>
 void check_energies(Device& device, double tolerance) {
   size_t n = 19, D = 37, batch = 3;
-  Tensor x = Tensor::random<T>(device, batch * n * D, 5),
+  Tensor x = Tensor::random<Real>(device, batch * n * D, 5),
          out = Tensor::of<double>(device, 2 * batch);
   std::vector<double> values = x.get();
-  const T* data = x.data<T>();
+  const Real* data = x.data<Real>();
   matrix_energies(device, out.data<double>(), data, batch, n, D);
   for (size_t b = 0; b < batch; ++b) {
     Dense X{

@@ -40,26 +40,26 @@ void everywhere(const Test& test) {
 }
 
 // How far two machines or two orders of adding may differ, in parts of the whole.
-template <class T>
-constexpr double rounding = std::is_same_v<T, double>  ? 1e-11
-                            : std::is_same_v<T, float> ? 1e-4
-                                                       : 0.03;
+template <class Real>
+constexpr double rounding = std::is_same_v<Real, double>  ? 1e-11
+                            : std::is_same_v<Real, float> ? 1e-4
+                                                          : 0.03;
 
-template <class T>
-std::vector<T> from(const Device& device, const T* data, size_t n) {
-  std::vector<T> host(n);
-  device.download(host.data(), data, n * sizeof(T));
+template <class Real>
+std::vector<Real> from(const Device& device, const Real* data, size_t n) {
+  std::vector<Real> host(n);
+  device.download(host.data(), data, n * sizeof(Real));
   return host;
 }
-template <class T>
-T* put(const Device& device, Slab& slab, const std::vector<T>& host) {
-  device.upload(slab.data, host.data(), host.size() * sizeof(T));
-  return reinterpret_cast<T*>(slab.data);
+template <class Real>
+Real* put(const Device& device, Slab& slab, const std::vector<Real>& host) {
+  device.upload(slab.data, host.data(), host.size() * sizeof(Real));
+  return reinterpret_cast<Real*>(slab.data);
 }
 
 // |a - b| / |a|
-template <class A, class B>
-double distance(const std::vector<A>& a, const std::vector<B>& b) {
+template <class Acc, class B>
+double distance(const std::vector<Acc>& a, const std::vector<B>& b) {
   double difference = 0, size = 0;
   EXPECT_EQ(a.size(), b.size());
   for (size_t i = 0; i < a.size(); ++i) {
@@ -135,15 +135,15 @@ class TrainTest : public testing::Test {
 template <class F>
 void every_state(const F& f) {
   everywhere([&](Device& device, auto type) {
-    using T = decltype(type);
-    f(device, type, Acc<T>());
-    if constexpr (std::is_same_v<T, bf16>) f(device, type, type);
+    using Real = decltype(type);
+    f(device, type, AccOf<Real>());
+    if constexpr (std::is_same_v<Real, bf16>) f(device, type, type);
   });
 }
 
 // The bits of all that a run can be resumed from.
-template <class T, class G>
-std::string bits(Trainer<T, G>& t) {
+template <class Real, class G>
+std::string bits(Trainer<Real, G>& t) {
   std::string all(reinterpret_cast<char*>(&t.step), sizeof t.step);
   auto add = [&](const auto* data) {
     if (!data) return;
@@ -154,8 +154,8 @@ std::string bits(Trainer<T, G>& t) {
   add(t.net.weights());
   return all;
 }
-template <class T, class G>
-void steps(Trainer<T, G>& t, size_t n) {
+template <class Real, class G>
+void steps(Trainer<Real, G>& t, size_t n) {
   for (size_t i = 0; i < n; ++i) t.train_step();
 }
 
@@ -184,23 +184,23 @@ bool is_loss_gradient(Device& device, const std::vector<double>& d, const std::v
   return std::abs(numeric - analytic) <= 1e-8 * std::abs(numeric);
 }
 
-template <class A>
+template <class Acc>
 void check_flow_loss(Device& device) {
   constexpr size_t b = 3, n = 500;
-  std::vector<A> v, target;
+  std::vector<Acc> v, target;
   for (size_t i = 0; i < b * n; ++i)
-    v.push_back(A(gaussian(1, 1, i))), target.push_back(A(gaussian(1, 2, i)));
+    v.push_back(Acc(gaussian(1, 1, i))), target.push_back(Acc(gaussian(1, 2, i)));
   Slab x(device, b * n * 8), y(device, b * n * 8), dx(device, b * n * 8), losses(device, b * 8);
-  A* d = reinterpret_cast<A*>(dx.data);
-  A* l = reinterpret_cast<A*>(losses.data);
+  Acc* d = reinterpret_cast<Acc*>(dx.data);
+  Acc* l = reinterpret_cast<Acc*>(losses.data);
   flow_loss(device, l, d, put(device, x, v), put(device, y, target), b, n, 1.0 / (b * n));
-  std::vector<A> gradient = from(device, d, b * n), loss = from(device, l, b);
+  std::vector<Acc> gradient = from(device, d, b * n), loss = from(device, l, b);
   for (size_t s = 0; s < b; ++s) {
     double sum = 0;
     for (size_t i = s * n; i < (s + 1) * n; ++i) sum += std::pow(double(v[i]) - target[i], 2);
-    EXPECT_NEAR(loss[s], sum / n, rounding<A> * 2);
+    EXPECT_NEAR(loss[s], sum / n, rounding<Acc> * 2);
   }
-  if constexpr (std::is_same_v<A, double>) {
+  if constexpr (std::is_same_v<Acc, double>) {
     EXPECT_TRUE(is_loss_gradient(device, gradient, v, target, b));
     struct {
       const char* wrong;
@@ -237,10 +237,10 @@ TEST(Flow, ShiftTimeSpendsMoreOnNoise) {
 // image, time, noise and caption each of its places got.
 TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
   everywhere([&](Device& device, auto type) {
-    using T = decltype(type);
+    using Real = decltype(type);
     TrainOptions o = options(1);
     o.batch = 60, o.time_shift = 4;
-    Trainer<T> t(device, o, data_, held_out_);
+    Trainer<Real> t(device, o, data_, held_out_);
     constexpr size_t rounds = 50;
     const double n = double(rounds * o.batch);
     std::vector<double> images(data_.images), times(10);
@@ -274,9 +274,9 @@ TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
           mean += x1 / n / 64, square += x1 * x1 / n / 64;
         }
         const float* caption = &data_.text[size_t(data_.caption[image]) * 15];
-        bool empty = float(text[i * 15]) == float(T(data_.empty_text[0]));
+        bool empty = float(text[i * 15]) == float(Real(data_.empty_text[0]));
         for (size_t w = 0; w < 15; ++w)
-          ASSERT_EQ(float(text[i * 15 + w]), float(T(empty ? data_.empty_text[w] : caption[w])));
+          ASSERT_EQ(float(text[i * 15 + w]), float(Real(empty ? data_.empty_text[w] : caption[w])));
         dropped += empty;
       }
     }
@@ -296,10 +296,10 @@ TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
 // The images to validate on are spread over all that are held out, and times over [0, 1].
 TEST_F(TrainTest, ValidationIsOnImagesAndTimesSpreadEvenly) {
   everywhere([&](Device& device, auto type) {
-    using T = decltype(type);
+    using Real = decltype(type);
     TrainOptions o = options(1);
     o.val_images = o.batch = 32, o.time_shift = 4;
-    Trainer<T> t(device, o, data_, all_);
+    Trainer<Real> t(device, o, data_, all_);
     draw_validation_batch(t.net, t.a, t.held_out, o, 0, o.batch);
     auto z = from(device, t.net.arrays.z, o.batch * 64);
     auto target = from(device, t.a.target, o.batch * 64);
@@ -358,7 +358,7 @@ TEST_F(TrainTest, FixedGatesKeepTheirValuesAndStayOutOfTheNorm) {
               {"layerscale", {"lambda"}, "layerscale1 layerscale2"},
               {"rezero", {"lambda"}, "rezero1 rezero2"}};
   every_state([&](Device& device, auto type, auto kept) {
-    using A = Acc<decltype(type)>;
+    using Acc = AccOf<decltype(type)>;
     for (const auto& row : rows) {
       SCOPED_TRACE(std::string(row.residual) + row.ends);
       TrainOptions o = options();
@@ -366,11 +366,11 @@ TEST_F(TrainTest, FixedGatesKeepTheirValuesAndStayOutOfTheNorm) {
       o.ema = 0.9;
       Trainer<decltype(type), decltype(kept)> t(device, o, data_, held_out_);
       const Table& table = t.net.table;
-      std::vector<A> first = from(device, t.a.average, table.size);
+      std::vector<Acc> first = from(device, t.a.average, table.size);
       steps(t, 1);
       auto g = from(device, t.net.gradients(), table.size);
       auto w = from(device, t.net.weights(), table.size);
-      std::vector<A> average = from(device, t.a.average, table.size);
+      std::vector<Acc> average = from(device, t.a.average, table.size);
       double moving = 0, fixed = 0;
       for (const Parameter& p : table.parameters) {
         std::istringstream ends(row.ends);
@@ -431,10 +431,10 @@ struct PlainAdam {
   }
 };
 
-template <class T, class G>
+template <class Real, class G>
 void check_adamw(Device& device, double clip) {
-  using A = Acc<T>;
-  constexpr bool lean = Master<T, G>::lean;
+  using Acc = AccOf<Real>;
+  constexpr bool lean = Master<Real, G>::lean;
   Table table = two_parameters();
   std::vector<Chunk> chunks = chunks_of(table);
   ASSERT_EQ(chunks.size(), 3u);
@@ -445,13 +445,13 @@ void check_adamw(Device& device, double clip) {
   // Lean moments are rounded stochastically by up to a gap of bf16, 0.8%, and remember some ten
   // roundings: a step of lr is off by a few percent of itself, and twenty of them by a fifth of
   // one.
-  constexpr double tolerance = lean ? 2e-3 : std::is_same_v<A, double> ? 1e-12 : 1e-5;
+  constexpr double tolerance = lean ? 2e-3 : std::is_same_v<Acc, double> ? 1e-12 : 1e-5;
   // Zeros up to a tensor's last quad; in the gap after it NaN: nobody may look.
-  std::vector<A> start(n, A(NAN));
+  std::vector<Acc> start(n, Acc(NAN));
   std::vector<G> zeros(n, G(0));
   for (const Parameter& p : table.parameters)
     for (size_t i = 0; i < round_up(p.count(), 4); ++i)
-      start[p.offset + i] = i < p.count() ? A(gaussian(1, 1, p.offset + i)) : A(0);
+      start[p.offset + i] = i < p.count() ? Acc(gaussian(1, 1, p.offset + i)) : Acc(0);
   PlainAdam plain{{start.begin(), start.end()},
                   std::vector<long double>(n),
                   std::vector<long double>(n),
@@ -459,20 +459,20 @@ void check_adamw(Device& device, double clip) {
   Slab w(device, n * 8), ma(device, n * 8), m(device, n * 8), v(device, n * 8), e(device, n * 8),
       g(device, n * 8), ch(device, count * sizeof(Chunk)), pa(device, count * 8),
       cl(device, sizeof(Clock)), hi(device, records * sizeof(Record)), lo(device, 4 * 8);
-  Master<T, G> master{reinterpret_cast<T*>(w.data), nullptr};
+  Master<Real, G> master{reinterpret_cast<Real*>(w.data), nullptr};
   master.own = reinterpret_cast<decltype(master.own)>(ma.data);
-  std::vector<T> nearest;
+  std::vector<Real> nearest;
   std::vector<std::remove_pointer_t<decltype(master.own)>> own;
-  for (A x : start) {
+  for (Acc x : start) {
     if constexpr (lean)
       nearest.push_back(split(x).nearest), own.push_back(split(x).rest);
     else
-      nearest.push_back(T(x)), own.push_back(x);
+      nearest.push_back(Real(x)), own.push_back(x);
   }
   put(device, w, nearest), put(device, ma, own);
   G *dm = put(device, m, zeros), *dv = put(device, v, zeros);
-  A* average = put(device, e, start);
-  const A* losses = put(device, lo, std::vector<A>{1, 2, 3, 6});
+  Acc* average = put(device, e, start);
+  const Acc* losses = put(device, lo, std::vector<Acc>{1, 2, 3, 6});
   const Chunk* dchunks = put(device, ch, chunks);
   Clock* clock = put(device, cl, std::vector<Clock>(1));
   Record* history = reinterpret_cast<Record*>(hi.data);
@@ -499,14 +499,14 @@ void check_adamw(Device& device, double clip) {
     nearest = from(device, master.weights, n), own = from(device, master.own, n);
     for (const Parameter& p : table.parameters)
       for (size_t i = p.offset; i < p.offset + p.count(); ++i) {
-        A got;
+        Acc got;
         if constexpr (lean)
           got = join({nearest[i], own[i]});
         else
           got = own[i];
         ASSERT_NEAR(got, double(plain.w[i]), tolerance) << p.name << " step " << s;
         ASSERT_NEAR(got_e[i], double(plain.average[i]), tolerance) << p.name << " step " << s;
-        ASSERT_EQ(float(nearest[i]), lean ? float(split(float(got)).nearest) : float(T(got)));
+        ASSERT_EQ(float(nearest[i]), lean ? float(split(float(got)).nearest) : float(Real(got)));
       }
   }
   EXPECT_EQ(double(nearest[18066]), 0) << "what a quad reads behind a tensor stays zero";
@@ -788,42 +788,42 @@ TEST(Statement, AppJ_ClippingKeepsTheRatio) {
 // ---------------------------------------------------------------------------------------------
 // 3. Sampling
 
-template <class T>
+template <class Real>
 struct SamplingNetwork {
-  Network<T> net;
-  Sampler<T> sampler;
+  Network<Real> net;
+  Sampler<Real> sampler;
   Slab slab;
 
   SamplingNetwork(Device& device, const Config& c, size_t batch)
       : net(device, c, batch, 0, false), slab(device, bytes(c, batch)) {
     Carver carver{slab.data};
     sampler.lay(carver, c, batch);
-    Slab drawn(device, net.table.size * sizeof(Acc<T>));
-    Acc<T>* values = reinterpret_cast<Acc<T>*>(drawn.data);
+    Slab drawn(device, net.table.size * sizeof(AccOf<Real>));
+    AccOf<Real>* values = reinterpret_cast<AccOf<Real>*>(drawn.data);
     initialise(device, net.table, values, 3);
     convert(device, net.weights(), values, net.table.size);
     device.synchronize();
   }
   static size_t bytes(const Config& c, size_t batch) {
     Carver count;
-    Sampler<T>().lay(count, c, batch);
+    Sampler<Real>().lay(count, c, batch);
     return count.used;
   }
 };
 
 TEST_F(TrainTest, SamplingIsEulerWithGuidance) {
   everywhere([&](Device& device, auto type) {
-    using T = decltype(type);
-    using A = Acc<T>;
+    using Real = decltype(type);
+    using Acc = AccOf<Real>;
     constexpr size_t n = 4, count = 5, pixels = 64, words = 15;
-    SamplingNetwork<T> s(device, options().model, 3);  // four images: a batch of three and one
-    Arrays<T>& a = s.net.arrays;
+    SamplingNetwork<Real> s(device, options().model, 3);  // four images: a batch of three and one
+    Arrays<Real>& a = s.net.arrays;
     auto velocity = [&](const std::vector<double>& z, const float* text) {
-      std::vector<A> in(z.begin(), z.end());
-      std::vector<T> caption;
-      for (size_t i = 0; i < words; ++i) caption.push_back(T(text[i]));
-      device.upload(a.z, in.data(), pixels * sizeof(A));
-      device.upload(a.text, caption.data(), words * sizeof(T));
+      std::vector<Acc> in(z.begin(), z.end());
+      std::vector<Real> caption;
+      for (size_t i = 0; i < words; ++i) caption.push_back(Real(text[i]));
+      device.upload(a.z, in.data(), pixels * sizeof(Acc));
+      device.upload(a.text, caption.data(), words * sizeof(Real));
       s.net.forward(1);
       return from(device, a.velocity, pixels);
     };
@@ -848,15 +848,15 @@ TEST_F(TrainTest, SamplingIsEulerWithGuidance) {
       ASSERT_EQ(images.size(), n * pixels);
       for (size_t i = 0; i < n; ++i) {
         std::vector<float> image(&images[i * pixels], &images[i * pixels] + pixels);
-        double limit = std::is_same_v<T, double> ? 1e-7 : rounding<T>;  // images are floats
+        double limit = std::is_same_v<Real, double> ? 1e-7 : rounding<Real>;  // images are floats
         EXPECT_LT(distance(plain(i, guidance), image), limit) << i << ", guidance " << guidance;
       }
       // All at once. On a CPU the bits do not depend on the batch; cuBLAS may choose otherwise.
-      SamplingNetwork<T> whole(device, options().model, n);
+      SamplingNetwork<Real> whole(device, options().model, n);
       auto at_once =
           sample_images(whole.net, whole.sampler, data_.text, empty, n, count, guidance, 3, 11);
       if (device.gpu)
-        EXPECT_LT(distance(at_once, images), std::max(1e-7, rounding<T>));
+        EXPECT_LT(distance(at_once, images), std::max(1e-7, rounding<Real>));
       else
         EXPECT_EQ(at_once, images);
     }
@@ -887,17 +887,17 @@ TEST_F(TrainTest, TheSameSeedGivesTheSameBitsHoweverMuchIsRecomputed) {
 
 TEST_F(TrainTest, StoppedAndResumedIsAsGoingThrough) {
   every_state([&](Device& device, auto type, auto kept) {
-    using T = decltype(type);
+    using Real = decltype(type);
     using G = decltype(kept);
     for (double ema : {0.0, 0.9}) {
       TrainOptions o = options();
       o.ema = ema;
       if (ema > 0) o.model.fix = {"beta"};
-      Trainer<T, G> through(device, o, data_, held_out_), stopped(device, o, data_, held_out_);
+      Trainer<Real, G> through(device, o, data_, held_out_), stopped(device, o, data_, held_out_);
       steps(through, 5), steps(stopped, 3);
       save_run(stopped);
       EXPECT_EQ(fs::exists(at("ema.safetensors")), ema > 0);
-      Trainer<T, G> resumed(device, o, data_, held_out_);
+      Trainer<Real, G> resumed(device, o, data_, held_out_);
       resume_run(resumed);
       EXPECT_TRUE(bits(resumed) == bits(stopped));
       steps(resumed, 2);
@@ -908,24 +908,24 @@ TEST_F(TrainTest, StoppedAndResumedIsAsGoingThrough) {
 }
 
 // Gradients, and the loss of the first step, of a trainer.
-template <class T, class G>
-std::pair<std::vector<G>, double> first_step(Trainer<T, G>& t) {
+template <class Real, class G>
+std::pair<std::vector<G>, double> first_step(Trainer<Real, G>& t) {
   t.train_step();
   return {from(t.device, t.net.gradients(), t.net.table.size), t.history(0)[0].loss};
 }
 
 TEST_F(TrainTest, AccumulatedBatchesAreOneBatch) {
   every_state([&](Device& device, auto type, auto kept) {
-    using T = decltype(type);
+    using Real = decltype(type);
     using G = decltype(kept);
     TrainOptions whole = options(), parts = options();
     parts.batch = 2, parts.accumulate = 2;
-    Trainer<T, G> a(device, whole, data_, held_out_), b(device, parts, data_, held_out_);
+    Trainer<Real, G> a(device, whole, data_, held_out_), b(device, parts, data_, held_out_);
     auto [da, la] = first_step(a);
     auto [db, lb] = first_step(b);
-    EXPECT_LT(distance(da, db), rounding<T>);
-    EXPECT_NEAR(la, lb, rounding<T> * la);
-    EXPECT_NEAR(a.validate(), b.validate(), rounding<T>) << "in batches of 4 and of 2";
+    EXPECT_LT(distance(da, db), rounding<Real>);
+    EXPECT_NEAR(la, lb, rounding<Real> * la);
+    EXPECT_NEAR(a.validate(), b.validate(), rounding<Real>) << "in batches of 4 and of 2";
   });
 }
 
@@ -954,17 +954,17 @@ TEST_F(TrainTest, MachinesAndPrecisionsTrainAlike) {
   Trainer<double> exact(cpu, options(), data_, held_out_);
   auto [de, le] = first_step(exact);
   everywhere([&, &d = de, &l = le](Device& device, auto type) {
-    using T = decltype(type);
-    Trainer<T> t(device, options(), data_, held_out_);
+    using Real = decltype(type);
+    Trainer<Real> t(device, options(), data_, held_out_);
     auto [dt, lt] = first_step(t);
-    EXPECT_LT(distance(d, dt), rounding<T>);
-    EXPECT_NEAR(l, lt, rounding<T> * l);
+    EXPECT_LT(distance(d, dt), rounding<Real>);
+    EXPECT_NEAR(l, lt, rounding<Real> * l);
   });
 }
 
 TEST_F(TrainTest, TakesWhatThePlanSaysAndNothingLater) {
   every_state([&](Device& device, auto type, auto kept) {
-    using T = decltype(type);
+    using Real = decltype(type);
     using G = decltype(kept);
     size_t before = device.allocated;
     for (size_t recompute : {0, 3})
@@ -972,14 +972,14 @@ TEST_F(TrainTest, TakesWhatThePlanSaysAndNothingLater) {
         TrainOptions o = options();
         o.recompute = recompute, o.ema = ema, o.accumulate = 2;
         o.spike_factor = ema > 0 ? 5 : 0, o.diagnose_every = recompute;
-        Trainer<T, G> t(device, o, data_, held_out_);
+        Trainer<Real, G> t(device, o, data_, held_out_);
         DataSizes sizes{data_.images, held_out_.images, data_.captions};
-        Plan plan = training_plan<T, G>(o, t.net.table, sizes, device.gpu);
+        Plan plan = training_plan<Real, G>(o, t.net.table, sizes, device.gpu);
         // On a CPU the products' threads take what they work in by themselves, on a GPU the driver
         // what a graph is kept in.
-        EXPECT_EQ(
-            device.allocated + (device.gpu ? graph_bytes(o) : HostGemm<Acc<T>>::workspace_bytes()),
-            plan.total());
+        EXPECT_EQ(device.allocated +
+                      (device.gpu ? graph_bytes(o) : HostGemm<AccOf<Real>>::workspace_bytes()),
+                  plan.total());
         t.train_step();
         size_t taken = device.allocations, in_use = device.in_use();
         t.train_step();
@@ -999,7 +999,7 @@ TEST_F(TrainTest, TakesWhatThePlanSaysAndNothingLater) {
 // Two passes a step, so that the observer looks on at the second only.
 TEST_F(TrainTest, DiagnosticsChangeNoBitOfTheWeights) {
   every_state([&](Device& device, auto type, auto kept) {
-    using T = decltype(type);
+    using Real = decltype(type);
     using G = decltype(kept);
     for (size_t recompute : {0, 7}) {
       TrainOptions plain = options(10), watched = plain;
@@ -1007,7 +1007,7 @@ TEST_F(TrainTest, DiagnosticsChangeNoBitOfTheWeights) {
       watched = plain, watched.spike_factor = 5;
       TrainOptions diagnosed = watched;
       diagnosed.diagnose_every = 2, diagnosed.diagnose_samples = 3;
-      Trainer<T, G> a(device, plain, data_, held_out_), b(device, watched, data_, held_out_),
+      Trainer<Real, G> a(device, plain, data_, held_out_), b(device, watched, data_, held_out_),
           c(device, diagnosed, data_, held_out_);
       steps(a, 6), steps(b, 6);
       for (int i = 0; i < 6; ++i) c.train_step(i % 2);
@@ -1082,11 +1082,11 @@ TEST(Spike, FiresAboveAMultipleOfTheRunningMedian) {
 // Sixty calm steps; then a final projection that is fifty times too large, and six steps later one
 // that is fifty times larger still. Only then both reports are read, and must hold the numbers of
 // the spikes themselves.
-template <class T>
+template <class Real>
 void check_spike(Device& device, const TrainOptions& o, const Dataset& data,
                  const Dataset& held_out) {
-  using A = Acc<T>;
-  Trainer<T> t(device, o, data, held_out);
+  using Acc = AccOf<Real>;
+  Trainer<Real> t(device, o, data, held_out);
   using Row = std::map<std::string, double>;
   auto rows = [&] {
     std::vector<Row> all;
@@ -1110,23 +1110,23 @@ void check_spike(Device& device, const TrainOptions& o, const Dataset& data,
   EXPECT_TRUE(t.found_spikes().empty()) << "a calm run";
   auto enlarge = [&] {
     const Parameter& p = t.net.table.at("final_proj.weight");
-    std::vector<A> weights = from(device, t.a.master.own + p.offset, p.count());
-    for (A& w : weights) w *= 50;
-    device.upload(t.a.master.own + p.offset, weights.data(), weights.size() * sizeof(A));
-    if constexpr (Trainer<T>::mixed)
+    std::vector<Acc> weights = from(device, t.a.master.own + p.offset, p.count());
+    for (Acc& w : weights) w *= 50;
+    device.upload(t.a.master.own + p.offset, weights.data(), weights.size() * sizeof(Acc));
+    if constexpr (Trainer<Real>::mixed)
       convert(device, t.net.weights() + p.offset, t.a.master.own + p.offset, p.count());
   };
   enlarge();
   t.train_step(true);
-  std::vector<A> gradients = from(device, t.net.gradients(), t.net.table.size);
-  std::vector<A> losses = from(device, t.a.step_losses, o.batch * o.accumulate);
-  std::vector<A> dv = from(device, t.net.arrays.dvelocity, o.batch * o.model.pixels());
+  std::vector<Acc> gradients = from(device, t.net.gradients(), t.net.table.size);
+  std::vector<Acc> losses = from(device, t.a.step_losses, o.batch * o.accumulate);
+  std::vector<Acc> dv = from(device, t.net.arrays.dvelocity, o.batch * o.model.pixels());
   std::vector<Row> readings = rows();
   Record record = t.history(60)[0];
   steps(t, 5);
   enlarge();
   t.train_step();
-  std::vector<A> later_losses = from(device, t.a.step_losses, o.batch * o.accumulate);
+  std::vector<Acc> later_losses = from(device, t.a.step_losses, o.batch * o.accumulate);
   std::vector<Spike> found = t.found_spikes();
   ASSERT_EQ(found.size(), 2u);
   EXPECT_EQ(found[1].step, 67u);
@@ -1152,7 +1152,7 @@ void check_spike(Device& device, const TrainOptions& o, const Dataset& data,
   EXPECT_TRUE(spike->bad_gradients.empty() && spike->bad_weights.empty());
   EXPECT_EQ(spike->losses, std::vector<double>(losses.begin(), losses.end()));
   double sum = 0, squares = 0, largest = 0;
-  for (A g : dv) {
+  for (Acc g : dv) {
     sum += double(g), squares += double(g) * double(g);
     largest = std::max(largest, std::abs(double(g)));
   }
@@ -1230,24 +1230,24 @@ TEST_F(TrainTest, TheLossFalls) {
 
 TEST_F(TrainTest, TheAverageFollowsTheWeightsAndIsWhatIsEvaluated) {
   everywhere([&](Device& device, auto type) {
-    using T = decltype(type);
-    using A = Acc<T>;
+    using Real = decltype(type);
+    using Acc = AccOf<Real>;
     TrainOptions o = options();
     o.ema = 0.2;
-    Trainer<T> t(device, o, data_, held_out_);
+    Trainer<Real> t(device, o, data_, held_out_);
     size_t n = t.net.table.size;
-    std::vector<A> average(n, A(1e6));  // what was before the first step has no part in it
+    std::vector<Acc> average(n, Acc(1e6));  // what was before the first step has no part in it
     for (int s = 1; s <= 8; ++s) {
       t.train_step();
-      std::vector<A> master = from(device, t.a.master.own, n);
-      A follow = A(std::max(0.8, 10 / (s + 9.0)));
+      std::vector<Acc> master = from(device, t.a.master.own, n);
+      Acc follow = Acc(std::max(0.8, 10 / (s + 9.0)));
       for (size_t i = 0; i < n; ++i) average[i] = (1 - follow) * average[i] + follow * master[i];
     }
     EXPECT_LT(distance(average, from(device, t.a.average, n)), 1e-6);
     EXPECT_GT(distance(average, from(device, t.a.master.own, n)), 1e-4);
     o.ema = 0;
-    Trainer<T> plain(device, o, data_, held_out_);
-    device.copy(plain.a.master.own, t.a.average, n * sizeof(A));
+    Trainer<Real> plain(device, o, data_, held_out_);
+    device.copy(plain.a.master.own, t.a.average, n * sizeof(Acc));
     plain.set_step(8);
     std::string before = bits(t);
     EXPECT_EQ(t.validate(), plain.validate());
@@ -1261,22 +1261,22 @@ TEST_F(TrainTest, TheAverageFollowsTheWeightsAndIsWhatIsEvaluated) {
 // 5. Checkpoints
 
 // All parameters at random, no two alike: a file that mixes up two names shows.
-template <class A>
-std::vector<A> random_weights(const Table& table) {
-  std::vector<A> all(table.size, A(0));
+template <class Acc>
+std::vector<Acc> random_weights(const Table& table) {
+  std::vector<Acc> all(table.size, Acc(0));
   for (const Parameter& p : table.parameters)
-    for (size_t i = 0; i < p.count(); ++i) all[p.offset + i] = A(gaussian(4, p.offset, i));
+    for (size_t i = 0; i < p.count(); ++i) all[p.offset + i] = Acc(gaussian(4, p.offset, i));
   return all;
 }
 
-template <class T>
+template <class Real>
 void check_loads(Device& device, const std::string& path, const Table& table) {
-  Slab slab(device, table.size * sizeof(T), 0);
-  T* weights = reinterpret_cast<T*>(slab.data);
+  Slab slab(device, table.size * sizeof(Real), 0);
+  Real* weights = reinterpret_cast<Real*>(slab.data);
   load_tensors(SafetensorsReader(path), path, device, table, Stored{"", weights});
   std::vector<double> want = random_weights<double>(table);
-  std::vector<T> got = from(device, weights, table.size);
-  for (size_t i = 0; i < got.size(); ++i) ASSERT_EQ(double(got[i]), double(T(want[i]))) << i;
+  std::vector<Real> got = from(device, weights, table.size);
+  for (size_t i = 0; i < got.size(); ++i) ASSERT_EQ(double(got[i]), double(Real(want[i]))) << i;
 }
 
 TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
@@ -1547,35 +1547,35 @@ TEST(Probe, ShufflingIsAPermutationAndTheSplitIsWhole) {
 // network which trains keeps, and the features come from them in fp64.
 TEST_F(TrainTest, ProbeFeaturesAreThoseOfTheStates) {
   everywhere([&](Device& device, auto type) {
-    using T = decltype(type);
-    using A = Acc<T>;
+    using Real = decltype(type);
+    using Acc = AccOf<Real>;
     constexpr size_t n = 7, depth = 4, D = 32, N = 16, tokens = 19, pixels = 64;
-    SamplingNetwork<T> s(device, options(depth).model, 3);
+    SamplingNetwork<Real> s(device, options(depth).model, 3);
     Dataset some = without_images(data_);
     append_images(some, data_, {5, 0, 9, 20, 3, 8, 41});
     auto features = probe_features(s.net, some, {0, 3, depth}, 6);
     ASSERT_EQ(features.size(), 10u);
 
-    Network<T> keeps(device, s.net.config, n, 0, true);
-    device.copy(keeps.weights(), s.net.weights(), s.net.table.size * sizeof(T));
-    std::vector<A> z;
-    std::vector<T> text;
+    Network<Real> keeps(device, s.net.config, n, 0, true);
+    device.copy(keeps.weights(), s.net.weights(), s.net.table.size * sizeof(Real));
+    std::vector<Acc> z;
+    std::vector<Real> text;
     std::vector<std::vector<double>> expected(10);
     for (size_t i = 0; i < n; ++i) {
       double t = uniform(6, streams::probe_time, i), sum = 0, squares = 0;
       for (size_t p = 0; p < pixels; ++p)
-        z.push_back(A((1 - t) * some.pixels[i * pixels + p] +
-                      t * gaussian(6, streams::probe_noise, i * pixels + p)));
+        z.push_back(Acc((1 - t) * some.pixels[i * pixels + p] +
+                        t * gaussian(6, streams::probe_noise, i * pixels + p)));
       for (size_t w = 0; w < 15; ++w)
-        text.push_back(T(some.text[size_t(some.caption[i]) * 15 + w]));
+        text.push_back(Real(some.text[size_t(some.caption[i]) * 15 + w]));
       std::vector<double> image(z.end() - pixels, z.end());
       for (double v : image) sum += v / pixels, squares += v * v / pixels;
       auto [least, most] = std::minmax_element(image.begin(), image.end());
       for (double v : {sum, std::sqrt(squares), std::sqrt(squares - sum * sum), *least, *most})
         expected[0].push_back(v);
     }
-    device.upload(keeps.arrays.z, z.data(), z.size() * sizeof(A));
-    device.upload(keeps.arrays.text, text.data(), text.size() * sizeof(T));
+    device.upload(keeps.arrays.z, z.data(), z.size() * sizeof(Acc));
+    device.upload(keeps.arrays.text, text.data(), text.size() * sizeof(Real));
     keeps.forward(n);
     size_t kind = 1;
     for (size_t layer : {size_t(0), size_t(3), depth}) {
@@ -1594,7 +1594,7 @@ TEST_F(TrainTest, ProbeFeaturesAreThoseOfTheStates) {
     }
     for (size_t k = 0; k < 10; ++k) {
       SCOPED_TRACE(features[k].layer + " " + features[k].name);
-      EXPECT_LT(distance(expected[k], features[k].x), device.gpu ? rounding<T> : 1e-6);
+      EXPECT_LT(distance(expected[k], features[k].x), device.gpu ? rounding<Real> : 1e-6);
       EXPECT_EQ(features[k].layer, k == 0 ? "z" : k < 4 ? "0" : k < 7 ? "3" : "4");
     }
   });
