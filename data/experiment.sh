@@ -302,13 +302,14 @@ worker() {
 
 # --- Packing what came out ----------------------------------------------------------------------
 
-# What became of a run, from the loss: predicting the mean costs 1.44 (`floor`). All means are over
-# 25 steps.
-#   trained     it ended at most 0.1 above its best
-#   relapsed    it ended further above its best, but not half of the way back from there to the floor
-#   collapsed   it ended above that half; the step is the first that is above, as is the mean from
-#               there on
-#   stuck       it never was clearly under the floor
+# What became of a run, from the loss. Two predictions know nothing of the image: the mean of all pixels
+# costs 1.44 (`floor`), each position's own average 1.2665. All means are over 25 steps.
+#   trained    it ended at most 0.1 above its best
+#   relapsed   it ended further above its best, but not above 1.0
+#   failed     it ended above 1.0
+#   plateau    it failed and ended within 0.03 of 1.2665
+# One that had been 0.1 below the floor and ended above half of the way back from its best has the step of
+# its collapse: the first that is above that half, as is the mean from there on.
 # Prints outcome, loss at the end, best loss, step of the collapse, largest norm after step 50 and its step.
 judge() {
   awk -F, -v floor=1.44 'NR > 1 && $2 ~ /^[0-9.e+-]+$/ { loss[++n] = $2; if ($1 > 50 && $3 > norm) { norm = $3; at = $1 } }
@@ -318,8 +319,8 @@ judge() {
       best = mean(1); where = 1; end = mean(n - 24)
       for (i = 2; i <= n - 24; i++) if ((m = mean(i)) < best) { best = m; where = i }
       half = (best + floor) / 2
-      outcome = best > floor - 0.1 ? "stuck" : end > half ? "collapsed" : end - best > 0.1 ? "relapsed" : "trained"
-      if (outcome == "collapsed") {
+      outcome = end > 1.2365 && end < 1.2965 ? "plateau" : end > 1 ? "failed" : end - best > 0.1 ? "relapsed" : "trained"
+      if (best <= floor - 0.1 && end > half) {
         for (i = where; i < n - 24 && (mean(i) < half || loss[i] < half); i++);
         step = i }
       printf "%s,%.4f,%.4f,%s,%.4g,%d\n", outcome, end, best, step, norm, at }' "$1"

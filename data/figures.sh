@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Draws RUN/figures/diagnostics.png, the panels of the paper's Fig. 3, and RUN/figures/tcs.png, the
 # likeness of tokens over depth and time, from RUN/log.csv and RUN/diagnostics.csv, with gnuplot; from
-# step FROM (default 0) to step TO (default: the last), under a TITLE (default: RUN's name).
-#   figures.sh RUN [FROM [TO [TITLE]]]
+# step FROM (default 0) to step TO (default: the last), under a TITLE (default: RUN's name), with lines at
+# the steps MARKS ("293 316").
+#   figures.sh RUN [FROM [TO [TITLE [MARKS]]]]
 set -euo pipefail
 export LC_ALL=C.UTF-8  # decimal points, not commas
-run=$1 csv=diagnostics.csv from=${2:-0} to=${3:-} title=${4:-$(basename "$1")}
+run=$1 csv=diagnostics.csv from=${2:-0} to=${3:-} title=${4:-$(basename "$1")} marks=${5:-}
 if ! command -v gnuplot >/dev/null; then
   echo "gnuplot is missing: nothing was drawn" >&2
   exit 0
@@ -104,6 +105,9 @@ set style fill solid 1.0 noborder
 plot "'$work'/map" using 1:2:3:4:5:6:7 with boxxyerror fc palette notitle
 '
 style+="set xrange [$from:$to]"
+for mark in $marks; do
+  style+=$'\n'"set arrow from first $mark, graph 0 to first $mark, graph 1 nohead front lw 1 dt 3 lc rgb '#303030'"
+done
 gnuplot <<G
 $style
 set terminal pngcairo size 1400,1640 font "sans,10"

@@ -28,5 +28,5 @@ ablated() { run "$1_$seed" seed="$seed" $shared "${@:2}"; }
 
 draw() {
   results_table
-  draw_losses ablations_loss "MV-Split a piece at a time, and other merges"
+  draw_losses ablations_loss "MV-Split a piece at a time, and other merges" 100
 }

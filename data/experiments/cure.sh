@@ -18,7 +18,9 @@ cured() { run "$@" seed="${1##*_}" diagnose-every=20 diagnose-layers="$(layers 1
 
 draw() {
   results_table
-  draw_losses cure_loss "The same network, the same learning rate"
+  draw_losses cure_loss "The same network behind other merges"
+  leads mvsplit postnorm layerscale-1e-2 rezero
+  draw_leads cure_difference mvsplit postnorm layerscale-1e-2 rezero
   modes_table
   draw_modes cure_modes "depth and seeds" postnorm layerscale-1e-2 rezero mvsplit
 }
@@ -31,7 +33,7 @@ modes_table() {
   { unpacked runs; echo; unpacked diagnostics; } | awk -F, -v warmup="$(option warmup)" "$group$statistics"'
     NF == 0 { diagnostics = 1; getline; next }  # the second header
     !diagnostics { g = group($1); if (NR > 1 && !(g in n)) { n[g] = 0; order[++groups] = g }
-      end[$1] = $5 == "collapsed" ? $8 - 20 : 1e9; next }
+      end[$1] = $8 == "" ? 1e9 : $8 - 20; next }
     $2 > warmup && $2 < end[$1] { g = group($1); n[g]++; for (c = 4; c <= 7; c++) value[c, g, n[g]] = $c + 0 }
     END { for (k = 1; k <= groups; k++) { g = order[k]
       if (!n[g]) continue

@@ -32,7 +32,47 @@ function quantile(a, n, p,  at, low) {
   sort_numbers(a, n)
   at = 1 + p * (n - 1); low = int(at)
   return low < n ? a[low] + (at - low) * (a[low + 1] - a[low]) : a[n] }
+# Half of the 95% interval of the mean of a[1..n], by Student; 0 of one number.
+function half_interval(a, n,  i, m, s, t) {
+  split("0 12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262", t, " ")
+  for (i = 1; i <= n; i++) m += a[i] / n
+  for (i = 1; i <= n; i++) s += (a[i] - m) ^ 2
+  return n > 1 ? t[n < 10 ? n : 10] * sqrt(s / (n - 1) / n) : 0 }
 '
+
+# For awk: low(k, n) and high(k, n), the exact 95% interval (Clopper and Pearson) of a share of which k of n
+# were seen; fisher(a, n, b, m), the two-sided p of Fisher's exact test of a of n against b of m.
+# shellcheck disable=SC2034  # for recipes
+exact='
+function choose(n, k,  i, c) { c = 1; for (i = 1; i <= k; i++) c = c * (n - k + i) / i; return c }
+function at_most(k, n, p,  i, s) { for (i = 0; i <= k; i++) s += choose(n, i) * p ^ i * (1 - p) ^ (n - i); return s }
+function solve(k, n, tail,  a, b, i, p) {
+  a = 0; b = 1
+  for (i = 0; i < 50; i++) { p = (a + b) / 2; if (at_most(k, n, p) > tail) a = p; else b = p }
+  return p }
+function high(k, n) { return k == n ? 1 : solve(k, n, 0.025) }
+function low(k, n) { return k == 0 ? 0 : solve(k - 1, n, 0.975) }
+function fisher(a, n, b, m,  k, s, p, one) {
+  one = choose(n, a) * choose(m, b)
+  for (k = 0; k <= a + b; k++) if (k <= n && a + b - k <= m) {
+    p = choose(n, k) * choose(m, a + b - k)
+    if (p <= one * 1.0000001) s += p }
+  return s / choose(n + m, a + b) }
+'
+
+# What the runs of the groups $2... (by default all) have in common, for the title of a figure: depth,
+# rate (if they share it), warm-up $1 (by default the scale's), how many seeds.
+about() {
+  unpacked runs | awk -F, -v warmup="${1:-$(option warmup)}" -v only=" ${*:2} " "$group"'
+    NR == 1 || (only ~ /[^ ]/ && !index(only, " " group($1) " ")) { next }
+    !depths[$2]++ { depth = depth (depth == "" ? "" : ", ") $2 }
+    !rates[$3]++ { rate = $3; n++ }
+    ++of[group($1)] > most { most = of[group($1)] }
+    END {
+      for (g in of) if (of[g] < fewest || !fewest) fewest = of[g]
+      printf "%s layers, %swarm-up %s, %s", depth, (n == 1 ? "lr " rate ", " : ""), warmup,
+        (most == 1 ? "one seed" : (fewest < most ? fewest " to " : "") most " seeds") }'
+}
 
 # The group of a run: its name without the seed.
 group='function group(run) { sub(/_[0-9]+$/, "", run); return run }'
@@ -62,7 +102,7 @@ set title font ",12"
 # A line for each group of runs: how many seeds, how many of them trained and what became of the
 # others, losses as mean and range.
 results_table() {
-  echo "| run | seeds | trained | collapse at step, or other outcome | loss, last 25 steps | best of 25 steps | validation loss |"
+  echo "| run | seeds | trained | others, with the step of the collapse | loss, last 25 steps | best of 25 steps | validation loss |"
   echo "|---|---|---|---|---|---|---|"
   unpacked runs | awk -F, "$group"'
     NR == 1 { next }
@@ -70,7 +110,7 @@ results_table() {
       if (!(g in n)) order[++groups] = g
       n[g]++
       trained[g] += $5 == "trained"
-      if ($5 != "trained") others[g] = others[g] (others[g] == "" ? "" : ", ") ($5 == "collapsed" ? $8 : $5)
+      if ($5 != "trained") others[g] = others[g] (others[g] == "" ? "" : ", ") $5 ($8 == "" ? "" : " at " $8)
       add(g, 1, $6); add(g, 2, $7); add(g, 3, $11) }
     function add(g, i, x) {
       if (x !~ /^[0-9]/) return
@@ -100,7 +140,7 @@ made_by() {
 
 # The run of scream that trained longest before it collapsed; nothing if none did.
 screamed() {
-  unpacked runs scream | awk -F, '$5 == "collapsed" && $8 > at { at = $8; run = $1 } END { print run }'
+  unpacked runs scream | awk -F, 'NR > 1 && $8 + 0 > at { at = $8 + 0; run = $1 } END { print run }'
 }
 
 # The step of the collapse of run $1 of experiment $2, by default the present one; nothing if there was none.
@@ -113,6 +153,30 @@ event() {
   collapse=$(collapse_of "$1" "${2:-}")
   [ -z "$collapse" ] || unpacked losses "${2:-}" | awk -F, -v run="$1" -v c="$collapse" '
     $1 == run && $2 >= c - 10 && $2 <= c + 25 && $4 > most { most = $4; at = $2 } END { print at }'
+}
+
+# The onset of the event at step $2 in run $1 of experiment $3: the first step from 60 before it on at which
+# G_mean or G_ctr of either writer, all diagnosed layers together, is above 5 times its median over the steps
+# from 60 to 20 before. $work/rise: step and the four in times these medians (W_O's two, then W_2's).
+onset() {
+  unpacked diagnostics "${3:-}" | awk -F, -v run="$1" -v at="$2" -v work="$work" "$statistics"'
+    NR == 1 { for (i = 1; i <= NF; i++) c[$i] = i; next }
+    $1 != run || $2 < at - 60 || $2 > at + 20 { next }
+    !($2 in seen) { seen[$2]; step[++n] = $2 }
+    { s[$2, 1] += $c["attention_g_mean"] ^ 2; s[$2, 2] += $c["attention_g_ctr"] ^ 2
+      s[$2, 3] += $c["ffn_g_mean"] ^ 2; s[$2, 4] += $c["ffn_g_ctr"] ^ 2 }
+    END {
+      for (k = 1; k <= 4; k++) {
+        m = 0
+        for (i = 1; i <= n; i++) if (step[i] <= at - 20) a[++m] = sqrt(s[step[i], k])
+        if (m) median[k] = quantile(a, m, 0.5) }
+      for (i = 1; i <= n; i++) {
+        row = step[i]
+        for (k = 1; k <= 4; k++) {
+          x = sqrt(s[step[i], k]) / median[k]; row = row "," x
+          if (x > 5 && first == "") first = step[i] }
+        print row >(work "/rise") }
+      print first }'
 }
 
 # The losses of run $1 as means of 50 steps, to be held against another implementation's.
@@ -145,9 +209,9 @@ spike_report() {
 # --- Figures -----------------------------------------------------------------------------------------
 
 # $figures/$2.png: the panels of data/figures.sh for the run unpacked at $1, from step $3 to step $4,
-# under the title $5.
+# under the title $5, with the steps $6 marked.
 diagnostics() {
-  bash data/figures.sh "$1" "$3" "$4" "$5" >/dev/null
+  bash data/figures.sh "$1" "$3" "$4" "$5" "${6:-}" >/dev/null
   [ ! -e "$1/figures/diagnostics.png" ] || cp "$1/figures/diagnostics.png" "$figures/$2.png"
   echo "![$2]($figures/$2.png)"
   echo
@@ -164,7 +228,8 @@ smooth_losses() {
       if (rows >= smooth) printf "%d,%.4f\n", $2, sum / smooth >(work "/" run ".loss") }'
 }
 
-# $figures/$1.png: losses of all runs, a line each; seeds of a group have the same colour. $2: title.
+# $figures/$1.png: losses of all runs, a line each; seeds of a group have the same colour. $2: title; $3:
+# the warm-up, if it is not the scale's.
 draw_losses() {
   local plot="" run g title before="" seeds=""
   smooth_losses
@@ -179,14 +244,69 @@ draw_losses() {
 $style
 set terminal pngcairo size 1000,560 font "sans,11" noenhanced
 set output "$figures/$1.png"
-set title "$2$seeds"
+set title "$2\n$(about "${3:-}")$seeds"
 set ylabel "training loss (mean of 25 steps, up to the one shown)"
 set key outside right top samplen 1.5
 set xrange [0:*]
 set yrange [*<0.4:1.8<*<4]
-plot $plot 1.44 with lines dt 3 lc rgb "#505050" title "predicting the mean"
+plot $plot 1.44 with lines dt 3 lc rgb "#505050" title "1.44: the mean of all pixels", \
+  1.2665 with lines dt 2 lc rgb "#909090" title "1.27: each position's average"
 G
   echo "![$2]($figures/$1.png)"
+  echo
+}
+
+# $work/lead.GROUP, for each of the groups $2... : step, and mean, smallest and largest over the seeds of its
+# loss less that of group $1 with the same seed; losses are means of the 50 steps that end there. Prints
+# a table: every hundredth step, with the 95% interval of the mean.
+leads() {
+  echo "| loss less that of $(label "$1"), same seed; means of 50 steps to | seeds |$(seq -s ' |' 200 100 "$(last_step)") |"
+  echo "|---|---|$(seq 200 100 "$(last_step)" | sed 's/.*/---|/' | tr -d '\n')"
+  unpacked losses | awk -F, -v work="$work" -v of="$1" -v others="${*:2}" -v bin="$bin" "$group$statistics"'
+    BEGIN { m = split(others, other, " "); rows = 50 / bin }
+    NR == 1 { next }
+    $1 != run { run = $1; n = sum = 0; g = group(run); seed = run; sub(/.*_/, "", seed); has[g, seed] = 1
+      if (seed + 0 > seeds) seeds = seed + 0 }
+    { i = n++ % rows; sum += $3 - (n > rows ? recent[i] : 0); recent[i] = $3
+      if (n >= rows) loss[g, seed, $2] = sum / rows; if ($2 > last) last = $2 }
+    END {
+      for (j = 1; j <= m; j++) {
+        g = other[j]; row = ""; most = 0
+        for (s = 50; s <= last; s += bin) {
+          k = mean = 0
+          for (seed = 1; seed <= seeds; seed++) if ((g, seed, s) in loss && (of, seed, s) in loss) {
+            a[++k] = loss[g, seed, s] - loss[of, seed, s]; mean += a[k] }
+          if (!k) continue
+          if (k > most) most = k
+          mean /= k; half = half_interval(a, k); sort_numbers(a, k)
+          print s "," mean "," a[1] "," a[k] >(work "/lead." g)
+          if (s >= 200 && s % 100 == 0) row = row (k > 1 ? sprintf(" %.4f ± %.4f |", mean, half) : sprintf(" %.4f |", mean)) }
+        if (most) printf "| %s | %d |%s\n", g, most, row } }'
+  echo
+}
+last_step() { unpacked losses | awk -F, '$2 + 0 > s { s = $2 + 0 } END { print s }'; }
+
+# $figures/$1.png: what `leads` has left for group $2 and the groups $3..., as line and band.
+draw_leads() {
+  local plot="" g out=$1 of=$2
+  shift 2
+  for g in "$@"; do
+    [ -s "$work/lead.$g" ] || continue
+    plot+=" '$work/lead.$g' using 1:3:4 with filledcurves ls $(number "$g") fs transparent solid 0.2 noborder notitle,"
+    plot+=" '' using 1:2 with lines ls $(number "$g") title '$(label "$g")',"
+  done
+  gnuplot <<G
+$style
+set terminal pngcairo size 1000,560 font "sans,11" noenhanced
+set output "$figures/$out.png"
+set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" "$@")\n(means of 50 steps; line: mean of the seeds, band: all seeds)"
+set ylabel "difference of training losses"
+set key outside right top samplen 1.5
+set xrange [150:*]
+set yrange [-0.02:0.16]
+plot $plot 0 with lines lw 1.5 lc rgb "#505050" title "$(label "$of")"
+G
+  echo "![loss less that of $(label "$of")]($figures/$out.png)"
   echo
 }
 
@@ -236,7 +356,8 @@ depth_band() {
 # $figures/$1.png: G_mean and G_ctr of both writers, median and quartiles over what $2 says, for the runs or groups $3...;
 # seeds after the first are dashed.
 draw_modes() {
-  local out=$1 title="Gradients of the writers: median and quartiles over $2" panels="" writer mode one g plot files=() name
+  local out=$1 title panels="" writer mode one g plot files=() name
+  title="Gradients of the writers, $(about): median and quartiles over $2"
   shift 2
   for writer in attention ffn; do
     for mode in g_mean g_ctr; do

@@ -62,7 +62,7 @@ set style fill solid 1 noborder
 set xrange [5:$((end + 5))]
 set yrange [-0.5:$deepest.5]
 set ylabel "layer"
-set multiplot layout 2,2 title "Post-Norm, writers start at N(0, s^2), s = $std" font ",13"
+set multiplot layout 2,2 title "Post-Norm, $(about), writers start at N(0, s^2), s = $std" font ",13"
 set cbrange [0:1]
 set title "TCS: mean cosine of two token states"
 plot $cells:4 with boxxyerror fc palette notitle

@@ -58,7 +58,7 @@ $style
 set terminal pngcairo size 1000,420 font "sans,11"
 set output "$figures/lean_difference.png"
 set datafile separator whitespace
-set title "How far apart two runs are: means of 20 steps, after the warm-up"
+set title "How far apart two runs are: MV-Split, $(about $warmup)\n(means of 20 steps, after the warm-up)"
 set ylabel "difference of training losses"
 set key outside right top samplen 1.5
 set xzeroaxis lw 0.8 lc rgb "#808080"

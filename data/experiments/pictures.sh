@@ -11,7 +11,7 @@ runs() {
 
 draw() {
   results_table
-  draw_losses pictures_loss "400 layers, MV-Split"
+  draw_losses pictures_loss "MV-Split with the bias of the patch embedding" 100
   echo "![samples]($figures/pictures_mvsplit.png)"
   local collapsed
   collapsed=$figures/scream_$(screamed 2>/dev/null || true).png

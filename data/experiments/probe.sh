@@ -44,15 +44,15 @@ draw() {
   depth_panels
 }
 
-# probe.png: a panel a run, R^2 over depth.
+# probe.png: a panel a run, 1 - R^2 over depth.
 depth_panels() {
   local one panels="" runs
   runs=$(unpacked runs | awk -F, 'NR > 1 { print $1 }')
   for one in $runs; do
     unpacked probe | awk -F, -v run="$one" -v work="$work" '
       $1 != run { next }
-      $2 == "z" { scalars = $4; next }
-      { print $2, $4, $5 >(work "/" run "." $3); last = $2 }
+      $2 == "z" { scalars = 1 - $4; next }
+      { print $2, 1 - $4, 1 - $5 >(work "/" run "." $3); last = $2 }
       END { printf "0 %s\n%s %s\n", scalars, last, scalars >(work "/" run ".scalars") }'
     panels+="set title '$(label "$one"), lr $(unpacked runs | awk -F, -v run="$one" '$1 == run { print $3 }')'
 plot '$work/$one.image_mean' with linespoints ls 4 pt 7 ps 0.8 title 'image mean', \\
@@ -71,11 +71,12 @@ set terminal pngcairo size 1200,820 font "sans,11" noenhanced
 set output "$figures/probe.png"
 set datafile separator whitespace
 set xlabel "layer"
-set ylabel "R² of the time"
+set ylabel "1 - R² of the time (lower: read better)"
 set encoding utf8
-set yrange [-0.15:1.05]
-set multiplot layout 2,2 title "The time read off token states by ridge regression" font ",13"
-set key center right samplen 1.5
+set logscale y
+set yrange [1e-3:2]
+set multiplot layout 2,2 title "The time read off token states by ridge regression: $(about), 4096 images" font ",13"
+set key at graph 0.97,0.9 right top samplen 1.5
 $panels
 unset multiplot
 G

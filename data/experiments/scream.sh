@@ -40,7 +40,7 @@ rows() { awk -F, -v from="$2" -v to="$3" '/^[0-9]/ && $1 >= from && $1 <= to' "$
 packed() { pictures=$(screamed); }
 
 draw() {
-  local run at collapse
+  local run at collapse first
   results_table
   draw_losses scream_loss "Post-Norm at several learning rates"
   run=$(screamed)
@@ -48,17 +48,98 @@ draw() {
     echo "There was no collapse."
     return
   fi
-  at=$(event "$run") collapse=$(collapse_of "$run")
+  at=$(event "$run") collapse=$(collapse_of "$run") first=$(onset "$run" "$at")
   trajectory "$run"
   unpack "$run"
-  echo "Two steps of $run have names. The collapse is at $collapse: the first step whose loss, and the mean of the 25 losses"
-  echo "from it on, is above half of the way from the best mean of 25 back to 1.44. The event is at $at: the largest"
-  echo "gradient norm from 10 steps before the collapse to 25 after it."
+  echo "Three steps of $run have names. The onset is at ${first:-no step}: G_mean or G_ctr of a writer is above 5 times its"
+  echo "median over the steps from 60 to 20 before the event, all diagnosed layers together. The collapse is at"
+  echo "$collapse: the first step whose loss, and the mean of the 25 losses from it on, is above half of the way from the"
+  echo "best mean of 25 back to 1.44. The event is at $at: the largest gradient norm from 10 steps before the collapse"
+  echo "to 25 after it."
   echo
-  diagnostics "$work/$run" scream_event $((at > 20 ? at - 20 : 0)) $((at + 10)) \
-    "$(label "$run"): steps $((at > 20 ? at - 20 : 0)) to $((at + 10)); collapse at $collapse, largest gradient at $at"
+  first=${first:-$collapse}
+  diagnostics "$work/$run" scream_event $((first - 8)) $((at + 10)) \
+    "$(label "$run"), $(about): onset $first, collapse $collapse, largest gradient $at (dotted)" "$first $collapse $at"
+  draw_three "$run" $((first - 8)) $((at + 10)) "$first" "$collapse" "$at"
+  rise_table "$run" "$at"
   rise_and_fall "$run" "$at"
   spike_report "$run"
+}
+
+# scream_three.png: loss, the writers' gradients and the likeness of tokens in run $1 from step $2 to $3,
+# with the steps $4... marked.
+draw_three() {
+  local mark marks="" from=$2 to=$3
+  unpacked diagnostics | awk -F, -v run="$1" -v from="$from" -v to="$to" '
+    NR == 1 { for (i = 1; i <= NF; i++) if ($i == "attention_tcs") c = i; next }
+    $1 == run && $2 >= from - 1 && $2 <= to + 1 { print $2 "," $3 "," $c }' >"$work/likeness"
+  for mark in "${@:4}"; do
+    marks+="set arrow from first $mark, graph 0 to first $mark, graph 1 nohead front lw 1 dt 3 lc rgb '#303030'"$'\n'
+  done
+  gnuplot <<G
+$style
+set terminal pngcairo size 1000,860 font "sans,12"
+set output "$figures/scream_three.png"
+set xrange [$from:$to]
+unset xlabel
+set format x ""
+$marks
+set multiplot layout 3,1 margins 0.085,0.9,0.065,0.915 spacing 0.02,0.06 \\
+  title "Post-Norm, $(about "" postnorm_1e-3): onset $4, collapse $5, largest gradient $6 (dotted)" font ",13"
+set title "loss (blue) and norm of the whole gradient (grey)"
+set ylabel "loss" textcolor rgb "#08519c"
+set y2label "gradient norm" textcolor rgb "#808080"
+set y2tics
+set logscale y2
+set format y2 "10^{%L}"
+plot "$work/$1/log.csv" using 1:3 every ::1 axes x1y2 with lines lw 1.2 lc rgb "#a0a0a0" notitle, \\
+     "" using 1:2 every ::1 with lines lw 2 lc rgb "#08519c" notitle
+unset y2tics
+unset y2label
+set title "gradients of the writers, all layers together, in times their usual size (medians of steps $(($6 - 60)) to $(($6 - 20)))"
+set ylabel "times" textcolor default
+set logscale y
+set yrange [0.01:300]
+set format y "%g"
+set key left bottom samplen 2
+plot "$work/rise" using 1:2 with lines ls 1 title "W_O, G_{mean}", "" using 1:3 with lines ls 1 dt '-' title "W_O, G_{ctr}", \\
+     "" using 1:4 with lines ls 4 title "W_2, G_{mean}", "" using 1:5 with lines ls 4 dt '-' title "W_2, G_{ctr}", \\
+     1 with lines lw 0.8 lc rgb "#808080" notitle
+unset key
+unset logscale y
+unset grid
+set title "TCS: mean cosine of two token states (1: all tokens alike)"
+set ylabel "layer"
+set xlabel "step" offset 0,0.5
+set format x "%g"
+set yrange [0:$(($(unpacked runs | awk -F, 'NR == 2 { print $2 }') - 1))]
+set palette defined (0 "#f7fbff", 0.25 "#9ecae1", 0.5 "#4292c6", 0.75 "#7a4fa3", 1 "#c0392b")
+set cbrange [0:1]
+set style fill solid 1 noborder
+plot "$work/likeness" using 1:2:(\$1 - 0.5):(\$1 + 0.6):(\$2 - 13):(\$2 + 13.5):3 with boxxyerror fc palette notitle
+unset multiplot
+G
+  echo "![the event in three panels]($figures/scream_three.png)"
+  echo
+}
+
+# The writers' gradients around the event at step $2 of run $1, and the tokens' likeness.
+rise_table() {
+  echo "In times the medians of the steps from 60 to 20 before $2, all diagnosed layers together; the last column is the"
+  echo "median over these layers."
+  echo
+  echo "| step | loss | norm | W_O: G_mean | G_ctr | W_2: G_mean | G_ctr | TCS |"
+  echo "|---|---|---|---|---|---|---|---|"
+  { cat "$work/rise"; echo; cat "$work/$1/log.csv"; echo; cat "$work/likeness"; } | awk -F, "$statistics"'
+    NF == 0 { part++; next }
+    !part { for (k = 2; k <= 5; k++) rise[$1, k] = $k }
+    part == 1 { loss[$1] = $2; norm[$1] = $3 }
+    part == 2 { if (!n[$1]++) step[++steps] = $1; tcs[$1, n[$1]] = $3 + 0 }
+    END { for (i = 2; i < steps; i++) { s = step[i]
+      for (j = 1; j <= n[s]; j++) a[j] = tcs[s, j]
+      printf "| %d | %.2f | %.3g | %.1f | %.1f | %.1f | %.1f | %.2f |\n", s, loss[s], norm[s], rise[s, 2], rise[s, 3],
+        rise[s, 4], rise[s, 5], quantile(a, n[s], 0.5) } }'
+  echo
 }
 
 # What the event at step $2 changed in run $1.

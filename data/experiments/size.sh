@@ -60,7 +60,8 @@ size_table() {
 
 # paper_size.png: losses of 1000 and of 400 layers, means of 20 steps.
 draw_sizes() {
-  local run left="" right="" n dash mean="1.44 with lines dt 3 lc rgb '#505050' title 'predicting the mean'"
+  local run left="" right="" n dash mean="1.44 with lines dt 3 lc rgb '#505050' title '1.44: the mean of all pixels', \\
+  1.2665 with lines dt 2 lc rgb '#909090' title '1.27: the average of each position'"
   for run in $(unpacked runs | awk -F, 'NR > 1 { print $1 }'); do
     unpacked losses | awk -F, -v run="$run" '
       $1 == run { sum += $3 - recent[++n % 20]; recent[n % 20] = $3; print $2, sum / (n < 20 ? n : 20) }' >"$work/$run"
@@ -80,12 +81,12 @@ set encoding utf8
 set ylabel "training loss (mean of 20 steps)"
 set xrange [0:*]
 set yrange [0:1.95]
-set multiplot layout 1,2 margins 0.05,0.77,0.11,0.91 spacing 0.06
+set multiplot layout 1,2 margins 0.05,0.77,0.11,0.88 spacing 0.06
 set key top right samplen 2 font ",9"
-set title "1000 layers, D 1024: 13.64 billion parameters, batch 32"
+set title "1000 layers, D 1024: 13.64 billion parameters,\nbatch 32, warm-up 50, one seed"
 plot $left $mean
 set key at screen 0.995,0.91 right top
-set title "400 layers, D 1024: 5.45 billion parameters, batch 4"
+set title "400 layers, D 1024: 5.45 billion parameters,\nbatch 4, warm-up 100, one seed"
 plot $right $mean
 unset multiplot
 G

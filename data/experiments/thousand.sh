@@ -13,7 +13,7 @@ runs() {
 draw() {
   results_table
   largest_norm
-  draw_losses thousand_loss "1000 layers, MV-Split"
+  draw_losses thousand_loss "MV-Split"
   draw_modes thousand_modes depth mvsplit
   echo "![samples of 1000 layers]($figures/thousand_mvsplit.png)"
   echo
