@@ -8,6 +8,7 @@
 # make figures RUN=dir   draw a run's diagnostics (train --diagnose-every N) into dir/figures
 # make experiment NAME=scream   run an experiment, or all (QUICK=1: smaller; REDRAW=1: draw only);
 #             data/experiments/RESULTS.md tells what they found
+# make results     compute the numbers of RESULTS.md and README.md again (WRITE=1: write the tables)
 # make compile_commands   write compile_commands.json, for clangd
 # make help   print this
 #
@@ -59,7 +60,7 @@ TESTED := $(BIN) $(if $(filter build/gpu-sm_90a,$(BIN)),build/gpu-sm_90)
 # Threads that spin while they wait slow a busy machine down many times.
 export OMP_WAIT_POLICY ?= passive
 MAKEFLAGS += --jobs=$(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-.PHONY: all help run figures experiment test test-gpu bench bench-peer setup data compile_commands format clean always
+.PHONY: all help run figures experiment results test test-gpu bench bench-peer setup data compile_commands format clean always
 all: build/mvsplit
 help:
 	@sed '/^#/!q; s/^# \{0,1\}//' Makefile
@@ -117,6 +118,8 @@ figures: | setup
 NAME ?= scream
 experiment: build/mvsplit data
 	@bash data/experiment.sh $(NAME)
+results:
+	@bash data/experiments/results.sh
 
 test: data $(foreach d,$(TESTED) $(if $(no_gpu_build),,$(gpu)),$(TESTS:%=$d/%_test) $d/mvsplit) \
       $(if $(no_gpu_build),,$(gpu)/bench)

@@ -13,7 +13,8 @@
 #
 # When the runs are over, their losses, diagnostics and a line for each are packed into
 # data/figures/csv/NAME_*.csv.gz, and from these files alone the figures and tables are made:
-# `make experiment NAME=scream REDRAW=1` draws again on a machine that has none of the runs.
+# `make experiment NAME=scream REDRAW=1` draws again on a machine that has none of the runs (and with
+# TABLES=1 makes the tables only). What is packed of runs that this machine has not made stays.
 #
 # QUICK=1 is a reduced version (of scream, cure and law), SCALE=tiny a trial of the scripts; both leave
 # everything in experiments/SCALE. JOBS=4 makes four runs at a time, several GPUs by turns; on one GPU they
@@ -342,15 +343,33 @@ pace() {
       else printf "%.1f,%.0f,%s\n", quantile(ms, n, 0.5), quantile(tokens, n, 0.5), (hfu[1] == "" ? "" : quantile(hfu, n, 0.5)) }' "$1"
 }
 
-# Makes $csv/$experiment_$1.csv.gz.tmp of standard input (the same bytes for the same numbers).
-pack() { gzip -9n >"$csv/${experiment}_$1.csv.gz.tmp"; }
+# Makes $csv/$experiment_$1.csv.gz.tmp of standard input, the rows of the runs that are over here, and of
+# those packed before of the recipe's other runs; in the recipe's order (the same bytes for the same numbers).
+pack() {
+  local packed=$csv/${experiment}_$1.csv.gz
+  { [ ! -e "$packed" ] || gzip -dc "$packed"; echo; cat; } | awk -F, -v names="${listed[*]##*/}" '
+    NF == 0 && !here { here = 1; next }
+    !header[here] { header[here] = $0; next }
+    { line[++n] = $0 }
+    !(($1, here) in first) { first[$1, here] = n }
+    { last[$1, here] = n }
+    END {
+      print header[1]; m = split(names, name, " ")
+      for (i = 1; i <= m; i++) {
+        which = (name[i], 1) in first
+        if (which || ((name[i], 0) in first && header[0] == header[1]))
+          for (j = first[name[i], which]; j <= last[name[i], which]; j++) print line[j] } }' |
+    gzip -9n >"$packed.tmp"
+}
 
-# The csv files of an experiment from its runs' folders. They take their places when all are whole.
+# The csv files of an experiment from the folders of its runs that are over. They take their places when all
+# are whole.
 pack_runs() {
-  local dir file
+  local dir file over=()
+  for dir in "${listed[@]}"; do [ ! -s "$dir/result" ] || over+=("$dir"); done
   {
     echo "run,depth,lr,steps,outcome,loss,best,collapse,norm,norm_step,validation,seconds,machine,commit,tokens,ms,tokens_per_s,hfu"
-    for dir in "${listed[@]}"; do
+    for dir in "${over[@]}"; do
       local c=$dir/recipe.ini verdict
       verdict=$(judge "$dir/log.csv")
       [ "$(result "$dir" result)" = finished ] || verdict=diverged,${verdict#*,}
@@ -361,7 +380,7 @@ pack_runs() {
   } | pack runs
   {
     echo "run,step,loss,norm"
-    for dir in "${listed[@]}"; do
+    for dir in "${over[@]}"; do
       awk -F, -v run="${dir##*/}" -v bin="$bin" 'NR > 1 {
         sum += $2; if ($3 > norm) norm = $3
         if (++n == bin) { printf "%s,%d,%.4f,%.4g\n", run, $1, sum / n, norm; n = sum = norm = 0 } }' "$dir/log.csv"
@@ -369,7 +388,7 @@ pack_runs() {
   } | pack losses
   [ -z "$columns" ] || {
     echo "run,step,layer,$(echo "${columns:?}" | xargs | tr ' ' ',')"
-    for dir in "${listed[@]}"; do
+    for dir in "${over[@]}"; do
       [ ! -e "$dir/diagnostics.csv" ] || awk -F, -v run="${dir##*/}" -v want="$columns" '
         /^#/ { next }
         !n { n = split(want, w, " "); for (i = 1; i <= NF; i++) at[$i] = i; next }
@@ -380,7 +399,7 @@ pack_runs() {
   } | pack diagnostics
   local table
   for table in $tables; do
-    for dir in "${listed[@]}"; do
+    for dir in "${over[@]}"; do
       [ ! -e "$dir/$table.csv" ] || awk -v run="${dir##*/}" '
         /^#/ { next }
         { print (named++ ? run : "run") "," $0 }' "$dir/$table.csv"
@@ -388,14 +407,14 @@ pack_runs() {
   done
   for file in "$csv/${experiment}"_*.csv.gz.tmp; do mv "$file" "${file%.tmp}"; done
   packed
-  keep_files "${listed[@]}"
+  keep_files
 }
 
 # Pictures of the runs named in `pictures`; of those in `spikes` the report nearest to the event. Both
 # are small, and kept as they are.
 keep_files() {
   local dir run step
-  for dir in "${listed[@]}"; do
+  for dir in "${over[@]}"; do
     run=${dir##*/}
     case " ${pictures} " in
       *" $run "*) [ ! -e "$dir/samples.png" ] || cp "$dir/samples.png" "$figures/${experiment}_$run.png" ;;
@@ -414,7 +433,7 @@ keep_files() {
 # --- All of it -----------------------------------------------------------------------------------
 
 main() {
-  local names=("$@") one listed=() not_quick="" o
+  local names=("$@") one listed=() not_quick="" o dir left
   [ $# -gt 0 ] || die "NAME is one of $all, or all"
   for o in QUICK REDRAW YES; do [ "${!o:-0}" != 0 ] || printf -v "$o" ''; done
   for o in JOBS MINUTES; do
@@ -440,7 +459,9 @@ main() {
     flock -w 2 9 || die "another is at work in $root: wait for its end, or stop it"
   fi
   [ -n "$REDRAW" ] || rm -f "$root/failed"
-  if ! command -v gnuplot >/dev/null; then
+  if [ -n "${TABLES:-}" ]; then
+    gnuplot() { cat >/dev/null; }
+  elif ! command -v gnuplot >/dev/null; then
     echo "gnuplot is missing: no figures are drawn, but tables are made" >&2
     gnuplot() { cat >/dev/null; }
   fi
@@ -459,11 +480,13 @@ main() {
     listed=()
     read_recipe "$one"
     runs
-    if anything_to_do; then
-      echo "$one is not complete: nothing is drawn"
+    left=$(for dir in "${listed[@]}"; do [ -s "$dir/result" ] || echo "$dir"; done | wc -l)
+    [ "$left" = 0 ] || echo "$one: $left of ${#listed[@]} runs are left: the same command goes on with them"
+    [ "$left" = ${#listed[@]} ] || pack_runs
+    if [ "$one" != law ] && [ ! -e "$csv/${one}_runs.csv.gz" ]; then
+      echo "$one has no packed runs: nothing is drawn"
       continue
     fi
-    [ ${#listed[@]} = 0 ] || pack_runs
     draw_all
   done
   [ -n "$REDRAW" ] || [ ! -s "$root/failed" ] || die "these runs failed: $(xargs <"$root/failed")"

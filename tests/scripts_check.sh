@@ -57,6 +57,7 @@ for awk in mawk gawk original-awk busybox; do
 done
 
 ln -sf "$usual" "$bin/awk"
+bash data/experiments/results.sh >"$work/log" 2>&1 || fault "results: $(head -n 1 "$work/log")"
 
 # A run from its start to its csv files; then there is nothing to do.
 LC_ALL=comma SCALE=tiny experiment scream >"$work/log" 2>&1 || fault "scream: $(tail -n 1 "$work/log")"

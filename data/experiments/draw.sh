@@ -100,7 +100,7 @@ set title font ",12"
 # --- Tables ----------------------------------------------------------------------------------------
 
 # A line for each group of runs: how many seeds, how many of them trained and what became of the
-# others, losses as mean and range.
+# others, losses as mean and range; where some trained and some did not, each seed's.
 results_table() {
   echo "| run | seeds | trained | others, with the step of the collapse | loss, last 25 steps | best of 25 steps | validation loss |"
   echo "|---|---|---|---|---|---|---|"
@@ -114,12 +114,14 @@ results_table() {
       add(g, 1, $6); add(g, 2, $7); add(g, 3, $11) }
     function add(g, i, x) {
       if (x !~ /^[0-9]/) return
+      each[g, i] = each[g, i] (each[g, i] == "" ? "" : "; ") sprintf("%.3f", x)
       sum[g, i] += x
       if (!count[g, i]++) low[g, i] = high[g, i] = x
       if (x + 0 < low[g, i]) low[g, i] = x
       if (x + 0 > high[g, i]) high[g, i] = x }
     function shown(g, i) {
       if (!count[g, i]) return "-"
+      if (trained[g] > 0 && trained[g] < n[g]) return each[g, i]
       if (count[g, i] == 1) return sprintf("%.3f", sum[g, i])
       return sprintf("%.3f (%.3f to %.3f)", sum[g, i] / count[g, i], low[g, i], high[g, i]) }
     END { for (k = 1; k <= groups; k++) { g = order[k]
@@ -134,7 +136,7 @@ made_by() {
   unpacked runs | awk -F, 'NR > 1 { s += $12; if ($12 == "") untimed = 1; n++
       if (!on[$13]++) machines = machines " " $13
       if (!of[$14]++) commits = commits " " $14 }
-    END { printf "%d runs, %son%s; commit%s.\n", n, (untimed ? "" : sprintf("%.0f s in all, ", s)), machines, commits }'
+    END { printf "%d run%s, %son%s; commit%s.\n", n, (n > 1 ? "s" : ""), (untimed ? "" : sprintf("%.0f s in all, ", s)), machines, commits }'
   echo
 }
 
@@ -187,22 +189,19 @@ trajectory() {
     END { if (head != "") printf "| %s: mean of the 50 steps to |%s\n|---|%s\n| loss |%s\n\n", run, head, line, row }'
 }
 
-# The report of a spike that run $1 left, for RESULTS.md, after a line that counts which gradients lead.
+# What the report of a spike that run $1 left says: its verdict, and which gradients lead.
 spike_report() {
   local file=$csv/${experiment}_$1_spike.txt
-  [ -e "$file" ] || { echo "No report of a spike of the run $1 is kept."; echo; return 0; }
-  echo "The report that train left ($(basename "$file")), its first lines:"
-  echo
-  echo '```'
-  head -n 24 "$file"
-  echo '```'
-  echo
-  awk '/^Largest gradients/ { on = 1; next }
+  [ -e "$file" ] || return 0
+  awk -v run="$1" -v file="$file" '
+    NR == 1 { sub(/ \(reported.*/, ""); spike = $0 }
+    /^Verdict/ { verdict = $0 }
+    /^Largest gradients/ { on = 1; next }
     on && !NF { exit }
-    on { sub(/^blocks\.[0-9]+\./, "", $1); if (!n[$1]++) name[++k] = $1 }
-    END { printf "Of the largest gradients above:"
-      for (i = 1; i <= k; i++) printf "%s %d of %s", (i > 1 ? "," : ""), n[name[i]], name[i]
-      print "." }' "$file"
+    on { sub(/^blocks\.[0-9]+\./, "", $1); if (!n[$1]++) name[++k] = $1; all++ }
+    END { printf "[The report](%s) that %s left nearest to it. %s. %s Of the %d largest gradients", file, run, spike, verdict, all
+      for (i = 1; i <= k; i++) printf "%s %d %s of %s", (i > 1 ? "," : ""), n[name[i]], (n[name[i]] > 1 ? "are" : "is"), name[i]
+      print "." }' "$file" | fold -s -w 115 | sed 's/ *$//'
   echo
 }
 
@@ -211,7 +210,7 @@ spike_report() {
 # $figures/$2.png: the panels of data/figures.sh for the run unpacked at $1, from step $3 to step $4,
 # under the title $5, with the steps $6 marked.
 diagnostics() {
-  bash data/figures.sh "$1" "$3" "$4" "$5" "${6:-}" >/dev/null
+  [ -n "${TABLES:-}" ] || bash data/figures.sh "$1" "$3" "$4" "$5" "${6:-}" >/dev/null
   [ ! -e "$1/figures/diagnostics.png" ] || cp "$1/figures/diagnostics.png" "$figures/$2.png"
   echo "![$2]($figures/$2.png)"
   echo
@@ -260,7 +259,7 @@ G
 # loss less that of group $1 with the same seed; losses are means of the 50 steps that end there. Prints
 # a table: every hundredth step, with the 95% interval of the mean.
 leads() {
-  echo "| loss less that of $(label "$1"), same seed; means of 50 steps to | seeds |$(seq -s ' |' 200 100 "$(last_step)") |"
+  echo "| loss less that of $(label "$1"), same seed; means of 50 steps to | seeds |$(seq -f ' %g |' 200 100 "$(last_step)" | tr -d '\n')"
   echo "|---|---|$(seq 200 100 "$(last_step)" | sed 's/.*/---|/' | tr -d '\n')"
   unpacked losses | awk -F, -v work="$work" -v of="$1" -v others="${*:2}" -v bin="$bin" "$group$statistics"'
     BEGIN { m = split(others, other, " "); rows = 50 / bin }

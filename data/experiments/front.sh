@@ -38,7 +38,7 @@ front_table() {
     function flush(  id) {
       if (!k) return
       split(now, id, ",")
-      if (id[2] != 10 && id[2] % 50) return
+      if (id[2] != 10 && id[2] % 100) return
       printf "| %s | %d | %s | %.3f | %.3f | %.3f | %.3f | %.3g |\n", id[1], id[2], (first == "" ? "none" : first),
         s[4] / k, s[5] / k, s[6] / k, s[7] / k, s[9] ? s[8] / s[9] : 0 }'
   echo

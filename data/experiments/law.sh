@@ -28,6 +28,22 @@ draw() {
     for when in before at; do fit "$work/$writer.$when" "$writer" "$when"; done
   done
   echo
+  echo "The median over layers of (A - 1) / ((T - 1) khat), step by step:"
+  echo
+  for writer in attention ffn; do
+    awk -v writer="$writer" "$statistics"'
+      { if (!n[$3]++) step[++steps] = $3; value[$3, n[$3]] = $2 / $1 }
+      END {
+        if (writer == "attention") {
+          printf "| step |"; for (i = 1; i <= steps; i++) printf " %d |", step[i]
+          printf "\n|---|"; for (i = 1; i <= steps; i++) printf "---|"; print "" }
+        printf "| %s |", writer
+        for (i = 1; i <= steps; i++) {
+          for (j = 1; j <= n[step[i]]; j++) a[j] = value[step[i], j]
+          printf " %.2f |", quantile(a, n[step[i]], 0.5) }
+        print "" }' "$work/$writer.at"
+  done
+  echo
   draw_law "$run" "$at"
 }
 

@@ -31,15 +31,18 @@ draw() {
   echo "|---|---|---|---|---|---|"
   unpacked probe | awk -F, '
     NR == 1 { next }
-    $1 "," $2 != now { flush(); now = $1 "," $2; most = $5; split("", r) }
-    { r[$3] = $4; if ($5 > most) most = $5 }
-    function flush(  id) {
-      if (now == "") return
+    { line[NR] = $0; if ($2 + 0 > depth) depth = $2 + 0 }
+    END {
+      for (i = 2; i <= NR; i++) {
+        split(line[i], f, ",")
+        if (f[1] "," f[2] != now) { flush(); now = f[1] "," f[2]; most = f[5]; split("", r) }
+        r[f[3]] = f[4]; if (f[5] > most) most = f[5] }
+      flush() }
+    function flush(  id) {  # of the layers the first, the middle one and the last
       split(now, id, ",")
       if ("scalars" in r) printf "| %s | z | %.3f (scalars) | | | %.3f |\n", id[1], r["scalars"], most
-      else printf "| %s | %s | %.3f | %.3f | %.3f | %.3f |\n", id[1], id[2], r["image_mean"], r["image_rms"],
-        r["text_mean"], most }
-    END { flush() }'
+      else if (now != "" && 2 * id[2] % depth == 0) printf "| %s | %s | %.3f | %.3f | %.3f | %.3f |\n", id[1], id[2],
+        r["image_mean"], r["image_rms"], r["text_mean"], most }'
   echo
   depth_panels
 }

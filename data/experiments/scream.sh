@@ -125,20 +125,22 @@ G
 
 # The writers' gradients around the event at step $2 of run $1, and the tokens' likeness.
 rise_table() {
-  echo "In times the medians of the steps from 60 to 20 before $2, all diagnosed layers together; the last column is the"
-  echo "median over these layers."
+  echo "The writers' gradients in times their medians over the steps from 60 to 20 before $2, all diagnosed layers together,"
+  echo "at steps where one is above 5 times, until 5 steps after $2. TCS: smallest, median and largest of these layers."
   echo
   echo "| step | loss | norm | W_O: G_mean | G_ctr | W_2: G_mean | G_ctr | TCS |"
   echo "|---|---|---|---|---|---|---|---|"
-  { cat "$work/rise"; echo; cat "$work/$1/log.csv"; echo; cat "$work/likeness"; } | awk -F, "$statistics"'
+  { cat "$work/rise"; echo; cat "$work/$1/log.csv"; echo; cat "$work/likeness"; } | awk -F, -v at="$2" "$statistics"'
     NF == 0 { part++; next }
     !part { for (k = 2; k <= 5; k++) rise[$1, k] = $k }
     part == 1 { loss[$1] = $2; norm[$1] = $3 }
     part == 2 { if (!n[$1]++) step[++steps] = $1; tcs[$1, n[$1]] = $3 + 0 }
     END { for (i = 2; i < steps; i++) { s = step[i]
+      for (k = 2; k <= 5 && rise[s, k] <= 5; k++);
+      if (k > 5 || s > at + 5) continue
       for (j = 1; j <= n[s]; j++) a[j] = tcs[s, j]
-      printf "| %d | %.2f | %.3g | %.1f | %.1f | %.1f | %.1f | %.2f |\n", s, loss[s], norm[s], rise[s, 2], rise[s, 3],
-        rise[s, 4], rise[s, 5], quantile(a, n[s], 0.5) } }'
+      printf "| %d | %.2f | %.3g | %.1f | %.2g | %.1f | %.2g | %.2f, %.2f, %.2f |\n", s, loss[s], norm[s], rise[s, 2], rise[s, 3],
+        rise[s, 4], rise[s, 5], quantile(a, n[s], 0), quantile(a, n[s], 0.5), quantile(a, n[s], 1) } }'
   echo
 }
 

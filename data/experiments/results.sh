@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# make results: computes every number of RESULTS.md (up to "Not packed") and of what README.md says was found
+# again from data/figures/csv alone, and fails where the text has another.
+# What stands between `<!-- NAME: by make results -->` and `<!-- end -->` is what drawing NAME prints; WRITE=1
+# writes it there. In the prose, `says` puts what it is given for the %s of a text, which the prose must have;
+# `given` is for numbers that are no result: settings, definitions, the paper's. A number in neither fails,
+# but for code, the verdicts' column of the paper and what a run was given: rates, sizes, steps, seeds.
+set -euo pipefail
+export LC_ALL=C.UTF-8  # decimal points, not commas
+cd "$(dirname "$0")/../.."
+csv=data/figures/csv results=data/experiments/RESULTS.md faults=0 said=0
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+fault() { echo "results: $*" >&2; faults=$((faults + 1)); }
+
+# --- Tables: $work/NAME is what drawing NAME prints -----------------------------------------------------
+
+TABLES=1 REDRAW=1 bash data/experiment.sh all | awk -v work="$work" '
+  /^### / { file = work "/" $2; getline; next }
+  { gsub(/\]\(data\/figures\//, "](../figures/"); print >file }'
+unpacked() { gzip -dc "$csv/$2_$1.csv.gz"; }
+{
+  echo "| run | layers | rate | best loss | collapse at | loss, last 25 steps | validation |"
+  echo "|---|---|---|---|---|---|---|"
+  for name in frontier ablations size; do
+    unpacked runs $name | awk -F, -v name=$name '$5 == "plateau" {
+      printf "| %s: %s | %d | %s | %.3f | %s | %.3f | %s |\n", name, $1, $2, $3, $7, ($8 == "" ? "-" : $8), $6,
+        ($11 == "" ? "-" : sprintf("%.3f", $11)) }'
+  done
+  echo
+} >"$work/plateau"
+
+awk -v work="$work" '
+  on && /^<!-- end -->$/ { on = 0 }
+  !on { print }
+  /^<!-- [a-z0-9-]+: by make results -->$/ {
+    name = $2; sub(/:$/, "", name); on = 1; rows = 0
+    while ((getline line <(work "/" name)) > 0) row[++rows] = line
+    for (; rows && row[rows] == ""; rows--);
+    print ""; for (i = 1; i <= rows; i++) print row[i]; print "" }' $results >"$work/new"
+if [ -n "${WRITE:-}" ]; then cp "$work/new" $results; fi
+diff $results "$work/new" >"$work/diff" ||
+  fault "tables of $results are not those of the csv files (WRITE=1 writes them): $(head -n 12 "$work/diff")"
+
+# --- Prose ----------------------------------------------------------------------------------------------
+
+# The words of both files in one line; of the verdicts without the column of the paper's own numbers.
+prose=$({
+  awk '/^## Not packed/ { exit }
+    /^<!-- .*by make results/ { on = 1 } !on { print } /^<!-- end/ { on = 0 }' $results |
+    awk -F' [|] ' '/^[|].* [|] .* [|] .* [|] /{ print $1, "|", $3, "|", $4; next } { print }'
+  awk '/^!\[the collapse/ || /^## What was found/ { on = 1; next } /^## / { on = 0 } on' README.md
+} | tr -s ' \n' ' ')
+says() {
+  local text
+  # shellcheck disable=SC2059
+  printf -v text "$@"
+  case $prose in
+    *"$text"*) said=$((said + 1)) ;;
+    *) fault "no text says: $text" ;;
+  esac
+  prose=${prose//"$text"/ }
+}
+given() { says "${1//\%/%%}"; said=$((said - 1)); }
+
+# Column $3 of run $2 in the packed runs of $1, by printf's $4.
+of() {
+  unpacked runs "$1" | awk -F, -v run="$2" -v want="$3" -v f="${4:-%s}" '
+    NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i }
+    $1 == run { printf f, $c }'
+}
+# Cell $3 of the $6-th row (default: first) of $1's tables that begins with the cells $2, by printf's $4, times $5.
+cell() {
+  awk -F' *[|] *' -v row="| $2 |" -v c="$3" -v f="${4:-%s}" -v times="${5:-}" -v nth="${6:-1}" '
+    index($0, row) == 1 && ++n == nth { printf f, times == "" ? $(c + 1) : $(c + 1) * times; exit }' "$work/$1"
+}
+# The value of the expression $2 by printf's $1.
+shown() { awk "BEGIN { printf \"$1\", $2 }"; }
+
+# The verdicts, and the README.
+best=$(of scream postnorm_1e-3 best %.3f) collapse=$(of scream postnorm_1e-3 collapse)
+event=$(of scream postnorm_1e-3 norm_step) onset=$(sed -n 's/.*The onset is at \([0-9]*\):.*/\1/p' "$work/scream")
+says 'At 1e-3 trains to %s, collapses at %s.' "$best" "$collapse"
+says 'trains to %s at a rate of 1e-3' "$best"
+says '%s and %s times at step %s |' "$(cell scream attention_g_mean 4 %.0f)" "$(cell scream ffn_g_mean 4 %.0f)" "$event"
+says '%s and %s times; at the onset, step %s, %s and %s times, where G_mean rises %s times' \
+  "$(cell scream attention_g_ctr 4 %.0f)" "$(cell scream ffn_g_ctr 4 %.0f)" "$onset" \
+  "$(cell scream "$onset" 5)" "$(cell scream "$onset" 7)" "$(cell scream "$onset" 4)"
+says 'At step %s the gradients of all writers rise' "$onset"
+says 'at %s their mean part' "$event"
+says '| %s orders |' "$(cell scream q_grad_rms 5 %.1f -1)"
+says 'median TCS %s to %s, rho %s to %s |' "$(cell scream attention_tcs 2 %.2f)" "$(cell scream attention_tcs 3 %.2f)" \
+  "$(cell scream attention_rho 2 %.2f)" "$(cell scream attention_rho 3)"
+says '| %s for good' "$(of scream postnorm_1e-3 loss %.2f)"
+attained=$(awk -F' *[|] *' '/^[|] step [|] 3/ { split($0, s, / *[|] */) }
+  /^[|] attention [|] [-0-9]/ && 3 in s { for (i = 3; i < NF; i++) if ($i > 0.95) printf "%s ", s[i] }' "$work/law")
+says 'attained at single steps (%s, %s).' $attained
+origin="$(cell law 'attention | at' 8 %.2f) and $(cell law 'ffn | at' 8 %.2f)"
+says 'slopes through the origin %s; before, %s and %s.' "$origin" \
+  "$(cell law 'attention | before' 8 %.2f)" "$(cell law 'ffn | before' 8 %.2f)"
+from=$(cell cure layerscale-1e-2 3 %s "" 2) to=$(cell cure layerscale-1e-2 8 %s "" 2)
+says 'by %s at step 200, by %s at 700' "$from" "$to"
+says 'shrinks from %s at step 200 to %s at 700 (three seeds' "$from" "$to"
+says 'shrinks from %s at step 200 to %s at 700' "${from% ±*}" "${to% ±*}"
+post() { cell cure postnorm "$1" %s "" 3; }
+split() { cell cure mvsplit "$1" %s "" 2; }
+says "MV-Split's G_mean is %s and %s times below Post-Norm's, its G_ctr %s%% and %s%% |" \
+  "$(shown %.0f "$(post 2) / $(split 2)")" "$(shown %.0f "$(post 5) / $(split 5)")" \
+  "$(shown %.0f "100 - 100 * $(split 3) / $(post 3)")" "$(shown %.0f "100 - 100 * $(split 6) / $(post 6)")"
+says '%s steps, validation loss %s |' "$(of size 1000-mvsplit-beta0.03 steps)" "$(of size 1000-mvsplit-beta0.03 validation %.3f)"
+says 'at %s s a step (%s steps' "$(shown %.2f "$(of size 1000-mvsplit-beta0.03 ms) / 1000")" "$(of size 1000-mvsplit-beta0.03 steps)"
+w2=$(sed -n '/mvsplit-attention_1_spike/,/^$/p' "$work/one-branch" | tr '\n' ' ' | sed -n 's/.* \([0-9]*\) are of ffn.w2.weight.*/\1/p')
+says 'in the median layer; %s of 15.' "$w2"
+r2=$(unpacked probe probe | awk -F, '$3 == "image_mean" && $2 >= 200 && $1 != "mvsplit-nobias" { if (!n++ || $4 < low) low = $4; if ($4 > high) high = $4 }
+  END { printf "%.3f to %.3f", low, high }')
+says '| %s in and behind the middle' "$r2"
+says 'scalars alone give %s.' "$(cell probe 'postnorm | z' 3 %.3f)"
+says '| %s runs fail at 1.27, a floor' "$(grep -cE '^[|] (front|abl|size).*mvsplit' "$work/plateau")"
+[ "$(grep -c : "$work/plateau")" = "$(grep -c mvsplit "$work/plateau")" ] || fault "others than MV-Split are on the plateau"
+
+# What stands here.
+last=$(for run in mvsplit-beta=0.05 mvsplit-global deepnorm prenorm; do of ablations ${run}_1 loss '%s\n'; done | sort -g)
+says 'end between %s and %s after 500 steps, MV-Split at %s.' "$(head -n 1 <<<"$last" | awk '{ printf "%.3f", $1 }')" \
+  "$(tail -n 1 <<<"$last" | awk '{ printf "%.3f", $1 }')" "$(cell ablations mvsplit 5 %.3f)"
+says 'never learns (warm-up 50), or goes at %s and %s (100), or at %s (300).' \
+  "$(of ablations postnorm_1 collapse)" "$(of ablations postnorm_2 collapse)" "$collapse"
+says 'differ by up to %s in means of 20 steps (%s on average' "$(cell lean 'fp32, seed 2, less fp32, seed 1' 3 %.3f)" \
+  "$(cell lean 'fp32, seed 2, less fp32, seed 1' 4)"
+says 'one spike at step %s (norm %s)' "$(of scream postnorm_7e-4 norm_step)" "$(of scream postnorm_7e-4 norm %.0f)"
+says 'falls to %s and stays near %s' "$(of scream postnorm_1.4e-3 best %.2f)" "$(of scream postnorm_1.4e-3 loss %.1f)"
+says 'the first sign comes at step %s, within' "$onset"
+says 'G_mean at %s is alignment' "$event"
+says 'The report of step %s says' "$(sed -n '1s/.*step \([0-9]*\):.*/\1/p' $csv/scream_postnorm_1e-3_spike.txt)"
+says 'from step %s on: squares' "$(unpacked diagnostics scream | awk -F, '$1 == "postnorm_1e-3" && $5 + 0 == 0 && $2 > 100 { print $2; exit }')"
+says 'With intercepts of %s and %s a slope' "$(cell law 'attention | at' 6 %.0f)" "$(cell law 'ffn | at' 6 %.0f)"
+says 'the origin the slopes are %s.' "$origin"
+ahead() { shown "$1" "$(of frontier layerscale_"$2"_8e-3 loss) - $(of frontier mvsplit_"$2"_"$3" loss)"; }
+says 'ahead of LayerScale by %s at 50 layers and %s at 100.' "$(ahead %.3f 50 4e-3)" "$(ahead %.3f 100 2e-3)"
+says 'At 200 and 400 layers (%s and %s)' "$(ahead %.3f 200 1e-3)" "$(shown %.3f "$(of frontier layerscale_400_8e-3 loss) - $(of frontier mvsplit_400_5e-4 loss)")"
+says 'from layer %s on all are collapsed' "$(cell front 'wide | 10' 3)"
+says 'runs took %s s in all' "$(for file in "$csv"/*_runs.csv.gz; do gzip -dc "$file"; done | awk -F, '{ s += $12 } END { print s }')"
+says 'decide the sign at steps %s only' "$(awk -F' *[|] *' '/^[|] loss less/ { split($0, s, / *[|] */) }
+  /^[|] postnorm .*±/ { for (i = 4; i < NF; i++) { split($i, x, " ± "); if (x[1] > x[2]) printf "%s%s", n++ ? " and " : "", s[i] } }' "$work/cure")"
+says 'At 1000 it is %s behind.' "$(shown %.3f "$(of frontier mvsplit_1000_1e-3 loss) - $(of frontier layerscale_1000_4e-3 loss)")"
+size() { cell size "400-$1" 7; }
+says 'it is %s ahead of LayerScale at the paper' "$(shown %.2f "$(size layerscale_1.56e-4) - $(size mvsplit-beta0.05_1.56e-4)")"
+says 's rate and %s behind' "$(shown %.3f "$(size mvsplit-beta0.05_6.24e-4) - $(size layerscale_6.24e-4)")"
+says 'stopped at step %s.' "$(of size 1000-mvsplit steps)"
+
+# --- Settings, definitions, and what is known otherwise -------------------------------------------------
+
+while read -r text; do given "$text"; done <<'END'
+(WRITE=1 writes
+not the 1.76 of the start
+those of 0.0566 are collapsed
+at most 0.1 above its best
+but not above 1.0 |
+| ended above 1.0 |
+within 0.03 of 1.2665 |
+been 0.1 below 1.44 and
+the mean of the 25 losses
+it (padded to 32 x 32, black is -1); the target's noise part alone costs 1.
+the mean of all pixels costs 1.4404, each pixel position's own average 1.2665 (of test images 1.4395 and 1.2653); zero, where training starts, 1.756.
+network ends at 1.44.
+At alpha = 0 the
+± is the 95% interval
+256 + 8 tokens, batch 32, bf16, warm-up 300,
+of 4 of the batch's 32 samples
+In this run's csv G_ctr is 0 and
+(another implementation) collapses near step 570 of
+near 1 does not say
+263 is the largest A - 1 possible
+beta starts at 1, and at 0.03 at 1000 layers
+alpha fixed at 0, one seed
+Fisher's p of one in two against none in two is 1.
+s = 0.02 (`paper`) and 0.0566 (`wide`: in the same proportion to 1/sqrt(D) as 0.02 is at D 1024)
+R^2 must be about 0, and
+average of the weights (0.999)
+rate 1e-3 / (0.2 sqrt(D)) = 1.56e-4
+a batch of 4 for 1024, a warm-up of 100 steps for 1000,
+With beta near 1/sqrt(400)
+model of 13.64 billion
+with 10 bytes of state a parameter as with 18?
+95% intervals
+starts near 1/sqrt(depth)
+The paper's own 1000 layers, 13.6 billion parameters, train on one H200
+END
+numbers=$(sed -E 's/`[^`]*`//g; s/\]\([^)]*\)//g; s/(Fig\.|App\.|Table) [0-9.]+//g
+  s/[0-9,]+ (layers|steps|seeds|heads|blocks|times the rate)//g
+  s/\b(1|1\.4|2|2\.5|4|5|7|8|1\.56|6\.24)e-[234]//g
+  s/\b(D|FFN|batch|batch of|beta|alpha|[Ww]arm-up|warm-up of|[Gg]uidance|seed|s =) [0-9.]+//g
+  s/\bR\^2|\bW_?2\b|\bs\^2|\bN\(0, [^)]*\)|\(T - 1\)|A - 1//g' <<<"$prose" | grep -oE '[^ ]* ?[^ ]* ?[^ ]* ?[0-9][^ ]* ?[^ ]*' || true)
+[ -z "$numbers" ] || fault "numbers that no csv gives:"$'\n'"$numbers"
+echo "results: the tables of $(grep -c 'by make results -->$' $results) sections and $said sentences agree with $csv; $faults faults"
+[ $faults = 0 ]
