@@ -25,7 +25,8 @@ export LC_ALL=C.UTF-8  # decimal points, not commas
 cd "$(dirname "$0")/.."
 recipes=data/experiments
 program=build/mvsplit
-all="scream cure frontier thousand law front one-branch probe ablations pictures lean size"
+all="scream cure frontier thousand law front one-branch probe ablations pictures lean size failures \
+fp32event appendixj survival leak cure1e3"
 quick="scream cure law"  # those that have a quick version
 
 die() { echo "experiment: $*" >&2; exit 2; }
@@ -74,8 +75,9 @@ layers() {
 
 # run RUN KEY=VALUE...: one run of the experiment, called by `runs` in a recipe. RUN ends in _SEED if
 # there are several seeds. A key is an option of `mvsplit train`, or
-#   keep=weights  leave weights.safetensors in place when the run is over
-# Writes the run's recipe.ini, with the latter as a comment.
+#   keep=weights  leave weights.safetensors in place when the run is over; keep=state: state.safetensors
+#   from=RUN      go on from where that run, which has keep=state, ended, with this one's options
+# Writes the run's recipe.ini, with the latter as comments.
 run() {
   [ -z "$REDRAW" ] || return 0
   local dir=$root/$experiment/$1 new
@@ -86,7 +88,7 @@ run() {
     /^#/ { next }
     $1 in value { print $1 "=" value[$1]; delete value[$1]; next }
     { print }
-    /^\[train\]/ && "keep" in value { print "#keep=" value["keep"]; delete value["keep"] }
+    /^\[train\]/ { for (k in value) if (k == "keep" || k == "from") { print "#" k "=" value[k]; delete value[k] } }
     END { for (k in value) print k "=" value[k] | "sort" }' - "$base")
   if [ -e "$dir/recipe.ini" ] && [ "$new" != "$(cat "$dir/recipe.ini")" ]; then
     die "$dir was made with another recipe.ini than $recipes has now: remove it"
@@ -159,11 +161,13 @@ operations() {
 
 # Seconds that the run in folder $1 will take, at the speed that was measured last.
 seconds_of() {
-  awk -F= -v a="$ms_layer" -v b="$ms_diagnosed" -v other="$startup" '
+  local from
+  from=$(option '#from' "$1/recipe.ini")
+  awk -F= -v begun="${from:+$(option steps "${1%/*}/$from/recipe.ini")}" -v a="$ms_layer" -v b="$ms_diagnosed" -v other="$startup" '
     { sub(/^#/, ""); o[$1] = $2 }
     END {
       measured = o["diagnose-layers"] == "" ? 5 : o["diagnose-layers"] == "all" ? o["depth"] : split(o["diagnose-layers"], l, ",")
-      every = o["diagnose-every"]; steps = o["steps"]
+      every = o["diagnose-every"]; steps = o["steps"] - begun
       times = every ? steps / every : 0
       print other + (a * o["depth"] * (steps + 20) + b * measured * times) / 1000 }' "$1/recipe.ini"
 }
@@ -226,10 +230,14 @@ train() {
 
 # Runs what is listed, or goes on with it.
 do_run() {
-  local dir=$1 status=0 outcome=finished start=$SECONDS before=0 last
+  local dir=$1 status=0 outcome=finished start=$SECONDS before=0 last from
   [ -s "$dir/result" ] && return
   # Without a state there is nothing to go on from: afresh.
-  [ -e "$dir/state.safetensors" ] || find "$dir" -type f ! -name recipe.ini -delete
+  if [ ! -e "$dir/state.safetensors" ]; then
+    find "$dir" -type f ! -name recipe.ini -delete
+    from=$(option '#from' "$dir/recipe.ini")
+    [ -z "$from" ] || branch_off "${dir%/*}/$from" "$dir" || { echo "$dir is left: $from is not over"; return 0; }
+  fi
   [ -s "$dir/seconds" ] && before=$(cat "$dir/seconds")
   echo "$(date +%H:%M:%S) $dir (tail -f $dir/train.log)"
   train "$dir" || status=$?
@@ -252,8 +260,45 @@ do_run() {
   printf '%s\n' "result=$outcome" "seconds=$(cat "$dir/seconds")" "machine=$name" \
     "commit=$(git describe --always --dirty 2>/dev/null || echo unknown)" >"$dir/result.tmp"
   mv "$dir/result.tmp" "$dir/result"
-  rm -f "$dir/state.safetensors" "$dir/seconds"
+  rm -f "$dir/seconds"
+  [ "$(option '#keep' "$dir/recipe.ini")" = state ] || rm -f "$dir/state.safetensors"
   [ "$(option '#keep' "$dir/recipe.ini")" = weights ] || rm -f "$dir/weights.safetensors"
+}
+
+# Gives folder $2 the state and the logs of the run in folder $1, once this is over. A state of bf16 weights has
+# master weights and moments in fp32: to go on in fp32 it needs no other change than to say so.
+branch_off() {
+  local at
+  while [ ! -s "$1/result" ]; do  # another worker may be at it
+    [ -e "$1/train.log" ] && [ "$at_once" -gt 1 ] && ! grep -qxs "$1" "$root/failed" || return 1
+    sleep 1
+  done
+  cp "$1/config.ini" "$1/log.csv" "$2" && cp "$1/state.safetensors" "$2/state.tmp" || return 1
+  if [ "$(option precision "$2/recipe.ini")" = fp32 ]; then
+    at=$(head -c 4096 "$2/state.tmp" | grep -abo '"precision":"bf16"' | cut -d: -f1)
+    [ -z "$at" ] || printf fp32 | dd of="$2/state.tmp" bs=1 seek=$((at + 13)) conv=notrunc 2>/dev/null
+  fi
+  mv "$2/state.tmp" "$2/state.safetensors"
+}
+
+# Makes the run in folder $1 again, bit for bit the same, with every step diagnosed from $3 steps before step $2
+# to $4 after it, and options of train for that; puts the rows among those of the run's diagnostics.csv.
+diagnose_event() {
+  local run=$1 dir=$1/event first last steps
+  steps=$(option steps "$1/recipe.ini")
+  first=$(($2 > $3 ? $2 - $3 : 1)) last=$(($2 + $4 < steps ? $2 + $4 : steps))
+  rm -rf "$dir"
+  mkdir "$dir" && cp "$run/recipe.ini" "$dir" &&
+    train "$dir" --steps $((first - 1)) && train "$dir" --steps $last --diagnose-every 1 "${@:5}" &&
+    cmp "$dir/log.csv" <(head -n $((last + 1)) "$run/log.csv") &&
+    {
+      grep '^[^0-9]' "$dir/diagnostics.csv"
+      rows "$run" 1 $((first - 1)) && rows "$dir" $first $last && rows "$run" $((last + 1)) "$steps"
+    } >"$run/merged" && mv "$run/merged" "$run/diagnostics.csv" && rm -r "$dir"
+}
+# The diagnostics of the run in folder $1 from step $2 to step $3, if it has any.
+rows() {
+  [ ! -e "$1/diagnostics.csv" ] || awk -F, -v from="$2" -v to="$3" '/^[0-9]/ && $1 >= from && $1 <= to' "$1/diagnostics.csv"
 }
 
 # All that is listed, JOBS runs at a time.
@@ -484,7 +529,7 @@ main() {
     [ "$left" = 0 ] || echo "$one: $left of ${#listed[@]} runs are left: the same command goes on with them"
     [ "$left" = ${#listed[@]} ] || pack_runs
     if [ "$one" != law ] && [ ! -e "$csv/${one}_runs.csv.gz" ]; then
-      echo "$one has no packed runs: nothing is drawn"
+      printf '### %s\n\nNo run is packed yet.\n' "$one"
       continue
     fi
     draw_all

@@ -175,10 +175,79 @@ onset() {
       for (i = 1; i <= n; i++) {
         row = step[i]
         for (k = 1; k <= 4; k++) {
-          x = sqrt(s[step[i], k]) / median[k]; row = row "," x
+          x = median[k] > 0 ? sqrt(s[step[i], k]) / median[k] : 0; row = row "," x
           if (x > 5 && first == "") first = step[i] }
         print row >(work "/rise") }
       print first }'
+}
+
+# $work/likeness: step, layer and TCS in run $1 from step $2 to step $3, and a step on either side.
+likeness() {
+  unpacked diagnostics | awk -F, -v run="$1" -v from="$2" -v to="$3" '
+    NR == 1 { for (i = 1; i <= NF; i++) if ($i == "attention_tcs") c = i; next }
+    $1 == run && $2 >= from - 1 && $2 <= to + 1 { print $2 "," $3 "," $c }' >"$work/likeness"
+}
+
+# The writers' gradients around the event at step $2 of run $1, for which `onset` and `unpack` have been called, and
+# the tokens' likeness.
+rise_table() {
+  likeness "$1" $(($2 - 60)) $(($2 + 5))
+  echo "The writers' gradients in times their medians over the steps from 60 to 20 before $2, all diagnosed layers together,"
+  echo "at steps where one is above 5 times, until 5 steps after $2. TCS: smallest, median and largest of these layers."
+  echo
+  echo "| step | loss | norm | W_O: G_mean | G_ctr | W_2: G_mean | G_ctr | TCS |"
+  echo "|---|---|---|---|---|---|---|---|"
+  { cat "$work/rise"; echo; cat "$work/$1/log.csv"; echo; cat "$work/likeness"; } | awk -F, -v at="$2" "$statistics"'
+    NF == 0 { part++; next }
+    !part { for (k = 2; k <= 5; k++) rise[$1, k] = $k }
+    part == 1 { loss[$1] = $2; norm[$1] = $3 }
+    part == 2 { if (!n[$1]++) step[++steps] = $1; tcs[$1, n[$1]] = $3 + 0 }
+    END { for (i = 2; i < steps; i++) { s = step[i]
+      for (k = 2; k <= 5 && rise[s, k] <= 5; k++);
+      if (k > 5 || s > at + 5) continue
+      for (j = 1; j <= n[s]; j++) a[j] = tcs[s, j]
+      printf "| %d | %.2f | %.3g | %.1f | %.2g | %.1f | %.2g | %.2f, %.2f, %.2f |\n", s, loss[s], norm[s], rise[s, 2], rise[s, 3],
+        rise[s, 4], rise[s, 5], quantile(a, n[s], 0), quantile(a, n[s], 0.5), quantile(a, n[s], 1) } }'
+  echo
+}
+
+# What the event at step $2 changed in run $1.
+rise_and_fall() {
+  echo "What the event at $2 changes. Gradients are norms over all diagnosed layers together, states medians over them."
+  echo "Before: medians over the steps from 60 to 20 before the event. After: of the writers' gradients the largest"
+  echo "within 20 steps of it, of the rest the median of the last 20 diagnosed steps of the run."
+  echo
+  echo "| | before | at the event, or after | factor | orders of magnitude |"
+  echo "|---|---|---|---|---|"
+  unpacked diagnostics | awk -F, -v run="$1" -v at="$2" "$statistics"'
+    NR > 1 && $1 != run { next }
+    NR == 1 {
+      for (i = 4; i <= NF; i++) name[i] = $i
+      columns = NF
+      for (i = 4; i <= NF; i++) if ($i ~ /rho|tcs/) { name[++columns] = $i ", deepest layer"; from[columns] = i }
+      next }
+    $2 != step { flush(); step = $2; n = 0 }
+    { n++; for (i = 4; i <= columns; i++) row[i, n] = $(i in from ? from[i] : i) + 0 }
+    function flush(  i, j, s, a) {
+      if (!n) return
+      for (i = 4; i <= columns; i++) {
+        if (name[i] ~ /_g_|grad/) { s = 0; for (j = 1; j <= n; j++) s += row[i, j] ^ 2; s = sqrt(s) }
+        else if (i in from) s = row[i, n]
+        else { for (j = 1; j <= n; j++) a[j] = row[i, j]; s = quantile(a, n, 0.5) }
+        if (step >= at - 60 && step <= at - 20) before[i, ++b[i]] = s
+        if (name[i] ~ /_g_/ && step >= at - 20 && step <= at + 20 && s > peak[i]) peak[i] = s
+        series[i, ++m[i]] = s } }
+    END { flush()
+      for (i = 4; i <= columns; i++) {
+        if (name[i] ~ /amplification|khat/ || !b[i]) continue
+        for (j = 1; j <= b[i]; j++) a[j] = before[i, j]
+        x = quantile(a, b[i], 0.5)
+        last = m[i] < 20 ? m[i] : 20
+        for (j = 1; j <= last; j++) c[j] = series[i, m[i] - last + j]
+        y = name[i] ~ /_g_/ ? peak[i] : quantile(c, last, 0.5)
+        printf "| %s | %.3g | %.3g | %.3g | %s |\n", name[i], x, y, x ? y / x : 0,
+          (x > 0 && y > 0 ? sprintf("%+.1f", log(y / x) / log(10)) : "-") } }'
+  echo
 }
 
 # The losses of run $1 as means of 50 steps, to be held against another implementation's.
@@ -321,15 +390,26 @@ label() {
     postnorm) echo "Post-Norm" ;;
     postnorm_*) echo "Post-Norm, lr ${1#postnorm_}" ;;
     prenorm) echo "Pre-Norm" ;;
+    layerscale-[0-9]00) echo "LayerScale 1e-2, ${1#*-} layers" ;;
     layerscale-*) echo "LayerScale ${1#layerscale-}" ;;
     layerscale) echo "LayerScale" ;;
     rezero) echo "ReZero" ;;
     deepnorm) echo "DeepNorm" ;;
+    keel) echo "Keel" ;;
+    centered) echo "Hard centering" ;;
+    clip0.1) echo "Post-Norm, clipped at 0.1" ;;
+    noclip) echo "Post-Norm, not clipped" ;;
+    save) echo "Post-Norm, up to the save" ;;
+    held-*) echo "Post-Norm, held at ${1#held-}" ;;
+    postnorm-[0-9]*) echo "Post-Norm, ${1#*-} layers" ;;
+    keel-*) echo "Keel, ${1#*-} layers" ;;
+    mvsplit-[0-9]00) echo "MV-Split, ${1#*-} layers" ;;
     mvsplit) echo "MV-Split" ;;
     mvsplit-noleak) echo "MV-Split, no leaky term" ;;
     mvsplit-global) echo "MV-Split, one mean of all tokens" ;;
     mvsplit-attention) echo "MV-Split on attention only" ;;
     mvsplit-ffn) echo "MV-Split on the FFN only" ;;
+    mvsplit-warmup50) echo "MV-Split, warm-up 50" ;;
     mvsplit-nobias) echo "MV-Split, no bias in the patch embedding" ;;
     mvsplit-*) echo "MV-Split, ${1#mvsplit-}" ;;
     *) echo "$1" ;;

@@ -18,23 +18,11 @@ runs() {
   done
 }
 
-# Puts the diagnostics of every step from 100 before the collapse to 100 after it among those of every tenth.
 after() {
-  local dir=$1/event at first last steps
-  at=$(judge "$1/log.csv" | cut -d, -f4) steps=$(option steps "$1/recipe.ini")
-  [ -n "$at" ] || return 0
-  first=$((at > 100 ? at - 100 : 1)) last=$((at + 100 < steps ? at + 100 : steps))
-  rm -rf "$dir"
-  mkdir "$dir" && cp "$1/recipe.ini" "$dir" &&
-    train "$dir" --steps $((first - 1)) && train "$dir" --steps $last --diagnose-every 1 &&
-    cmp "$dir/log.csv" <(head -n $((last + 1)) "$1/log.csv") &&
-    {
-      grep '^[^0-9]' "$1/diagnostics.csv"
-      rows "$1" 1 $((first - 1)) && rows "$dir" $first $last && rows "$1" $((last + 1)) "$steps"
-    } >"$1/merged" && mv "$1/merged" "$1/diagnostics.csv" && rm -r "$dir"
+  local at
+  at=$(judge "$1/log.csv" | cut -d, -f4)
+  [ -z "$at" ] || diagnose_event "$1" "$at" 100 100
 }
-# The diagnostics of the run in folder $1 from step $2 to step $3.
-rows() { awk -F, -v from="$2" -v to="$3" '/^[0-9]/ && $1 >= from && $1 <= to' "$1/diagnostics.csv"; }
 
 # The samples are those of the run that screamed.
 packed() { pictures=$(screamed); }
@@ -70,9 +58,7 @@ draw() {
 # with the steps $4... marked.
 draw_three() {
   local mark marks="" from=$2 to=$3
-  unpacked diagnostics | awk -F, -v run="$1" -v from="$from" -v to="$to" '
-    NR == 1 { for (i = 1; i <= NF; i++) if ($i == "attention_tcs") c = i; next }
-    $1 == run && $2 >= from - 1 && $2 <= to + 1 { print $2 "," $3 "," $c }' >"$work/likeness"
+  likeness "$1" "$from" "$to"
   for mark in "${@:4}"; do
     marks+="set arrow from first $mark, graph 0 to first $mark, graph 1 nohead front lw 1 dt 3 lc rgb '#303030'"$'\n'
   done
@@ -120,65 +106,5 @@ plot "$work/likeness" using 1:2:(\$1 - 0.5):(\$1 + 0.6):(\$2 - 13):(\$2 + 13.5):
 unset multiplot
 G
   echo "![the event in three panels]($figures/scream_three.png)"
-  echo
-}
-
-# The writers' gradients around the event at step $2 of run $1, and the tokens' likeness.
-rise_table() {
-  echo "The writers' gradients in times their medians over the steps from 60 to 20 before $2, all diagnosed layers together,"
-  echo "at steps where one is above 5 times, until 5 steps after $2. TCS: smallest, median and largest of these layers."
-  echo
-  echo "| step | loss | norm | W_O: G_mean | G_ctr | W_2: G_mean | G_ctr | TCS |"
-  echo "|---|---|---|---|---|---|---|---|"
-  { cat "$work/rise"; echo; cat "$work/$1/log.csv"; echo; cat "$work/likeness"; } | awk -F, -v at="$2" "$statistics"'
-    NF == 0 { part++; next }
-    !part { for (k = 2; k <= 5; k++) rise[$1, k] = $k }
-    part == 1 { loss[$1] = $2; norm[$1] = $3 }
-    part == 2 { if (!n[$1]++) step[++steps] = $1; tcs[$1, n[$1]] = $3 + 0 }
-    END { for (i = 2; i < steps; i++) { s = step[i]
-      for (k = 2; k <= 5 && rise[s, k] <= 5; k++);
-      if (k > 5 || s > at + 5) continue
-      for (j = 1; j <= n[s]; j++) a[j] = tcs[s, j]
-      printf "| %d | %.2f | %.3g | %.1f | %.2g | %.1f | %.2g | %.2f, %.2f, %.2f |\n", s, loss[s], norm[s], rise[s, 2], rise[s, 3],
-        rise[s, 4], rise[s, 5], quantile(a, n[s], 0), quantile(a, n[s], 0.5), quantile(a, n[s], 1) } }'
-  echo
-}
-
-# What the event at step $2 changed in run $1.
-rise_and_fall() {
-  echo "What the event at $2 changes. Gradients are norms over all diagnosed layers together, states medians over them."
-  echo "Before: medians over the steps from 60 to 20 before the event. After: of the writers' gradients the largest"
-  echo "within 20 steps of it, of the rest the median of the last 20 diagnosed steps of the run."
-  echo
-  echo "| | before | at the event, or after | factor | orders of magnitude |"
-  echo "|---|---|---|---|---|"
-  unpacked diagnostics | awk -F, -v run="$1" -v at="$2" "$statistics"'
-    NR > 1 && $1 != run { next }
-    NR == 1 {
-      for (i = 4; i <= NF; i++) name[i] = $i
-      columns = NF
-      for (i = 4; i <= NF; i++) if ($i ~ /rho|tcs/) { name[++columns] = $i ", deepest layer"; from[columns] = i }
-      next }
-    $2 != step { flush(); step = $2; n = 0 }
-    { n++; for (i = 4; i <= columns; i++) row[i, n] = $(i in from ? from[i] : i) + 0 }
-    function flush(  i, j, s, a) {
-      if (!n) return
-      for (i = 4; i <= columns; i++) {
-        if (name[i] ~ /_g_|grad/) { s = 0; for (j = 1; j <= n; j++) s += row[i, j] ^ 2; s = sqrt(s) }
-        else if (i in from) s = row[i, n]
-        else { for (j = 1; j <= n; j++) a[j] = row[i, j]; s = quantile(a, n, 0.5) }
-        if (step >= at - 60 && step <= at - 20) before[i, ++b[i]] = s
-        if (name[i] ~ /_g_/ && step >= at - 20 && step <= at + 20 && s > peak[i]) peak[i] = s
-        series[i, ++m[i]] = s } }
-    END { flush()
-      for (i = 4; i <= columns; i++) {
-        if (name[i] ~ /amplification|khat/ || !b[i]) continue
-        for (j = 1; j <= b[i]; j++) a[j] = before[i, j]
-        x = quantile(a, b[i], 0.5)
-        last = m[i] < 20 ? m[i] : 20
-        for (j = 1; j <= last; j++) c[j] = series[i, m[i] - last + j]
-        y = name[i] ~ /_g_/ ? peak[i] : quantile(c, last, 0.5)
-        printf "| %s | %.3g | %.3g | %.3g | %s |\n", name[i], x, y, x ? y / x : 0,
-          (x > 0 && y > 0 ? sprintf("%+.1f", log(y / x) / log(10)) : "-") } }'
   echo
 }

@@ -1,0 +1,36 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# leak: does MV-Split need its leaky term and a learned alpha? The setting of `ablations`: lr 1e-3, warm-up 100,
+# 500 steps, seeds 1 to 10 of MV-Split, of it without the leaky term, and of it with alpha fixed at 0.
+columns=""
+
+runs() {
+  local seed seeds=10 shared="lr=1e-3 warmup=100 steps=500 save-every=0 save=weights columns=1 val-images=32"
+  if [ "$SCALE" = tiny ]; then seeds=1 shared="steps=40 save=weights"; fi
+  for ((seed = 1; seed <= seeds; seed++)); do
+    leaking mvsplit
+    leaking mvsplit-noleak residual=mvsplit-noleak
+    leaking mvsplit-alpha=0 alpha=0 fix=alpha
+  done
+}
+# shellcheck disable=SC2086
+leaking() { run "$1_$seed" $shared seed=$seed "${@:2}"; }
+
+draw() {
+  results_table
+  failures_table mvsplit
+  draw_losses leak_loss "MV-Split, without its leak, with alpha fixed" 100
+}
+
+# Failures of each group, with the exact interval of their share, and Fisher's p against group $1.
+failures_table() {
+  echo "| runs | failed | share, with its exact 95% interval | Fisher's p against $(label "$1"), two-sided |"
+  echo "|---|---|---|---|"
+  unpacked runs | awk -F, -v of="$1" "$group$exact"'
+    NR == 1 { next }
+    { g = group($1); if (!(g in n)) order[++groups] = g
+      n[g]++; k[g] += $5 != "trained" && $5 != "relapsed" }
+    END { for (i = 1; i <= groups; i++) { g = order[i]
+      printf "| %s | %d of %d | %.2f (%.2f to %.2f) | %s |\n", g, k[g], n[g], k[g] / n[g], low(k[g], n[g]), high(k[g], n[g]),
+        (g == of || !(of in n) ? "-" : sprintf("%.3f", fisher(k[g], n[g], k[of], n[of]))) } }'
+  echo
+}
