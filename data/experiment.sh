@@ -393,13 +393,15 @@ pace() {
 pack() {
   local packed=$csv/${experiment}_$1.csv.gz
   { [ ! -e "$packed" ] || gzip -dc "$packed"; echo; cat; } | awk -F, -v names="${listed[*]##*/}" '
+    BEGIN { here = 0 }
     NF == 0 && !here { here = 1; next }
     !header[here] { header[here] = $0; next }
     { line[++n] = $0 }
     !(($1, here) in first) { first[$1, here] = n }
     { last[$1, here] = n }
     END {
-      print header[1]; m = split(names, name, " ")
+      print header[1]
+      m = split(names, name, " ")
       for (i = 1; i <= m; i++) {
         which = (name[i], 1) in first
         if (which || ((name[i], 0) in first && header[0] == header[1]))

@@ -102,7 +102,7 @@ set title font ",12"
 # A line for each group of runs: how many seeds, how many of them trained and what became of the
 # others, losses as mean and range; where some trained and some did not, each seed's.
 results_table() {
-  echo "| run | seeds | trained | others, with the step of the collapse | loss, last 25 steps | best of 25 steps | validation loss |"
+  echo "| run | seeds | trained | others, with the steps of their collapses | loss, last 25 steps | best of 25 steps | validation loss |"
   echo "|---|---|---|---|---|---|---|"
   unpacked runs | awk -F, "$group"'
     NR == 1 { next }
@@ -110,7 +110,8 @@ results_table() {
       if (!(g in n)) order[++groups] = g
       n[g]++
       trained[g] += $5 == "trained"
-      if ($5 != "trained") others[g] = others[g] (others[g] == "" ? "" : ", ") $5 ($8 == "" ? "" : " at " $8)
+      became[g, $5]++
+      if ($8 != "") steps[g, $5] = steps[g, $5] (steps[g, $5] == "" ? " at " : ", ") $8
       add(g, 1, $6); add(g, 2, $7); add(g, 3, $11) }
     function add(g, i, x) {
       if (x !~ /^[0-9]/) return
@@ -121,11 +122,14 @@ results_table() {
       if (x + 0 > high[g, i]) high[g, i] = x }
     function shown(g, i) {
       if (!count[g, i]) return "-"
-      if (trained[g] > 0 && trained[g] < n[g]) return each[g, i]
+      if (trained[g] > 0 && trained[g] < n[g]) return n[g] > 3 ? sprintf("%.3f to %.3f", low[g, i], high[g, i]) : each[g, i]
       if (count[g, i] == 1) return sprintf("%.3f", sum[g, i])
       return sprintf("%.3f (%.3f to %.3f)", sum[g, i] / count[g, i], low[g, i], high[g, i]) }
-    END { for (k = 1; k <= groups; k++) { g = order[k]
-      printf "| %s | %d | %d | %s | %s | %s | %s |\n", g, n[g], trained[g], (others[g] == "" ? "-" : others[g]),
+    END { m = split("failed plateau relapsed diverged short", kind, " ")
+      for (k = 1; k <= groups; k++) { g = order[k]; others = ""
+      for (j = 1; j <= m; j++) if (became[g, kind[j]])
+        others = others (others == "" ? "" : "; ") became[g, kind[j]] " " kind[j] steps[g, kind[j]]
+      printf "| %s | %d | %d | %s | %s | %s | %s |\n", g, n[g], trained[g], (others == "" ? "-" : others),
         shown(g, 1), shown(g, 2), shown(g, 3) } }'
   echo
   made_by
@@ -333,7 +337,7 @@ leads() {
   unpacked losses | awk -F, -v work="$work" -v of="$1" -v others="${*:2}" -v bin="$bin" "$group$statistics"'
     BEGIN { m = split(others, other, " "); rows = 50 / bin }
     NR == 1 { next }
-    $1 != run { run = $1; n = sum = 0; g = group(run); seed = run; sub(/.*_/, "", seed); has[g, seed] = 1
+    $1 != run { run = $1; n = sum = 0; g = group(run); seed = run; sub(/.*_/, "", seed)
       if (seed + 0 > seeds) seeds = seed + 0 }
     { i = n++ % rows; sum += $3 - (n > rows ? recent[i] : 0); recent[i] = $3
       if (n >= rows) loss[g, seed, $2] = sum / rows; if ($2 > last) last = $2 }

@@ -96,13 +96,13 @@ map() {
       outcome[part[1], x[part[3]], y[part[2]]] = $5
       if ($5 == "trained" || $5 == "relapsed") {
         print at, $6 >(file ".holds")
-        print at, sprintf("%.3f", $6) ($5 == "relapsed" ? "↑" : "") >(file ($6 < 0.437 ? ".light" : ".dark")) }
+        print at, (sprintf("%.3f", $6) ($5 == "relapsed" ? "↑" : "")) >(file ($6 < 0.437 ? ".light" : ".dark")) }
       else {
         print at >(file ($5 == "plateau" ? ".plateau" : ".failed"))
-        print at, $5 == "diverged" ? "NaN" : sprintf("%.2f", $6) >(file ".dark") } }
+        print at, ($5 == "diverged" ? "NaN" : sprintf("%.2f", $6)) >(file ".dark") } }
     END { for (i = 1; i <= m; i++) for (j = 1; j <= d; j++) {
       for (k = r; k > 0 && outcome[merge[i], k, j] != "trained"; k--);
-      if (k) print k, j, k == r ? "→" : "" >(work "/" merge[i] ".edge") } }'
+      if (k) print k, j, (k == r ? "→" : "") >(work "/" merge[i] ".edge") } }'
   tics=$(awk -v depths="$depths" -v rates="$rates" 'BEGIN {
     d = split(depths, depth, " "); r = split(rates, rate, " ")
     printf "set xtics ("; for (i = 1; i <= r; i++) printf "%s\"%s\" %d", (i > 1 ? ", " : ""), rate[i], i
