@@ -72,7 +72,7 @@ of() {
 # Cell $3 of the $6-th row (default: first) of $1's tables that begins with the cells $2, by printf's $4, times $5.
 cell() {
   awk -F' *[|] *' -v row="| $2 |" -v c="$3" -v f="${4:-%s}" -v times="${5:-}" -v nth="${6:-1}" '
-    index($0, row) == 1 && ++n == nth { printf f, times == "" ? $(c + 1) : $(c + 1) * times; exit }' "$work/$1"
+    index($0, row) == 1 && ++n == nth { printf f, (times == "" ? $(c + 1) : $(c + 1) * times); exit }' "$work/$1"
 }
 # The value of the expression $2 by printf's $1.
 shown() { awk "BEGIN { printf \"$1\", $2 }"; }
@@ -115,7 +115,7 @@ r2=$(unpacked probe probe | awk -F, '$3 == "image_mean" && $2 >= 200 && $1 != "m
   END { printf "%.3f to %.3f", low, high }')
 says '| %s in and behind the middle' "$r2"
 says 'scalars alone give %s.' "$(cell probe 'postnorm | z' 3 %.3f)"
-says '| %s runs fail at 1.27, a floor' "$(grep -cE '^[|] (front|abl|size).*mvsplit' "$work/plateau")"
+says '%s of its runs end at 1.27, a floor' "$(grep -cE '^[|] (front|abl|size).*mvsplit' "$work/plateau")"
 [ "$(grep -c : "$work/plateau")" = "$(grep -c mvsplit "$work/plateau")" ] || fault "others than MV-Split are on the plateau"
 
 # What stands here.
@@ -151,6 +151,7 @@ says 'stopped at step %s.' "$(of size 1000-mvsplit steps)"
 
 while read -r text; do given "$text"; done <<'END'
 (WRITE=1 writes
+will take about 80 minutes more
 not the 1.76 of the start
 those of 0.0566 are collapsed
 at most 0.1 above its best
@@ -181,6 +182,7 @@ a batch of 4 for 1024, a warm-up of 100 steps for 1000,
 With beta near 1/sqrt(400)
 model of 13.64 billion
 with 10 bytes of state a parameter as with 18?
+behind one of 50
 95% intervals
 starts near 1/sqrt(depth)
 The paper's own 1000 layers, 13.6 billion parameters, train on one H200

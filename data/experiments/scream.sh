@@ -57,8 +57,9 @@ draw() {
 # scream_three.png: loss, the writers' gradients and the likeness of tokens in run $1 from step $2 to $3,
 # with the steps $4... marked.
 draw_three() {
-  local mark marks="" from=$2 to=$3
+  local mark marks="" from=$2 to=$3 half
   likeness "$1" "$from" "$to"
+  half=$(awk -F, '!n[$2]++ { k++; last = $2 } END { print (k > 1 ? last / (k - 1) / 2 : 1) }' "$work/likeness")
   for mark in "${@:4}"; do
     marks+="set arrow from first $mark, graph 0 to first $mark, graph 1 nohead front lw 1 dt 3 lc rgb '#303030'"$'\n'
   done
@@ -71,7 +72,7 @@ unset xlabel
 set format x ""
 $marks
 set multiplot layout 3,1 margins 0.085,0.9,0.065,0.915 spacing 0.02,0.06 \\
-  title "Post-Norm, $(about "" postnorm_1e-3): onset $4, collapse $5, largest gradient $6 (dotted)" font ",13"
+  title "Post-Norm, $(about "" "$1"): onset $4, collapse $5, largest gradient $6 (dotted)" font ",13"
 set title "loss (blue) and norm of the whole gradient (grey)"
 set ylabel "loss" textcolor rgb "#08519c"
 set y2label "gradient norm" textcolor rgb "#808080"
@@ -102,7 +103,7 @@ set yrange [0:$(($(unpacked runs | awk -F, 'NR == 2 { print $2 }') - 1))]
 set palette defined (0 "#f7fbff", 0.25 "#9ecae1", 0.5 "#4292c6", 0.75 "#7a4fa3", 1 "#c0392b")
 set cbrange [0:1]
 set style fill solid 1 noborder
-plot "$work/likeness" using 1:2:(\$1 - 0.5):(\$1 + 0.6):(\$2 - 13):(\$2 + 13.5):3 with boxxyerror fc palette notitle
+plot "$work/likeness" using 1:2:(\$1 - 0.5):(\$1 + 0.6):(\$2 - $half):(\$2 + 1.05 * $half):3 with boxxyerror fc palette notitle
 unset multiplot
 G
   echo "![the event in three panels]($figures/scream_three.png)"
