@@ -14,7 +14,7 @@ draw() {
   draw_losses pictures_loss "MV-Split with the bias of the patch embedding" 100
   echo "![samples]($figures/pictures_mvsplit.png)"
   local collapsed
-  collapsed=$figures/scream_$(screamed 2>/dev/null || true).png
-  if [ -e "$collapsed" ]; then echo "![samples of a collapsed network]($collapsed)"; fi
+  collapsed=$(screamed 2>/dev/null || true)
+  [ -z "$collapsed" ] || echo "![samples of a collapsed network]($figures/scream_$collapsed.png)"
   echo
 }
