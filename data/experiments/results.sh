@@ -137,6 +137,8 @@ says 'the origin the slopes are %s.' "$origin"
 ahead() { shown "$1" "$(of frontier layerscale_"$2"_8e-3 loss) - $(of frontier mvsplit_"$2"_"$3" loss)"; }
 says 'ahead of LayerScale by %s at 50 layers and %s at 100.' "$(ahead %.3f 50 4e-3)" "$(ahead %.3f 100 2e-3)"
 says 'At 200 and 400 layers (%s and %s)' "$(ahead %.3f 200 1e-3)" "$(shown %.3f "$(of frontier layerscale_400_8e-3 loss) - $(of frontier mvsplit_400_5e-4 loss)")"
+says 'after the warm-up it is %s times its G_ctr' "$(unpacked diagnostics one-branch | awk -F, '$1 ~ /ffn/ && $2 > 300 { print $4 / $5 }' |
+  sort -g | awk '{ a[NR] = $1 } END { printf "%.2f", a[int((NR + 1) / 2)] }')"
 says 'from layer %s on all are collapsed' "$(cell front 'wide | 10' 3)"
 says 'runs took %s s in all' "$(for file in "$csv"/*_runs.csv.gz; do gzip -dc "$file"; done | awk -F, '{ s += $12 } END { print s }')"
 says 'decide the sign at steps %s only' "$(awk -F' *[|] *' '/^[|] loss less/ { split($0, s, / *[|] */) }
