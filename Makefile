@@ -5,7 +5,7 @@
 # make bench       time every kernel, product, block and step on a GPU
 # make bench-peer  and beside PyTorch, whose outputs and gradients are compared too
 # make        build the program, build/mvsplit
-# make figures RUN=dir   draw a run's diagnostics (train --diagnose-every N) into dir/figures
+# make page RUN=dir   put a run on one page, dir/page.html (of a diagnosed run: train makes it)
 # make experiment NAME=scream   run an experiment, or all (QUICK=1: smaller; REDRAW=1: draw only);
 #             data/experiments/RESULTS.md tells what they found
 # make results     compute the numbers of RESULTS.md and README.md again (WRITE=1: write the tables)
@@ -60,7 +60,7 @@ TESTED := $(BIN) $(if $(filter build/gpu-sm_90a,$(BIN)),build/gpu-sm_90)
 # Threads that spin while they wait slow a busy machine down many times.
 export OMP_WAIT_POLICY ?= passive
 MAKEFLAGS += --jobs=$(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-.PHONY: all help run figures experiment results test test-gpu bench bench-peer setup data compile_commands format clean always
+.PHONY: all help run page experiment results test test-gpu bench bench-peer setup data compile_commands format clean always
 all: build/mvsplit
 help:
 	@sed '/^#/!q; s/^# \{0,1\}//' Makefile
@@ -102,17 +102,18 @@ data: | setup
 # Where there is no GPU: 48 layers, 64 + 8 tokens, 3 min 34 s on two cores. Stopped with Ctrl-C,
 # the same command goes on; when it is done, it draws the pictures again.
 RUN_cpu := --depth 48 --width 64 --heads 4 --ffn 192 --patch 4 --batch 16 --steps 300 \
-           --lr 2e-3 --warmup 50 --save-every 100 --columns 4
+           --lr 2e-3 --warmup 50 --save-every 100 --columns 4 --diagnose-every 10
 RUN_gpu := --depth 400 --width 128 --heads 2 --ffn 384 --patch 2 --batch 32 --steps 600 \
-           --lr 1e-3 --warmup 100 --save-every 200
+           --lr 1e-3 --warmup 100 --save-every 200 --diagnose-every 10
 export RUN ?= run
 run: build/mvsplit data
 	$(if $(GPU_ARCH),$(if $(NVCC),,$(info there is a GPU, but no nvcc: this build is for the CPU)))
 	build/mvsplit train $(RUN_$(MACHINE)) --residual mvsplit --resume --out "$$RUN"
 	@bash data/curve.sh "$$RUN"
+	@bash data/page.sh "$$RUN"
 
-figures: | setup
-	@bash data/figures.sh "$$RUN"
+page:
+	@bash data/page.sh "$$RUN"
 
 # The recipes are in data/experiments. A run that is done is not run again, an interrupted one goes on.
 NAME ?= scream

@@ -233,7 +233,7 @@ void rope_qk_norm_backward(const Device& device, Real* dqkv, const Real* qkv, co
 // of the values. Image and text collapsed each to a mean of its own are not Lemma 1's case: a row
 // of dA then has two values, and dS still moves weight from one segment to the other. (Its test:
 // dit_test Statement.Lemma1_EqualValuesStopQueriesAndKeys. Its picture: q_grad_rms and k_grad_rms
-// in data/figures/scream_event.png, upper right.)
+// in data/figures/scream.html from step 317 on.)
 //
 // Finally S = Q K^T / sqrt(hd) gives
 //     dQ = dS K / sqrt(hd),     dK = dS^T Q / sqrt(hd).

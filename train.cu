@@ -1450,6 +1450,7 @@ class Run {
         "validation loss %.4f%s   weights %s/weights.safetensors   samples %s/samples.png\n", loss,
         trainer_.a.average ? " of the weights' average" : "", visible(o_.out).c_str(),
         visible(o_.out).c_str());
+    if (o_.diagnose_every) make_page(o_.out);
     return std::isfinite(loss) ? 0 : 1;
   }
 

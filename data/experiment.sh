@@ -83,13 +83,7 @@ run() {
   local dir=$root/$experiment/$1 new
   shift
   [ -e "$dir/train.log" ] || rm -f "$dir"/*.ini  # nothing has run by it; a kill may have left half
-  new=$(printf '%s\n' "$@" | awk -F= '
-    NR == FNR { key = $1; sub(/^[^=]*=/, ""); value[key] = $0; next }
-    /^#/ { next }
-    $1 in value { print $1 "=" value[$1]; delete value[$1]; next }
-    { print }
-    /^\[train\]/ { for (k in value) if (k == "keep" || k == "from") { print "#" k "=" value[k]; delete value[k] } }
-    END { for (k in value) print k "=" value[k] | "sort" }' - "$base")
+  new=$(recipe "$@")
   if [ -e "$dir/recipe.ini" ] && [ "$new" != "$(cat "$dir/recipe.ini")" ]; then
     die "$dir was made with another recipe.ini than $recipes has now: remove it"
   fi
@@ -110,6 +104,17 @@ read_recipe() {
   packed() { :; }
   # shellcheck source=/dev/null
   source "$recipes/$1.sh"
+}
+
+# The scale's ini file with KEY=VALUE... in place of, or beside, what it says.
+recipe() {
+  printf '%s\n' "$@" | awk -F= '
+    NR == FNR { key = $1; sub(/^[^=]*=/, ""); value[key] = $0; next }
+    /^#/ { next }
+    $1 in value { print $1 "=" value[$1]; delete value[$1]; next }
+    { print }
+    /^\[train\]/ { for (k in value) if (k == "keep" || k == "from") { print "#" k "=" value[k]; delete value[k] } }
+    END { for (k in value) print k "=" value[k] | "sort" }' - "$base"
 }
 
 # --- How long it will take --------------------------------------------------------------------
@@ -294,7 +299,8 @@ diagnose_event() {
     {
       grep '^[^0-9]' "$dir/diagnostics.csv"
       rows "$run" 1 $((first - 1)) && rows "$dir" $first $last && rows "$run" $((last + 1)) "$steps"
-    } >"$run/merged" && mv "$run/merged" "$run/diagnostics.csv" && rm -r "$dir"
+    } >"$run/merged" && mv "$run/merged" "$run/diagnostics.csv" && rm -r "$dir" &&
+    bash data/page.sh "$run"
 }
 # The diagnostics of the run in folder $1 from step $2 to step $3, if it has any.
 rows() {

@@ -173,6 +173,16 @@ inline std::string diagnostics_rows(uint64_t step, const std::vector<size_t>& la
   return rows;
 }
 
+// A run on one page, RUN/page.html, if the program runs where its source is: a script makes it.
+inline void make_page(const std::string& run) {
+  if (!std::filesystem::exists("data/page.sh")) return;
+  setenv("RUN", run.c_str(), 1);
+  if (std::system("bash data/page.sh \"$RUN\" >/dev/null") == 0)
+    std::printf("page %s/page.html\n", visible(run).c_str());
+  else
+    std::fprintf(stderr, "warning: %s/page.html was not written\n", visible(run).c_str());
+}
+
 // What is known of a step whose gradient's norm stood out.
 struct Spike {
   struct Mode {

@@ -16,10 +16,19 @@ for test in ${@/%//*_test}; do
   rm -f "$log"
 done
 [ $((passed + failed)) -gt 0 ] || failed=1
-# Each of these counts as one test: NOTES.md's table of equations, the scripts, runs that are killed.
-check() { if bash "tests/$1_check.sh" "${@:2}"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi; }
+# Each of these counts as one test: NOTES.md's table of equations, the scripts, runs that are killed, a
+# run's page.
+check() {
+  bash "tests/$1_check.sh" "${@:2}"
+  case $? in
+    0) passed=$((passed + 1)) ;;
+    77) skipped=$((skipped + 1)) ;;
+    *) failed=$((failed + 1)) ;;
+  esac
+}
 check notes
 check scripts "$1/mvsplit"
 check kill "$1/mvsplit"
+check page "$1/mvsplit"
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]

@@ -21,6 +21,8 @@ draw() {
   draw_losses cure_loss "The same network behind other merges"
   leads mvsplit postnorm layerscale-1e-2 rezero
   draw_leads cure_difference mvsplit postnorm layerscale-1e-2 rezero
+  unpack mvsplit_1
+  page mvsplit_1 cure "The cure: $(label mvsplit), $(option depth) layers, lr $(option lr)"
   modes_table
   draw_modes cure_modes "depth and seeds" postnorm layerscale-1e-2 rezero mvsplit
 }

@@ -280,14 +280,28 @@ spike_report() {
 
 # --- Figures -----------------------------------------------------------------------------------------
 
-# $figures/$2.png: the panels of data/figures.sh for the run unpacked at $1, from step $3 to step $4,
-# under the title $5, with the steps $6 marked.
-diagnostics() {
-  [ -n "${TABLES:-}" ] || bash data/figures.sh "$1" "$3" "$4" "$5" "${6:-}" >/dev/null
-  [ ! -e "$1/figures/diagnostics.png" ] || cp "$1/figures/diagnostics.png" "$figures/$2.png"
-  echo "![$2]($figures/$2.png)"
+# $figures/$2.html: the run $1, unpacked before, on one page under the title $3.
+page() {
+  local run=$1 out=$2 title=$3 lr warmup dir=$work/$1
+  echo "[$title, on one page]($figures/$out.html)"
   echo
+  [ -z "${TABLES:-}" ] || return 0
+  recipe_of "$run" >"$dir/config.ini"
+  lr=$(option lr "$dir/config.ini") warmup=$(option warmup "$dir/config.ini")
+  awk -F, -v lr="$lr" -v warmup="$warmup" 'NR == 1 { print $0 ",lr"; next }
+    { print $0 "," lr * ($1 < warmup ? $1 / warmup : 1) }' "$dir/log.csv" >"$dir/log.tmp"
+  mv "$dir/log.tmp" "$dir/log.csv"
+  unpacked runs | awk -F, -v run="$run" 'BEGIN { print "step,loss" } $1 == run { print $4 "," $11 }' >"$dir/validation.csv"
+  cp "$csv/${experiment}_${run}_spike.txt" "$dir/spike_1.txt" 2>/dev/null || true
+  cp "$figures/${experiment}_$run.png" "$dir/samples.png" 2>/dev/null || true
+  bash data/page.sh "$dir" "$figures/$out.html" "$title" >/dev/null
 }
+# The options of run $1, as the recipe has them.
+recipe_of() (
+  wanted=$1
+  run() { [ "$1" != "$wanted" ] || recipe "${@:2}"; }
+  runs
+)
 
 # $work/RUN.loss: step and the mean loss of the 25 steps that end there.
 smooth_losses() {

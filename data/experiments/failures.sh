@@ -42,8 +42,7 @@ draw() {
     echo "**$one**: onset at step $(onset "$one" "$at"), by the rule of \`scream\`; largest gradient norm at $at."
     echo
     unpack "$one"
-    diagnostics "$work/$one" "failures_${one%%_*}" $((at - 40)) $((at + 10)) \
-      "$(label "${one%_*}"), 400 layers, lr 1e-3, seed 1: largest gradient $at (dotted)" "$at"
+    page "$one" "failures_${one%%_*}" "A failure: $(label "${one%_*}"), 400 layers, lr 1e-3, seed 1"
     rise_table "$one" "$at"
     rise_and_fall "$one" "$at"
     spike_report "$one"

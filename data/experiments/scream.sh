@@ -46,8 +46,7 @@ draw() {
   echo "to 25 after it."
   echo
   first=${first:-$collapse}
-  diagnostics "$work/$run" scream_event $((first - 8)) $((at + 10)) \
-    "$(label "$run"), $(about): onset $first, collapse $collapse, largest gradient $at (dotted)" "$first $collapse $at"
+  page "$run" scream "The scream: $(label "$run"), $(option depth) layers"
   draw_three "$run" $((first - 8)) $((at + 10)) "$first" "$collapse" "$at"
   rise_table "$run" "$at"
   rise_and_fall "$run" "$at"
