@@ -237,6 +237,15 @@ void rope_qk_norm_backward(const Device& device, Real* dqkv, const Real* qkv, co
 //
 // Finally S = Q K^T / sqrt(hd) gives
 //     dQ = dS K / sqrt(hd),     dK = dS^T Q / sqrt(hd).
+//
+// Rounding breaks the null space, just where tokens are alike. Rounded to bf16, a row of A sums to
+// 1 + e, |e| < 2^-8, and dA_j = <g, vbar> gives dS_j = -e a_j <g, vbar> where Lemma 1 has zero. So
+// the mean of dA is taken with the weights that are there: <a, dA> / sum_j a_j. And rows of the
+// rounded dS do not sum to zero, which adds (dS 1) kbar^T to dQ, kbar the mean key; when keys are
+// alike this hides the rest. dS 1 = 0 is dS = dS P, so the keys can be taken less their mean:
+//     dQ = dS P K / sqrt(hd).
+// With Q, K and V alike to 1%, dQ is off by 0.4% with both, 16% without the second, 800% without
+// either. (Columns of dS need not sum to zero: dK has nothing of the kind to restore.)
 
 // The Q (part 0), K (1) or V (2) matrices (T, hd) of all sequences and heads inside a qkv array.
 template <class Real>
@@ -293,6 +302,7 @@ template <class Real>
 void attention_backward(Device& device, Real* dqkv, const Real* dY, const Real* probs,
                         const Real* qkv, AccOf<Real>* dA, Real* dS, Heads heads) {
   using Acc = AccOf<Real>;
+  constexpr bool rounds = !std::is_same_v<Real, Acc>;
   size_t n = heads.length;
   Acc scale = Acc(1) / std::sqrt(Acc(heads.dim));
   Sizes to_tokens{n, heads.dim, n, heads.batch, heads.count};
@@ -303,14 +313,17 @@ void attention_backward(Device& device, Real* dqkv, const Real* dY, const Real* 
   for_each_team(device, heads.batch * heads.count * n, threads_for(n / 4), [=] HD(Team team) {
     const Real* a = probs + team.index * n;
     const Acc* da = dA + team.index * n;
-    Acc inner = 0;
-    for (size_t j = team.rank; j < n; j += team.size) inner += Acc(a[j]) * da[j];
-    inner = team.sum(inner);
+    Acc inner = 0, total = 0;
+    for (size_t j = team.rank; j < n; j += team.size)
+      inner += Acc(a[j]) * da[j], total += Acc(a[j]);
+    inner = team.sum(inner) / (rounds ? team.sum(total) : Acc(1));
     for (size_t j = team.rank; j < n; j += team.size)
       dS[team.index * n + j] = Real(Acc(a[j]) * (da[j] - inner));  // (dS)
   });
-  gemm(device, head_part(dqkv, 0, heads), head_square(dS, heads), head_part(qkv, 1, heads),
-       to_tokens, scale);
+  if constexpr (rounds)  // P K, where dK will be
+    center_columns(device, head_part(dqkv, 1, heads), head_part(qkv, 1, heads), to_tokens);
+  gemm(device, head_part(dqkv, 0, heads), head_square(dS, heads),
+       head_part(rounds ? dqkv : qkv, 1, heads), to_tokens, scale);
   gemm(device, head_part(dqkv, 1, heads), head_square(dS, heads).transpose(),
        head_part(qkv, 0, heads), to_tokens, scale);
 }
@@ -387,10 +400,10 @@ struct BlockSaved {
 };
 
 // Arrays that live within one block's pass, shared by all blocks. On tensor cores attention needs
-// `inner` in place of scores and dS.
+// `inner` and `kbar` in place of scores and dS.
 template <class Real>
 struct BlockScratch {
-  AccOf<Real>*scores, *inner;           // (B, H, T, T), in the backward dA; (B, H, T)
+  AccOf<Real>*scores, *inner, *kbar;    // (B, H, T, T), in the backward dA; (B, H, T), (B, 2, D)
   Real* dF[2];                          // (B T, D), of both branches
   Real *dhidden, *du, *dY, *dqkv, *dS;  // (B T, ffn), (, 2 ffn), (, D), (, 3D), (B, H, T, T)
   MergeScratch<AccOf<Real>> merge[2];
@@ -1048,7 +1061,7 @@ struct Arrays : EndArrays<Real> {
     if (!fused) scratch.scores = c.take<Acc>(squares);
     if (!trains) return;
     if (fused)
-      scratch.inner = c.take<Acc>(rows * m.heads);
+      scratch.inner = c.take<Acc>(rows * m.heads), scratch.kbar = c.take<Acc>(2 * B * m.width);
     else
       scratch.dS = c.take<Real>(squares);
     G = c.take<Real>(rows * m.width);
@@ -1461,12 +1474,13 @@ void replace_heads(const Device& device, Real* x, const Real* y, Rope<AccOf<Real
 //
 // - QK-norm bounds |S| by sqrt(hd), 11.3 for hd = 128, so exp(S) needs no running maximum. The
 //   forward is
-//       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log_2 sum_j e^(S_ij).
+//       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log_2 sum_j e^(S_ij),
+//   both sums of what is rounded for the product: then Y is vbar where all V_j are (2.2).
 // - The backward makes A_ij = e^(S_ij) / 2^(l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g,
 //   y>, the inner product of 2.2 is c_i = <G_i, Y_i>, known before any S is. (Not of the rounded Y:
-//   an error d of c_i goes into dQ_i as -d sum_j A_ij K_j / sqrt(hd), d times the mean key, which
-//   does not average out as the errors of single dA_ij do; and when tokens are alike, dA - c is
-//   small. So the forward keeps what rounding took from Y as well.) Then
+//   an error d of c_i is one of -d A_ij in all of row i of dS, which does not average out as those
+//   of single dA_ij do; and when values are alike, dA - c is small. So the forward keeps what
+//   rounding took from Y as well.) Then
 //       dQ = dS K / sqrt(hd),      dK = dS^T Q / sqrt(hd),      dV = A^T G,      dS = A * (dA - c)
 //   are two walks. A block keeps 64 rows of two factors, L1 and L2, and goes over the other two, C1
 //   and C2, 32 rows at a time:
@@ -1477,7 +1491,8 @@ void replace_heads(const Device& device, Real* x, const Real* y, Rope<AccOf<Real
 //
 //   That makes S twice, but each sum belongs to one thread block (no atomics, the same bits each
 //   time) and fits into its registers. The products are not scaled in the code: 1/sqrt(hd) goes
-//   into the exponent, and to dQ and dK on the way out.
+//   into the exponent, and to dQ and dK on the way out. There dQ becomes dS P K (2.2) as well: dS K
+//   less (dS 1) kbar^T, from the sums of the rounded dS that went into the product.
 //
 // dQ and dK leave through RoPE and QK-norm's backward (2.1), since a thread that holds channel j of
 // a row also holds channel j + hd/2.
@@ -1579,6 +1594,12 @@ __device__ inline void end_of_loads() { asm volatile("cp.async.commit_group;"); 
 __device__ inline Fragment as_left(const float (*x)[4]) {
   return {{packed(x[0][0], x[0][1]), packed(x[0][2], x[0][3]), packed(x[1][0], x[1][1]),
            packed(x[1][2], x[1][3])}};
+}
+// sum[i] += this lane's share of row g + 8 i of two left factors.
+__device__ inline void add_row_sums(float (&sum)[2], const Fragment (&x)[2]) {
+  UNROLL
+  for (int i = 0; i < 8; ++i)
+    sum[i % 2] += first_of(x[i / 4].r[i % 4]) + second_of(x[i / 4].r[i % 4]);
 }
 // Two kinds of product are needed, of a tile's rows with another's,
 //     product_of_rows:   x (64 x 32) = L C^T,
@@ -1793,9 +1814,9 @@ __global__ void __launch_bounds__(block_threads, 4)
       int column = tile * tile_columns + i / 4 * 8 + 2 * p.t + i % 2;
       float& x = probs[i / 4][i % 4];
       x = column < p.n ? power_of_2(x * log2_scale) : 0.f;
-      sum[i / 2 % 2] += x;
     }
     const Fragment left[2] = {as_left(probs), as_left(probs + 2)};
+    add_row_sums(sum, left);
     begin_products();
     add_rows(y, left, V);
     wait<0>(), settled(y);
@@ -1827,6 +1848,7 @@ __global__ void __launch_bounds__(block_threads, 4)
 struct AttentionBackwardInputs {
   const bf16* dY;                 // (B, T, D)
   const float *log_sums, *inner;  // (B, H, T): l and c
+  const float* kbar;              // (B, 2, D), the mean key first
   const float* r;                 // (B, T, 2, H), of QK-norm
   Rope<float> rope;
 };
@@ -1901,7 +1923,7 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
   L2.load(keys ? v : dy, keys ? stride : D, p.first, p.n);
   load_columns(0);
   end_of_loads();
-  float d1[dim / 8][4] = {}, d2[keys ? dim / 8 : 1][4] = {}, row_log[2], row_inner[2];
+  float d1[dim / 8][4] = {}, d2[keys ? dim / 8 : 1][4] = {}, row_log[2], row_inner[2], sum[2] = {};
   if (!keys) {
     UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -1939,10 +1961,20 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
           probs[i / 4][i % 4] *
           (dA[i / 4][i % 4] - (keys ? of_tile[tile_columns + column(i)] : row_inner[i / 2 % 2]));
     const Fragment left[2] = {as_left(dA), as_left(dA + 2)};
+    if (!keys) add_row_sums(sum, left);
     begin_products();
     add_rows(d1, left, C1);
     wait<0>(), settled(d1), settled(d2);
     __syncthreads();
+  }
+  if (!keys) {
+    const float* kbar = c.kbar + p.b * 2 * D + p.head * dim + 2 * p.t;
+    UNROLL
+    for (int i = 0; i < 2; ++i) {
+      float total = row_sum(sum[i]);
+      UNROLL
+      for (int k = 0; k < dim / 4; ++k) d1[k / 2][2 * i + k % 2] -= total * kbar[k / 2 * 8 + k % 2];
+    }
   }
   // The sums leave by way of the rows' tiles.
   constexpr size_t part = keys ? 1 : 0;
@@ -2001,11 +2033,14 @@ bool fused_attention_backward(Device& device, const Block<Real>& block) {
   Heads heads = block.shape.heads;
   if (!s.log_sums) return false;
   head_products(device, scratch.inner, scratch.dY, s.Y, s.Y_rest, heads);
+  size_t D = heads.width();
+  token_means(device, scratch.kbar, s.qkv + D, {heads.batch, heads.length, 0}, D, 3 * D);
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<Real, bf16>) {
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count), 1, 2);
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
-    AttentionBackwardInputs c{scratch.dY, s.log_sums, scratch.inner, s.r_qk, block.shape.rope};
+    AttentionBackwardInputs c{scratch.dY,   s.log_sums, scratch.inner,
+                              scratch.kbar, s.r_qk,     block.shape.rope};
     auto run = [&](auto kernel) {
       launch(device, kernel, blocks, false, block_threads,
              rows * heads.dim * sizeof(Real) + floats * sizeof(float), scratch.dqkv, s.qkv, c,
@@ -2196,17 +2231,18 @@ struct StatesMeasured : Measurement {
 // parts, c(A Z), the retention, at most mu_eff |Z| (Prop. 2), and mu(A Z) = J A Z, the leakage
 // (Prop. 1).
 
-// out = P x for each x (n, D) of a batch: every column is centered.
-template <class Acc, class Real>
-void center_columns(const Device& device, Acc* out, const Real* x, size_t batch, size_t n,
-                    size_t D) {
-  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
-    size_t first = team.index * n * D;
-    for (size_t d = team.rank; d < D; d += team.size) {
+// out = P x for each x (m, n) of a batch: every column is centered.
+template <class Out, class Real>
+void center_columns(const Device& device, Matrix<Out> out, Matrix<Real> x, Sizes s) {
+  using Acc = AccOf<Out>;
+  for_each_team(device, s.outer * s.inner, Team::max_size, [=] HD(Team team) {
+    Out* to = out.at(team.index / s.inner, team.index % s.inner);
+    const Real* from = x.at(team.index / s.inner, team.index % s.inner);
+    for (size_t j = team.rank; j < s.n; j += team.size) {
       Acc sum = 0;
-      for (size_t t = 0; t < n; ++t) sum += Acc(x[first + t * D + d]);
-      for (size_t t = 0; t < n; ++t)
-        out[first + t * D + d] = Acc(x[first + t * D + d]) - sum / Acc(n);
+      for (size_t i = 0; i < s.m; ++i) sum += Acc(from[i * x.stride + j]);
+      for (size_t i = 0; i < s.m; ++i)
+        to[i * out.stride + j] = Out(Acc(from[i * x.stride + j]) - sum / Acc(s.m));
     }
   });
 }
@@ -2223,12 +2259,12 @@ constexpr int power_steps = 100;
 template <class Acc>
 void centered_norms(Device& device, double* norms, const Acc* matrices, Acc* centered, Acc* power,
                     Acc* x, size_t batch, size_t n) {
+  auto all = [&](auto* x) { return Matrix(x, n).batch(n * n, 0); };
   auto square = [&](Acc* to, Acc* from, bool of_columns) {
-    Matrix<Acc> m = Matrix<Acc>(from, n).batch(n * n, 0);
-    gemm(device, Matrix<Acc>(to, n).batch(n * n, 0), of_columns ? m.transpose() : m, m,
+    gemm(device, all(to), of_columns ? all(from).transpose() : all(from), all(from),
          {n, n, n, batch});
   };
-  center_columns(device, centered, matrices, batch, n, n);
+  center_columns(device, all(centered), all(matrices), {n, n, n, batch});
   for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
     Acc* c = centered + team.index * n * n;
     double squares = 0;
@@ -2290,9 +2326,10 @@ struct AttentionMeasured : Measurement {
     centered_norms(device, norms, probs, columns, products, vectors, pairs, n);
     matrix_energies(device, to, probs, pairs, n, n);
     matrix_energies(device, trunk, see.X(), heads.batch, n, D);
-    center_columns(device, centered, see.X(), heads.batch, n, D);
+    Matrix<Acc> PX = Matrix<Acc>(centered, D).batch(n * D, 0);
+    center_columns(device, PX, Matrix(see.X(), D).batch(n * D, 0), {n, D, n, heads.batch});
     gemm(device, Matrix<Acc>(moved, D).batch(heads.count * n * D, n * D), head_square(probs, heads),
-         Matrix<Acc>(centered, D).batch(n * D, 0), {n, D, n, heads.batch, heads.count});
+         PX, {n, D, n, heads.batch, heads.count});
     matrix_energies(device, moved_to, moved, pairs, n, D);
   }
   static void read(const double* from, int, const MeasuredSizes& m, const Add& add) {

@@ -1208,13 +1208,14 @@ struct WriterScratch {
   }
 };
 
-// means (B, 2, n) of x (B, T, n) over each segment's tokens.
+// means (B, 2, n) of x (B, T, n) over each segment's tokens, which are `stride` apart.
 template <class Real>
-void token_means(const Device& device, AccOf<Real>* means, const Real* x, Tokens tokens, size_t n) {
+void token_means(const Device& device, AccOf<Real>* means, const Real* x, Tokens tokens, size_t n,
+                 size_t stride) {
   using Acc = AccOf<Real>;
   sum_over_rows(
       device, tokens, n, quad(Acc(0)),
-      [=] HD(size_t, size_t row, size_t d) { return load<Acc>(x + row * n + d); },
+      [=] HD(size_t, size_t row, size_t d) { return load<Acc>(x + row * stride + d); },
       [=] HD(size_t segment, size_t d, Quad<Acc> sum) {
         store(means + segment * n + d, tokens.one_over<Acc>(segment) * sum);
       });
@@ -1304,8 +1305,8 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
     gemm(device, Matrix<Acc>(product, length).batch(squares, 0), rows, rows.transpose(),
          {length, length, channels, 3 * tokens.batch});
   };
-  token_means(device, scratch.ybar, y, tokens, n);
-  token_means(device, scratch.dbar, delta, tokens, D);
+  token_means(device, scratch.ybar, y, tokens, n, n);
+  token_means(device, scratch.dbar, delta, tokens, D, D);
   token_scales(device, scratch.y_scale, y, tokens, n);
   token_scales(device, scratch.delta_scale, delta, tokens, D);
   center_tokens(device, scratch.y, y, scratch.ybar, scratch.y_scale, tokens, n);

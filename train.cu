@@ -2128,7 +2128,7 @@ std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Data
     net.forward(b, [&](size_t layer, const Real* X) {
       if (!std::binary_search(layers.begin(), layers.end(), layer)) return;
       Tokens tokens{b, m.image_tokens(), m.text_tokens};
-      token_means(device, means, X, tokens, D);
+      token_means(device, means, X, tokens, D, D);
       token_spreads(device, spreads, X, means, tokens, D);
       append(*next++, means, D, 2 * D), append(*next++, spreads, D, 2 * D);
       append(*next++, means + D, D, 2 * D);
