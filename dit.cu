@@ -2067,7 +2067,7 @@ bool fused_attention_backward(Device& device, const Block<Real>& block) {
 // The sizes of what is measured.
 struct MeasuredSizes {
   Config config;
-  size_t samples;
+  size_t samples, batch;  // sequences that most measurements are of, and that a pass has
 
   Tokens tokens() const { return {samples, config.image_tokens(), config.text_tokens}; }
   Heads heads() const { return {samples, config.tokens(), config.heads, config.head_dim()}; }
@@ -2152,13 +2152,70 @@ struct WritersMeasured : Measurement {
     add("g_mean", "|dW_mu|_F of " + writer + " " + shape + ", global mean (5)",
         mode(&WriterModes::g_mean));
     add("g_ctr", "|dW_c|_F of " + writer + ", global mean (5)", mode(&WriterModes::g_ctr));
-    add("g_mean_seg", "the same with a mean for image and one for text tokens",
-        mode(&WriterModes::g_mean_seg));
-    add("g_ctr_seg", "the same", mode(&WriterModes::g_ctr_seg));
     add("amplification", "A = |dW|_F^2 / sum_t |delta_t|^2 |y_t|^2 (26)",
         mode(&WriterModes::amplification));
     add("khat", "weighted mean |cos(y_t, y_s) cos(delta_t, delta_s)|, s != t (32)",
         mode(&WriterModes::khat));
+    add("amplification_author", "A over the image tokens of the first sample",
+        modes[0].image_amplification);
+    add("kappa_author", "likewise, the plain mean of |cos(y_t, y_s) cos(delta_t, delta_s)|",
+        modes[0].image_kappa);
+  }
+};
+
+// squares (count): |x|^2 of each of `count` stretches of x, `size` long.
+template <class Number>
+void sum_squares(const Device& device, double* squares, const Number* x, size_t count,
+                 size_t size) {
+  for_each_team(device, count, Team::max_size, [=] HD(Team team) {
+    double sum = 0;
+    for (size_t i = team.rank; i < size; i += team.size) {
+      double value = double(x[team.index * size + i]);
+      sum += value * value;
+    }
+    sum = team.sum(sum);
+    if (team.rank == 0) squares[team.index] = sum;
+  });
+}
+
+// The two parts of the gradient that a writer gets from all B sequences of a pass,
+//     dW_mu = T sum_b dbar_b ybar_b^T,     dW_c = sum_bt dtil_bt ytil_bt^T,
+// as the author's tool has them. Parts of single sequences, above, need not agree in direction.
+template <class Real>
+struct WriterSumsMeasured : Measurement {
+  using Acc = AccOf<Real>;
+  static constexpr bool of_writers = true;
+  Acc *ybar, *dbar, *y, *delta, *dW;  // (B, 2, n), (B, 2, D), (samples, T, n), (, T, D), (D, n)
+
+  static size_t count(const MeasuredSizes&) { return 2; }  // |dW_mu|^2, |dW_c|^2
+  void lay(Carver& c, const MeasuredSizes& m) {
+    size_t n = std::max(m.config.width, m.config.ffn), D = m.config.width, rows = m.tokens().rows();
+    ybar = c.take<Acc>(m.batch * 2 * n), dbar = c.take<Acc>(m.batch * 2 * D);
+    y = c.take<Acc>(rows * n), delta = c.take<Acc>(rows * D), dW = c.take<Acc>(D * n);
+  }
+  void during(Device& device, double* to, const Sight<Real>& see, const MeasuredSizes& m) {
+    size_t T = m.config.tokens(), D = m.config.width, n = see.writer ? m.config.ffn : D;
+    token_means(device, ybar, see.y(), {m.batch, T, 0}, n, n);
+    token_means(device, dbar, see.delta, {m.batch, T, 0}, D, D);
+    gemm(device, Matrix(dW, n), Matrix(dbar, 2 * D).transpose(), Matrix(ybar, 2 * n),
+         {D, n, m.batch}, Acc(T));
+    sum_squares(device, to, dW, 1, D * n);
+    for (size_t b = 0; b < m.batch; b += m.samples) {
+      size_t some = std::min(m.samples, m.batch - b);
+      auto center = [&](Acc* out, const Real* x, size_t channels) {
+        center_columns(device, Matrix(out, channels).batch(T * channels, 0),
+                       Matrix(x + b * T * channels, channels).batch(T * channels, 0),
+                       {T, channels, 0, some});
+      };
+      center(y, see.y(), n), center(delta, see.delta, D);
+      linear_backward_weight(device, dW, delta, y, some * T, D, n, b > 0);
+    }
+    sum_squares(device, to + 1, dW, 1, D * n);
+  }
+  static void read(const double* from, int, const MeasuredSizes&, const Add& add) {
+    add("g_mean_author", "|dW_mu|_F, dW_mu summed over the last pass's whole batch",
+        std::sqrt(from[0]));
+    add("g_ctr_author", "|dW_c|_F, likewise", std::sqrt(from[1]));
   }
 };
 
@@ -2302,15 +2359,48 @@ void centered_norms(Device& device, double* norms, const Acc* matrices, Acc* cen
   });
 }
 
+// norms (batch): an estimate of ||A P||_2 as the author's tool has it, |A v| after five steps v = P
+// A^T A v, v of length 1. x (batch, 2, n) is scratch.
+template <class Acc>
+void uncentered_norms(const Device& device, double* norms, const Acc* matrices, Acc* x,
+                      size_t batch, size_t n) {
+  for_each_team(device, batch, Team::max_size, [=] HD(Team team) {
+    const Acc* A = matrices + team.index * n * n;
+    Acc *v = x + team.index * 2 * n, *Av = v + n;
+    for (size_t i = team.rank; i < n; i += team.size) v[i] = Acc(gaussian(0, streams::check, i));
+    for (int step = 0; step <= 5; ++step) {
+      Acc sum = 0, squares = 0, moved = 0;
+      for (size_t i = team.rank; i < n; i += team.size) sum += v[i];
+      Acc mean = team.sum(sum) / Acc(n);
+      for (size_t i = team.rank; i < n; i += team.size) v[i] -= mean, squares += v[i] * v[i];
+      squares = team.sum(squares);
+      for (size_t i = team.rank; i < n; i += team.size) v[i] *= squares > 0 ? rsqrt_(squares) : 0;
+      team.sync();
+      for (size_t i = team.rank; i < n; i += team.size) {
+        Av[i] = 0;
+        for (size_t j = 0; j < n; ++j) Av[i] += A[i * n + j] * v[j];
+        moved += Av[i] * Av[i];
+      }
+      moved = team.sum(moved);
+      if (team.rank == 0) norms[team.index] = std::sqrt(double(moved));
+      team.sync();
+      for (size_t j = team.rank; j < n; j += team.size) {
+        v[j] = 0;
+        for (size_t i = 0; i < n; ++i) v[j] += A[i * n + j] * Av[i];
+      }
+    }
+  });
+}
+
 template <class Real>
 struct AttentionMeasured : Measurement {
   using Acc = AccOf<Real>;
   Acc *probs, *columns, *products, *vectors;  // three (samples, H, T, T), (samples, H, 2, T)
   Acc *centered, *moved;                      // (samples, T, D), (samples, H, T, D)
 
-  // Energies of A (samples, H, 2), and of A c(X), X the block's input, likewise; ||P A P||_2
-  // (samples, H); and energies of X (samples, 2).
-  static size_t count(const MeasuredSizes& m) { return m.samples * (5 * m.config.heads + 2); }
+  // Energies of A (samples, H, 2), and of A c(X), X the block's input, likewise; ||P A P||_2 and
+  // the author's estimate (samples, H); and energies of X (samples, 2).
+  static size_t count(const MeasuredSizes& m) { return m.samples * (6 * m.config.heads + 2); }
   void lay(Carver& c, const MeasuredSizes& m) {
     size_t n = m.config.tokens(), D = m.config.width, pairs = m.samples * m.config.heads;
     for (Acc** squares : {&probs, &columns, &products}) *squares = c.take<Acc>(pairs * n * n);
@@ -2321,9 +2411,10 @@ struct AttentionMeasured : Measurement {
     if (see.writer != 0) return;
     Heads heads = m.heads();
     size_t n = heads.length, D = heads.width(), pairs = heads.batch * heads.count;
-    double *moved_to = to + 2 * pairs, *norms = moved_to + 2 * pairs, *trunk = norms + pairs;
+    double *moved_to = to + 2 * pairs, *norms = moved_to + 2 * pairs, *trunk = norms + 2 * pairs;
     attention_matrices(device, probs, probs, see.saved.qkv, heads);
     centered_norms(device, norms, probs, columns, products, vectors, pairs, n);
+    uncentered_norms(device, norms + pairs, probs, vectors, pairs, n);
     matrix_energies(device, to, probs, pairs, n, n);
     matrix_energies(device, trunk, see.X(), heads.batch, n, D);
     Matrix<Acc> PX = Matrix<Acc>(centered, D).batch(n * D, 0);
@@ -2334,13 +2425,15 @@ struct AttentionMeasured : Measurement {
   }
   static void read(const double* from, int, const MeasuredSizes& m, const Add& add) {
     size_t H = m.config.heads, pairs = m.samples * H;
-    const double *moved = from + 2 * pairs, *norms = moved + 2 * pairs, *trunk = norms + pairs;
+    const double *moved = from + 2 * pairs, *norms = moved + 2 * pairs, *trunk = norms + 2 * pairs;
     double largest = NAN;  // which fmax() passes over
     for (size_t i = 0; i < pairs; ++i) largest = std::fmax(largest, norms[i]);
     auto root = [&](auto of) { return mean_of(pairs, [&](size_t i) { return std::sqrt(of(i)); }); };
     add("mu_eff", "|P A P|_2, mean over samples and heads (4)",
         mean_of(pairs, [&](size_t i) { return norms[i]; }));
     add("mu_eff_max", "the largest of them", largest);
+    add("mu_eff_author", "|A P|_2 by five power steps, mean over samples and heads",
+        mean_of(pairs, [&](size_t i) { return norms[pairs + i]; }));
     add("row_diversity", "|A - J A|_F / |A|_F, mean over samples and heads",
         root([&](size_t i) { return from[2 * i + 1] / (from[2 * i] + from[2 * i + 1]); }));
     add("retention", "|c(A c(X))|_F / |c(X)|_F, X the block's input, mean over samples and heads",
@@ -2351,21 +2444,6 @@ struct AttentionMeasured : Measurement {
 };
 
 // Queries and keys: the whole step's gradients (Lemma 1).
-
-// squares (count): |x|^2 of each of `count` stretches of x, `size` long.
-template <class Number>
-void sum_squares(const Device& device, double* squares, const Number* x, size_t count,
-                 size_t size) {
-  for_each_team(device, count, Team::max_size, [=] HD(Team team) {
-    double sum = 0;
-    for (size_t i = team.rank; i < size; i += team.size) {
-      double value = double(x[team.index * size + i]);
-      sum += value * value;
-    }
-    sum = team.sum(sum);
-    if (team.rank == 0) squares[team.index] = sum;
-  });
-}
 
 struct QueriesAndKeysMeasured : Measurement {
   static size_t count(const MeasuredSizes&) { return 2; }  // |dW_Q|^2, |dW_K|^2
@@ -2384,8 +2462,9 @@ struct QueriesAndKeysMeasured : Measurement {
 // All there are. Columns come in this order: those of one writer, those of the other, then a
 // block's.
 template <class Real>
-using Measurements = std::tuple<WritersMeasured<Real>, StatesMeasured<Real>,
-                                AttentionMeasured<Real>, QueriesAndKeysMeasured>;
+using Measurements =
+    std::tuple<WritersMeasured<Real>, WriterSumsMeasured<Real>, StatesMeasured<Real>,
+               AttentionMeasured<Real>, QueriesAndKeysMeasured>;
 
 template <class Real>
 class Diagnostics {
@@ -2394,8 +2473,8 @@ class Diagnostics {
   const std::vector<size_t> layers;  // the chosen blocks, in order
   const size_t samples;
 
-  Diagnostics(const Config& c, std::vector<size_t> chosen, size_t first_samples)
-      : sizes{c, first_samples}, layers(std::move(chosen)), samples(first_samples) {}
+  Diagnostics(const Config& c, std::vector<size_t> chosen, size_t first_samples, size_t batch)
+      : sizes{c, first_samples, batch}, layers(std::move(chosen)), samples(first_samples) {}
 
   void lay(Carver& c) {
     results_ = c.used = round_up(c.used, 256);

@@ -1183,27 +1183,27 @@ void matrix_energies(const Device& device, double* energies, const Real* x, size
                       [=] HD(size_t b, size_t t, size_t d) { return Acc(x[(b * n + t) * D + d]); });
 }
 
-// Of one sequence. |dW_mu| and |dW_c| with the global mean, as in the paper, and with a mean a
-// segment, as in the merges; A; khat. A and khat are NaN where delta or y is zero, khat also where
-// all but one token are.
+// Of one sequence. |dW_mu| and |dW_c| with the mean over all tokens; A; khat. And of its image
+// tokens alone A, and kappa, the plain mean of |M_ts| over s != t. A, khat and kappa are NaN where
+// delta or y is zero, khat also where all but one token are.
 struct WriterModes {
-  double g_mean, g_ctr, g_mean_seg, g_ctr_seg, amplification, khat;
+  double g_mean, g_ctr, amplification, khat, image_amplification, image_kappa;
 };
 
-// Scratch for a batch of B sequences: segment means; powers of two; tokens as they are, globally
-// centered and centered by segment, over these; their Gram matrices.
+// Scratch for a batch of B sequences: means over all tokens; powers of two; tokens as they are and
+// centered, over these; their Gram matrices.
 template <class Acc>
 struct WriterScratch {
   Acc *ybar, *dbar;            // (B, 2, n), (B, 2, D)
   Acc *y_scale, *delta_scale;  // (B)
-  Acc *y, *delta;              // (3, B, T, n), (3, B, T, D)
-  Acc *K, *C;                  // (3, B, T, T)
+  Acc *y, *delta;              // (2, B, T, n), (2, B, T, D)
+  Acc *K, *C;                  // (2, B, T, T)
 
   void lay(Carver& c, Tokens tokens, size_t n, size_t D) {
-    size_t squares = 3 * tokens.rows() * tokens.length();
+    size_t squares = 2 * tokens.rows() * tokens.length();
     ybar = c.take<Acc>(2 * tokens.batch * n), dbar = c.take<Acc>(2 * tokens.batch * D);
     y_scale = c.take<Acc>(tokens.batch), delta_scale = c.take<Acc>(tokens.batch);
-    y = c.take<Acc>(3 * tokens.rows() * n), delta = c.take<Acc>(3 * tokens.rows() * D);
+    y = c.take<Acc>(2 * tokens.rows() * n), delta = c.take<Acc>(2 * tokens.rows() * D);
     K = c.take<Acc>(squares), C = c.take<Acc>(squares);
   }
 };
@@ -1259,39 +1259,20 @@ void token_scales(const Device& device, AccOf<Real>* scales, const Real* x, Toke
   });
 }
 
-// out (3, B, T, n): x (B, T, n) as it is, less the global mean, less its segment's mean; each over
-// its sequence's scale.
+// out (2, B, T, n): x (B, T, n) as it is, and less its mean, each over its sequence's scale. means
+// (B, 2, n), the mean first.
 template <class Real>
 void center_tokens(const Device& device, AccOf<Real>* out, const Real* x, const AccOf<Real>* means,
                    const AccOf<Real>* scales, Tokens tokens, size_t n) {
   using Acc = AccOf<Real>;
   size_t rows = tokens.rows();
-  Acc image = Acc(tokens.image) / Acc(tokens.length()),
-      text = Acc(tokens.text) / Acc(tokens.length());
   for_each(device, rows * n / 4, [=] HD(size_t i) {
     size_t row = i / (n / 4), d = i % (n / 4) * 4, sequence = row / tokens.length();
-    const Acc* mean = means + sequence * 2 * n + d;
-    Quad<Acc> value = load<Acc>(x + row * n + d);
-    Quad<Acc> global = image * load<Acc>(mean) + text * load<Acc>(mean + n);
-    Quad<Acc> own = load<Acc>(means + tokens.segment_of(row) * n + d);
+    Quad<Acc> value = load<Acc>(x + row * n + d), mean = load<Acc>(means + sequence * 2 * n + d);
     Acc over = Acc(1) / scales[sequence];
     store(out + row * n + d, over * value);
-    store(out + (rows + row) * n + d, over * (value - global));
-    store(out + (2 * rows + row) * n + d, over * (value - own));
+    store(out + (rows + row) * n + d, over * (value - mean));
   });
-}
-
-// <a_0, a_0>, <a_0, a_1>, <a_1, a_1> of two vectors a (2, n), times the counts of tokens they stand
-// for.
-template <class Acc>
-HD Quad<double> mean_products(Team team, const Acc* a, size_t n, Tokens tokens) {
-  double p[3] = {0, 0, 0};
-  for (size_t d = team.rank; d < n; d += team.size) {
-    double first = double(a[d]), second = double(a[n + d]);
-    p[0] += first * first, p[1] += first * second, p[2] += second * second;
-  }
-  double N = double(tokens.image), L = double(tokens.text);
-  return {{N * N * team.sum(p[0]), N * L * team.sum(p[1]), L * L * team.sum(p[2]), 0}};
 }
 
 // modes (B) of a writer with input y (B, T, n) and adjoint delta (B, T, D) of its output.
@@ -1303,10 +1284,11 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
   auto gram = [&](Acc* product, Acc* x, size_t channels) {
     Matrix<Acc> rows = Matrix<Acc>(x, channels).batch(length * channels, 0);
     gemm(device, Matrix<Acc>(product, length).batch(squares, 0), rows, rows.transpose(),
-         {length, length, channels, 3 * tokens.batch});
+         {length, length, channels, 2 * tokens.batch});
   };
-  token_means(device, scratch.ybar, y, tokens, n, n);
-  token_means(device, scratch.dbar, delta, tokens, D, D);
+  Tokens all{tokens.batch, length, 0};
+  token_means(device, scratch.ybar, y, all, n, n);
+  token_means(device, scratch.dbar, delta, all, D, D);
   token_scales(device, scratch.y_scale, y, tokens, n);
   token_scales(device, scratch.delta_scale, delta, tokens, D);
   center_tokens(device, scratch.y, y, scratch.ybar, scratch.y_scale, tokens, n);
@@ -1319,35 +1301,43 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
       size_t at = (part * tokens.batch + b) * squares + i;
       return double(scratch.K[at]) * double(scratch.C[at]);
     };
-    double energy[3] = {0, 0, 0}, magnitudes = 0, w1 = 0, w2 = 0;
+    auto own = [&](size_t t) { return product(0, t * length + t); };  // w_t^2
+    auto energy_of = [&](const Acc* mean, size_t channels) {
+      double sum = 0;
+      for (size_t d = team.rank; d < channels; d += team.size)
+        sum += double(mean[d]) * double(mean[d]);
+      return team.sum(sum);
+    };
+    double energy[2] = {}, magnitudes = 0, w1 = 0, w2 = 0;
+    double image_energy = 0, cosines = 0, image_w2 = 0;
     for (size_t i = team.rank; i < squares; i += team.size) {
-      for (size_t part = 0; part < 3; ++part) energy[part] += product(part, i);
-      magnitudes += fabs(product(0, i));
+      size_t t = i / length, s = i % length;
+      double p = product(0, i);
+      energy[0] += p, energy[1] += product(1, i);
+      magnitudes += fabs(p);
+      if (max_(t, s) >= tokens.image) continue;
+      image_energy += p;
+      if (double both = own(t) * own(s); t != s && both > 0) cosines += fabs(p) / sqrt(both);
     }
     for (size_t t = team.rank; t < length; t += team.size) {
-      w1 += sqrt(product(0, t * length + t));
-      w2 += product(0, t * length + t);
+      w1 += sqrt(own(t)), w2 += own(t);
+      if (t < tokens.image) image_w2 += own(t);
     }
-    for (double& e : energy) e = team.sum(e);
-    magnitudes = team.sum(magnitudes), w1 = team.sum(w1), w2 = team.sum(w2);
-    Quad<double> yy = mean_products(team, scratch.ybar + b * 2 * n, n, tokens);
-    Quad<double> dd = mean_products(team, scratch.dbar + b * 2 * D, D, tokens);
+    for (double* x :
+         {energy, energy + 1, &magnitudes, &w1, &w2, &image_energy, &cosines, &image_w2})
+      *x = team.sum(*x);
+    double yy = energy_of(scratch.ybar + b * 2 * n, n), dd = energy_of(scratch.dbar + b * 2 * D, D);
     if (team.rank != 0) return;
-    // T |dbar| |ybar|, from T ybar = N ybar_image + L ybar_text.
-    double y_sum = yy[0] + 2 * yy[1] + yy[2], d_sum = dd[0] + 2 * dd[1] + dd[2];
-    // Of the segments' 2 x 2 products each has one factor n_s n_s' too many.
-    double N = max_(double(tokens.image), 1.0), L = max_(double(tokens.text), 1.0);
-    double by_segment =
-        yy[0] * dd[0] / (N * N) + 2 * yy[1] * dd[1] / (N * L) + yy[2] * dd[2] / (L * L);
     double scale = double(scratch.y_scale[b]) * double(scratch.delta_scale[b]);
     double pairs = w1 * w1 - w2;  // what rounding leaves of it, if one token has all, is no weight
+    double image_pairs = double(tokens.image) * (double(tokens.image) - 1);
     WriterModes m;
-    m.g_mean = sqrt(max_(y_sum, 0.0) * max_(d_sum, 0.0)) / double(length);
+    m.g_mean = double(length) * sqrt(yy * dd);
     m.g_ctr = scale * sqrt(max_(energy[1], 0.0));
-    m.g_mean_seg = sqrt(max_(by_segment, 0.0));
-    m.g_ctr_seg = scale * sqrt(max_(energy[2], 0.0));
     m.amplification = energy[0] / w2;
     m.khat = pairs > 1e-12 * w1 * w1 ? (magnitudes - w2) / pairs : NAN;
+    m.image_amplification = image_energy / image_w2;
+    m.image_kappa = image_w2 > 0 ? cosines / image_pairs : NAN;
     modes[b] = m;
   });
 }

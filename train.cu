@@ -615,7 +615,7 @@ void copy_spike(const Device& device, SpikeArrays a, const double* partial, cons
 
 template <class Real>
 Diagnostics<Real> chosen_diagnostics(const TrainOptions& o) {
-  return {o.model, chosen_layers(o), std::min(o.diagnose_samples, o.batch)};
+  return {o.model, chosen_layers(o), std::min(o.diagnose_samples, o.batch), o.batch};
 }
 
 // The arrays of a run besides the network's.

@@ -1456,7 +1456,20 @@ std::vector<double> plain_states(const double* X, const double* F, size_t n, siz
           std::sqrt(f.centered / x.centered), cosines};
 }
 
-// mu_eff, row diversity, retention and leakage of one head of one sample.
+// |A v| after five steps v = P A^T A v, v of length 1, of one head of one sample.
+double plain_uncentered_norm(const Dense& A) {
+  size_t n = A.rows;
+  Dense v(n, 1), P = identity(n) - mean_over({n});
+  for (size_t i = 0; i < n; ++i) v(i, 0) = gaussian(0, streams::check, i);
+  for (int step = 0; step <= 5; ++step) {
+    if (step > 0) v = transpose(A) * (A * v);
+    v = P * v;
+    v = 1 / norm(v) * v;
+  }
+  return norm(A * v);
+}
+
+// mu_eff, row diversity, retention, leakage and the author's mu_eff of one head of one sample.
 std::vector<double> plain_attention(const double* X, const double* qkv, Heads heads, size_t head,
                                     size_t D) {
   size_t n = heads.length;
@@ -1482,7 +1495,29 @@ std::vector<double> plain_attention(const double* X, const double* qkv, Heads he
   Energies A = energies(a.data(), n, n), z = energies(moved.data(), n, D);
   double before = energies(X, n, D).centered;
   return {spectral_norm(projected(a.data(), n, true, true), n), std::sqrt(A.centered / A.total()),
-          std::sqrt(z.centered / before), std::sqrt(z.mean / before)};
+          std::sqrt(z.centered / before), std::sqrt(z.mean / before),
+          plain_uncentered_norm({n, n, a})};
+}
+
+// The author's g_mean, g_ctr, A and kappa of a writer: input y, adjoint delta, `batch` sequences of
+// which the first `image` tokens are image tokens.
+std::vector<double> plain_author(const Dense& y, const Dense& delta, size_t batch, size_t image) {
+  Dense J = mean_over(std::vector<size_t>(batch, y.rows / batch)), ybar = J * y, dbar = J * delta;
+  double own = 0, cosines = 0;
+  for (size_t t = 0; t < image; ++t)
+    for (size_t s = 0; s < image; ++s) {
+      auto products = [&](size_t a, size_t b) {
+        return inner(rows_of(y, a, 1), rows_of(y, b, 1)) *
+               inner(rows_of(delta, a, 1), rows_of(delta, b, 1));
+      };
+      if (t == s)
+        own += products(t, t);
+      else
+        cosines += std::abs(products(t, s)) / std::sqrt(products(t, t) * products(s, s));
+    }
+  double dW = norm(transpose(rows_of(delta, 0, image)) * rows_of(y, 0, image));
+  return {norm(transpose(dbar) * ybar), norm(transpose(delta - dbar) * (y - ybar)), dW * dW / own,
+          cosines / double(image * (image - 1))};
 }
 
 // A network of four layers and three samples, of which two are measured in layers 1 and 3.
@@ -1495,7 +1530,7 @@ struct Diagnosed {
   std::vector<AccOf<Real>> gradients;
 
   Diagnosed(Device& device, const Config& config, size_t recompute, bool all = true)
-      : filled(device, config, 3, recompute), diagnostics(config, {1, 3}, 2) {
+      : filled(device, config, 3, recompute), diagnostics(config, {1, 3}, 2, 3) {
     Carver count;
     diagnostics.lay(count);
     slab = std::make_unique<Slab>(device, count.used);
@@ -1555,15 +1590,20 @@ void check_diagnostics(Device& device, double tolerance) {
             energies(&s.y[b * n * width], n, width).mean * energies(&s.delta[b * n * D], n, D).mean;
         want[branch + "g_mean"] += std::sqrt(energy) / 2;
       }
+      std::vector<double> author = plain_author({3 * n, s.y.size() / (3 * n), s.y},
+                                                {3 * n, D, s.delta}, 3, config.image_tokens());
+      const char* of_author[] = {"g_mean_author", "g_ctr_author", "amplification_author",
+                                 "kappa_author"};
+      for (size_t i = 0; i < 4; ++i) want[branch + of_author[i]] = author[i];
     }
     const Seen& s = d.seen.at({layer, 0});
-    const char* names[] = {"mu_eff", "row_diversity", "retention", "leakage"};
+    const char* names[] = {"mu_eff", "row_diversity", "retention", "leakage", "mu_eff_author"};
     Heads heads{2, n, config.heads, config.head_dim()};
     for (size_t b = 0; b < 2; ++b)
       for (size_t head = 0; head < heads.count; ++head) {
         std::vector<double> values =
             plain_attention(&s.X[b * n * D], &s.qkv[b * n * 3 * D], heads, head, D);
-        for (size_t i = 0; i < 4; ++i) want[names[i]] += values[i] / double(2 * heads.count);
+        for (size_t i = 0; i < 5; ++i) want[names[i]] += values[i] / double(2 * heads.count);
         want["mu_eff_max"] = std::max(want["mu_eff_max"], values[0]);
       }
     const Table& table = d.filled.net->table;
@@ -1574,7 +1614,7 @@ void check_diagnostics(Device& device, double tolerance) {
       for (size_t i = 0; i < squares; ++i) sum += double(gradient[i]) * double(gradient[i]);
       want[part + std::string("_grad_rms")] = std::sqrt(sum / double(squares));
     }
-    EXPECT_EQ(got.size(), 27u);
+    EXPECT_EQ(got.size(), 32u);
     for (const auto& [name, value] : want) {
       bool power = name.rfind("mu_eff", 0) == 0;
       EXPECT_NEAR(got.at(name) / value, 1, power ? 1e-4 : tolerance) << name << " layer " << layer;
@@ -1589,6 +1629,8 @@ void check_diagnostics(Device& device, double tolerance) {
         {"row_diversity", 1},
         {"attention_rho", want["ffn_rho"]},
         {"q_grad_rms", want["k_grad_rms"]},
+        {"ffn_g_mean_author", want["ffn_g_mean"]},
+        {"mu_eff_author", want["mu_eff"]},
     };
     for (const auto& [name, value] : wrong)
       EXPECT_GT(std::abs(got.at(name) / value - 1), 10 * tolerance) << name;

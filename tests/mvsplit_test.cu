@@ -483,34 +483,39 @@ double writer_norm(const Dense& delta, const Dense& y) { return norm(transpose(d
 // WriterModes by the definitions: dW = delta^T y with J and P put in, cosines token by token.
 WriterModes plain_modes(const Dense& y, const Dense& delta, size_t image) {
   size_t T = y.rows;
-  const Dense J = mean_over({T}), by_segment = mean_over({image, T - image});
+  const Dense J = mean_over({T});
   std::vector<double> w(T);
   auto row_norm = [](const Dense& x, size_t t) { return norm(rows_of(x, t, 1)); };
   auto cosine = [&](const Dense& x, size_t t, size_t s) {
     return inner(rows_of(x, t, 1), rows_of(x, s, 1)) / (row_norm(x, t) * row_norm(x, s));
   };
-  double w2 = 0, above = 0, below = 0;
+  double w2 = 0, above = 0, below = 0, image_w2 = 0, cosines = 0;
   for (size_t t = 0; t < T; ++t) w[t] = row_norm(y, t) * row_norm(delta, t), w2 += w[t] * w[t];
   for (size_t t = 0; t < T; ++t)
     for (size_t s = 0; s < T; ++s)
       if (s != t) {
-        above += w[t] * w[s] * std::abs(cosine(y, t, s) * cosine(delta, t, s));
+        double M = std::abs(cosine(y, t, s) * cosine(delta, t, s));
+        above += w[t] * w[s] * M;
         below += w[t] * w[s];
+        if (std::max(t, s) < image) cosines += M;
       }
+  for (size_t t = 0; t < image; ++t) image_w2 += w[t] * w[t];
   WriterModes m;
   m.g_mean = writer_norm(J * delta, J * y);
   m.g_ctr = writer_norm(delta - J * delta, y - J * y);
-  m.g_mean_seg = writer_norm(by_segment * delta, by_segment * y);
-  m.g_ctr_seg = writer_norm(delta - by_segment * delta, y - by_segment * y);
   m.amplification = std::pow(writer_norm(delta, y), 2) / w2;
   m.khat = above / below;
+  m.image_amplification =
+      std::pow(writer_norm(rows_of(delta, 0, image), rows_of(y, 0, image)), 2) / image_w2;
+  m.image_kappa = cosines / double(image * (image - 1));
   return m;
 }
 
 double worst_difference(const WriterModes& a, const WriterModes& b) {
   double worst = 0;
-  for (auto field : {&WriterModes::g_mean, &WriterModes::g_ctr, &WriterModes::g_mean_seg,
-                     &WriterModes::g_ctr_seg, &WriterModes::amplification, &WriterModes::khat}) {
+  for (auto field :
+       {&WriterModes::g_mean, &WriterModes::g_ctr, &WriterModes::amplification, &WriterModes::khat,
+        &WriterModes::image_amplification, &WriterModes::image_kappa}) {
     double difference = std::abs(a.*field - b.*field) / std::abs(b.*field);
     worst = std::isfinite(difference) ? std::max(worst, difference) : HUGE_VAL;
   }
@@ -623,9 +628,12 @@ TEST(WriterModes, WrongDefinitionsAreRejected) {
     EXPECT_GT(worst_difference(got, changed), 1e-3) << what;
   };
   size_t T = y.rows;
-  rejects(&WriterModes::g_mean, right.g_mean_seg, "a mean a segment for the global one");
-  rejects(&WriterModes::g_mean_seg, right.g_mean, "the global mean for one a segment");
-  rejects(&WriterModes::g_ctr, right.g_ctr_seg, "centered by segment");
+  Dense by_segment = mean_over({tokens.image, tokens.text});
+  rejects(&WriterModes::g_mean, writer_norm(by_segment * delta, by_segment * y),
+          "a mean a segment for the global one");
+  rejects(&WriterModes::g_ctr, writer_norm(delta - by_segment * delta, y - by_segment * y),
+          "centered by segment");
+  rejects(&WriterModes::image_amplification, right.amplification, "text tokens as well");
   rejects(&WriterModes::g_mean, right.g_mean / double(T), "T forgotten");
   rejects(&WriterModes::g_ctr, writer_norm(delta, y), "nothing centered");
   auto feature_mean = [](const Dense& x) { return x * mean_over({x.cols}); };
@@ -642,6 +650,9 @@ TEST(WriterModes, WrongDefinitionsAreRejected) {
     }
   rejects(&WriterModes::khat, plain_modes(unit_y, unit_delta, tokens.image).khat,
           "khat without weights");
+  rejects(&WriterModes::image_kappa,
+          plain_modes(rows_of(y, 0, tokens.image), rows_of(delta, 0, tokens.image), 2).khat,
+          "kappa with weights");
 }
 
 // (31)-(32): |A - 1| <= (T - 1) khat, whatever the magnitudes. Without the weights it is false: of
