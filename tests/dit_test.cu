@@ -316,9 +316,9 @@ TEST(Patches, OrdersAreEachOthersBackward) {
 
 // Attention in bf16, by 2.2 of dit.cu or over tensor cores, against 2.2 in fp64 on the CPU from the
 // same bf16 Q, K, V and cotangent: Y, and through RoPE and QK-norm dQ, dK, dV. Tokens are a common
-// vector and `values` (of V) or `keys` (of Q, K and the angles) times noise. `forget` drops the last
-// token's cotangent from the reference, and without `rest` the way over tensor cores does not get
-// what rounding took from Y.
+// vector and `values` (of V) or `keys` (of Q, K and the angles) times noise. `forget` drops the
+// last token's cotangent from the reference, and without `rest` the way over tensor cores does not
+// get what rounding took from Y.
 struct AttentionInBf16 {
   Heads heads;
   double values, keys;
@@ -404,8 +404,8 @@ void expect_exact(Device& device, AttentionInBf16 attention) {
         << attention.values << ", of Q and K " << attention.keys;
 }
 
-// Lemma 1's neighbourhood: the more alike the values are, the more of dS cancels, and the more alike
-// the keys, the more of dS K.
+// Lemma 1's neighbourhood: the more alike the values are, the more of dS cancels, and the more
+// alike the keys, the more of dS K.
 TEST(Attention, IsExactInBf16HoweverAlikeTokensAre) {
   for (Device* device : devices())
     for (bool fused : {false, true})

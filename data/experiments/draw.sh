@@ -243,7 +243,7 @@ rise_and_fall() {
         series[i, ++m[i]] = s } }
     END { flush()
       for (i = 4; i <= columns; i++) {
-        if (name[i] ~ /amplification|khat/ || !b[i]) continue
+        if (name[i] ~ /amplification|khat|kappa/ || !b[i]) continue
         for (j = 1; j <= b[i]; j++) a[j] = before[i, j]
         x = quantile(a, b[i], 0.5)
         last = m[i] < 20 ? m[i] : 20

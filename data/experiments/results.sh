@@ -169,6 +169,7 @@ At alpha = 0 the
 ± is the 95% interval
 256 + 8 tokens, batch 32, bf16, warm-up 300,
 of 4 of the batch's 32 samples
+That bounds rho near 200 to 1000, where fp32 goes to 1e6, and
 In this run's csv G_ctr is 0 and
 (another implementation) collapses near step 570 of
 near 1 does not say

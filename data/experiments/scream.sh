@@ -2,7 +2,9 @@
 # scream (Fig. 2, 3): a Post-Norm network trains, then its mean mode takes over. Nobody knows when: so a
 # run that collapsed is made again, bit for bit the same, with every step diagnosed around that step.
 columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_amplification attention_khat
-  ffn_amplification ffn_khat attention_rho attention_tr ffn_tr attention_tcs mu_eff q_grad_rms k_grad_rms"
+  ffn_amplification ffn_khat attention_rho attention_tr ffn_tr attention_tcs mu_eff q_grad_rms k_grad_rms
+  attention_g_mean_author attention_g_ctr_author ffn_g_mean_author ffn_g_ctr_author attention_amplification_author
+  attention_kappa_author ffn_amplification_author ffn_kappa_author mu_eff_author"
 bin=1
 rates=$(option lr)
 # The reference collapses near step 570 of the lowest rate: 900 steps are room for an event 1.5 times later.
