@@ -273,7 +273,7 @@ void attention_matrices(Device& device, Probability* probs, AccOf<Real>* scores,
   size_t n = heads.length;
   gemm(device, head_square(scores, heads), head_part(qkv, 0, heads),
        head_part(qkv, 1, heads).transpose(), {n, n, heads.dim, heads.batch, heads.count},
-       Acc(1) / std::sqrt(Acc(heads.dim)));
+       rsqrt_(Acc(heads.dim)));
   for_each_team(device, heads.batch * heads.count * n, threads_for(n / 4), [=] HD(Team team) {
     Acc* s = scores + team.index * n;
     Acc largest = s[0], sum = 0;
@@ -303,7 +303,7 @@ void attention_backward(Device& device, Real* dqkv, const Real* dY, const Real* 
   using Acc = AccOf<Real>;
   constexpr bool rounds = !std::is_same_v<Real, Acc>;
   size_t n = heads.length;
-  Acc scale = Acc(1) / std::sqrt(Acc(heads.dim));
+  Acc scale = rsqrt_(Acc(heads.dim));
   Sizes to_tokens{n, heads.dim, n, heads.batch, heads.count};
   gemm(device, head_part(dqkv, 2, heads), head_square(probs, heads).transpose(),
        head_slice(dY, heads), to_tokens);

@@ -112,9 +112,9 @@ struct Error : std::runtime_error {
 // ---------------------------------------------------------------------------------------------
 // 2. Numbers
 //
-// T is what is stored: double for gradient checks, else as --precision says, by default bf16 on a
-// GPU with tensor cores for it, else float. Acc is what sums are made in: double for double,
-// float for the others.
+// Real is what is stored: double for gradient checks (and a Dual, appendix F), else as --precision
+// says, by default bf16 on a GPU with tensor cores for it, else float. Acc is what sums are made
+// in: float for bf16, else Real itself.
 
 // bfloat16: the upper half of a float. Eight bits of exponent, seven of mantissa.
 struct bf16 {
@@ -143,7 +143,7 @@ struct bf16 {
 };
 
 template <class Real>
-using AccOf = std::conditional_t<std::is_same_v<Real, double>, double, float>;
+using AccOf = std::conditional_t<std::is_same_v<Real, bf16>, float, Real>;
 
 // Neighbours in memory that are moved as one.
 template <class Real, int n>
@@ -433,7 +433,7 @@ struct Team {
     // Exchange with the lane whose number differs in one bit, up to five times. Both partners add
     // the same two numbers, so all lanes agree to the last bit.
     for (int bit = (size < 32 ? size : 32) / 2; bit > 0; bit /= 2)
-      x = op(x, __shfl_xor_sync(lanes(), x, bit));
+      x = op(x, shuffle(x, bit));
     if (size > 32) {
       __shared__ Acc partial[max_size / 32];
       if (rank % 32 == 0) partial[rank / 32] = x;
@@ -690,7 +690,7 @@ constexpr uint64_t average_rounding = uint64_t(4) << 32;
 
 // Appendix. The straight way ends here. Below: the innards of the device (A), how formulas over
 // rows are scheduled (B), kernels of the GPU's own and captured sequences (C), the two matrix
-// products (D), stochastic rounding (E).
+// products (D), stochastic rounding (E), dual numbers (F).
 
 // ---------------------------------------------------------------------------------------------
 // A. The device
@@ -1369,3 +1369,73 @@ HD inline void store_stochastically(float* p, Quad<double> q, const Random4& bit
   for (int k = 0; k < 4; ++k) rounded[k] = round_stochastically(q[k], bits.v[k]);
   store(p, rounded);
 }
+
+// ---------------------------------------------------------------------------------------------
+// F. Dual numbers: exact derivatives, by the same kernels
+//
+// v + d e with e^2 = 0. Taylor's series ends after its first term, f(v + d e) = f(v) + f'(v) d e:
+// what runs in duals has beside each value its derivative along one direction, that of the d of its
+// inputs. There is no step, so neither truncation nor the difference of two nearly equal numbers.
+// The backward asks the other way round, for one output's derivatives along all inputs; the two
+// share the kernels of the forward, and no derivation. On the CPU alone.
+struct Dual {
+  double v, d;
+
+  Dual() = default;
+  HD Dual(double value, double derivative = 0) : v(value), d(derivative) {}
+  HD Dual& operator+=(Dual x);
+  HD Dual& operator*=(Dual x);
+};
+
+HD inline Dual operator-(Dual x) { return {-x.v, -x.d}; }
+HD inline Dual operator+(Dual x, Dual y) { return {x.v + y.v, x.d + y.d}; }
+HD inline Dual operator-(Dual x, Dual y) { return {x.v - y.v, x.d - y.d}; }
+HD inline Dual operator*(Dual x, Dual y) { return {x.v * y.v, x.d * y.v + x.v * y.d}; }
+HD inline Dual operator/(Dual x, Dual y) {
+  double quotient = x.v / y.v;
+  return {quotient, (x.d - quotient * y.d) / y.v};
+}
+HD inline Dual& Dual::operator+=(Dual x) { return *this = *this + x; }
+HD inline Dual& Dual::operator*=(Dual x) { return *this = *this * x; }
+HD inline bool operator>(Dual x, Dual y) { return x.v > y.v; }
+HD inline bool operator==(Dual x, Dual y) { return x.v == y.v; }
+HD inline Dual exp_(Dual x) {
+  double y = exp_(x.v);
+  return {y, y * x.d};
+}
+HD inline Dual rsqrt_(Dual x) {
+  double y = rsqrt_(x.v);
+  return {y, -0.5 * y / x.v * x.d};
+}
+
+// Each product of duals is one of doubles, twice as wide: (a, a') (b, b'; 0, b) = (ab, ab' + a'b).
+// So the values are, bit by bit, those of a network in double: a chaotic one would not forgive less.
+template <>
+struct HostGemm<Dual> {
+  template <class, class>
+  static void run(Matrix<Dual> C, Matrix<const Dual> A, Matrix<const Dual> B, Sizes s, Dual alpha,
+                  Dual beta) {
+    std::vector<double> left(2 * s.m * s.k), right(4 * s.k * s.n);
+    auto element = [](Matrix<const Dual> M, size_t product_o, size_t product_h, size_t i, size_t j) {
+      return M.at(product_o, product_h)[M.transposed ? j * M.stride + i : i * M.stride + j];
+    };
+    for (size_t o = 0; o < s.outer; ++o)
+      for (size_t h = 0; h < s.inner; ++h) {
+        for (size_t i = 0; i < s.m; ++i)
+          for (size_t p = 0; p < s.k; ++p) {
+            Dual a = element(A, o, h, i, p);
+            left[2 * (i * s.k + p)] = a.v, left[2 * (i * s.k + p) + 1] = a.d;
+          }
+        for (size_t p = 0; p < s.k; ++p)
+          for (size_t j = 0; j < s.n; ++j) {
+            Dual b = element(B, o, h, p, j);
+            double* at = &right[4 * p * s.n + 2 * j];
+            at[0] = b.v, at[1] = b.d, at[2 * s.n] = 0, at[2 * s.n + 1] = b.v;
+          }
+        HostGemm<double>::run<double>(
+            Matrix<double>(reinterpret_cast<double*>(C.at(o, h)), 2 * C.stride),
+            Matrix<const double>(left.data(), 2 * s.k), Matrix<const double>(right.data(), 2 * s.n),
+            {s.m, 2 * s.n, 2 * s.k}, alpha.v, beta.v);
+      }
+  }
+};

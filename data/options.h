@@ -90,6 +90,7 @@ struct ForwardOptions {
 
 struct GradcheckOptions {
   Config model;
+  std::string weights;
   size_t batch = 1, recompute = 32, seed = 1;
   double step = 1.5e-3, tolerance = 1e-7;
 };
@@ -773,6 +774,7 @@ inline Subcommand add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& mac
   for (const std::string& gate : gate_names()) o.model.gates[gate] = gate == "alpha" ? 0.03 : 0.1;
   o.model.writer_std = 0.25, o.model.final_std = 0.25;
   Subcommand sub(app, "gradcheck", "gradients of the whole network by differences");
+  sub.add("weights", o.weights, "a weights.safetensors");
   add_model_options(sub, o.model);
   add_data_sizes(sub, o.model);
   sub.add("batch", o.batch, "images", 1, 1024);
