@@ -432,8 +432,7 @@ struct Team {
 #ifdef __CUDA_ARCH__
     // Exchange with the lane whose number differs in one bit, up to five times. Both partners add
     // the same two numbers, so all lanes agree to the last bit.
-    for (int bit = (size < 32 ? size : 32) / 2; bit > 0; bit /= 2)
-      x = op(x, shuffle(x, bit));
+    for (int bit = (size < 32 ? size : 32) / 2; bit > 0; bit /= 2) x = op(x, shuffle(x, bit));
     if (size > 32) {
       __shared__ Acc partial[max_size / 32];
       if (rank % 32 == 0) partial[rank / 32] = x;
@@ -1416,7 +1415,8 @@ struct HostGemm<Dual> {
   static void run(Matrix<Dual> C, Matrix<const Dual> A, Matrix<const Dual> B, Sizes s, Dual alpha,
                   Dual beta) {
     std::vector<double> left(2 * s.m * s.k), right(4 * s.k * s.n);
-    auto element = [](Matrix<const Dual> M, size_t product_o, size_t product_h, size_t i, size_t j) {
+    auto element = [](Matrix<const Dual> M, size_t product_o, size_t product_h, size_t i,
+                      size_t j) {
       return M.at(product_o, product_h)[M.transposed ? j * M.stride + i : i * M.stride + j];
     };
     for (size_t o = 0; o < s.outer; ++o)

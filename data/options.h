@@ -92,7 +92,7 @@ struct GradcheckOptions {
   Config model;
   std::string weights;
   size_t batch = 1, recompute = 32, seed = 1;
-  double step = 1.5e-3, tolerance = 1e-7;
+  double step = 1.5e-3, tolerance = 1e-11;
 };
 
 constexpr size_t usual_probe = 4096;  // images
@@ -773,14 +773,17 @@ inline Subcommand add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& mac
   o.model.text_tokens = 3, o.model.text_dim = 5;
   for (const std::string& gate : gate_names()) o.model.gates[gate] = gate == "alpha" ? 0.03 : 0.1;
   o.model.writer_std = 0.25, o.model.final_std = 0.25;
-  Subcommand sub(app, "gradcheck", "gradients of the whole network by differences");
-  sub.add("weights", o.weights, "a weights.safetensors");
+  Subcommand sub(app, "gradcheck",
+                 "gradients of the whole network, by dual numbers and differences");
+  sub.add("weights", o.weights,
+          "a weights.safetensors in place of random numbers; for a large one "
+          "a smaller --height and --image-width");
   add_model_options(sub, o.model);
   add_data_sizes(sub, o.model);
   sub.add("batch", o.batch, "images", 1, 1024);
   sub.add("recompute", o.recompute, "a checkpoint every k blocks");
-  sub.add("step", o.step, "of the differences, relative to the values");
-  sub.add("tolerance", o.tolerance, "largest relative error");
+  sub.add("step", o.step, "of the differences, relative to the values; 0: no differences");
+  sub.add("tolerance", o.tolerance, "largest relative error against dual numbers");
   sub.add("seed", o.seed, "of everything random");
   add_device(sub, machine);
   return sub;
