@@ -116,6 +116,8 @@ struct Error : std::runtime_error {
 // says, by default bf16 on a GPU with tensor cores for it, else float. Acc is what sums are made
 // in: float for bf16, else Real itself.
 
+struct Dual;  // a number and its derivative: appendix F
+
 // bfloat16: the upper half of a float. Eight bits of exponent, seven of mantissa.
 struct bf16 {
   uint16_t bits;
@@ -1297,6 +1299,7 @@ constexpr cudaDataType_t cuda_type = std::is_same_v<Real, double>  ? CUDA_R_64F
 template <class Real, class TC>
 void device_gemm(Device& device, Matrix<TC> C, Matrix<const Real> A, Matrix<const Real> B, Sizes s,
                  AccOf<Real> alpha, AccOf<Real> beta) {
+  if (std::is_same_v<Real, Dual>) fail("dual numbers have no matrix product on a GPU");
   for (size_t size : {s.m, s.n, s.k, s.outer, A.stride, B.stride, C.stride})
     if (size > 0x7fffffff)
       fail("a matrix product with a size of %zu is too large for cuBLAS", size);
@@ -1382,6 +1385,7 @@ struct Dual {
 
   Dual() = default;
   HD Dual(double value, double derivative = 0) : v(value), d(derivative) {}
+  explicit HD operator double() const { return v; }
   HD Dual& operator+=(Dual x);
   HD Dual& operator*=(Dual x);
 };
@@ -1407,35 +1411,33 @@ HD inline Dual rsqrt_(Dual x) {
   return {y, -0.5 * y / x.v * x.d};
 }
 
-// Each product of duals is one of doubles, twice as wide: (a, a') (b, b'; 0, b) = (ab, ab' + a'b).
-// So the values are, bit by bit, those of a network in double: a chaotic one would not forgive less.
+// A product of duals is one of doubles, twice as wide: (a, a') (b, b'; 0, b) = (ab, ab' + a'b). So
+// the values are those of a network in double to the last bit, and a chaotic one has the same path.
 template <>
 struct HostGemm<Dual> {
   template <class, class>
   static void run(Matrix<Dual> C, Matrix<const Dual> A, Matrix<const Dual> B, Sizes s, Dual alpha,
                   Dual beta) {
     std::vector<double> left(2 * s.m * s.k), right(4 * s.k * s.n);
-    auto element = [](Matrix<const Dual> M, size_t product_o, size_t product_h, size_t i,
-                      size_t j) {
-      return M.at(product_o, product_h)[M.transposed ? j * M.stride + i : i * M.stride + j];
+    auto each = [](Matrix<const Dual> M, const Dual* x, size_t rows, size_t columns, auto put) {
+      for (size_t i = 0; i < rows; ++i)
+        for (size_t j = 0; j < columns; ++j)
+          put(i, j, x[M.transposed ? j * M.stride + i : i * M.stride + j]);
     };
-    for (size_t o = 0; o < s.outer; ++o)
-      for (size_t h = 0; h < s.inner; ++h) {
-        for (size_t i = 0; i < s.m; ++i)
-          for (size_t p = 0; p < s.k; ++p) {
-            Dual a = element(A, o, h, i, p);
-            left[2 * (i * s.k + p)] = a.v, left[2 * (i * s.k + p) + 1] = a.d;
-          }
-        for (size_t p = 0; p < s.k; ++p)
-          for (size_t j = 0; j < s.n; ++j) {
-            Dual b = element(B, o, h, p, j);
-            double* at = &right[4 * p * s.n + 2 * j];
-            at[0] = b.v, at[1] = b.d, at[2 * s.n] = 0, at[2 * s.n + 1] = b.v;
-          }
-        HostGemm<double>::run<double>(
-            Matrix<double>(reinterpret_cast<double*>(C.at(o, h)), 2 * C.stride),
-            Matrix<const double>(left.data(), 2 * s.k), Matrix<const double>(right.data(), 2 * s.n),
-            {s.m, 2 * s.n, 2 * s.k}, alpha.v, beta.v);
-      }
+    for (size_t product = 0; product < s.outer * s.inner; ++product) {
+      size_t o = product / s.inner, h = product % s.inner;
+      each(A, A.at(o, h), s.m, s.k, [&](size_t i, size_t p, Dual a) {
+        double* to = &left[2 * (i * s.k + p)];
+        to[0] = a.v, to[1] = a.d;
+      });
+      each(B, B.at(o, h), s.k, s.n, [&](size_t p, size_t j, Dual b) {
+        double* to = &right[2 * (2 * p * s.n + j)];
+        to[0] = b.v, to[1] = b.d, to[2 * s.n + 1] = b.v;
+      });
+      Matrix<double> c(reinterpret_cast<double*>(C.at(o, h)), 2 * C.stride);
+      HostGemm<double>::run<double>(c, Matrix<const double>(left.data(), 2 * s.k),
+                                    Matrix<const double>(right.data(), 2 * s.n),
+                                    {s.m, 2 * s.n, 2 * s.k}, alpha.v, beta.v);
+    }
   }
 };

@@ -1,5 +1,5 @@
 // check.h - what the tests share: tensors on a device, operations with their gradients, and the
-// check of a gradient by differences.
+// check of a gradient by dual numbers and by differences.
 //
 // An Op is a forward and a backward over named inputs. check_gradients() moves each input along a
 // random direction and compares; check_devices() compares a GPU with the CPU in three precisions. A
@@ -27,7 +27,7 @@ inline std::vector<double> random_values(size_t n, uint64_t seed, double scale =
   return x;
 }
 
-// An array on a device, of double, float or bf16, seen from here as doubles.
+// An array on a device, of double, float, bf16 or Dual, seen from here as doubles.
 class Tensor {
  public:
   Tensor() = default;
@@ -40,7 +40,9 @@ class Tensor {
       std::vector<X> host(s.count_);
       s.slab_->device.synchronize();  // what was made beside() too
       s.slab_->device.download(host.data(), s.slab_->data, s.count_ * sizeof(X));
-      return std::vector<double>(host.begin(), host.end());
+      std::vector<double> values;
+      for (X x : host) values.push_back(double(x));
+      return values;
     };
     t.set_ = [](const Tensor& s, const std::vector<double>& values) {
       std::vector<X> host;
@@ -131,21 +133,44 @@ inline double directional_error(const Op& op, const Op::Input& input,
   return std::isfinite(error) ? error : HUGE_VAL;
 }
 
-constexpr double gradient_tolerance = 1e-8;
+// |<gradient, u> - the derivative along u by `exact`, the same Op in dual numbers| / |gradient|.
+// (<gradient, u> itself may be small by chance.)
+inline double dual_error(const Op& exact, size_t input, const std::vector<double>& gradient) {
+  std::vector<double> u = random_values(gradient.size(), 99);
+  Dual* x = exact.inputs[input].value.data<Dual>();
+  double error = 0, squares = 0;
+  for (size_t i = 0; i < u.size(); ++i) {
+    x[i].d = u[i];
+    error += gradient[i] * u[i], squares += gradient[i] * gradient[i];
+  }
+  exact.forward();
+  for (size_t i = 0; i < exact.output.count(); ++i)
+    error -= (exact.cotangent.data<Dual>()[i] * exact.output.data<Dual>()[i]).d;
+  for (size_t i = 0; i < u.size(); ++i) x[i].d = 0;
+  error = std::abs(error) / std::sqrt(squares);
+  return std::isfinite(error) ? error : HUGE_VAL;
+}
+
+constexpr double gradient_tolerance = 1e-8, dual_tolerance = 1e-12;
 
 // Every input's gradient, in fp64, on every device.
 template <class Make>
 void check_gradients(const Make& make) {
+  Op exact = make(*devices()[0], Dual{});
   for (Device* device : devices()) {
     Op op = make(*device, double{});
     op.forward();
     op.backward();
-    for (const Op::Input& input : op.inputs) {
-      std::vector<double> g = input.gradient.get();
-      EXPECT_LE(directional_error(op, input, g), gradient_tolerance)
-          << input.name << " on " << device->name;
-      for (double& x : g) x *= 1 + 1e-6;
-      EXPECT_GT(directional_error(op, input, g), gradient_tolerance) << "the check is blind";
+    for (size_t i = 0; i < op.inputs.size(); ++i) {
+      SCOPED_TRACE(op.inputs[i].name + " on " + device->name);
+      std::vector<double> g = op.inputs[i].gradient.get(), wrong = g, blurred = g;
+      EXPECT_LE(dual_error(exact, i, g), dual_tolerance);
+      EXPECT_LE(directional_error(op, op.inputs[i], g), gradient_tolerance);
+      for (double& x : blurred) x *= 1 + 1e-9;
+      for (double& x : wrong) x *= 1 + 1e-6;
+      EXPECT_GT(dual_error(exact, i, blurred), dual_tolerance) << "the check is blind";
+      EXPECT_GT(directional_error(op, op.inputs[i], wrong), gradient_tolerance)
+          << "the check is blind";
     }
   }
 }

@@ -645,6 +645,22 @@ TEST(Network, InferenceAgreesWithTraining) {
   }
 }
 
+// What a chaotic network needs, and Gradcheck with it: not one bit of another path.
+TEST(Network, DualsHaveTheValuesOfDoubles) {
+  for (const Residual& residual : residuals) {
+    Config config = small(9, residual.name.c_str());
+    Device& cpu = *devices()[0];
+    Filled<double> f(cpu, config, 2, 4);
+    Network<Dual> duals(cpu, config, 2, 0, false);
+    convert(cpu, duals.weights(), f.net->weights(), f.net->table.size);
+    convert(cpu, duals.arrays.z, f.net->arrays.z, 2 * config.pixels());
+    convert(cpu, duals.arrays.text, f.net->arrays.text, 2 * config.text_size());
+    f.net->forward(2), duals.forward(2);
+    for (size_t i = 0; i < 2 * config.pixels(); ++i)
+      ASSERT_EQ(duals.arrays.velocity[i].v, f.net->arrays.velocity[i]) << residual.name;
+  }
+}
+
 TEST(Network, PlanIsWhatIsTaken) {
   for (auto [device, residual] : both_kinds())
     for (bool trains : {true, false})

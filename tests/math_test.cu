@@ -718,4 +718,71 @@ TEST(Random, TheSameOnEveryDevice) {
   });
 }
 
+// ---------------------------------------------------------------------------------------------
+// F. Dual numbers
+
+TEST(Dual, FunctionsCarryTheirDerivative) {
+  double v = 0.7, w = -1.3;
+  Dual x(v, 1), y(w, 0.25), sum = x, product = x;
+  sum += y, product *= y;
+  struct {
+    Dual found;
+    double value, derivative;
+  } cases[] = {
+      {Dual(v), v, 0},
+      {-x, -v, -1},
+      {x + y, v + w, 1.25},
+      {x - y, v - w, 0.75},
+      {x * y, v * w, w + 0.25 * v},
+      {x / y, v / w, (w - 0.25 * v) / (w * w)},
+      {sum, v + w, 1.25},
+      {product, v * w, w + 0.25 * v},
+      {exp_(y), std::exp(w), 0.25 * std::exp(w)},
+      {rsqrt_(x), 1 / std::sqrt(v), -0.5 * std::pow(v, -1.5)},
+      {max_(x, y), v, 1},
+  };
+  for (const auto& c : cases) {
+    EXPECT_EQ(c.found.v, c.value);
+    EXPECT_DOUBLE_EQ(c.found.d, c.derivative);
+  }
+  EXPECT_TRUE(x == Dual(v, 2) && !(x == y) && double(x) == v);  // by value
+}
+
+// The product's values have the bits of the product of doubles, and (A B)' = A' B + A B'.
+TEST(Dual, ProductsKeepTheBitsOfDoubles) {
+  Device device;
+  auto part = [](const Operand<Dual>& x, double Dual::*of) {
+    Operand<double> y{{}, x.offset, {nullptr, 0}};
+    for (Dual number : x.host) y.host.push_back(number.*of);
+    y.view = Matrix<double>(nullptr, x.view.stride).batch(x.view.outer_stride, x.view.inner_stride);
+    y.view.transposed = x.view.transposed;
+    return y;
+  };
+  auto product = [&](const auto& a, const auto& b, auto c, Sizes s, double alpha, double beta) {
+    DeviceArray da(device, a.host), db(device, b.host), dc(device, c.host);
+    gemm(device, c.on(dc), a.on(da), b.on(db), s, alpha, beta);
+    c.host = dc.host();
+    return c;
+  };
+  for (Sizes s : {Sizes{97, 130, 300}, Sizes{33, 20, 65, 2, 3}, Sizes{5, 7, 0}})
+    for (int t = 0; t < 4; ++t)
+      for (double beta : {0.0, 0.5}) {
+        Operand<Dual> a = operand<Dual>(s.m, s.k, t & 1, s, true, 1),
+                      b = operand<Dual>(s.k, s.n, t & 2, s, true, 2),
+                      c = operand<Dual>(s.m, s.n, false, s, true, 3);
+        for (Operand<Dual>* x : {&a, &b, &c})
+          for (size_t i = 0; i < x->host.size(); ++i) x->host[i].d = gaussian(4, i, x->host.size());
+        Operand<Dual> found = product(a, b, c, s, 0.75, beta);
+        auto value = &Dual::v, derivative = &Dual::d;
+        Operand<double> v = product(part(a, value), part(b, value), part(c, value), s, 0.75, beta);
+        Operand<double> d =
+            product(part(a, derivative), part(b, value), part(c, derivative), s, 0.75, beta);
+        d = product(part(a, value), part(b, derivative), d, s, 0.75, 1);
+        for (size_t i = 0; i < v.host.size(); ++i) {
+          ASSERT_TRUE(found.host[i].v == v.host[i] || std::isnan(v.host[i]));
+          ASSERT_NEAR(found.host[i].d, d.host[i], 1e-12);
+        }
+      }
+}
+
 }  // namespace
