@@ -1400,6 +1400,7 @@ HD inline Dual operator/(Dual x, Dual y) {
 }
 HD inline Dual& Dual::operator+=(Dual x) { return *this = *this + x; }
 HD inline Dual& Dual::operator*=(Dual x) { return *this = *this * x; }
+HD inline Dual fma(Dual x, Dual y, Dual z) { return x * y + z; }
 HD inline bool operator>(Dual x, Dual y) { return x.v > y.v; }
 HD inline bool operator==(Dual x, Dual y) { return x.v == y.v; }
 HD inline Dual exp_(Dual x) {

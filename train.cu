@@ -2326,6 +2326,11 @@ inline int command(int argc, const char* const* argv) {
     if (is("gradcheck")) {
       GradcheckOptions& o = gradcheck_options;
       if (!o.weights.empty()) {
+        Words starts = gate_names();
+        starts.insert(starts.end(), {"writer-std", "final-std"});
+        for (const std::string& name : starts)
+          if (given.count(name))
+            fail("--%s is where a drawn network starts: leave out --weights", name.c_str());
         std::optional<size_t> heads;
         if (given.count("heads")) heads = o.model.heads;
         read_config(SafetensorsReader(o.weights), o.weights, o.model, heads).note(o.weights);
