@@ -1869,14 +1869,15 @@ int forward(Device& device, const ForwardOptions& o) {
 //   a chaotic network: on the CPU its values are the backward's bit by bit.
 // - Differences, which share nothing with the backward but L:
 //       ( 45 (L(h) - L(-h)) - 9 (L(2h) - L(-2h)) + L(3h) - L(-3h) ) / 60 h
-//   (error O(h^6) + rounding / h). Six points rather than four allow a step five times as large, and
-//   between 1.3e-3 and 2.5e-3 of the values there is room between the two errors for a thousand
-//   layers; not where they are chaotic. Then differences fail, and the gradient may be right.
+//   (error O(h^6) + rounding / h). For a thousand layers a step between 1.3e-3 and 2.5e-3 of the
+//   values is small enough for the one error and large enough for the other; four points leave no
+//   such room, and where the layers are chaotic nothing does: differences fail, the gradient not.
 //
-// Errors are relative to |dL/dw|, as <dL/dw, u> is a draw from N(0, |dL/dw|^2) and may be small by
-// chance. But where terms cancel, what is left has their rounding. (RMSNorm leaves of a text of one
-// number the sign.) Terms are of the size of L's over that of w, which w moved by its own size
-// would change; of a thousandth of that, a limit of 1e-11 allows a rounding of 1e-14.
+// Errors are relative to |dL/dw|: <dL/dw, u> is a draw from N(0, |dL/dw|^2), and may be small by
+// chance. But what is left of larger terms that cancel has their rounding. (Behind RMSNorm a text of
+// one number has the gradient that eps leaves it; tokens that are alike leave Q and K next to none.)
+// Those terms are about as large as L's, over the size of w. So an error counts as a part of 1e-3 of
+// that, at least: a limit of 1e-11 forgives 1e-14 of the terms.
 
 class Gradcheck {
  public:
@@ -2065,9 +2066,8 @@ inline int gradcheck(Device& device, const GradcheckOptions& o) {
   bool bare = is_bare(mode.attention) || is_bare(mode.ffn);
   if (!good && bare && device.gpu)
     std::printf(
-        "dual numbers run on the CPU, whose values are other than a GPU's by their rounding: a "
-        "deep "
-        "network without gates is too chaotic for that, unless with --writer-std 0.02\n");
+        "dual numbers run on the CPU, which rounds otherwise than a GPU: without gates a deep "
+        "network is too chaotic for that, unless with --writer-std 0.02\n");
   return good ? 0 : 1;
 }
 
