@@ -1874,10 +1874,10 @@ int forward(Device& device, const ForwardOptions& o) {
 //   such room, and where the layers are chaotic nothing does: differences fail, the gradient not.
 //
 // Errors are relative to |dL/dw|: <dL/dw, u> is a draw from N(0, |dL/dw|^2), and may be small by
-// chance. But what is left of larger terms that cancel has their rounding. (Behind RMSNorm a text of
-// one number has the gradient that eps leaves it; tokens that are alike leave Q and K next to none.)
-// Those terms are about as large as L's, over the size of w. So an error counts as a part of 1e-3 of
-// that, at least: a limit of 1e-11 forgives 1e-14 of the terms.
+// chance. But what is left of larger terms that cancel has their rounding. (Behind RMSNorm a text
+// of one number has the gradient that eps leaves it; tokens that are alike leave Q and K next to
+// none.) Those terms are about as large as L's, over the size of w. So an error counts as a part of
+// 1e-3 of that, at least: a limit of 1e-11 forgives 1e-14 of the terms.
 
 class Gradcheck {
  public:

@@ -775,9 +775,7 @@ inline Subcommand add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& mac
   o.model.writer_std = 0.25, o.model.final_std = 0.25;
   Subcommand sub(app, "gradcheck",
                  "gradients of the whole network, by dual numbers and differences");
-  sub.add("weights", o.weights,
-          "a weights.safetensors in place of random numbers; for a large one "
-          "a smaller --height and --image-width");
+  sub.add("weights", o.weights, "trained ones; a small --height and --image-width save memory");
   add_model_options(sub, o.model);
   add_data_sizes(sub, o.model);
   sub.add("batch", o.batch, "images", 1, 1024);

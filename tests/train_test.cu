@@ -3147,8 +3147,8 @@ TEST(Gradcheck, ForgivesTheRoundingOfWhatCancels) {
   }
 }
 
-// Through a thousand layers and their recomputation: every residual mode, family and input. On a GPU
-// the dual numbers' roundings are not the backward's: there no chaotic network (--writer-std).
+// Through a thousand layers and their recomputation: every residual mode, family and input. On a
+// GPU the dual numbers' roundings are not the backward's: there no chaotic network (--writer-std).
 TEST(Gradcheck, PassesAtAThousandLayers) {
   for (const std::string& device : device_flags())
     for (const Residual& residual : residuals) {
