@@ -17,7 +17,6 @@
 
 #include "mvsplit.cu"
 
-#include <array>
 #include <functional>
 #include <map>
 #include <optional>

@@ -616,7 +616,7 @@ inline Words gate_names() {
 inline std::string starts_of(const std::string& name) {
   std::string text;
   Merges::each([&](auto m) {
-    for (const Gate& gate : decltype(m)::gates())
+    for (const Gate& gate : decltype(m)::gates)
       if (gate.name == name)
         text += (text.empty() ? "" : ", ") + (decltype(m)::name + (" " + shortest(gate.start)));
   });
