@@ -10,7 +10,6 @@
 #include "dit.cu"
 
 #include "data/checkpoint.h"
-#include "data/dataset.h"
 #include "data/log.h"
 #include "data/options.h"
 #include "data/ridge.h"
@@ -910,13 +909,15 @@ class Trainer : public RunArrays<Real, Kept> {
   size_t chunk_count;
   uint64_t step = 0;  // steps done
   uint64_t data_hash, validated_hash;
+  bool words;  // are captions words, or numbers of a file?
 
   Trainer(Device& on, const TrainOptions& options, const Dataset& data, const Dataset& validation)
       : Base(options),
         o(options),
         device(on),
         net(on, o.model, o.batch, o.recompute, true),
-        data_hash(hash_data(data)) {
+        data_hash(hash_data(data)),
+        words(!data.names.empty()) {
     std::vector<Chunk> chunks = chunks_of(net.table);
     chunk_count = chunks.size();
     size_t V = std::min(o.val_images, validation.images);
@@ -1190,7 +1191,7 @@ void save_run(Trainer<Real, Kept>& t) {
   std::string dir = t.o.out + "/";
   Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
   about["step"] = state["step"] = std::to_string(t.step);
-  about["captions"] = is_latents(t.o.data) ? "file" : "words";
+  about["captions"] = t.words ? "words" : "file";
   for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) state[key] = value;
   // State first: a kill in between leaves old weights, which the resumed run writes anew.
   if (t.o.save == "all")
@@ -2265,7 +2266,7 @@ inline int command(int argc, const char* const* argv) {
         fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
     if (is("plan"))
       return machine.with_precision([&](auto t) {
-        if (plan_options.data != "fashion-mnist") {
+        if (plan_options.data != FashionMnist::about) {
           Split data = load_dataset(plan_options.data, 0);
           fit_to_data(plan_options.model, data.train);
           sizes.images = data.train.images, sizes.captions = data.train.captions;

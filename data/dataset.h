@@ -4,8 +4,8 @@
 // PNGs) into one plain struct, and the frozen stand-in text encoder that makes captions numbers.
 // What it is not: a loader that streams: a data set lives in memory whole, as floats.
 //
-// How to read it: the structs, then encode_text(), then load_dataset() at the end, which picks a
-// reader, holds images out and says what there is. Bad data is an Error (see math.h): one sentence
+// How to read it: the structs, then encode_text(), then the list of kinds at the end, from which
+// load_dataset() picks one. Bad data is an Error (see math.h): one sentence
 // that names the file and what is wrong.
 #pragma once
 
@@ -428,9 +428,6 @@ inline Dataset load_folder(const std::string& path, std::string* passed_over, si
   return data;
 }
 
-// ---------------------------------------------------------------------------------------------
-// 4. One door
-
 // Takes every 16th image (every N-th of N < 16) out of `data`, to validate on. Where that would
 // leave a caption of words without an image, to be never learned, it takes the last one before that
 // can be spared. (Captions that are numbers may be alike.) If there is none, all stay in `data` as
@@ -465,37 +462,93 @@ inline Dataset hold_out(Dataset& data) {
   return held_out;
 }
 
-// A .safetensors file of latents, whose captions are numbers?
-inline bool is_latents(const std::string& where) { return has_extension(where, ".safetensors"); }
+// `data`, some of it held out.
+inline Split split_off(Dataset data) {
+  Split split{std::move(data), {}, false};
+  size_t all = split.train.images;
+  split.held_out = hold_out(split.train);
+  split.shared = split.train.images == all;
+  return split;
+}
 
-// Loads "fashion-mnist" (or a folder with its files), a .safetensors file of latents, or a folder
-// of PNGs, and prints a line that says what there is. `copies`: how many of the images memory must
-// hold; 0: none, and all but the pixels is loaded. Fails if there is no such thing, or no room.
-inline Split load_dataset(const std::string& where, size_t copies) {
-  std::error_code ignored;
-  std::string folder = where, passed_over;
-  auto holds_idx = [&] {
+// ---------------------------------------------------------------------------------------------
+// 4. The kinds of data sets
+//
+// A kind is a struct as these, and an entry in the list behind them: what --data takes, its help and
+// its errors follow. One that lacks a member does not compile. load() adds to `remark` what belongs
+// into the line that says what there is.
+
+struct FashionMnist {  // by its name, or any folder with files of its names
+  static constexpr const char* about = "fashion-mnist";  // what --data takes
+
+  static bool is_in(const std::string& folder) {
+    std::error_code ignored;
     return std::filesystem::exists(folder + "/train-images-idx3-ubyte.gz", ignored);
-  };
-  if (where == "fashion-mnist") {
-    for (const char* place : {"data/downloads", "/usr/share/datasets/fashion-mnist"})
-      if (folder = place; holds_idx()) break;
-    if (!holds_idx()) fail("Fashion-MNIST is not here: run `bash data/fetch.sh`, which fetches it");
   }
+  static std::string folder(const std::string& where) {
+    const std::string fetched = "data/downloads", installed = "/usr/share/datasets/fashion-mnist";
+    return where != about ? where : is_in(fetched) || !is_in(installed) ? fetched : installed;
+  }
+  static bool matches(const std::string& where) { return where == about || is_in(where); }
+  static Split load(const std::string& where, size_t copies, std::string&) {
+    if (!is_in(folder(where)))
+      fail("Fashion-MNIST is not here: run `bash data/fetch.sh`, which fetches it");
+    return load_fashion_mnist(folder(where), copies);
+  }
+};
+
+struct Latents {
+  static constexpr const char* about = "a .safetensors of latents";
+
+  static bool matches(const std::string& where) { return has_extension(where, ".safetensors"); }
+  static Split load(const std::string& where, size_t copies, std::string&) {
+    return split_off(load_latents(where, copies));
+  }
+};
+
+struct Pictures {
+  static constexpr const char* about = "a folder of PNGs";
+
+  static bool matches(const std::string& where) {
+    std::error_code ignored;
+    return std::filesystem::is_directory(where, ignored);
+  }
+  static Split load(const std::string& where, size_t copies, std::string& remark) {
+    return split_off(load_folder(where, &remark, copies));
+  }
+};
+
+struct DataKind {
+  const char* about;
+  bool (*matches)(const std::string&);
+  Split (*load)(const std::string&, size_t, std::string&);
+};
+template <class Kind>
+constexpr DataKind kind = {Kind::about, Kind::matches, Kind::load};
+
+// The first that matches is it.
+constexpr DataKind data_kinds[] = {kind<FashionMnist>, kind<Latents>, kind<Pictures>};
+
+inline std::string about_data() {
+  std::string text;
+  for (const DataKind& kind : data_kinds)
+    text += (text.empty() ? "" : ", ") + std::string(kind.about);
+  return text;
+}
+inline const DataKind& data_kind(const std::string& where) {
+  for (const DataKind& kind : data_kinds)
+    if (kind.matches(where)) return kind;
+  fail("no data at %s: expected %s", where.c_str(), about_data().c_str());
+}
+
+// Loads what is there, and prints a line that says what that is. `copies`: how many of the images
+// memory must hold; 0: none, and all but the pixels is loaded. Fails if there is nothing, or no
+// room.
+inline Split load_dataset(const std::string& where, size_t copies) {
   Split data;
+  std::string passed_over;
   try {
-    if (holds_idx()) {
-      data = load_fashion_mnist(folder, copies);
-    } else {
-      if (!is_latents(where) && !std::filesystem::is_directory(where, ignored))
-        fail("no data at %s: expected fashion-mnist, a .safetensors file, or a folder of PNGs",
-             where.c_str());
-      data.train = is_latents(where) ? load_latents(where, copies)
-                                     : load_folder(where, &passed_over, copies);
-      size_t all = data.train.images;
-      data.held_out = hold_out(data.train);
-      data.shared = data.train.images == all;
-    }
+    data = data_kind(where).load(where, copies, passed_over);
   } catch (const std::bad_alloc&) {  // a limit that Device::available() does not know
     fail("%s does not fit into the memory that this process may take", where.c_str());
   }

@@ -11,6 +11,7 @@
 
 #include "../dit.cu"
 #include "checkpoint.h"
+#include "dataset.h"
 
 #include <CLI/CLI.hpp>
 
@@ -42,7 +43,7 @@ struct TrainOptions {
   std::vector<std::string> diagnose_layers;
   double spike_factor = 5;  // 0: no watch for spikes
   double dropout = 0.1, time_shift = 1, ema = 0;
-  std::string data = "fashion-mnist", out = "run", save = "all";
+  std::string data = FashionMnist::about, out = "run", save = "all";
   bool resume = false;
   std::vector<Change> changes;  // against the config.ini in `out`
   std::string ini;              // what config.ini is to say; empty: it may stay as it is
@@ -97,7 +98,7 @@ struct GradcheckOptions {
 constexpr size_t usual_probe = 4096;  // images
 
 struct ProbeOptions {
-  std::string weights, data = "fashion-mnist", out = "probe.csv";
+  std::string weights, data = FashionMnist::about, out = "probe.csv";
   size_t seed = 1, batch = 64;
   std::optional<size_t> images, heads;
   std::optional<double> norm_eps;
@@ -587,7 +588,7 @@ inline void check_output(const Subcommand& sub, const GivenOptions& given) {
     for (const char* name : {"weights", "ema", "state"})
       written.push_back(out + "/" + name + ".safetensors");
   for (const auto& [name, path] : inputs) {
-    const std::string input = path == "fashion-mnist" ? "data/downloads" : path;
+    const std::string input = FashionMnist::folder(path);
     for (const std::string& file : written)
       for (const char* end : {"", ".tmp"})  // SafeFile's
         if (!input.empty() && is_or_lies_in(file + end, input))
@@ -673,7 +674,7 @@ inline void add_train_options(Subcommand& sub, TrainOptions& o) {
   sub.add("time-shift", o.time_shift, "a in t' = a t / (1 + (a-1) t)");
   sub.add("ema", o.ema, "decay of the weights' average; 0: none");
   sub.add("seed", o.seed, "of everything random");
-  sub.add("data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
+  sub.add("data", o.data, about_data().c_str());
   sub.add("diagnose-every", o.diagnose_every, "steps a row of diagnostics.csv; 0: none");
   sub.add_list("diagnose-layers", o.diagnose_layers,
                "0,99,199 or all; default: five, from the first to the last");
@@ -750,7 +751,7 @@ inline Subcommand add_forward(CLI::App& app, ForwardOptions& o, Machine& machine
 inline Subcommand add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
   Subcommand sub(app, "probe", "how well the time can be read off the states");
   sub.add("weights", o.weights, "a weights.safetensors");
-  sub.add("data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
+  sub.add("data", o.data, about_data().c_str());
   sub.add("out", o.out, "a csv, a row a layer and kind of features");
   sub.add("images", o.images, "one sample each; a quarter of them held out, to test on",
           "4096, or as many as there are");

@@ -1304,7 +1304,7 @@ TEST_F(FolderTest, AClassOfOneImageIsTrainedOn) {
 }
 
 TEST_F(DataTest, WhatIsNoDataSetIsRefused) {
-  EXPECT_ERROR(load(at("nowhere")), "expected fashion-mnist, a .safetensors file");
+  EXPECT_ERROR(load(at("nowhere")), "expected fashion-mnist, a .safetensors of latents");
   EXPECT_ERROR(load(put("x.txt", "x")), "expected fashion-mnist");
   EXPECT_ERROR(load(at("x.safetensors")), "No such file");
   EXPECT_ERROR(load(folder_), "holds no PNG images");
