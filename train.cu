@@ -128,24 +128,24 @@ constexpr size_t records = 1024;  // how many steps' records are kept on the dev
 // Parameters that are fixed are in no chunk: AdamW leaves them, their moments and their average as
 // they began, and their gradients do not enter the norm. What nothing follows must not make the
 // steps of the others smaller.
+//
+// A chunk knows its parameter, by the place in the table of parameters (dit.cu, appendix A), which
+// has its rows and columns: an optimiser of whole matrices walks over these.
 struct Chunk {
   size_t begin;
-  uint32_t count;
+  uint32_t parameter;
+  uint16_t count;
   bool decays;
 };
 constexpr size_t largest_chunk = 16384;
-inline size_t count_chunks(const Table& table) {
-  size_t count = 0;
-  for (const Parameter& p : table.parameters)
-    if (!p.fixed) count += ceil_div(p.count(), largest_chunk);
-  return count;
-}
 inline std::vector<Chunk> chunks_of(const Table& table) {
   std::vector<Chunk> chunks;
-  for (const Parameter& p : table.parameters)
+  for (size_t number = 0; number < table.parameters.size(); ++number) {
+    const Parameter& p = table.parameters[number];
     for (size_t i = 0; i < p.count() && !p.fixed; i += largest_chunk)
-      chunks.push_back(
-          {p.offset + i, uint32_t(std::min(largest_chunk, p.count() - i)), p.decays()});
+      chunks.push_back({p.offset + i, uint32_t(number),
+                        uint16_t(std::min(largest_chunk, p.count() - i)), p.decays()});
+  }
   return chunks;
 }
 
@@ -192,39 +192,58 @@ void gradient_norm(const Device& device, Clock* clock, double* partial, const Ke
   });
 }
 
-// One step of AdamW: updates the weights, m and v (Kept), and `average` if it is not null. `dither`
-// is for moments that are rounded, `average_dither` for the average.
-template <class Master, class Kept>
-void adamw(const Device& device, Master master, Kept* m, Kept* v, typename Master::Acc* average,
-           const Kept* gradients, const Clock* clock, const Chunk* chunks, size_t count,
-           Optimizer o, Dither dither, Dither average_dither) {
-  using Acc = typename Master::Acc;
-  for_each_team(device, count, Team::max_size, [=] HD(Team team) {
-    Chunk c = chunks[team.index];
-    Acc clip = Acc(clock->clip_scale), lr = Acc(clock->lr), b1 = Acc(o.beta1), b2 = Acc(o.beta2);
-    // 1 - 0.999 in float is off by 1.3e-5 of itself: take the difference in double.
-    Acc one_minus_b1 = Acc(1 - o.beta1), one_minus_b2 = Acc(1 - o.beta2);
-    Acc c1 = Acc(1 / clock->correction1), c2 = Acc(1 / clock->correction2);
-    Acc decay = c.decays ? Acc(o.decay) : Acc(0), eps = Acc(o.eps);
-    for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
-      Quad<Acc> w = master.get(i), g = clip * load<Acc>(gradients + i);
-      Quad<Acc> m_next = b1 * load<Acc>(m + i) + one_minus_b1 * g;
-      Quad<Acc> v_next = b2 * load<Acc>(v + i) + one_minus_b2 * g * g, change;
-      for (int k = 0; k < 4; ++k)
-        change[k] = m_next[k] * c1 / (std::sqrt(v_next[k] * c2) + eps) + decay * w[k];
-      w = w - lr * change;
-      master.set(i, w);
-      if (average) {  // in float most of these small steps would round to nothing
-        Quad<double> avg = load<double>(average + i);
-        avg = avg + clock->follow * (widen<double>(w) - avg);
-        store_stochastically(average + i, avg, average_dither(i / 4), 0);
+// What a step works on: arrays as the weights lie, in chunks. `dither` is for slots that are
+// rounded, `average_dither` for the weights' average, which may be null.
+template <class Method, class Master, class Kept>
+struct Moved {
+  Master master;
+  Kept* slots[Method::slots.size()];
+  typename Master::Acc* average;
+  const Kept* gradients;
+  Clock* clock;
+  Chunk* chunks;
+  size_t chunk_count;
+  Dither dither, average_dither;
+};
+
+// An optimiser is a struct as this: the arrays that it keeps beside the weights (`slots`), by what
+// goes before their tensors' names in a file, and a step of it. Plan and state follow. Its settings
+// are listed in data/options.h.
+struct AdamW {
+  static constexpr std::array slots = {"m.", "v."};
+
+  template <class Master, class Kept>
+  static void update(const Device& device, Moved<AdamW, Master, Kept> a, Optimizer o) {
+    using Acc = typename Master::Acc;
+    for_each_team(device, a.chunk_count, Team::max_size, [=] HD(Team team) {
+      Chunk c = a.chunks[team.index];
+      const Clock& now = *a.clock;
+      Kept *m = a.slots[0], *v = a.slots[1];
+      Acc clip = Acc(now.clip_scale), lr = Acc(now.lr), b1 = Acc(o.beta1), b2 = Acc(o.beta2);
+      // 1 - 0.999 in float is off by 1.3e-5 of itself: take the difference in double.
+      Acc one_minus_b1 = Acc(1 - o.beta1), one_minus_b2 = Acc(1 - o.beta2);
+      Acc c1 = Acc(1 / now.correction1), c2 = Acc(1 / now.correction2);
+      Acc decay = c.decays ? Acc(o.decay) : Acc(0), eps = Acc(o.eps);
+      for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
+        Quad<Acc> w = a.master.get(i), g = clip * load<Acc>(a.gradients + i);
+        Quad<Acc> m_next = b1 * load<Acc>(m + i) + one_minus_b1 * g;
+        Quad<Acc> v_next = b2 * load<Acc>(v + i) + one_minus_b2 * g * g, change;
+        for (int k = 0; k < 4; ++k)
+          change[k] = m_next[k] * c1 / (std::sqrt(v_next[k] * c2) + eps) + decay * w[k];
+        w = w - lr * change;
+        a.master.set(i, w);
+        if (a.average) {  // in float most of these small steps would round to nothing
+          Quad<double> avg = load<double>(a.average + i);
+          avg = avg + now.follow * (widen<double>(w) - avg);
+          store_stochastically(a.average + i, avg, a.average_dither(i / 4), 0);
+        }
+        Random4 bits = Master::lean ? a.dither(i / 4) : Random4{};
+        store_stochastically(m + i, m_next, bits, 0);
+        store_stochastically(v + i, v_next, bits, 1);
       }
-      Random4 bits = Master::lean ? dither(i / 4) : Random4{};
-      store_stochastically(m + i, m_next, bits, 0);
-      store_stochastically(v + i, v_next, bits, 1);
-    }
-  });
-}
+    });
+  }
+};
 
 // End of a pass: put its samples' losses (b) into the step's (accumulate * b), and move on.
 template <class Acc>
@@ -286,14 +305,12 @@ void training_pass(Trainer& t, bool first, const Observer& observe) {
 template <class Trainer>
 void update_weights(Trainer& t, bool diagnose) {
   auto& a = t.a;
-  const auto* gradients = t.net.gradients();
   size_t samples = t.o.batch * t.o.accumulate;
-  gradient_norm(t.device, a.clock, a.partial, gradients, a.chunks, t.chunk_count,
+  gradient_norm(t.device, a.clock, a.partial, a.gradients, a.chunks, a.chunk_count,
                 t.o.optimizer.clip);
   if (diagnose) t.diagnose_gradients();
   t.look_for_spike();
-  adamw(t.device, a.master, a.m, a.v, a.average, gradients, a.clock, a.chunks, t.chunk_count,
-        t.o.optimizer, dither(t, streams::moment_rounding), dither(t, streams::average_rounding));
+  AdamW::update<decltype(a.master)>(t.device, a, t.o.optimizer);
   t.copy_spike();
   end_step(t.device, a.clock, a.history, a.step_losses, samples);
 }
@@ -619,24 +636,24 @@ Diagnostics<Real> chosen_diagnostics(const TrainOptions& o) {
 
 // The arrays of a run besides the network's.
 template <class Real, class Kept>
-struct TrainArrays {
+struct TrainArrays : Moved<AdamW, Master<Real, Kept>, Kept> {
+  using Base = Moved<AdamW, Master<Real, Kept>, Kept>;
+  using Base::master, Base::slots, Base::average, Base::clock, Base::chunks, Base::chunk_count;
   using Acc = AccOf<Real>;
-  Master<Real, Kept> master;  // as the weights, like m, v and average
-  Kept *m, *v;
-  Acc* average;
-  Real* average_rounded;  // what the network evaluates with; the same where T is Acc
-  Chunk* chunks;
+  Real* average_rounded;  // what the network evaluates with; the average where T is Acc
   double* partial;
   Acc *target, *losses, *step_losses;  // (B, C, H, W), (B), (accumulate * B)
-  Clock* clock;
   Record* history;
 
-  void lay_optimizer(Carver& c, size_t parameters, size_t chunk_count, bool averages) {
-    if (!std::is_same_v<Real, Acc>)
-      master.own = c.take<std::remove_pointer_t<decltype(master.own)>>(parameters);
-    m = c.take<Kept>(parameters), v = c.take<Kept>(parameters);
-    average = averages ? c.take<Acc>(parameters) : nullptr;
-    average_rounded = averages && !std::is_same_v<Real, Acc> ? c.take<Real>(parameters) : nullptr;
+  void lay_optimizer(Carver& c, const Table& table, bool averages) {
+    auto take = [&](auto*& array) {
+      array = c.take<std::remove_pointer_t<std::remove_reference_t<decltype(array)>>>(table.size);
+    };
+    if (!std::is_same_v<Real, Acc>) take(master.own);
+    for (Kept*& slot : slots) take(slot);
+    if (averages) take(average);
+    if (averages && !std::is_same_v<Real, Acc>) take(average_rounded);
+    chunk_count = chunks_of(table).size();
     chunks = c.take<Chunk>(chunk_count), partial = c.take<double>(chunk_count);
     clock = c.take<Clock>(1), history = c.take<Record>(records);
   }
@@ -672,7 +689,7 @@ inline void upload_data(const Device& device, const DeviceData& to, const Datase
 // All that a run takes besides the network.
 template <class Real, class Kept>
 struct RunArrays {
-  TrainArrays<Real, Kept> a;
+  TrainArrays<Real, Kept> a = {};
   DeviceData train, held_out;
   Sampler<Real> sampler;
   Diagnostics<Real> diagnostics;
@@ -684,8 +701,8 @@ struct RunArrays {
   template <class F>
   void each_slab(const TrainOptions& o, const Table& table, DataSizes data, const F& slab) {
     const Config& m = o.model;
-    size_t chunks = count_chunks(table);
-    slab("optimizer", [&](Carver& c) { a.lay_optimizer(c, table.size, chunks, o.ema > 0); });
+    size_t chunks = chunks_of(table).size();
+    slab("optimizer", [&](Carver& c) { a.lay_optimizer(c, table, o.ema > 0); });
     slab("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
     if (o.observes())
       slab("diagnostics", [&](Carver& c) {
@@ -906,7 +923,6 @@ class Trainer : public RunArrays<Real, Kept> {
   const TrainOptions o;
   Device& device;
   Network<Real, Kept> net;
-  size_t chunk_count;
   uint64_t step = 0;  // steps done
   uint64_t data_hash, validated_hash;
   bool words;  // are captions words, or numbers of a file?
@@ -919,17 +935,18 @@ class Trainer : public RunArrays<Real, Kept> {
         data_hash(hash_data(data)),
         words(!data.names.empty()) {
     std::vector<Chunk> chunks = chunks_of(net.table);
-    chunk_count = chunks.size();
     size_t V = std::min(o.val_images, validation.images);
     this->each_slab(o, net.table, {data.images, V, data.captions},
                     [&](const char*, const auto& lay) { slabs_.add(device, lay, 0); });
-    a.master.weights = net.weights();
+    a.master.weights = net.weights(), a.gradients = net.gradients();
+    a.dither = ::dither(*this, streams::moment_rounding);
+    a.average_dither = ::dither(*this, streams::average_rounding);
     if constexpr (!mixed) a.master.own = net.weights(), a.average_rounded = a.average;
     upload_data(device, train, data);
     Dataset validated_on = every_nth(validation, V);
     validated_hash = hash_data(validated_on);
     upload_data(device, held_out, validated_on);
-    device.upload(a.chunks, chunks.data(), chunk_count * sizeof(Chunk));
+    device.upload(a.chunks, chunks.data(), chunks.size() * sizeof(Chunk));
     initialise(device, net.table, a.master, a.average, o.seed);
     set_step(0);
   }
@@ -975,9 +992,9 @@ class Trainer : public RunArrays<Real, Kept> {
   }
   void copy_spike() {
     if (o.spike_factor > 0)
-      ::copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks, chunk_count,
-                   a.step_losses, o.batch * o.accumulate, net.arrays.dvelocity, o.batch,
-                   o.model.pixels());
+      ::copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks,
+                   a.chunk_count, a.step_losses, o.batch * o.accumulate, net.arrays.dvelocity,
+                   o.batch, o.model.pixels());
   }
 
   // What steps [first, step) recorded; at most `records` back.
@@ -1078,21 +1095,24 @@ class Trainer : public RunArrays<Real, Kept> {
 
   // The norm of each parameter's gradient, from its chunks' squares, and what is not finite.
   void read_gradients(Spike& s, const EventArrays& e) {
-    std::vector<double> squares(chunk_count);
-    std::vector<uint32_t> gradients(chunk_count), weights(chunk_count);
-    device.download(squares.data(), e.squares, chunk_count * sizeof(double));
-    device.download(gradients.data(), e.bad_gradients, chunk_count * sizeof(uint32_t));
-    device.download(weights.data(), e.bad_weights, chunk_count * sizeof(uint32_t));
-    std::vector<Chunk> chunks = chunks_of(net.table);
+    std::vector<double> squares(a.chunk_count);
+    std::vector<uint32_t> gradients(a.chunk_count), weights(a.chunk_count);
+    device.download(squares.data(), e.squares, a.chunk_count * sizeof(double));
+    device.download(gradients.data(), e.bad_gradients, a.chunk_count * sizeof(uint32_t));
+    device.download(weights.data(), e.bad_weights, a.chunk_count * sizeof(uint32_t));
+    const auto& parameters = net.table.parameters;
+    std::vector<double> sums(parameters.size());
+    std::vector<bool> bad_gradients(parameters.size()), bad_weights(parameters.size());
     size_t k = 0;
-    for (const Parameter& p : net.table.parameters) {
-      double sum = 0;
-      size_t bad_gradients = 0, bad_weights = 0;
-      for (; k < chunk_count && chunks[k].begin < p.offset + p.count(); ++k)
-        sum += squares[k], bad_gradients += gradients[k], bad_weights += weights[k];
-      s.gradients.push_back({p.name, std::sqrt(sum)});
-      if (bad_gradients) s.bad_gradients.push_back(p.name);
-      if (bad_weights) s.bad_weights.push_back(p.name);
+    for (const Chunk& chunk : chunks_of(net.table)) {
+      sums[chunk.parameter] += squares[k];
+      if (gradients[k]) bad_gradients[chunk.parameter] = true;
+      if (weights[k++]) bad_weights[chunk.parameter] = true;
+    }
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      s.gradients.push_back({parameters[i].name, std::sqrt(sums[i])});
+      if (bad_gradients[i]) s.bad_gradients.push_back(parameters[i].name);
+      if (bad_weights[i]) s.bad_weights.push_back(parameters[i].name);
     }
   }
 
@@ -1167,13 +1187,6 @@ inline std::string described(const SafetensorsReader& file, const std::string& p
   return at->second;
 }
 
-inline Metadata describe_optimizer(const Optimizer& o) {
-  return {{"lr", exact(o.lr)},       {"warmup", std::to_string(o.warmup)},
-          {"decay", exact(o.decay)}, {"clip", exact(o.clip)},
-          {"beta1", exact(o.beta1)}, {"beta2", exact(o.beta2)},
-          {"eps", exact(o.eps)}};
-}
-
 // Call f with the slabs that a resumed run needs. (Wide types first, as files like it.)
 template <class Real, class Kept, class F>
 void with_state(Trainer<Real, Kept>& t, const F& f) {
@@ -1181,7 +1194,9 @@ void with_state(Trainer<Real, Kept>& t, const F& f) {
   Stored average{"ema.", a.average};
   Stored own{t.lean ? "rest." : "master.", a.master.own};
   Stored weights{"weights.", t.lean ? a.master.weights : nullptr};
-  f(average, own, weights, Stored{"m.", a.m}, Stored{"v.", a.v});
+  std::array<Stored<Kept>, AdamW::slots.size()> slots;
+  for (size_t i = 0; i < slots.size(); ++i) slots[i] = {AdamW::slots[i], a.slots[i]};
+  std::apply([&](auto&... slot) { f(average, own, weights, slot...); }, slots);
 }
 
 // Write DIR/state.safetensors (unless only weights are wanted), weights.safetensors and
@@ -1192,7 +1207,7 @@ void save_run(Trainer<Real, Kept>& t) {
   Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
   about["step"] = state["step"] = std::to_string(t.step);
   about["captions"] = t.words ? "words" : "file";
-  for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) state[key] = value;
+  Optimizer::each(t.o.optimizer, [&](auto s) { state[s.name] = exact(s.value); });
   // State first: a kill in between leaves old weights, which the resumed run writes anew.
   if (t.o.save == "all")
     with_state(t, [&](auto... slabs) {
@@ -1247,10 +1262,13 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
       std::printf("note: %s was %s and goes on as %s\n", name.c_str(), typed(was).c_str(),
                   typed(now).c_str());
   };
-  for (const auto& [key, value] : describe_optimizer(o.optimizer))
-    note(key == "decay" ? "weight-decay" : key, described(file, path, key), value);
+  std::set<std::string> settings;
+  Optimizer::each(o.optimizer, [&](auto s) {
+    note(s.flag, described(file, path, s.name), exact(s.value));
+    settings.insert(s.flag);
+  });
   for (const Change& c : o.changes)
-    if (!file.metadata().count(swapped(c.name, '-', '_')) && c.name != "weight-decay")
+    if (!settings.count(c.name) && !file.metadata().count(swapped(c.name, '-', '_')))
       note(c.name, c.was, c.now);
 }
 

@@ -20,6 +20,7 @@ inline std::string exact(double x) {
   std::snprintf(text, sizeof text, "%.17g", x);
   return text;
 }
+inline std::string exact(size_t x) { return std::to_string(x); }
 
 // What a file says about the network in it.
 inline Metadata describe(const Config& c, double time_shift) {

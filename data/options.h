@@ -18,9 +18,33 @@
 // ---------------------------------------------------------------------------------------------
 // 1. The options of each subcommand
 
+// A number that an optimiser is set to: by which name in a state, by which flag, what the flag is
+// for (null: there is none), and what it must be.
+template <class Number>
+struct Setting {
+  const char *name, *flag, *about;
+  Number& value;
+  bool good = true;
+  const char* must = "";
+};
+template <class Number, class... Rest>
+Setting(const char*, const char*, const char*, Number&, Rest...) -> Setting<Number>;
+
 struct Optimizer {
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, decay = 0.1, clip = 1;
   size_t warmup = 100;
+
+  // f(setting) for each: flags, limits, and what a state says follow from this list.
+  template <class Self, class F>
+  static void each(Self& o, const F& f) {
+    const char *none = nullptr, *not_negative = "must be at least 0";
+    f(Setting{"lr", "lr", "learning rate after warm-up", o.lr, o.lr > 0, "must be positive"});
+    f(Setting{"warmup", "warmup", "steps of warm-up", o.warmup});
+    f(Setting{"decay", "weight-decay", "of matrices", o.decay, o.decay >= 0, not_negative});
+    f(Setting{"clip", "clip", "largest gradient norm; 0: none", o.clip, o.clip >= 0, not_negative});
+    f(Setting{"beta1", "beta1", none, o.beta1}), f(Setting{"beta2", "beta2", none, o.beta2});
+    f(Setting{"eps", "eps", none, o.eps});
+  }
 };
 
 constexpr size_t automatic = SIZE_MAX;  // --recompute: the memory decides
@@ -135,7 +159,6 @@ constexpr size_t longest_log_every = 924;  // the norms of more steps are not ke
 // Fails unless they are in range. (Numbers that are given are finite.)
 inline void check_options(const TrainOptions& o) {
   o.model.check();
-  const Optimizer& a = o.optimizer;
   struct {
     bool good;
     const char* what;
@@ -148,15 +171,15 @@ inline void check_options(const TrainOptions& o) {
       {o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1"},
       {o.memory >= 0, "--memory must be at least 0"},
       {o.time_shift > 0, "--time-shift must be positive"},
-      {a.lr > 0, "--lr must be positive"},
-      {a.decay >= 0, "--weight-decay must be at least 0"},
-      {a.clip >= 0, "--clip must be at least 0"},
       {o.val_images >= 1, "--val-images must be at least 1"},
       {o.diagnose_samples >= 1, "--diagnose-samples must be at least 1"},
       {o.spike_factor == 0 || o.spike_factor > 1, "--spike-factor must be 0 (off) or above 1"},
   };
   for (const auto& rule : rules)
     if (!rule.good) fail("%s", rule.what);
+  Optimizer::each(o.optimizer, [](auto s) {
+    if (!s.good) fail("--%s %s", s.flag, s.must);
+  });
   chosen_layers(o);
 }
 
@@ -659,10 +682,9 @@ inline void add_train_options(Subcommand& sub, TrainOptions& o) {
   sub.add("batch", o.batch, "images of a forward pass");
   sub.add("accumulate", o.accumulate, "passes of a step");
   sub.add("steps", o.steps, "steps, from the start of the run");
-  sub.add("lr", o.optimizer.lr, "learning rate after warm-up");
-  sub.add("warmup", o.optimizer.warmup, "steps of warm-up");
-  sub.add("weight-decay", o.optimizer.decay, "of matrices");
-  sub.add("clip", o.optimizer.clip, "largest gradient norm; 0: none");
+  Optimizer::each(o.optimizer, [&](auto s) {
+    if (s.about) sub.add(s.flag, s.value, s.about);
+  });
   sub.add_or_auto(
       "recompute", o.recompute,
       "0: keep all activations; k: a checkpoint every k blocks; auto: as memory allows");

@@ -255,24 +255,24 @@ template <class G>
 void optimizer(Device& device, const char* name) {
   Table table;
   table.parameters = {{"w", {size_t(1) << 28}, Init::uniform, 0.05, 0}};
-  size_t n = table.size = size_t(1) << 28, count = count_chunks(table);
+  size_t n = table.size = size_t(1) << 28, count = chunks_of(table).size();
   std::vector<Chunk> chunks = chunks_of(table);
-  TrainArrays<Real, G> a;
+  TrainArrays<Real, G> a = {};
   Carver counter;
-  a.lay_optimizer(counter, n, count, false);
+  a.lay_optimizer(counter, table, false);
   Slab slab(device, counter.used, 0), weights(device, n * sizeof(Real)), g(device, n * sizeof(G));
   Carver carver{slab.data};
-  a.lay_optimizer(carver, n, count, false);
+  a.lay_optimizer(carver, table, false);
   a.master.weights = reinterpret_cast<Real*>(weights.data);
   device.upload(a.chunks, chunks.data(), count * sizeof(Chunk));
   initialise(device, table, a.master, nullptr, 1);
-  const G* gradient = random_array<G>(g, n, 3, 1e-3);
+  a.gradients = random_array<G>(g, n, 3, 1e-3);
+  a.dither = {1, streams::moment_rounding, &a.clock->pass};
   Optimizer o;
   double s = seconds(device, [&](int) {
     begin_step(device, a.clock, o, 0);
-    gradient_norm(device, a.clock, a.partial, gradient, a.chunks, count, o.clip);
-    adamw(device, a.master, a.m, a.v, nullptr, gradient, a.clock, a.chunks, count, o,
-          {1, streams::moment_rounding, &a.clock->pass}, {});
+    gradient_norm(device, a.clock, a.partial, a.gradients, a.chunks, count, o.clip);
+    AdamW::update<decltype(a.master)>(device, a, o);
   });
   // Read: the gradient twice, m, v, the master (which lean holds the weight). Written: all but g.
   double own = sizeof(*a.master.own),

@@ -334,12 +334,14 @@ TEST(AdamW, ChunksCoverEachParameterOnce) {
       std::string end = p.name.substr(p.name.rfind('.') + 1);
       for (size_t i = 0; i < p.count(); ++i) matrix[p.offset + i] = end == "weight";
     }
-    EXPECT_EQ(chunks_of(table).size(), count_chunks(table));
-    for (const Chunk& chunk : chunks_of(table))
+    for (const Chunk& chunk : chunks_of(table)) {
+      const Parameter& p = table.parameters.at(chunk.parameter);
+      EXPECT_TRUE(chunk.begin >= p.offset && chunk.begin + chunk.count <= p.offset + p.count());
       for (size_t i = chunk.begin; i < chunk.begin + chunk.count; ++i) {
         ++covered.at(i);
         ASSERT_EQ(chunk.decays, matrix[i] == 1) << residual.name << " element " << i;
       }
+    }
     for (size_t i = 0; i < table.size; ++i) ASSERT_EQ(covered[i], matrix[i] >= 0) << i;
   }
 }
@@ -404,6 +406,9 @@ Table two_parameters() {
   table.size = 18080;
   return table;
 }
+
+template <class Real, class Kept>
+using MovedBy = Moved<AdamW, Master<Real, Kept>, Kept>;
 
 struct PlainAdam {
   std::vector<long double> w, m, v, average;
@@ -473,7 +478,7 @@ void check_adamw(Device& device, double clip) {
   G *dm = put(device, m, zeros), *dv = put(device, v, zeros);
   Acc* average = put(device, e, start);
   const Acc* losses = put(device, lo, std::vector<Acc>{1, 2, 3, 6});
-  const Chunk* dchunks = put(device, ch, chunks);
+  Chunk* dchunks = put(device, ch, chunks);
   Clock* clock = put(device, cl, std::vector<Clock>(1));
   Record* history = reinterpret_cast<Record*>(hi.data);
   for (int s = 1; s <= 20; ++s) {
@@ -485,9 +490,17 @@ void check_adamw(Device& device, double clip) {
     const G* dg = put(device, g, gradient);
     begin_step(device, clock, o, ema);
     gradient_norm(device, clock, reinterpret_cast<double*>(pa.data), dg, dchunks, count, o.clip);
-    adamw(device, master, dm, dv, average, dg, clock, dchunks, count, o,
-          {1, streams::moment_rounding, &clock->step},
-          {1, streams::average_rounding, &clock->step});
+    AdamW::update(device,
+                  MovedBy<Real, G>{master,
+                                   {dm, dv},
+                                   average,
+                                   dg,
+                                   clock,
+                                   dchunks,
+                                   count,
+                                   {1, streams::moment_rounding, &clock->step},
+                                   {1, streams::average_rounding, &clock->step}},
+                  o);
     end_step(device, clock, history, losses, 4);
     double norm = plain.step(table, {gradient.begin(), gradient.end()}, s, o, ema);
     Record r = from(device, history, records)[size_t(s - 1)];
@@ -537,7 +550,7 @@ TEST(AdamW, TheAverageDoesNotFreeze) {
         e(*device, n * 4), ch(*device, chunks.size() * sizeof(Chunk)), cl(*device, sizeof(Clock));
     float *weights = put(*device, w, above), *average = put(*device, e, ones);
     float *dm = put(*device, m, zeros), *dv = put(*device, v, zeros), *dg = put(*device, g, zeros);
-    const Chunk* dchunks = put(*device, ch, chunks);
+    Chunk* dchunks = put(*device, ch, chunks);
     Clock late{};
     late.step = 10'000'000;
     Clock* clock = put(*device, cl, std::vector<Clock>{late});
@@ -547,8 +560,17 @@ TEST(AdamW, TheAverageDoesNotFreeze) {
     constexpr int count = 2000;
     for (int s = 0; s < count; ++s) {
       begin_step(*device, clock, o, ema);
-      adamw(*device, Master<float, float>{weights, weights}, dm, dv, average, dg, clock, dchunks,
-            chunks.size(), o, {}, {1, streams::average_rounding, &clock->pass});
+      AdamW::update(*device,
+                    MovedBy<float, float>{{weights, weights},
+                                          {dm, dv},
+                                          average,
+                                          dg,
+                                          clock,
+                                          dchunks,
+                                          chunks.size(),
+                                          {},
+                                          {1, streams::average_rounding, &clock->pass}},
+                    o);
       next_pass(*device, &clock->pass);
     }
     double want = 1e-3 * (1 - std::pow(ema, count)), mean = 0;
@@ -676,8 +698,17 @@ TEST(Lean, SecondMomentsMoveWhereNearestRoundingFreezesThem) {
       Optimizer o;
       double exact = 1;
       for (size_t s = 0; s < steps; ++s) {
-        adamw(*device, master, reinterpret_cast<bf16*>(m.data), dv, nullptr, dg, clock, dchunks, 1,
-              o, {1, streams::moment_rounding, &clock->pass}, {});
+        AdamW::update(*device,
+                      MovedBy<bf16, bf16>{master,
+                                          {reinterpret_cast<bf16*>(m.data), dv},
+                                          nullptr,
+                                          dg,
+                                          clock,
+                                          dchunks,
+                                          1,
+                                          {1, streams::moment_rounding, &clock->pass},
+                                          {}},
+                      o);
         next_pass(*device, &clock->pass);
         float square = float(root) * float(root);
         nearest = bf16(0.999f * float(nearest) + 0.001f * square);
@@ -769,8 +800,17 @@ TEST(Statement, AppJ_ClippingKeepsTheRatio) {
     gradient_norm(*device, clock, reinterpret_cast<double*>(pa.data), gradient, dchunks,
                   chunks.size(), o.clip);
     Master<double, double> master{put(*device, ws, g), put(*device, xs, g)};
-    adamw(*device, master, m, put(*device, vs, zeros), nullptr, gradient, clock, dchunks,
-          chunks.size(), o, {}, {});
+    AdamW::update(*device,
+                  MovedBy<double, double>{master,
+                                          {m, put(*device, vs, zeros)},
+                                          nullptr,
+                                          gradient,
+                                          clock,
+                                          dchunks,
+                                          chunks.size(),
+                                          {},
+                                          {}},
+                  o);
     EXPECT_LT(from(*device, clock, 1)[0].clip_scale, 1e-3);
     auto ratio = [](const std::vector<double>& x) {
       return norm(rows_of({2, 960, x}, 0, 1)) / norm(rows_of({2, 960, x}, 1, 1));
