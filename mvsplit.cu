@@ -192,16 +192,24 @@ HD Acc inverse_rms(Acc sum_of_squares, size_t D, Acc eps) {
   return rsqrt_(sum_of_squares / Acc(D) + eps);
 }
 
-// Y = r X by rows; r (B, n) is kept for the backward. X is (B, n, D) packed; Y's sequences are
-// y_stride elements apart, so that image and text tokens land in their places of one (B, T, D)
-// array.
+// (B, n, D) rows, packed; in another array their sequences are `stride` elements apart, so that
+// image and text tokens have their places in one (B, T, D) array.
+struct Packed {
+  size_t batch, n, D, stride;
+
+  HD size_t rows() const { return batch * n; }
+  HD size_t apart(size_t row) const { return row / n * stride + row % n * D; }
+};
+
+// Y = r X by rows, X packed and Y apart; r (B, n) is kept for the backward.
 template <class Real>
-void rmsnorm_forward(const Device& device, Real* Y, AccOf<Real>* r, const Real* X, size_t batch,
-                     size_t n, size_t D, size_t y_stride, double eps) {
+void rmsnorm_forward(const Device& device, Real* Y, AccOf<Real>* r, const Real* X, Packed shape,
+                     double eps) {
   using Acc = AccOf<Real>;
-  for_each_team(device, batch * n, threads_for_row(D), [=] HD(Team team) {
+  size_t D = shape.D;
+  for_each_team(device, shape.rows(), threads_for_row(D), [=] HD(Team team) {
     const Real* x = X + team.index * D;
-    Real* y = Y + team.index / n * y_stride + team.index % n * D;
+    Real* y = Y + shape.apart(team.index);
     Acc squares = 0;
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
       Quad<Acc> v = load<Acc>(x + d);
@@ -214,14 +222,15 @@ void rmsnorm_forward(const Device& device, Real* Y, AccOf<Real>* r, const Real* 
   });
 }
 
-// dX (=) from dY by (Delta); X, r, dX (B, n, D) packed, dY strided as Y above.
+// dX (=) from dY by (Delta); X, dX packed, dY apart as Y above.
 template <class Real>
 void rmsnorm_backward(const Device& device, Real* dX, const Real* dY, const Real* X,
-                      const AccOf<Real>* r, size_t batch, size_t n, size_t D, size_t y_stride) {
+                      const AccOf<Real>* r, Packed shape) {
   using Acc = AccOf<Real>;
-  for_each_team(device, batch * n, threads_for_row(D), [=] HD(Team team) {
+  size_t D = shape.D;
+  for_each_team(device, shape.rows(), threads_for_row(D), [=] HD(Team team) {
     const Real* x = X + team.index * D;
-    const Real* g = dY + team.index / n * y_stride + team.index % n * D;
+    const Real* g = dY + shape.apart(team.index);
     Acc scale = r[team.index], gx = 0;
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size)
       gx += dot(load<Acc>(g + d), load<Acc>(x + d));
@@ -787,6 +796,13 @@ constexpr Merge merge_of{Merges::index_of<M>()};
 // The formulas are those above: those of 4 and (Delta').
 
 #ifdef __CUDACC__
+// Where a launch's blocks leave their sums, how many there are to a sequence, and the first of them.
+struct Meeting {
+  float* place;
+  int blocks;
+  size_t first;
+};
+
 // Where a line is, two to a block. A sequence's lines come one after the other, first those of the
 // image, then those of the text, and share the rows of their segment evenly. What a line reads is a
 // window of `held` rows, some of which may be others': so the addresses differ by constants, and no
@@ -806,10 +822,10 @@ struct HeldLine {
     return ceil_div(size_t(lines(tokens.image) + lines(tokens.text)), 2);
   }
 
-  __device__ HeldLine(Tokens tokens, size_t first_sequence, int blocks) {
-    size_t sequence = first_sequence + blockIdx.x / unsigned(blocks);
+  __device__ HeldLine(Tokens tokens, Meeting meeting) {
+    size_t sequence = meeting.first + blockIdx.x / unsigned(meeting.blocks);
     place = int(threadIdx.x) / columns, d = 4 * (int(threadIdx.x) % columns);
-    number = 2 * (int(blockIdx.x) % blocks) + place;
+    number = 2 * (int(blockIdx.x) % meeting.blocks) + place;
     int image = lines(tokens.image), text = lines(tokens.text), kind = number < image ? 0 : 1;
     first = kind ? image : 0, end = kind ? image + text : image;
     int count = int(tokens.count(size_t(kind)));
@@ -859,9 +875,10 @@ struct RowNumbers {
 
 // The sums of all lines of this line's segment. The kernel's blocks meet here.
 template <class L>
-__device__ Pair<Quad<float>> meet(const L& line, Pair<Quad<float>> own, float* place, int blocks) {
+__device__ Pair<Quad<float>> meet(const L& line, Pair<Quad<float>> own, Meeting meeting) {
   constexpr int D = 4 * L::columns;
-  float* sums = place + blockIdx.x / unsigned(blocks) * size_t(4 * blocks * D);
+  unsigned sequence = blockIdx.x / unsigned(meeting.blocks);
+  float* sums = meeting.place + sequence * size_t(4 * meeting.blocks * D);
   auto of = [&](int number) { return sums + number * 2 * D + line.d; };
   store(of(line.number), own.a), store(of(line.number) + D, own.b);
   cooperative_groups::this_grid().sync();
@@ -929,12 +946,11 @@ struct Held {
 template <class M, int D, int held>
 __global__ void __launch_bounds__(D / 2, 1)
     merge_forward_kernel(bf16* X_next, MergeSaved<float> saved, const bf16* X, const bf16* F,
-                         Gates<const bf16> gates, Tokens tokens, float eps, float* place,
-                         int blocks, size_t first_sequence) {
+                         Gates<const bf16> gates, Tokens tokens, float eps, Meeting meeting) {
   using L = HeldLine<D, held>;
   extern __shared__ uint2 in_shared[];
   __shared__ RowNumbers<D, held> r;
-  L line(tokens, first_sequence, blocks);
+  L line(tokens, meeting);
   Held<L, held> rows{{}, in_shared + threadIdx.x};
   rows.load(X + line.at(), F + line.at());
   Pair<Quad<float>> sum = {};
@@ -945,7 +961,7 @@ __global__ void __launch_bounds__(D / 2, 1)
     if (line.has(k)) sum = sum + terms;
   }
   Gains<float> gains = gains_at<M>(gates, size_t(line.d));
-  sum = meet(line, sum, place, blocks);
+  sum = meet(line, sum, meeting);
   float scale = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1));
   Quad<float> xbar = scale * sum.a, fbar = scale * sum.b;
   if (line.number == line.first) {
@@ -977,22 +993,20 @@ __global__ void __launch_bounds__(D / 2, 1)
 // the sums are made, from the L2 cache, where it was asked for at the beginning.
 template <class M, int D, int held>
 __global__ void __launch_bounds__(D / 2, 1)
-    merge_backward_kernel(bf16* dX, bf16* dF, MergeScratch<float> scratch, const bf16* G,
-                          const bf16* X_next, const bf16* F, Gates<const bf16> gates,
-                          MergeSaved<float> saved, Tokens tokens, float* place, int blocks,
-                          size_t first_sequence) {
+    merge_backward_kernel(bf16* dX, bf16* dF, MergeScratch<float> scratch,
+                          MergeBackwardInputs<bf16> in, Tokens tokens, Meeting meeting) {
   using L = HeldLine<D, held>;
   extern __shared__ uint2 in_shared[];
   __shared__ RowNumbers<D, held> h;
   __shared__ float r[2][held];
-  L line(tokens, first_sequence, blocks);
+  L line(tokens, meeting);
   Held<L, held> rows{{}, in_shared + threadIdx.x};
-  rows.load(G + line.at(), X_next + line.at());
+  rows.load(in.G + line.at(), in.X_next + line.at());
   for (int k = line.d / 4; k < held; k += L::columns) {
-    r[line.place][k] = saved.r[line.row(k)];
+    r[line.place][k] = in.saved.r[line.row(k)];
     UNROLL
     for (int i = 0; i < D; i += 64)  // 128 bytes
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(F + line.row(k) * D + i));
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(in.F + line.row(k) * D + i));
   }
   UNROLL
   for (int k = 0; k < held; k += 4) {
@@ -1003,26 +1017,27 @@ __global__ void __launch_bounds__(D / 2, 1)
     h.add(line, k, products);
   }
   h.finish(line, [&](int, float product) { return product / float(D); });
-  Quad<float> fbar = load<float>(saved.fbar + line.segment * D + size_t(line.d));
+  Quad<float> fbar = load<float>(in.saved.fbar + line.segment * D + size_t(line.d));
   Pair<Quad<float>> sum = {};
   UNROLL
   for (int k = 0; k < held; k += 4) {
     uint2 f[4];
     UNROLL
-    for (int i = 0; i < 4; ++i) f[i] = *reinterpret_cast<const uint2*>(F + line.at() + (k + i) * D);
+    for (int i = 0; i < 4; ++i)
+      f[i] = *reinterpret_cast<const uint2*>(in.F + line.at() + (k + i) * D);
     UNROLL
     for (int i = 0; i < 4; ++i) {
       Quad<float> dZ =
           r[line.place][k + i] *
           (rows.first(k + i) - h.value[line.place][k + i] * rows.second(k + i));  // (Delta')
-      Joined<float> in = {{}, rows.floats(f[i]), {}, fbar};
-      Pair<Quad<float>> terms = {dZ, dZ * M::token_factor(in)};
+      Joined<float> joined = {{}, rows.floats(f[i]), {}, fbar};
+      Pair<Quad<float>> terms = {dZ, dZ * M::token_factor(joined)};
       if (line.has(k + i)) sum = sum + terms;
       rows.put(k + i, dZ);
     }
   }
-  Gains<float> gains = gains_at<M>(gates, size_t(line.d));
-  sum = meet(line, sum, place, blocks);
+  Gains<float> gains = gains_at<M>(in.gates, size_t(line.d));
+  sum = meet(line, sum, meeting);
   Quad<float> dZbar = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1)) * sum.a;
   if (line.number == line.first) {
     store(scratch.dZbar + line.segment * D + size_t(line.d), dZbar);
@@ -1068,7 +1083,7 @@ bool launch_held(const Device& device, void (*kernel)(Parameters...), Tokens tok
   if (at_once == 0 || tokens.rows() < size_t(held)) return false;
   for (size_t first = 0; first < tokens.batch; first += at_once)
     launch(device, kernel, unsigned(std::min(at_once, tokens.batch - first) * blocks), true,
-           L::threads, shared, arguments..., device.meeting_place(), int(blocks), first);
+           L::threads, shared, arguments..., Meeting{device.meeting_place(), int(blocks), first});
   return true;
 }
 #endif
@@ -1101,7 +1116,7 @@ bool fused_merge_backward(const Device& device, Real* dX, Real* dF,
           constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
           return launch_held<HeldLine<columns, rows>>(
               device, merge_backward_kernel<decltype(m), columns, rows>, shape.tokens, rows, dX, dF,
-              scratch, in.G, in.X_next, in.F, in.gates, in.saved, shape.tokens);
+              scratch, in, shape.tokens);
         });
 #endif
   (void)device, (void)dX, (void)dF, (void)scratch, (void)in, (void)shape;

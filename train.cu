@@ -43,22 +43,29 @@ struct Draw {
   uint64_t noise;
 };
 
-// Fill z, target (b, C, H, W) and text (b, L, d_text) from draw(i), i < b.
+// A batch: z, target (b, C, H, W) and text (b, L, d_text).
+template <class Real>
+struct Batch {
+  AccOf<Real>*z, *target;
+  Real* text;
+  size_t b;
+};
+
+// Fill a batch from draw(i), i < b.
 template <class Real, class Pick>
-void noisy_batch(const Device& device, AccOf<Real>* z, AccOf<Real>* target, Real* text,
-                 DeviceData data, size_t b, uint64_t seed, uint64_t noise_stream,
-                 const Pick& draw) {
+void noisy_batch(const Device& device, Batch<Real> batch, DeviceData data, uint64_t seed,
+                 uint64_t noise_stream, const Pick& draw) {
   using Acc = AccOf<Real>;
-  size_t n = data.pixels_per_image, l = data.text_per_caption;
+  size_t n = data.pixels_per_image, l = data.text_per_caption, b = batch.b;
   for_each(device, b * n, [=] HD(size_t i) {
     Draw d = draw(i / n);
     double x0 = data.pixels[d.image * n + i % n];
     double x1 = gaussian(seed, noise_stream, d.noise * n + i % n);
-    z[i] = Acc((1 - d.t) * x0 + d.t * x1);
-    target[i] = Acc(x0 - x1);
+    batch.z[i] = Acc((1 - d.t) * x0 + d.t * x1);
+    batch.target[i] = Acc(x0 - x1);
   });
   for_each(device, b * l,
-           [=] HD(size_t i) { text[i] = Real(data.text[draw(i / l).caption * l + i % l]); });
+           [=] HD(size_t i) { batch.text[i] = Real(data.text[draw(i / l).caption * l + i % l]); });
 }
 
 // Each sample's mean squared error, losses (b), and dvelocity (b, C, H, W) = 2 scale (v - target),
@@ -93,8 +100,8 @@ void draw_training_batch(Network<Real, Kept>& net, RunArrays a, DeviceData data,
     return Draw{image, drop ? data.captions : size_t(data.caption[image]),
                 shift_time(uniform(seed, streams::time, n), shift), n};
   };
-  noisy_batch(net.device, net.arrays.z, a.target, net.arrays.text, data, o.batch, seed,
-              streams::noise, draw);
+  Batch<Real> out{net.arrays.z, a.target, net.arrays.text, o.batch};
+  noisy_batch(net.device, out, data, seed, streams::noise, draw);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -352,21 +359,28 @@ void euler_step(const Device& device, AccOf<Real>* z, const AccOf<Real>* conditi
   });
 }
 
+// How many images are drawn, and how.
+struct Drawing {
+  size_t images, steps;
+  double guidance, shift;
+  uint64_t seed;
+};
+
 // Images (n, C, H, W) for captions (n, L, d_text), all on the host. Image i depends on seed and i
 // only.
 template <class Real, class Kept>
 std::vector<float> sample_images(Network<Real, Kept>& net, Sampler<Real> sampler,
                                  const std::vector<float>& text,
-                                 const std::vector<float>& empty_text, size_t n, size_t steps,
-                                 double guidance, double shift, uint64_t seed) {
+                                 const std::vector<float>& empty_text, Drawing o) {
   using Acc = AccOf<Real>;
   Device& device = net.device;
   Arrays<Real>& a = net.arrays;
   size_t pixels = net.config.pixels(), words = net.config.text_size();
   std::vector<float> images;
-  Progress progress("drawing " + std::to_string(n) + " samples", ceil_div(n, net.batch) * steps);
-  for (size_t first = 0; first < n; first += net.batch) {
-    size_t b = std::min(net.batch, n - first);
+  Progress progress("drawing " + std::to_string(o.images) + " samples",
+                    ceil_div(o.images, net.batch) * o.steps);
+  for (size_t first = 0; first < o.images; first += net.batch) {
+    size_t b = std::min(net.batch, o.images - first);
     std::vector<Real> conditional, empty;
     for (size_t i = 0; i < b * words; ++i) {
       conditional.push_back(Real(text[first * words + i]));
@@ -374,20 +388,20 @@ std::vector<float> sample_images(Network<Real, Kept>& net, Sampler<Real> sampler
     }
     device.upload(sampler.text, conditional.data(), b * words * sizeof(Real));
     device.upload(sampler.empty, empty.data(), b * words * sizeof(Real));
-    start_from_noise<Real>(device, a.z, b * pixels, seed, first * pixels);
-    for (size_t k = 0; k < steps; ++k) {
-      double t = shift_time(1 - double(k) / double(steps), shift);
-      double t_next = shift_time(1 - double(k + 1) / double(steps), shift);
+    start_from_noise<Real>(device, a.z, b * pixels, o.seed, first * pixels);
+    auto time = [&](size_t k) { return shift_time(1 - double(k) / double(o.steps), o.shift); };
+    for (size_t k = 0; k < o.steps; ++k) {
       device.copy(a.text, sampler.text, b * words * sizeof(Real));
       net.forward(b);
       const Acc* with_caption = a.velocity;
-      if (guidance != 1) {
+      if (o.guidance != 1) {
         device.copy(sampler.conditional, a.velocity, b * pixels * sizeof(Acc));
         with_caption = sampler.conditional;
         device.copy(a.text, sampler.empty, b * words * sizeof(Real));
         net.forward(b);
       }
-      euler_step<Real>(device, a.z, with_caption, a.velocity, b * pixels, t - t_next, guidance);
+      euler_step<Real>(device, a.z, with_caption, a.velocity, b * pixels, time(k) - time(k + 1),
+                       o.guidance);
       progress.advance(1);
     }
     std::vector<Acc> z(b * pixels);
@@ -588,31 +602,31 @@ inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
 }
 
 // At a spike, copy what the report needs. After the step, so that its weights are those looked at.
-template <class Real, class Kept>
-void copy_spike(const Device& device, SpikeArrays a, const double* partial, const Kept* gradients,
-                const Real* weights, const Chunk* chunks, size_t count, const AccOf<Real>* losses,
-                size_t samples, const AccOf<Real>* dvelocity, size_t b, size_t n) {
-  size_t teams = std::min<size_t>(count, 1024);
+// dvelocity (b, n) is the last pass's; `run` are the arrays of a run (C).
+template <class Acc, class RunArrays>
+void copy_spike(const Device& device, SpikeArrays a, RunArrays run, size_t samples,
+                const Acc* dvelocity, size_t b, size_t n) {
+  size_t count = run.chunk_count, teams = std::min<size_t>(count, 1024);
   for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
     const EventArrays& e = a.events[a.watch->place()];
     for (size_t k = team.index; k < count; k += teams) {
-      Chunk c = chunks[k];
+      Chunk c = run.chunks[k];
       double bad_gradients = 0, bad_weights = 0;
       for (size_t i = c.begin + team.rank; i < c.begin + c.count; i += team.size) {
-        bad_gradients += !(fabs(double(gradients[i])) <= 1.7e308);
-        bad_weights += !(fabs(double(weights[i])) <= 1.7e308);
+        bad_gradients += !(fabs(double(run.gradients[i])) <= 1.7e308);
+        bad_weights += !(fabs(double(run.master.weights[i])) <= 1.7e308);
       }
       bad_gradients = team.sum(bad_gradients), bad_weights = team.sum(bad_weights);
       if (team.rank != 0) continue;
-      e.squares[k] = partial[k];
+      e.squares[k] = run.partial[k];
       e.bad_gradients[k] = uint32_t(bad_gradients), e.bad_weights[k] = uint32_t(bad_weights);
     }
   });
   for_each_team(device, samples, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
     const EventArrays& e = a.events[a.watch->place()];
-    if (team.rank == 0) e.losses[team.index] = double(losses[team.index]);
+    if (team.rank == 0) e.losses[team.index] = double(run.step_losses[team.index]);
     if (team.index >= b) return;
     double sum = 0, squares = 0, largest = 0;
     for (size_t i = team.index * n + team.rank; i < (team.index + 1) * n; i += team.size) {
@@ -883,8 +897,8 @@ void draw_validation_batch(Network<Real, Kept>& net, TrainArrays<Real, Kept> a, 
     return Draw{n, size_t(data.caption[n]), t, n};
   };
   constexpr uint64_t fixed_seed = 1;  // every run is validated on the same noise
-  noisy_batch(net.device, net.arrays.z, a.target, net.arrays.text, data, b, fixed_seed,
-              streams::validation_noise, draw);
+  Batch<Real> out{net.arrays.z, a.target, net.arrays.text, b};
+  noisy_batch(net.device, out, data, fixed_seed, streams::validation_noise, draw);
 }
 
 // V images at an even stride: a folder's images are sorted by caption.
@@ -992,9 +1006,8 @@ class Trainer : public RunArrays<Real, Kept> {
   }
   void copy_spike() {
     if (o.spike_factor > 0)
-      ::copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks,
-                   a.chunk_count, a.step_losses, o.batch * o.accumulate, net.arrays.dvelocity,
-                   o.batch, o.model.pixels());
+      ::copy_spike(device, spikes, a, o.batch * o.accumulate, net.arrays.dvelocity, o.batch,
+                   o.model.pixels());
   }
 
   // What steps [first, step) recorded; at most `records` back.
@@ -1038,7 +1051,7 @@ class Trainer : public RunArrays<Real, Kept> {
   std::vector<float> samples(const std::vector<float>& text, const std::vector<float>& empty,
                              size_t n, size_t steps, double guidance) {
     return with_average([&] {
-      return sample_images(net, sampler, text, empty, n, steps, guidance, o.time_shift, o.seed);
+      return sample_images(net, sampler, text, empty, {n, steps, guidance, o.time_shift, o.seed});
     });
   }
 
@@ -1607,8 +1620,8 @@ class Run {
       text.insert(text.end(), data_.text.begin() + ptrdiff_t(i / columns * words),
                   data_.text.begin() + ptrdiff_t((i / columns + 1) * words));
     std::vector<float> images = trainer_.samples(text, data_.empty_text, rows * columns, 25, 2);
-    write_png_grid(o_.out + "/" + name, images.data(), rows, columns, m.channels, m.height,
-                   m.image_width, scale, captions);
+    write_png_grid(o_.out + "/" + name, images.data(),
+                   {rows, columns, m.channels, m.height, m.image_width, scale, captions});
     last_ = Time::now();
   }
 };
@@ -1775,8 +1788,8 @@ int sample(Device& device, const SampleOptions& o) {
   assumed.note(o.weights);
   size_t rows = o.prompts.size(), n = rows * o.columns, scale = grid_scale(m.height, m.image_width);
   // Better refused now than after the work.
-  if (!numbers)
-    grid_layout(o.out, rows, o.columns, m.channels, m.height, m.image_width, scale, prompts.names);
+  Grid grid{rows, o.columns, m.channels, m.height, m.image_width, scale, prompts.names};
+  if (!numbers) grid_layout(o.out, grid);
   SafeFile(o.out).abandon();
   std::vector<float> text;
   for (size_t i = 0; i < n; ++i) {
@@ -1791,8 +1804,8 @@ int sample(Device& device, const SampleOptions& o) {
   Slab slab(device, count.used);
   Carver carver{slab.data};
   sampler.lay(carver, m, net.batch);
-  std::vector<float> images =
-      sample_images(net, sampler, text, prompts.empty_text, n, o.steps, o.guidance, shift, o.seed);
+  std::vector<float> images = sample_images(net, sampler, text, prompts.empty_text,
+                                            {n, o.steps, o.guidance, shift, o.seed});
   for (float x : images)
     if (!std::isfinite(x)) fail("the samples hold NaN or infinity: are these trained weights?");
   if (numbers) {
@@ -1801,8 +1814,7 @@ int sample(Device& device, const SampleOptions& o) {
     out.write(images.data(), images.size());
     out.finish();
   } else {
-    write_png_grid(o.out, images.data(), rows, o.columns, m.channels, m.height, m.image_width,
-                   scale, prompts.names);
+    write_png_grid(o.out, images.data(), grid);
   }
   std::printf("%zu samples: %s\n", n, visible(o.out).c_str());
   return 0;
@@ -2132,8 +2144,8 @@ std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Data
       size_t n = first + i;
       return Draw{n, size_t(samples.caption[n]), probe_time(seed, n), n};
     };
-    noisy_batch(device, net.arrays.z, target, net.arrays.text, samples, b, seed,
-                streams::probe_noise, draw);
+    Batch<Real> out{net.arrays.z, target, net.arrays.text, b};
+    noisy_batch(device, out, samples, seed, streams::probe_noise, draw);
     // Rows of `size` numbers, `stride` apart on the device, onto the end of f.
     auto append = [&](Features<Acc>& f, const Acc* from, size_t size, size_t stride) {
       std::vector<Acc> rows(b * stride);

@@ -452,11 +452,11 @@ Op rmsnorm_op(Device& device, size_t batch, size_t n, size_t D) {
   Tensor Y = op.output, G = op.cotangent, dX = op.inputs[0].gradient;
   Device* d = &device;
   op.forward = [=] {
-    rmsnorm_forward(*d, Y.data<Real>(), r.data<Acc>(), X.data<Real>(), batch, n, D, stride, 1e-6);
+    rmsnorm_forward(*d, Y.data<Real>(), r.data<Acc>(), X.data<Real>(), {batch, n, D, stride}, 1e-6);
   };
   op.backward = [=] {
-    rmsnorm_backward(*d, dX.data<Real>(), G.data<Real>(), X.data<Real>(), r.data<Acc>(), batch, n,
-                     D, stride);
+    rmsnorm_backward(*d, dX.data<Real>(), G.data<Real>(), X.data<Real>(), r.data<Acc>(),
+                     {batch, n, D, stride});
   };
   return op;
 }

@@ -884,7 +884,7 @@ TEST_F(TrainTest, SamplingIsEulerWithGuidance) {
     for (double guidance : {2.5, 1.0}) {
       // Guidance 1 is the conditional velocity alone: the empty caption is not even looked at.
       std::vector<float> empty = guidance == 1 ? std::vector<float>(words, NAN) : data_.empty_text;
-      auto images = sample_images(s.net, s.sampler, data_.text, empty, n, count, guidance, 3, 11);
+      auto images = sample_images(s.net, s.sampler, data_.text, empty, {n, count, guidance, 3, 11});
       ASSERT_EQ(images.size(), n * pixels);
       for (size_t i = 0; i < n; ++i) {
         std::vector<float> image(&images[i * pixels], &images[i * pixels] + pixels);
@@ -894,7 +894,7 @@ TEST_F(TrainTest, SamplingIsEulerWithGuidance) {
       // All at once. On a CPU the bits do not depend on the batch; cuBLAS may choose otherwise.
       SamplingNetwork<Real> whole(device, options().model, n);
       auto at_once =
-          sample_images(whole.net, whole.sampler, data_.text, empty, n, count, guidance, 3, 11);
+          sample_images(whole.net, whole.sampler, data_.text, empty, {n, count, guidance, 3, 11});
       if (device.gpu)
         EXPECT_LT(distance(at_once, images), std::max(1e-7, rounding<Real>));
       else
@@ -2570,7 +2570,7 @@ TEST_F(CommandTest, WhatIsReadIsNotWrittenOver) {
   fs::create_directories(at("pictures/cat"));
   std::vector<float> picture(64);
   for (const char* name : {"pictures/cat/1.png", "pictures/cat/2.png"})
-    write_png_grid(at(name), picture.data(), 1, 1, 1, 8, 8, 1);
+    write_png_grid(at(name), picture.data(), {1, 1, 1, 8, 8, 1});
   std::ofstream(at("sample.ini")) << "[sample]\nsteps=2\n[probe]\nseed=1\n[train]\nsteps=1\n";
   const std::string forward =
       "--device cpu --weights " + weights + " --inputs " + z_and_text + " --out ";
@@ -3059,7 +3059,7 @@ TEST_F(CommandTest, WhatTheWeightsDoNotSayIsToldOrAFlag) {
 TEST_F(CommandTest, CaptionsOfAFolderAreAskedForByName) {
   for (const char* name : {"cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"}) {
     fs::create_directories(fs::path(at("pets/") + name).parent_path());
-    write_png_grid(at("pets/") + name, all_.pixels.data(), 1, 1, 1, 8, 8, 1);
+    write_png_grid(at("pets/") + name, all_.pixels.data(), {1, 1, 1, 8, 8, 1});
   }
   std::string data = " --data " + at("pets");
   Outcome trained = run("train", train_, data + " --final-std 0.5 --out " + at("named"));
