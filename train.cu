@@ -9,10 +9,10 @@
 
 #include "dit.cu"
 
-#include "data/checkpoint.h"
 #include "data/log.h"
 #include "data/options.h"
 #include "data/ridge.h"
+#include "data/state.h"
 
 #include <chrono>
 #include <csignal>
@@ -404,16 +404,15 @@ std::vector<float> sample_images(Network<Real, Kept>& net, Sampler<Real> sampler
                        o.guidance);
       progress.advance(1);
     }
-    std::vector<Acc> z(b * pixels);
-    device.download(z.data(), a.z, z.size() * sizeof(Acc));
+    std::vector<Acc> z = downloaded(device, a.z, b * pixels);
     images.insert(images.end(), z.begin(), z.end());
   }
   return images;
 }
 
 // Appendix. The straight way ends here. Below: how weights and moments are kept (A), the watch for
-// spikes (B), arrays and what fits (C), the trainer (D), saving and resuming (E), the run (F), the
-// other subcommands (G), gradcheck (H), the probe (I), the command line (J).
+// spikes (B), arrays and what fits (C), the trainer (D), a run and its command (E, F), the other
+// subcommands (G), gradcheck (H), the probe (I), the command line (J). data/state.h saves and resumes.
 
 // ---------------------------------------------------------------------------------------------
 // A. How weights and moments are kept
@@ -425,8 +424,7 @@ std::vector<float> sample_images(Network<Real, Kept>& net, Sampler<Real> sampler
 //     lean state      2       +2         2       2   2    10     Kept = Real in the code
 //
 // In the lean state the gradient and the moments are bf16, rounded stochastically (math.h, appendix
-// E), and the master is the bf16 weight and the 16 bits of the float that it lacks. Moments are
-// rounded only to be kept: a step uses m and v as just computed.
+// E), and the master is the bf16 weight and the 16 bits of the float that it lacks.
 
 // A float in two halves: the nearest bf16, and the rest. Of the float's bits the rest is the lower
 // 16, read as a signed number: from half a gap on it is negative, and the upper half one more
@@ -769,10 +767,8 @@ struct Choice {
   double flops;
 
   std::string text() const {
-    char line[160];
-    std::snprintf(line, sizeof line, "%s state, recompute %zu: %.2f GB, %.4g TFLOP a step",
-                  lean ? "lean" : "fp32", recompute, 1e-9 * double(bytes), 1e-12 * flops);
-    return line;
+    return text_of("%s state, recompute %zu: %.2f GB, %.4g TFLOP a step", lean ? "lean" : "fp32",
+                   recompute, 1e-9 * double(bytes), 1e-12 * flops);
   }
 };
 
@@ -849,11 +845,9 @@ std::string does_not_fit(TrainOptions o, const Choice& least, const Table& table
     Choice way = way_to_run<Real>(o, least.lean, least.recompute, table, data, on_gpu);
     (double(way.bytes) <= limit ? fitting : too_large) = o.batch;
   }
-  char text[256];
-  std::snprintf(text, sizeof text,
-                "this run needs at least %.2f GB (%s state, recompute %zu) and may take %.2f GB: ",
-                1e-9 * double(least.bytes), least.lean ? "lean" : "fp32", least.recompute,
-                1e-9 * limit);
+  std::string text = text_of(
+      "this run needs at least %.2f GB (%s state, recompute %zu) and may take %.2f GB: ",
+      1e-9 * double(least.bytes), least.lean ? "lean" : "fp32", least.recompute, 1e-9 * limit);
   return text + (fitting ? "the largest --batch that fits is " + std::to_string(fitting)
                          : std::string("not even a batch of one fits"));
 }
@@ -901,35 +895,13 @@ void draw_validation_batch(Network<Real, Kept>& net, TrainArrays<Real, Kept> a, 
   noisy_batch(net.device, out, data, fixed_seed, streams::validation_noise, draw);
 }
 
-// V images at an even stride: a folder's images are sorted by caption.
-inline Dataset every_nth(const Dataset& from, size_t V) {
-  Dataset some = without_images(from);
-  std::vector<size_t> which(V);
-  for (size_t i = 0; i < V; ++i) which[i] = i * from.images / V;
-  append_images(some, from, which);
-  return some;
-}
-
-// What a resumed run knows its data by.
-inline uint64_t hash_data(const Dataset& data) {
-  Fnv1a fnv;
-  auto mix = [&](const auto& values) {
-    for (auto value : values) {
-      uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      fnv.mix(bits);
-    }
-  };
-  mix(data.pixels), mix(data.text), mix(data.empty_text), mix(data.caption);
-  return fnv.hash;
-}
-
 // T: what the network computes with; Kept: what its gradients and AdamW's moments are kept as.
 template <class Real, class Kept = AccOf<Real>>
 class Trainer : public RunArrays<Real, Kept> {
   using Base = RunArrays<Real, Kept>;
 
  public:
+  using Number = Real;
   using Acc = AccOf<Real>;
   using Base::a, Base::train, Base::held_out, Base::sampler, Base::diagnostics, Base::spikes;
   static constexpr bool mixed = !std::is_same_v<Real, Acc>, lean = Master<Real, Kept>::lean;
@@ -978,8 +950,7 @@ class Trainer : public RunArrays<Real, Kept> {
 
   // The events have been read: look for others, fully from step `quiet_until` on.
   void watch_spikes_from(uint64_t quiet_until) {
-    SpikeWatch watch{};
-    device.download(&watch, spikes.watch, sizeof watch);
+    SpikeWatch watch = downloaded(device, spikes.watch, 1)[0];
     watch.pending = 0, watch.quiet_until = quiet_until;
     device.upload(spikes.watch, &watch, sizeof watch);
   }
@@ -993,6 +964,13 @@ class Trainer : public RunArrays<Real, Kept> {
     prepared_ = true;
     each_pass(diagnose, [&](Graph& graph, const auto& f) { graph.run(device, f); });
     ++step;
+  }
+
+  // The optimiser's arrays, and their names in a file.
+  auto slots() const {
+    std::array<Stored<Kept>, AdamW::slots.size()> named;
+    for (size_t i = 0; i < named.size(); ++i) named[i] = {AdamW::slots[i], a.slots[i]};
+    return named;
   }
 
   // What update_weights() looks on with.
@@ -1012,8 +990,7 @@ class Trainer : public RunArrays<Real, Kept> {
 
   // What steps [first, step) recorded; at most `records` back.
   std::vector<Record> history(uint64_t first) {
-    std::vector<Record> ring(records), out;
-    device.download(ring.data(), a.history, records * sizeof(Record));
+    std::vector<Record> ring = downloaded(device, a.history, records), out;
     for (uint64_t s = first; s < step; ++s) out.push_back(ring[s % records]);
     return out;
   }
@@ -1031,7 +1008,6 @@ class Trainer : public RunArrays<Real, Kept> {
   // Mean loss over the held-out images, with the averaged weights if there are any.
   double validate() {
     return with_average([&] {
-      std::vector<Acc> losses(held_out.images);
       Progress progress("validating", held_out.images);
       for (size_t first = 0; first < held_out.images; first += o.batch) {
         size_t b = std::min(o.batch, held_out.images - first);
@@ -1041,10 +1017,9 @@ class Trainer : public RunArrays<Real, Kept> {
                        o.model.pixels(), 0);
         progress.advance(b);
       }
-      device.download(losses.data(), a.losses, losses.size() * sizeof(Acc));
       double sum = 0;
-      for (Acc loss : losses) sum += double(loss);
-      return sum / double(losses.size());
+      for (Acc loss : downloaded(device, a.losses, held_out.images)) sum += double(loss);
+      return sum / double(held_out.images);
     });
   }
 
@@ -1093,10 +1068,8 @@ class Trainer : public RunArrays<Real, Kept> {
     s.factor = o.spike_factor;
     read_gradients(s, e);
     read_modes(s);
-    s.losses.resize(o.batch * o.accumulate);
-    device.download(s.losses.data(), e.losses, s.losses.size() * sizeof(double));
-    std::vector<double> velocity(3 * o.batch);
-    device.download(velocity.data(), e.velocity, velocity.size() * sizeof(double));
+    s.losses = downloaded(device, e.losses, o.batch * o.accumulate);
+    std::vector<double> velocity = downloaded(device, e.velocity, 3 * o.batch);
     double numbers = double(o.batch * o.model.pixels());
     for (size_t i = 0; i < o.batch; ++i) {
       s.mean += velocity[3 * i] / numbers, s.rms += velocity[3 * i + 1] / numbers;
@@ -1108,11 +1081,9 @@ class Trainer : public RunArrays<Real, Kept> {
 
   // The norm of each parameter's gradient, from its chunks' squares, and what is not finite.
   void read_gradients(Spike& s, const EventArrays& e) {
-    std::vector<double> squares(a.chunk_count);
-    std::vector<uint32_t> gradients(a.chunk_count), weights(a.chunk_count);
-    device.download(squares.data(), e.squares, a.chunk_count * sizeof(double));
-    device.download(gradients.data(), e.bad_gradients, a.chunk_count * sizeof(uint32_t));
-    device.download(weights.data(), e.bad_weights, a.chunk_count * sizeof(uint32_t));
+    std::vector<double> squares = downloaded(device, e.squares, a.chunk_count);
+    std::vector<uint32_t> gradients = downloaded(device, e.bad_gradients, a.chunk_count),
+                          weights = downloaded(device, e.bad_weights, a.chunk_count);
     const auto& parameters = net.table.parameters;
     std::vector<double> sums(parameters.size());
     std::vector<bool> bad_gradients(parameters.size()), bad_weights(parameters.size());
@@ -1132,8 +1103,7 @@ class Trainer : public RunArrays<Real, Kept> {
   // The writers' modes at the spike, and their medians over its window.
   void read_modes(Spike& s) {
     size_t per_step = diagnostics.layers.size() * 4;
-    std::vector<double> ring(records * per_step), past(s.window);
-    device.download(ring.data(), spikes.modes, ring.size() * sizeof(double));
+    std::vector<double> ring = downloaded(device, spikes.modes, records * per_step), past(s.window);
     auto at = [&](uint64_t when, size_t i) { return ring[when % records * per_step + i]; };
     auto usual = [&](size_t i) {
       for (size_t k = 0; k < s.window; ++k) past[k] = at(s.step - 2 - k, i);
@@ -1155,175 +1125,16 @@ class Trainer : public RunArrays<Real, Kept> {
 };
 
 // ---------------------------------------------------------------------------------------------
-// E. Saving and resuming
-//
-// weights.safetensors holds the network in Real under the published names; ema.safetensors the
-// averaged one. state.safetensors is all that a run needs to go on: master weights (lean: the
-// weights and the rests), moments, average, step.
+// E. The run
 
-// T as --precision names it.
-template <class Real>
-constexpr const char* precision_name = std::is_same_v<Real, double>  ? "fp64"
-                                       : std::is_same_v<Real, float> ? "fp32"
-                                                                     : "bf16";
-
-// What must be the same for a resumed run to be the same run. The optimiser's settings are not
-// among them: a run may go on at another learning rate, but its bits are then not those of an
-// unbroken one.
-template <class Real>
-Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, size_t val_images,
-                        uint64_t val_images_hash) {
-  Metadata m = describe(o.model, o.time_shift);
-  m["batch"] = std::to_string(o.batch), m["accumulate"] = std::to_string(o.accumulate);
-  m["seed"] = std::to_string(o.seed), m["data_hash"] = std::to_string(data_hash);
-  m["val_images"] = std::to_string(val_images);
-  m["val_images_hash"] = std::to_string(val_images_hash);
-  m["precision"] = precision_name<Real>, m["state"] = lean ? "lean" : "fp32";
-  m["dropout"] = exact(o.dropout), m["ema"] = exact(o.ema);
-  m["fix"] = o.model.fix.empty() ? "nothing" : join_list(o.model.fix);
-  // Where it began: what has been learned since then hides it.
-  m["no_patch_bias"] = o.model.patch_bias ? "false" : "true";
-  m["writer_std"] = exact(o.model.writer_std), m["final_std"] = exact(o.model.final_std);
-  for (const Gate& gate : o.model.gates_of_mode()) m[gate.name] = exact(o.model.start(gate));
-  return m;
+// The first `rows` captions of text (M, size), each so many times one after the other.
+inline std::vector<float> each_times(const std::vector<float>& text, size_t size, size_t rows,
+                                     size_t times) {
+  std::vector<float> out;
+  for (size_t i = 0; i < rows * times; ++i)
+    out.insert(out.end(), &text[i / times * size], &text[i / times * size] + size);
+  return out;
 }
-template <class Real, class Kept>
-Metadata describe_state(const Trainer<Real, Kept>& t) {
-  return describe_state<Real>(t.o, t.lean, t.data_hash, t.held_out.images, t.validated_hash);
-}
-
-// The entry `key` of a state's metadata. Throws Error where there is none.
-inline std::string described(const SafetensorsReader& file, const std::string& path,
-                             const std::string& key) {
-  auto at = file.metadata().find(key);
-  if (at == file.metadata().end()) fail("%s: metadata '%s' is missing", path.c_str(), key.c_str());
-  return at->second;
-}
-
-// Call f with the slabs that a resumed run needs. (Wide types first, as files like it.)
-template <class Real, class Kept, class F>
-void with_state(Trainer<Real, Kept>& t, const F& f) {
-  auto& a = t.a;
-  Stored average{"ema.", a.average};
-  Stored own{t.lean ? "rest." : "master.", a.master.own};
-  Stored weights{"weights.", t.lean ? a.master.weights : nullptr};
-  std::array<Stored<Kept>, AdamW::slots.size()> slots;
-  for (size_t i = 0; i < slots.size(); ++i) slots[i] = {AdamW::slots[i], a.slots[i]};
-  std::apply([&](auto&... slot) { f(average, own, weights, slot...); }, slots);
-}
-
-// Write DIR/state.safetensors (unless only weights are wanted), weights.safetensors and
-// ema.safetensors (if any).
-template <class Real, class Kept>
-void save_run(Trainer<Real, Kept>& t) {
-  std::string dir = t.o.out + "/";
-  Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
-  about["step"] = state["step"] = std::to_string(t.step);
-  about["captions"] = t.words ? "words" : "file";
-  Optimizer::each(t.o.optimizer, [&](auto s) { state[s.name] = exact(s.value); });
-  // State first: a kill in between leaves old weights, which the resumed run writes anew.
-  if (t.o.save == "all")
-    with_state(t, [&](auto... slabs) {
-      save_tensors(dir + "state.safetensors", state, t.device, t.net.table, slabs...);
-    });
-  save_tensors(dir + "weights.safetensors", about, t.device, t.net.table,
-               Stored{"", t.net.weights()});
-  if (t.a.average)
-    save_tensors(dir + "ema.safetensors", about, t.device, t.net.table,
-                 Stored{"", t.evaluated_weights()});
-}
-
-// Fails, naming all differences, if a run with these options would not be the one whose state is in
-// the file. Says what else has changed: the optimiser's settings, and what no bit depends on.
-template <class Real>
-void require_same_run(const SafetensorsReader& file, const std::string& path, const TrainOptions& o,
-                      const Dataset& data, const Dataset& validation) {
-  // A number as it was typed, not with all the digits that a double has.
-  auto typed = [](const std::string& text) {
-    std::optional<double> number = decimal_number(text);
-    return number && !whole_number(text) ? shortest(*number) : visible(text);
-  };
-  auto swapped = [](std::string name, char from, char to) {
-    std::replace(name.begin(), name.end(), from, to);
-    return name;
-  };
-  size_t V = std::min(o.val_images, validation.images);
-  bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
-  const uint64_t hashes[] = {hash_data(data), hash_data(every_nth(validation, V))};
-  // A state need not say what no bit of it depends on any more.
-  std::set<std::string> optional = {"val_images", "val_images_hash", "no_patch_bias", "writer_std",
-                                    "final_std"};
-  for (const Gate& gate : o.model.gates_of_mode()) optional.insert(gate.name);
-  std::string others;
-  for (const auto& [key, value] : describe_state<Real>(o, lean, hashes[0], V, hashes[1])) {
-    std::string was =
-        optional.count(key) && !file.metadata().count(key) ? value : described(file, path, key);
-    if (was == value) continue;
-    others += others.empty() ? "" : ", ";
-    if (key == "data_hash" || key == "val_images_hash")
-      others +=
-          (key == "data_hash" ? "other images or captions than " : "other held-out images than ") +
-          o.data + " has";
-    else
-      others += swapped(key, '_', '-') + " = " + typed(was) + " (now " + typed(value) + ")";
-  }
-  if (!others.empty())
-    fail("%s was made with %s: resume with the same, or choose another --out", path.c_str(),
-         others.c_str());
-  auto note = [&](const std::string& name, const std::string& was, const std::string& now) {
-    if (was != now)
-      std::printf("note: %s was %s and goes on as %s\n", name.c_str(), typed(was).c_str(),
-                  typed(now).c_str());
-  };
-  std::set<std::string> settings;
-  Optimizer::each(o.optimizer, [&](auto s) {
-    note(s.flag, described(file, path, s.name), exact(s.value));
-    settings.insert(s.flag);
-  });
-  for (const Change& c : o.changes)
-    if (!settings.count(c.name) && !file.metadata().count(swapped(c.name, '-', '_')))
-      note(c.name, c.was, c.now);
-}
-
-template <class Real, class Kept>
-void resume_run(Trainer<Real, Kept>& t) {
-  std::string path = t.o.out + "/state.safetensors";
-  SafetensorsReader file(path);
-  std::string step = described(file, path, "step");
-  with_state(t, [&](auto... slabs) { load_tensors(file, path, t.device, t.net.table, slabs...); });
-  t.set_step(step == "0" ? 0 : positive_integer(step, path + ": metadata step"));
-}
-
-// The files in a folder that a run which begins there would write over, or add to as its own.
-inline std::vector<std::string> logs_in(const std::string& folder) {
-  std::vector<std::string> logs;
-  if (!std::filesystem::is_directory(folder)) return logs;
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    std::string name = entry.path().filename(), extension = entry.path().extension();
-    bool numbered = name.rfind("spike_", 0) == 0 || name.rfind("samples_", 0) == 0;
-    if (name == "log.csv" || name == "validation.csv" || name == "diagnostics.csv" ||
-        name == "config.ini" || (numbered && (extension == ".txt" || extension == ".png")))
-      logs.push_back(entry.path());
-  }
-  std::sort(logs.begin(), logs.end());
-  return logs;
-}
-
-// Rename them all to NAME.1, or to the first number that is free for each of them.
-inline void set_aside(const std::vector<std::string>& logs) {
-  size_t number = 1;
-  auto aside = [&](const std::string& log) { return log + "." + std::to_string(number); };
-  auto taken = [&](const std::string& log) { return std::filesystem::exists(aside(log)); };
-  while (std::any_of(logs.begin(), logs.end(), taken)) ++number;
-  for (const std::string& log : logs) {
-    std::filesystem::rename(log, aside(log));
-    std::printf("%s, of a run without a state, is %s now\n", visible(log).c_str(),
-                visible(aside(log)).c_str());
-  }
-}
-
-// ---------------------------------------------------------------------------------------------
-// F. The run
 
 inline volatile std::sig_atomic_t interrupted = 0;
 
@@ -1333,36 +1144,6 @@ inline void interrupt(int signal) {
   interrupted = 1;
   std::signal(signal, SIG_DFL);
   if (write(STDERR_FILENO, text, sizeof text - 1) < 0) return;
-}
-
-// "1h02m", "3m20s", "12s".
-inline std::string duration(double seconds) {
-  char text[64];
-  long s = long(seconds + 0.5);
-  if (s >= 3600)
-    std::snprintf(text, sizeof text, "%ldh%02ldm", s / 3600, s / 60 % 60);
-  else if (s >= 60)
-    std::snprintf(text, sizeof text, "%ldm%02lds", s / 60, s % 60);
-  else
-    std::snprintf(text, sizeof text, "%lds", s);
-  return text;
-}
-
-// Operations a second that a card can do at most in products of Real without sparsity, as its maker
-// says; 0 for a card or a type that is not in the table. The names are those that its driver gives.
-template <class Real>
-double peak_flops(const std::string& name) {
-  struct {
-    const char* card;
-    double bf16_tera, fp32_tera;
-  } cards[] = {{"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100 80GB HBM3", 989, 67},
-               {"H200 NVL", 836, 60},  {"H200", 989, 67},     {"A100", 312, 19.5}};
-  for (const auto& c : cards)
-    if (name.find(c.card) != std::string::npos)
-      return std::is_same_v<Real, bf16>    ? 1e12 * c.bf16_tera
-             : std::is_same_v<Real, float> ? 1e12 * c.fp32_tera
-                                           : 0;
-  return 0;
 }
 
 template <class Real>
@@ -1500,11 +1281,7 @@ class Run {
 
   static double plain(double x) { return std::isnan(x) ? std::fabs(x) : x; }  // nan, never -nan
   bool due(size_t every) const { return every && trainer_.step % every == 0; }
-  static std::string padded(uint64_t step) {
-    char text[24];
-    std::snprintf(text, sizeof text, "%06zu", size_t(step));
-    return text;
-  }
+  static std::string padded(uint64_t step) { return text_of("%06zu", size_t(step)); }
   static double seconds(Time::time_point from) {
     return std::chrono::duration<double>(Time::now() - from).count();
   }
@@ -1524,10 +1301,9 @@ class Run {
     std::vector<Record> history = trainer_.history(logged_);  // waits for the device
     double loss = 0;
     for (const Record& r : history) {
-      char row[128];
-      std::snprintf(row, sizeof row, "%zu,%.9g,%.9g,%.9g", size_t(++logged_), plain(r.loss),
-                    plain(r.norm), r.lr);
-      log_->row(logged_, row);
+      ++logged_;
+      log_->row(logged_,
+                text_of("%zu,%.9g,%.9g,%.9g", size_t(logged_), plain(r.loss), plain(r.norm), r.lr));
       loss += r.loss / double(history.size());
     }
     const Record& now = history.back();
@@ -1595,9 +1371,7 @@ class Run {
 
   double validate() {
     double loss = trainer_.validate();
-    char row[64];
-    std::snprintf(row, sizeof row, "%zu,%.9g", size_t(trainer_.step), loss);
-    validation_->row(trainer_.step, row);
+    validation_->row(trainer_.step, text_of("%zu,%.9g", size_t(trainer_.step), loss));
     if (trainer_.step != o_.steps)
       std::printf("step %6zu  validation loss %.4f\n", size_t(trainer_.step), loss);
     last_ = Time::now();
@@ -1607,7 +1381,7 @@ class Run {
   // A row a caption, the first ten.
   void grid(const std::string& name) {
     const Config& m = o_.model;
-    size_t scale = grid_scale(m.height, m.image_width), words = m.text_size();
+    size_t scale = grid_scale(m.height, m.image_width);
     auto fit = [&](size_t most, size_t size) {  // a picture's side, with room for captions
       return std::clamp<size_t>(15000 / (size * scale + 2), 1, most);
     };
@@ -1615,16 +1389,16 @@ class Run {
            columns = fit(o_.columns, m.image_width);
     std::vector<std::string> captions;
     for (size_t i = 0; i < rows; ++i) captions.push_back(data_.name_of(i));
-    std::vector<float> text;
-    for (size_t i = 0; i < rows * columns; ++i)
-      text.insert(text.end(), data_.text.begin() + ptrdiff_t(i / columns * words),
-                  data_.text.begin() + ptrdiff_t((i / columns + 1) * words));
+    std::vector<float> text = each_times(data_.text, m.text_size(), rows, columns);
     std::vector<float> images = trainer_.samples(text, data_.empty_text, rows * columns, 25, 2);
     write_png_grid(o_.out + "/" + name, images.data(),
                    {rows, columns, m.channels, m.height, m.image_width, scale, captions});
     last_ = Time::now();
   }
 };
+
+// ---------------------------------------------------------------------------------------------
+// F. The command `train`
 
 // The model's sizes that the data decides.
 inline void fit_to_data(Config& model, const Dataset& data) {
@@ -1791,19 +1565,12 @@ int sample(Device& device, const SampleOptions& o) {
   Grid grid{rows, o.columns, m.channels, m.height, m.image_width, scale, prompts.names};
   if (!numbers) grid_layout(o.out, grid);
   SafeFile(o.out).abandon();
-  std::vector<float> text;
-  for (size_t i = 0; i < n; ++i) {
-    auto row = prompts.text.begin() + ptrdiff_t(i / o.columns * m.text_size());
-    text.insert(text.end(), row, row + ptrdiff_t(m.text_size()));
-  }
+  std::vector<float> text = each_times(prompts.text, m.text_size(), rows, o.columns);
   Network<Real> net(device, m, std::min(n, o.batch), 0, false);
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   Sampler<Real> sampler;
-  Carver count;
-  sampler.lay(count, m, net.batch);
-  Slab slab(device, count.used);
-  Carver carver{slab.data};
-  sampler.lay(carver, m, net.batch);
+  Slabs slabs;
+  slabs.add(device, [&](Carver& c) { sampler.lay(c, m, net.batch); });
   std::vector<float> images = sample_images(net, sampler, text, prompts.empty_text,
                                             {n, o.steps, o.guidance, shift, o.seed});
   for (float x : images)
@@ -1871,12 +1638,7 @@ int forward(Device& device, const ForwardOptions& o) {
     for (const Parameter& p : net.table.parameters)
       out.declare("grad." + p.name, dtype_name<Acc>(), p.shape);
   }
-  std::vector<Acc> host;
-  auto put = [&](const Acc* from, size_t count) {
-    host.resize(count);
-    device.download(host.data(), from, count * sizeof(Acc));
-    out.write(host.data(), count);
-  };
+  auto put = [&](const Acc* from, size_t n) { out.write(downloaded(device, from, n).data(), n); };
   put(a.velocity, b * m.pixels());
   if (backward) {
     put(a.dz, b * m.pixels());
@@ -2121,16 +1883,12 @@ std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Data
   size_t D = m.width, B = net.batch;
   DeviceData samples;
   Acc *target, *scalars, *means, *spreads;  // (B, C, H, W), (B, 5), twice (B, 2, D)
-  auto lay = [&](Carver& c) {
+  Slabs slabs;
+  slabs.add(device, [&](Carver& c) {
     samples = lay_data(c, m, data.images, data.captions);
     target = c.take<Acc>(B * m.pixels()), scalars = c.take<Acc>(B * 5);
     means = c.take<Acc>(B * 2 * D), spreads = c.take<Acc>(B * 2 * D);
-  };
-  Carver count;
-  lay(count);
-  Slab slab(device, count.used);
-  Carver carver{slab.data};
-  lay(carver);
+  });
   upload_data(device, samples, data);
 
   std::vector<Features<Acc>> all = {{"z", "scalars", {}}};
@@ -2148,8 +1906,7 @@ std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Data
     noisy_batch(device, out, samples, seed, streams::probe_noise, draw);
     // Rows of `size` numbers, `stride` apart on the device, onto the end of f.
     auto append = [&](Features<Acc>& f, const Acc* from, size_t size, size_t stride) {
-      std::vector<Acc> rows(b * stride);
-      device.download(rows.data(), from, (b * stride - (stride - size)) * sizeof(Acc));
+      std::vector<Acc> rows = downloaded(device, from, b * stride - (stride - size));
       for (size_t i = 0; i < b; ++i)
         f.x.insert(f.x.end(), &rows[i * stride], &rows[i * stride] + size);
     };

@@ -59,18 +59,41 @@ inline void append_images(Dataset& to, const Dataset& from, const std::vector<si
   to.images += which.size();
 }
 
-// ---------------------------------------------------------------------------------------------
-// 1. The text encoder
-//
-// A stand-in for a large frozen one: it knows nothing, but equal words get equal vectors, different
-// words nearly orthogonal ones, and that is all a network needs to tell ten captions apart.
-
 // 64-bit FNV-1a: the same on every machine and in every build.
 struct Fnv1a {
   uint64_t hash = 0xcbf29ce484222325u;
 
   void mix(uint32_t x) { hash = (hash ^ x) * 0x100000001b3u; }
 };
+
+// V images at an even stride: a folder's images are sorted by caption.
+inline Dataset every_nth(const Dataset& from, size_t V) {
+  Dataset some = without_images(from);
+  std::vector<size_t> which(V);
+  for (size_t i = 0; i < V; ++i) which[i] = i * from.images / V;
+  append_images(some, from, which);
+  return some;
+}
+
+// What a resumed run knows its data by.
+inline uint64_t hash_data(const Dataset& data) {
+  Fnv1a fnv;
+  auto mix = [&](const auto& values) {
+    for (auto value : values) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      fnv.mix(bits);
+    }
+  };
+  mix(data.pixels), mix(data.text), mix(data.empty_text), mix(data.caption);
+  return fnv.hash;
+}
+
+// ---------------------------------------------------------------------------------------------
+// 1. The text encoder
+//
+// A stand-in for a large frozen one: it knows nothing, but equal words get equal vectors, different
+// words nearly orthogonal ones, and that is all a network needs to tell ten captions apart.
 
 // The word decides its vector.
 inline uint64_t hash_word(const std::string& word) {

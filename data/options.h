@@ -97,20 +97,25 @@ struct Machine {
   }
 };
 
-struct SampleOptions {
-  std::string weights, out = "grid.png", data;
-  std::vector<std::string> prompts;
-  size_t steps = 25, columns = 8, seed = 1, batch = 64;
-  std::optional<size_t> heads, size, text_tokens;
-  double guidance = 2;
-  std::optional<double> norm_eps, time_shift;
-};
-
-struct ForwardOptions {
-  std::string weights, inputs, out;
-  size_t recompute = 0;
+// Of what reads weights: what their file may not say.
+struct WeightsOptions {
+  std::string weights;
   std::optional<size_t> heads;
   std::optional<double> norm_eps;
+};
+
+struct SampleOptions : WeightsOptions {
+  std::string out = "grid.png", data;
+  std::vector<std::string> prompts;
+  size_t steps = 25, columns = 8, seed = 1, batch = 64;
+  std::optional<size_t> size, text_tokens;
+  double guidance = 2;
+  std::optional<double> time_shift;
+};
+
+struct ForwardOptions : WeightsOptions {
+  std::string inputs, out;
+  size_t recompute = 0;
 };
 
 struct GradcheckOptions {
@@ -121,11 +126,10 @@ struct GradcheckOptions {
 
 constexpr size_t usual_probe = 4096;  // images
 
-struct ProbeOptions {
-  std::string weights, data = FashionMnist::about, out = "probe.csv";
+struct ProbeOptions : WeightsOptions {
+  std::string data = FashionMnist::about, out = "probe.csv";
   size_t seed = 1, batch = 64;
-  std::optional<size_t> images, heads;
-  std::optional<double> norm_eps;
+  std::optional<size_t> images;
   std::vector<std::string> layers;
 };
 
@@ -732,13 +736,15 @@ inline Subcommand add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
   return sub;
 }
 
-inline void add_norm_eps(Subcommand& sub, std::optional<double>& norm_eps) {
-  sub.add("norm-eps", norm_eps, "default: as in the weights, or 1e-6");
+inline void add_weights(Subcommand& sub, WeightsOptions& o) {
+  sub.add("weights", o.weights, "a weights.safetensors");
+  sub.add("heads", o.heads, "if the file does not say");
+  sub.add("norm-eps", o.norm_eps, "default: as in the weights, or 1e-6");
 }
 
 inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
   Subcommand sub(app, "sample", "draw images, a row a prompt");
-  sub.add("weights", o.weights, "a weights.safetensors");
+  add_weights(sub, o);
   sub.add_many("prompt", o.prompts, "what to draw; with --data, a caption's words or number");
   sub.add("data", o.data, "take captions from this data set");
   sub.add("out", o.out, ".png, or .safetensors for raw numbers");
@@ -748,10 +754,8 @@ inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) 
   sub.add("time-shift", o.time_shift, "default: as trained");
   sub.add("seed", o.seed, "of the noise");
   sub.add("batch", o.batch, "images at once", 1, 100000);
-  sub.add("heads", o.heads, "if the file does not say");
   sub.add("size", o.size, "pixels a side, if the file does not say");
   sub.add("text-tokens", o.text_tokens, "if the file does not say");
-  add_norm_eps(sub, o.norm_eps);
   add_machine_options(sub, machine);
   sub.require({"weights", "prompt"});
   return sub;
@@ -759,11 +763,9 @@ inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) 
 
 inline Subcommand add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
   Subcommand sub(app, "forward", "velocity and gradients for given inputs");
-  sub.add("weights", o.weights, "a weights.safetensors");
+  add_weights(sub, o);
   sub.add("inputs", o.inputs, "z, text and optionally cotangent");
   sub.add("out", o.out, "velocity, grad.*");
-  sub.add("heads", o.heads, "if the weights do not say");
-  add_norm_eps(sub, o.norm_eps);
   sub.add("recompute", o.recompute, "a checkpoint every k blocks; 0: keep all");
   add_machine_options(sub, machine);
   sub.require({"weights", "inputs", "out"});
@@ -772,7 +774,7 @@ inline Subcommand add_forward(CLI::App& app, ForwardOptions& o, Machine& machine
 
 inline Subcommand add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
   Subcommand sub(app, "probe", "how well the time can be read off the states");
-  sub.add("weights", o.weights, "a weights.safetensors");
+  add_weights(sub, o);
   sub.add("data", o.data, about_data().c_str());
   sub.add("out", o.out, "a csv, a row a layer and kind of features");
   sub.add("images", o.images, "one sample each; a quarter of them held out, to test on",
@@ -782,8 +784,6 @@ inline Subcommand add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
                "five, from the first to the last");
   sub.add("seed", o.seed, "of the choice of images, the times and the noise");
   sub.add("batch", o.batch, "images at once", 1, 100000);
-  sub.add("heads", o.heads, "if the weights do not say");
-  add_norm_eps(sub, o.norm_eps);
   add_machine_options(sub, machine);
   sub.require({"weights"});
   return sub;
