@@ -1199,7 +1199,7 @@ void add_rounded(const Device& device, Kept* to, const Acc* from, size_t n, bool
 }
 
 // Kept is what gradients are kept as. With Acc the kernels write or add to them in place. bf16
-// gradients (Kept = Real, half the bytes) cannot be added to in place without loss: each block's are
+// gradients (Kept = Real, half the bytes) cannot be added to in place without loss: a block's are
 // made in Acc, in an array for one block, and added to the kept ones with stochastic rounding
 // (math.h, appendix E): the same kernels, and one pass more over a block's gradients.
 template <class Real, class Kept = AccOf<Real>>

@@ -796,7 +796,7 @@ constexpr Merge merge_of{Merges::index_of<M>()};
 // The formulas are those above: those of 4 and (Delta').
 
 #ifdef __CUDACC__
-// Where a launch's blocks leave their sums, how many there are to a sequence, and the first of them.
+// Where a launch's blocks leave their sums, how many a sequence has, and the first sequence.
 struct Meeting {
   float* place;
   int blocks;

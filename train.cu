@@ -43,29 +43,23 @@ struct Draw {
   uint64_t noise;
 };
 
-// A batch: z, target (b, C, H, W) and text (b, L, d_text).
-template <class Real>
-struct Batch {
-  AccOf<Real>*z, *target;
-  Real* text;
-  size_t b;
-};
-
-// Fill a batch from draw(i), i < b.
-template <class Real, class Pick>
-void noisy_batch(const Device& device, Batch<Real> batch, DeviceData data, uint64_t seed,
+// Fill arrays.z, `target` (b, C, H, W) and arrays.text (b, L, d_text) from draw(i), i < b.
+template <class Net, class Acc, class Pick>
+void noisy_batch(const Net& net, Acc* target, DeviceData data, size_t b, uint64_t seed,
                  uint64_t noise_stream, const Pick& draw) {
-  using Acc = AccOf<Real>;
-  size_t n = data.pixels_per_image, l = data.text_per_caption, b = batch.b;
-  for_each(device, b * n, [=] HD(size_t i) {
+  size_t n = data.pixels_per_image, l = data.text_per_caption;
+  Acc* z = net.arrays.z;
+  auto* text = net.arrays.text;
+  using Real = std::remove_pointer_t<decltype(text)>;
+  for_each(net.device, b * n, [=] HD(size_t i) {
     Draw d = draw(i / n);
     double x0 = data.pixels[d.image * n + i % n];
     double x1 = gaussian(seed, noise_stream, d.noise * n + i % n);
-    batch.z[i] = Acc((1 - d.t) * x0 + d.t * x1);
-    batch.target[i] = Acc(x0 - x1);
+    z[i] = Acc((1 - d.t) * x0 + d.t * x1);
+    target[i] = Acc(x0 - x1);
   });
-  for_each(device, b * l,
-           [=] HD(size_t i) { batch.text[i] = Real(data.text[draw(i / l).caption * l + i % l]); });
+  for_each(net.device, b * l,
+           [=] HD(size_t i) { text[i] = Real(data.text[draw(i / l).caption * l + i % l]); });
 }
 
 // Each sample's mean squared error, losses (b), and dvelocity (b, C, H, W) = 2 scale (v - target),
@@ -100,8 +94,7 @@ void draw_training_batch(Network<Real, Kept>& net, RunArrays a, DeviceData data,
     return Draw{image, drop ? data.captions : size_t(data.caption[image]),
                 shift_time(uniform(seed, streams::time, n), shift), n};
   };
-  Batch<Real> out{net.arrays.z, a.target, net.arrays.text, o.batch};
-  noisy_batch(net.device, out, data, seed, streams::noise, draw);
+  noisy_batch(net, a.target, data, o.batch, seed, streams::noise, draw);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -289,13 +282,6 @@ void end_step(const Device& device, Clock* clock, Record* history, const Acc* lo
 //     training_pass, `accumulate` times       gradients
 //     update_weights                          norm, AdamW, the average, the record
 
-// Where bits for rounding come from: t.a.clock->pass, the passes that have ended, tells one from
-// the next.
-template <class Trainer>
-Dither dither(const Trainer& t, uint64_t stream) {
-  return {t.o.seed, stream, &t.a.clock->pass};
-}
-
 // Gradients of a batch: = for the step's first, += for the others.
 template <class Trainer, class Observer>
 void training_pass(Trainer& t, bool first, const Observer& observe) {
@@ -304,7 +290,7 @@ void training_pass(Trainer& t, bool first, const Observer& observe) {
   t.net.forward(t.o.batch);                       // -> arrays.velocity
   flow_loss(t.device, t.a.losses, t.net.arrays.dvelocity, t.net.arrays.velocity, t.a.target,
             t.o.batch, m.pixels(), 1 / double(m.pixels() * t.o.batch * t.o.accumulate));
-  t.net.backward(t.o.batch, !first, false, observe, dither(t, streams::gradient_rounding));
+  t.net.backward(t.o.batch, !first, false, observe, t.dither(streams::gradient_rounding));
   end_pass(t.device, t.a.clock, t.a.step_losses, t.a.losses, t.o.batch, t.o.accumulate);
 }
 
@@ -412,7 +398,8 @@ std::vector<float> sample_images(Network<Real, Kept>& net, Sampler<Real> sampler
 
 // Appendix. The straight way ends here. Below: how weights and moments are kept (A), the watch for
 // spikes (B), arrays and what fits (C), the trainer (D), a run and its command (E, F), the other
-// subcommands (G), gradcheck (H), the probe (I), the command line (J). data/state.h saves and resumes.
+// subcommands (G), gradcheck (H), the probe (I), the command line (J). Saving and resuming are in
+// data/state.h.
 
 // ---------------------------------------------------------------------------------------------
 // A. How weights and moments are kept
@@ -891,8 +878,7 @@ void draw_validation_batch(Network<Real, Kept>& net, TrainArrays<Real, Kept> a, 
     return Draw{n, size_t(data.caption[n]), t, n};
   };
   constexpr uint64_t fixed_seed = 1;  // every run is validated on the same noise
-  Batch<Real> out{net.arrays.z, a.target, net.arrays.text, b};
-  noisy_batch(net.device, out, data, fixed_seed, streams::validation_noise, draw);
+  noisy_batch(net, a.target, data, b, fixed_seed, streams::validation_noise, draw);
 }
 
 // T: what the network computes with; Kept: what its gradients and AdamW's moments are kept as.
@@ -925,8 +911,8 @@ class Trainer : public RunArrays<Real, Kept> {
     this->each_slab(o, net.table, {data.images, V, data.captions},
                     [&](const char*, const auto& lay) { slabs_.add(device, lay, 0); });
     a.master.weights = net.weights(), a.gradients = net.gradients();
-    a.dither = ::dither(*this, streams::moment_rounding);
-    a.average_dither = ::dither(*this, streams::average_rounding);
+    a.dither = dither(streams::moment_rounding);
+    a.average_dither = dither(streams::average_rounding);
     if constexpr (!mixed) a.master.own = net.weights(), a.average_rounded = a.average;
     upload_data(device, train, data);
     Dataset validated_on = every_nth(validation, V);
@@ -965,6 +951,9 @@ class Trainer : public RunArrays<Real, Kept> {
     each_pass(diagnose, [&](Graph& graph, const auto& f) { graph.run(device, f); });
     ++step;
   }
+
+  // Where bits for rounding come from: the passes that have ended tell one pass from the next.
+  Dither dither(uint64_t stream) const { return {o.seed, stream, &a.clock->pass}; }
 
   // The optimiser's arrays, and their names in a file.
   auto slots() const {
@@ -1591,12 +1580,7 @@ int sample(Device& device, const SampleOptions& o) {
 template <class Real>
 void upload_tensor(const SafetensorsReader& file, const std::string& path, const Device& device,
                    const std::string& name, const std::vector<size_t>& shape, Real* to) {
-  const TensorInfo& tensor = file.require(name, shape);
-  std::vector<Real> host(tensor.count());
-  file.read(tensor, host.data(), 0, host.size());
-  for (size_t i = 0; i < host.size(); ++i)
-    if (!std::isfinite(double(host[i])))
-      fail("%s: %s holds NaN or infinity at number %zu", path.c_str(), name.c_str(), i);
+  std::vector<Real> host = read_finite<Real>(file, path, file.require(name, shape));
   device.upload(to, host.data(), host.size() * sizeof(Real));
 }
 
@@ -1902,8 +1886,7 @@ std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Data
       size_t n = first + i;
       return Draw{n, size_t(samples.caption[n]), probe_time(seed, n), n};
     };
-    Batch<Real> out{net.arrays.z, target, net.arrays.text, b};
-    noisy_batch(device, out, samples, seed, streams::probe_noise, draw);
+    noisy_batch(net, target, samples, b, seed, streams::probe_noise, draw);
     // Rows of `size` numbers, `stride` apart on the device, onto the end of f.
     auto append = [&](Features<Acc>& f, const Acc* from, size_t size, size_t stride) {
       std::vector<Acc> rows = downloaded(device, from, b * stride - (stride - size));

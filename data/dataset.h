@@ -270,14 +270,14 @@ inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t
 // ---------------------------------------------------------------------------------------------
 // 3. Other people's data
 
-// A floating tensor of the given rank, every size at least 1, as floats; fails on anything else,
-// and on NaN and infinity.
-inline std::vector<float> read_finite(const SafetensorsReader& file, const std::string& path,
-                                      const TensorInfo& tensor) {
-  std::vector<float> values(tensor.count());
+// A floating tensor's numbers; fails on others, and on NaN and infinity.
+template <class Real>
+std::vector<Real> read_finite(const SafetensorsReader& file, const std::string& path,
+                              const TensorInfo& tensor) {
+  std::vector<Real> values(tensor.count());
   file.read(tensor, values.data(), 0, values.size());
   for (size_t i = 0; i < values.size(); ++i)
-    if (!std::isfinite(values[i])) {
+    if (!std::isfinite(double(values[i]))) {
       std::vector<size_t> at(tensor.shape.size());
       for (size_t d = at.size(), rest = i; d-- > 0; rest /= tensor.shape[d])
         at[d] = rest % tensor.shape[d];
@@ -314,12 +314,12 @@ inline Dataset load_latents(const std::string& path, size_t copies = 1) {
       fail("%s: caption[%zu] is %lld, expected 0 to %zu", path.c_str(), n,
            static_cast<long long>(caption[n]), data.captions - 1);
   data.caption.assign(caption.begin(), caption.end());
-  data.text = read_finite(file, path, *file.find("text"));
+  data.text = read_finite<float>(file, path, *file.find("text"));
   data.empty_text.assign(data.text_tokens * data.text_dim, 0);
   if (file.find("empty"))
     data.empty_text =
-        read_finite(file, path, file.require("empty", {data.text_tokens, data.text_dim}));
-  if (copies > 0) data.pixels = read_finite(file, path, *file.find("latents"));
+        read_finite<float>(file, path, file.require("empty", {data.text_tokens, data.text_dim}));
+  if (copies > 0) data.pixels = read_finite<float>(file, path, *file.find("latents"));
   return data;
 }
 
@@ -497,9 +497,9 @@ inline Split split_off(Dataset data) {
 // ---------------------------------------------------------------------------------------------
 // 4. The kinds of data sets
 //
-// A kind is a struct as these, and an entry in the list behind them: what --data takes, its help and
-// its errors follow. One that lacks a member does not compile. load() adds to `remark` what belongs
-// into the line that says what there is.
+// A kind is a struct as these, and an entry in the list behind them: what --data takes, its help
+// and its errors follow. One that lacks a member does not compile. load() adds to `remark` what
+// belongs into the line that says what there is.
 
 struct FashionMnist {  // by its name, or any folder with files of its names
   static constexpr const char* about = "fashion-mnist";  // what --data takes
