@@ -633,6 +633,13 @@ Diagnostics<Real> chosen_diagnostics(const TrainOptions& o) {
   return {o.model, chosen_layers(o), std::min(o.diagnose_samples, o.batch)};
 }
 
+inline size_t count_chunks(const Table& table) {
+  size_t count = 0;
+  for (const Parameter& p : table.parameters)
+    if (!p.fixed) count += ceil_div(p.count(), largest_chunk);
+  return count;
+}
+
 // The arrays of a run besides the network's.
 template <class Real, class Kept>
 struct TrainArrays : Moved<AdamW, Master<Real, Kept>, Kept> {
@@ -652,7 +659,7 @@ struct TrainArrays : Moved<AdamW, Master<Real, Kept>, Kept> {
     for (Kept*& slot : slots) take(slot);
     if (averages) take(average);
     if (averages && !std::is_same_v<Real, Acc>) take(average_rounded);
-    chunk_count = chunks_of(table).size();
+    chunk_count = count_chunks(table);
     chunks = c.take<Chunk>(chunk_count), partial = c.take<double>(chunk_count);
     clock = c.take<Clock>(1), history = c.take<Record>(records);
   }
@@ -700,7 +707,7 @@ struct RunArrays {
   template <class F>
   void each_slab(const TrainOptions& o, const Table& table, DataSizes data, const F& slab) {
     const Config& m = o.model;
-    size_t chunks = chunks_of(table).size();
+    size_t chunks = count_chunks(table);
     slab("optimizer", [&](Carver& c) { a.lay_optimizer(c, table, o.ema > 0); });
     slab("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
     if (o.observes())
@@ -753,9 +760,10 @@ struct Choice {
   size_t recompute, bytes;
   double flops;
 
+  const char* state() const { return lean ? "lean" : "fp32"; }
   std::string text() const {
-    return text_of("%s state, recompute %zu: %.2f GB, %.4g TFLOP a step", lean ? "lean" : "fp32",
-                   recompute, 1e-9 * double(bytes), 1e-12 * flops);
+    return text_of("%s state, recompute %zu: %.2f GB, %.4g TFLOP a step", state(), recompute,
+                   1e-9 * double(bytes), 1e-12 * flops);
   }
 };
 
@@ -767,30 +775,32 @@ inline double step_flops(const TrainOptions& o) {
          (3 + double(replayed) / double(o.model.depth));
 }
 
-template <class Real>
-Choice way_to_run(TrainOptions o, bool lean, size_t recompute, const Table& table, DataSizes data,
-                  bool on_gpu) {
-  o.recompute = recompute;
-  Plan plan = lean ? training_plan<Real, Real>(o, table, data, on_gpu)
-                   : training_plan<Real, AccOf<Real>>(o, table, data, on_gpu);
-  return {lean, recompute, plan.total(), step_flops(o)};
-}
+// What is to be run, and where.
+struct Job {
+  TrainOptions o;
+  const Table& table;
+  DataSizes data;
+  bool gpu;
+};
 
-// Bytes of the network alone: what the length of spans changes.
 template <class Real>
-size_t network_bytes(const TrainOptions& o, const Choice& way, const Table& table, bool on_gpu) {
-  auto plan = [&](auto kept) {
-    return network_plan<Real, decltype(kept)>(o.model, table, o.batch, way.recompute, true, on_gpu);
-  };
-  return (way.lean ? plan(Real{}) : plan(AccOf<Real>{})).total();
+Plan plan_of(Job job, bool lean, size_t recompute) {
+  job.o.recompute = recompute;
+  return lean ? training_plan<Real, Real>(job.o, job.table, job.data, job.gpu)
+              : training_plan<Real>(job.o, job.table, job.data, job.gpu);
+}
+template <class Real>
+Choice way_to_run(Job job, bool lean, size_t recompute) {
+  job.o.recompute = recompute;
+  return {lean, recompute, plan_of<Real>(job, lean, recompute).total(), step_flops(job.o)};
 }
 
 // The ways to run that the options leave open, best first. Of those with one state each takes less
 // memory than the one before it, and more work.
 template <class Real>
-std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes data,
-                            bool on_gpu) {
+std::vector<Choice> choices(const Job& job) {
   constexpr bool can_be_lean = std::is_same_v<Real, bf16>;
+  const TrainOptions& o = job.o;
   if (o.state == "lean" && !can_be_lean) fail("--state lean is for --precision bf16 alone");
   std::set<size_t> lengths = {o.recompute};
   if (o.recompute == automatic) {
@@ -802,16 +812,7 @@ std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes
   for (bool lean : {false, true}) {
     if (lean ? !can_be_lean || o.state == "fp32" : o.state == "lean") continue;
     std::vector<Choice> ways;
-    // The rest is the same for all lengths, of which there may be hundreds, and walks over the
-    // table.
-    Choice way = way_to_run<Real>(o, lean, *lengths.begin(), table, data, on_gpu);
-    size_t rest = way.bytes - network_bytes<Real>(o, way, table, on_gpu);
-    TrainOptions with = o;
-    for (size_t length : lengths) {
-      with.recompute = way.recompute = length;
-      way.bytes = rest + network_bytes<Real>(o, way, table, on_gpu), way.flops = step_flops(with);
-      ways.push_back(way);
-    }
+    for (size_t length : lengths) ways.push_back(way_to_run<Real>(job, lean, length));
     std::sort(ways.begin(), ways.end(), [](const Choice& a, const Choice& b) {
       return std::pair(a.flops, a.bytes) < std::pair(b.flops, b.bytes);
     });
@@ -824,17 +825,16 @@ std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes
 
 // What to say where not even `least`, the way that takes the least memory, fits.
 template <class Real>
-std::string does_not_fit(TrainOptions o, const Choice& least, const Table& table, DataSizes data,
-                         bool on_gpu, double limit) {
-  size_t fitting = 0, too_large = o.batch;  // all that grows with the batch grows alike
+std::string does_not_fit(Job job, const Choice& least, double limit) {
+  size_t fitting = 0, too_large = job.o.batch;  // all that grows with the batch grows alike
   while (too_large - fitting > 1) {
-    o.batch = (fitting + too_large) / 2;
-    Choice way = way_to_run<Real>(o, least.lean, least.recompute, table, data, on_gpu);
-    (double(way.bytes) <= limit ? fitting : too_large) = o.batch;
+    job.o.batch = (fitting + too_large) / 2;
+    Choice way = way_to_run<Real>(job, least.lean, least.recompute);
+    (double(way.bytes) <= limit ? fitting : too_large) = job.o.batch;
   }
-  std::string text = text_of(
-      "this run needs at least %.2f GB (%s state, recompute %zu) and may take %.2f GB: ",
-      1e-9 * double(least.bytes), least.lean ? "lean" : "fp32", least.recompute, 1e-9 * limit);
+  std::string text =
+      text_of("this run needs at least %.2f GB (%s state, recompute %zu) and may take %.2f GB: ",
+              1e-9 * double(least.bytes), least.state(), least.recompute, 1e-9 * limit);
   return text + (fitting ? "the largest --batch that fits is " + std::to_string(fitting)
                          : std::string("not even a batch of one fits"));
 }
@@ -842,15 +842,14 @@ std::string does_not_fit(TrainOptions o, const Choice& least, const Table& table
 // The best way that fits into `limit` bytes, and on the console the next best. If none does: fails,
 // or says so and returns the one that takes least.
 template <class Real>
-Choice choose(const TrainOptions& o, const Table& table, DataSizes data, bool on_gpu, double limit,
-              bool must_fit) {
-  std::vector<Choice> all = choices<Real>(o, table, data, on_gpu);
+Choice choose(const Job& job, double limit, bool must_fit) {
+  std::vector<Choice> all = choices<Real>(job);
   auto fits = [&](const Choice& c) { return double(c.bytes) <= limit; };
   auto best = std::find_if(all.begin(), all.end(), fits);
   if (best == all.end()) {
     Choice least = *std::min_element(
         all.begin(), all.end(), [](const Choice& a, const Choice& b) { return a.bytes < b.bytes; });
-    std::string text = does_not_fit<Real>(o, least, table, data, on_gpu, limit);
+    std::string text = does_not_fit<Real>(job, least, limit);
     if (must_fit) fail("%s", text.c_str());
     std::printf("%s\n", text.c_str());
     return least;
@@ -1136,19 +1135,17 @@ inline void interrupt(int signal) {
 }
 
 template <class Real>
-void print_plan(TrainOptions o, const Table& table, DataSizes data, bool on_gpu,
-                const Choice& choice) {
-  o.recompute = choice.recompute;
-  Plan plan = choice.lean ? training_plan<Real, Real>(o, table, data, on_gpu)
-                          : training_plan<Real>(o, table, data, on_gpu);
+void print_plan(const Job& job, const Choice& choice) {
+  Plan plan = plan_of<Real>(job, choice.lean, choice.recompute);
+  const TrainOptions& o = job.o;
   const Config& m = o.model;
-  double parameters = double(table.count());
+  double parameters = double(job.table.count());
   std::printf("%s: %zu layers, width %zu, %zu heads, ffn %zu; %zu image + %zu text tokens\n",
               m.residual.c_str(), m.depth, m.width, m.heads, m.ffn, m.image_tokens(),
               m.text_tokens);
   std::printf("%.3f million parameters, batch %zu x %zu, %s, %s state, recompute %zu, ",
-              1e-6 * parameters, o.batch, o.accumulate, dtype_name<Real>(),
-              choice.lean ? "lean" : "fp32", choice.recompute);
+              1e-6 * parameters, o.batch, o.accumulate, dtype_name<Real>(), choice.state(),
+              choice.recompute);
   std::printf("%.4g TFLOP a step\n", 1e-12 * choice.flops);
   auto line = [&](const std::string& name, size_t bytes) {
     std::printf("  %-21s %12.3f MB", name.c_str(), 1e-6 * double(bytes));
@@ -1434,7 +1431,7 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   const TrainOptions asked = o;
   o.val_images = std::min(o.val_images, validation.images);
   Table table = parameter_table(o.model);
-  DataSizes sizes{data.images, o.val_images, data.captions};
+  Job job{o, table, {data.images, o.val_images, data.captions}, device.gpu};
   double limit = memory_limit(device);
   if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
   std::string saved = o.out + "/state.safetensors";
@@ -1445,17 +1442,17 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   if (resumed) {
     SafetensorsReader file(saved);
     require_same_run<Real>(file, saved, o, data, validation);
-    if (o.state == "auto") o.state = described(file, saved, "state");
+    if (o.state == "auto") o.state = job.o.state = described(file, saved, "state");
   }
-  Choice choice = choose<Real>(o, table, sizes, device.gpu, limit, true);
+  Choice choice = choose<Real>(job, limit, true);
   o.recompute = choice.recompute;
   if (!resumed || !o.changes.empty() || !std::filesystem::exists(o.out + "/config.ini"))
-    o.ini = ini_of(asked, machine, choice.lean ? "lean" : "fp32");
+    o.ini = ini_of(asked, machine, choice.state());
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
   if (!own) own = std::make_unique<OwnFolder>(o.out);
   refuse_to_overwrite(o);
-  print_plan<Real>(o, table, sizes, device.gpu, choice);
+  print_plan<Real>(job, choice);
   if constexpr (std::is_same_v<Real, bf16>)
     if (choice.lean)
       return start_run<Real, Real>(device, o, std::move(data), std::move(validation), in_use);
@@ -1471,8 +1468,8 @@ void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
   Table table = parameter_table(o.model);
   bool is_here = !on_gpu || Device::gpus() > 0;
   double limit = o.memory > 0 ? 1e9 * o.memory : is_here ? memory_limit(Device(on_gpu)) : HUGE_VAL;
-  Choice choice = choose<Real>(o, table, data, on_gpu, limit, o.memory > 0);
-  print_plan<Real>(o, table, data, on_gpu, choice);
+  Job job{o, table, data, on_gpu};
+  print_plan<Real>(job, choose<Real>(job, limit, o.memory > 0));
 }
 
 // The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must

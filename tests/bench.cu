@@ -255,7 +255,7 @@ template <class G>
 void optimizer(Device& device, const char* name) {
   Table table;
   table.parameters = {{"w", {size_t(1) << 28}, Init::uniform, 0.05, 0}};
-  size_t n = table.size = size_t(1) << 28, count = chunks_of(table).size();
+  size_t n = table.size = size_t(1) << 28, count = count_chunks(table);
   std::vector<Chunk> chunks = chunks_of(table);
   TrainArrays<Real, G> a = {};
   Carver counter;
@@ -293,8 +293,9 @@ void step(Device& device, const Config& c, size_t accumulate = 1, int repeats = 
   for (size_t i = 0; i < 10 * 512; ++i) data.text.push_back(float(gaussian(4, 7, i)));
   data.empty_text.resize(512, 0.1f);
   for (size_t i = 0; i < data.images; ++i) data.caption.push_back(int32_t(i % 10));
-  Choice choice = choose<Real>(o, parameter_table(c), {data.images, o.val_images, data.captions},
-                               true, memory_limit(device), true);
+  Table table = parameter_table(c);
+  Job job{o, table, {data.images, o.val_images, data.captions}, true};
+  Choice choice = choose<Real>(job, memory_limit(device), true);
   o.recompute = choice.recompute;
   Trainer<Real, G> trainer(device, o, data, data);
   trainer.train_step();

@@ -334,6 +334,7 @@ TEST(AdamW, ChunksCoverEachParameterOnce) {
       std::string end = p.name.substr(p.name.rfind('.') + 1);
       for (size_t i = 0; i < p.count(); ++i) matrix[p.offset + i] = end == "weight";
     }
+    EXPECT_EQ(chunks_of(table).size(), count_chunks(table));
     for (const Chunk& chunk : chunks_of(table)) {
       const Parameter& p = table.parameters.at(chunk.parameter);
       EXPECT_TRUE(chunk.begin >= p.offset && chunk.begin + chunk.count <= p.offset + p.count());
