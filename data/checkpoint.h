@@ -2,7 +2,7 @@
 //
 // What it is: the parameter table of dit.cu written to and read from safetensors, and the
 // configuration that a weights file carries or implies.
-// What it is not: the format itself (safetensors.h), or a run's state (train.cu), which uses it.
+// What it is not: the format itself (safetensors.h), or a run's state (state.h), which uses it.
 //
 // How to read it: describe() and read_config() are each other's inverse, and so are save_tensors()
 // and load_tensors().
