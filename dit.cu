@@ -17,7 +17,6 @@
 
 #include "mvsplit.cu"
 
-#include <array>
 #include <functional>
 #include <map>
 #include <optional>
@@ -665,10 +664,10 @@ void embed_forward(Net& net, const Parameters<const Real>& w, size_t b) {
   image_to_tokens(device, a.patches, a.z, b, N, c.patches(), PatchOrder::channel_first);
   linear_forward(device, a.image_embed, a.patches, w.patch_weight, b * N, D, c.patch_dim());
   if (w.patch_bias) bias_forward(device, a.image_embed, w.patch_bias, b * N, D);
-  rmsnorm_forward(device, X, a.r_image, a.image_embed, b, N, D, stride, c.norm_eps);
+  rmsnorm_forward(device, X, a.r_image, a.image_embed, {b, N, D, stride}, c.norm_eps);
   if (w.context)  // else text has D channels, and is text_embed
     linear_forward(device, a.text_embed, a.text, w.context, b * L, D, c.text_dim);
-  rmsnorm_forward(device, X + N * D, a.r_text, a.text_embed, b, L, D, stride, c.norm_eps);
+  rmsnorm_forward(device, X + N * D, a.r_text, a.text_embed, {b, L, D, stride}, c.norm_eps);
 }
 
 // dw from arrays.G, dL/d(the trunk's input); with o.inputs also arrays.dz and arrays.dtext.
@@ -679,11 +678,11 @@ void embed_backward(Net& net, const Parameters<Number>& dw, const Parameters<con
   const auto& c = net.config;
   auto& a = net.arrays;
   size_t N = c.image_tokens(), L = c.text_tokens, D = c.width, stride = c.tokens() * D;
-  rmsnorm_backward(device, a.dimage_embed, a.G, a.image_embed, a.r_image, b, N, D, stride);
+  rmsnorm_backward(device, a.dimage_embed, a.G, a.image_embed, a.r_image, {b, N, D, stride});
   if (w.patch_bias) bias_backward(device, dw.patch_bias, a.dimage_embed, b * N, D, o.accumulate);
   linear_backward_weight(device, dw.patch_weight, a.dimage_embed, a.patches, b * N, D,
                          c.patch_dim(), o.accumulate);
-  rmsnorm_backward(device, a.dtext_embed, a.G + N * D, a.text_embed, a.r_text, b, L, D, stride);
+  rmsnorm_backward(device, a.dtext_embed, a.G + N * D, a.text_embed, a.r_text, {b, L, D, stride});
   if (w.context)
     linear_backward_weight(device, dw.context, a.dtext_embed, a.text, b * L, D, c.text_dim,
                            o.accumulate);
@@ -1212,7 +1211,7 @@ void add_rounded(const Device& device, Kept* to, const Acc* from, size_t n, bool
 }
 
 // Kept is what gradients are kept as. With Acc the kernels write or add to them in place. bf16
-// gradients (Kept = Real, half the bytes) cannot be added to in place without loss: each block's are
+// gradients (Kept = Real, half the bytes) cannot be added to in place without loss: a block's are
 // made in Acc, in an array for one block, and added to the kept ones with stochastic rounding
 // (math.h, appendix E): the same kernels, and one pass more over a block's gradients.
 template <class Real, class Kept = AccOf<Real>>

@@ -24,6 +24,8 @@
 
 #include "math.h"
 
+#include <array>
+
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
 #include <cuda_pipeline.h>
@@ -190,16 +192,24 @@ HD Acc inverse_rms(Acc sum_of_squares, size_t D, Acc eps) {
   return rsqrt_(sum_of_squares / Acc(D) + eps);
 }
 
-// Y = r X by rows; r (B, n) is kept for the backward. X is (B, n, D) packed; Y's sequences are
-// y_stride elements apart, so that image and text tokens land in their places of one (B, T, D)
-// array.
+// (B, n, D) rows, packed; in another array their sequences are `stride` elements apart, so that
+// image and text tokens have their places in one (B, T, D) array.
+struct Packed {
+  size_t batch, n, D, stride;
+
+  HD size_t rows() const { return batch * n; }
+  HD size_t apart(size_t row) const { return row / n * stride + row % n * D; }
+};
+
+// Y = r X by rows, X packed and Y apart; r (B, n) is kept for the backward.
 template <class Real>
-void rmsnorm_forward(const Device& device, Real* Y, AccOf<Real>* r, const Real* X, size_t batch,
-                     size_t n, size_t D, size_t y_stride, double eps) {
+void rmsnorm_forward(const Device& device, Real* Y, AccOf<Real>* r, const Real* X, Packed shape,
+                     double eps) {
   using Acc = AccOf<Real>;
-  for_each_team(device, batch * n, threads_for_row(D), [=] HD(Team team) {
+  size_t D = shape.D;
+  for_each_team(device, shape.rows(), threads_for_row(D), [=] HD(Team team) {
     const Real* x = X + team.index * D;
-    Real* y = Y + team.index / n * y_stride + team.index % n * D;
+    Real* y = Y + shape.apart(team.index);
     Acc squares = 0;
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
       Quad<Acc> v = load<Acc>(x + d);
@@ -212,14 +222,15 @@ void rmsnorm_forward(const Device& device, Real* Y, AccOf<Real>* r, const Real* 
   });
 }
 
-// dX (=) from dY by (Delta); X, r, dX (B, n, D) packed, dY strided as Y above.
+// dX (=) from dY by (Delta); X, dX packed, dY apart as Y above.
 template <class Real>
 void rmsnorm_backward(const Device& device, Real* dX, const Real* dY, const Real* X,
-                      const AccOf<Real>* r, size_t batch, size_t n, size_t D, size_t y_stride) {
+                      const AccOf<Real>* r, Packed shape) {
   using Acc = AccOf<Real>;
-  for_each_team(device, batch * n, threads_for_row(D), [=] HD(Team team) {
+  size_t D = shape.D;
+  for_each_team(device, shape.rows(), threads_for_row(D), [=] HD(Team team) {
     const Real* x = X + team.index * D;
-    const Real* g = dY + team.index / n * y_stride + team.index % n * D;
+    const Real* g = dY + shape.apart(team.index);
     Acc scale = r[team.index], gx = 0;
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size)
       gx += dot(load<Acc>(g + d), load<Acc>(x + d));
@@ -298,95 +309,92 @@ struct Gate {
 };
 constexpr int most_gates = 2;
 
-// The values of a merge's gates at four channels, in the order in which it lists them.
+// At four channels: the values of a merge's gates, in the order in which it lists them; and of a
+// token, X and F and their means over its segment, zero unless the merge needs `means`.
 template <class Acc>
 struct Gains {
   Quad<Acc> of[most_gates];
   HD Quad<Acc> operator[](int i) const { return of[i]; }
 };
+template <class Acc>
+struct Joined {
+  Quad<Acc> x, f, xbar, fbar;
+};
 
-// A merge is a struct as below, and one entry in the list `Merges` (appendix A). Of a token's
-// four channels x, f are those of X, F; xbar, fbar their means over its segment, zero unless the
-// merge needs `means`; dZ, dZbar those of Delta.
-struct PostNorm {
-  static constexpr const char* name = "postnorm";
-  static std::vector<Gate> gates() { return {}; }
-  static constexpr bool means = false;        // does it need them, on the way forward or back?
-  static constexpr bool trunk_apart = false;  // a matter of Pre-Norm alone (appendix A)
-  static constexpr double writer_std = 0;     // where writers start, N(0, std^2)
-
-  template <class Acc>
-  HD static Quad<Acc> Z(Gains<Acc>, Quad<Acc> x, Quad<Acc> f, Quad<Acc> /*xbar*/,
-                        Quad<Acc> /*fbar*/) {
-    return x + f;
-  }
-  template <class Acc>
-  HD static Quad<Acc> dX(Gains<Acc>, Quad<Acc> dZ, Quad<Acc> /*dZbar*/) {
-    return dZ;
-  }
-  template <class Acc>
-  HD static Quad<Acc> dF(Gains<Acc>, Quad<Acc> dZ, Quad<Acc> /*dZbar*/) {
-    return dZ;
-  }
-  // What the gate `by_token` multiplies in Z, token by token, and the gate `by_segment`, which is
-  // the same for a segment's tokens; -1: there is none.
+// A merge is a struct as those below, and an entry in the list `Merges` (appendix A). It has a
+// name, Z, its gradients {dX, dF} from Delta and its segment's mean (dZ, dZbar), and of each gate
+// what it multiplies in Z: without one of these it does not compile. Here is what it may leave out.
+struct MergeBase {
+  static constexpr std::array<Gate, 0> gates = {};
+  // The place of the gate with a factor of its own for each token, and of the one with a factor for
+  // all tokens of a segment; -1: there is none.
   static constexpr int by_token = -1, by_segment = -1;
   template <class Acc>
-  HD static Quad<Acc> token_factor(Quad<Acc> /*x*/, Quad<Acc> /*f*/, Quad<Acc> /*fbar*/) {
+  HD static Quad<Acc> token_factor(Joined<Acc>) {
     return {};
   }
   template <class Acc>
-  HD static Acc segment_factor(Acc, Acc) {
+  HD static Acc segment_factor(Acc /*xbar*/, Acc /*fbar*/) {
     return 0;
   }
-  static constexpr bool one_number = false;  // is its gate one for all channels?
+  static constexpr bool means = false;        // does it need them, on the way forward or back?
+  static constexpr bool trunk_apart = false;  // a matter of Pre-Norm alone (appendix A)
+  static constexpr bool one_number = false;   // is its gate one for all channels?
+  static constexpr double writer_std = 0;     // where writers start, N(0, std^2)
 };
 
-struct LayerScale : PostNorm {
+struct PostNorm : MergeBase {
+  static constexpr const char* name = "postnorm";
+
+  template <class Acc>
+  HD static Quad<Acc> Z(Gains<Acc>, Joined<Acc> in) {
+    return in.x + in.f;
+  }
+  template <class Acc>
+  HD static Pair<Quad<Acc>> gradients(Gains<Acc>, Quad<Acc> dZ, Quad<Acc> /*dZbar*/) {
+    return {dZ, dZ};
+  }
+};
+
+struct LayerScale : MergeBase {
   static constexpr const char* name = "layerscale";
-  static std::vector<Gate> gates() { return {{"lambda", "layerscale#", 1e-2}}; }
+  static constexpr std::array gates = {Gate{"lambda", "layerscale#", 1e-2}};
   static constexpr double writer_std = 0.02;  // the paper's choice (Table 3)
-  enum { lambda };
+  enum { lambda, by_token = lambda };
 
   template <class Acc>
-  HD static Quad<Acc> Z(Gains<Acc> g, Quad<Acc> x, Quad<Acc> f, Quad<Acc>, Quad<Acc>) {
-    return multiply_add(g[lambda], f, x);
+  HD static Quad<Acc> Z(Gains<Acc> g, Joined<Acc> in) {
+    return multiply_add(g[lambda], in.f, in.x);
   }
   template <class Acc>
-  HD static Quad<Acc> dF(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc>) {
-    return g[lambda] * dZ;
+  HD static Pair<Quad<Acc>> gradients(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc>) {
+    return {dZ, g[lambda] * dZ};
   }
-  static constexpr int by_token = lambda;
   template <class Acc>
-  HD static Quad<Acc> token_factor(Quad<Acc>, Quad<Acc> f, Quad<Acc>) {
-    return f;
+  HD static Quad<Acc> token_factor(Joined<Acc> in) {
+    return in.f;
   }
 };
 
-struct MvSplit : PostNorm {
+struct MvSplit : MergeBase {
   static constexpr const char* name = "mvsplit";
-  static std::vector<Gate> gates() {
-    return {{"alpha", "fused_mvsplit_norm#.alpha", 0}, {"beta", "fused_mvsplit_norm#.beta", 1}};
-  }
+  static constexpr std::array gates = {Gate{"alpha", "fused_mvsplit_norm#.alpha", 0},
+                                       Gate{"beta", "fused_mvsplit_norm#.beta", 1}};
   static constexpr bool means = true;
-  enum { alpha, beta };
+  enum { alpha, beta, by_segment = alpha, by_token = beta };
 
   template <class Acc>
-  HD static Quad<Acc> Z(Gains<Acc> g, Quad<Acc> x, Quad<Acc> f, Quad<Acc> xbar, Quad<Acc> fbar) {
-    return multiply_add(g[alpha], fbar - xbar, multiply_add(g[beta], f - fbar, x));  // (7)
+  HD static Quad<Acc> Z(Gains<Acc> g, Joined<Acc> in) {  // (7)
+    return multiply_add(g[alpha], in.fbar - in.xbar, multiply_add(g[beta], in.f - in.fbar, in.x));
   }
   template <class Acc>
-  HD static Quad<Acc> dX(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc> dZbar) {
-    return dZ - g[alpha] * dZbar;  // (dX)
+  HD static Pair<Quad<Acc>> gradients(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc> dZbar) {
+    return {dZ - g[alpha] * dZbar,                         // (dX)
+            g[beta] * dZ + (g[alpha] - g[beta]) * dZbar};  // (dF)
   }
   template <class Acc>
-  HD static Quad<Acc> dF(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc> dZbar) {
-    return g[beta] * dZ + (g[alpha] - g[beta]) * dZbar;  // (dF)
-  }
-  static constexpr int by_token = beta, by_segment = alpha;
-  template <class Acc>
-  HD static Quad<Acc> token_factor(Quad<Acc>, Quad<Acc> f, Quad<Acc> fbar) {
-    return f - fbar;  // (dbeta)
+  HD static Quad<Acc> token_factor(Joined<Acc> in) {
+    return in.f - in.fbar;  // (dbeta)
   }
   template <class Acc>
   HD static Acc segment_factor(Acc xbar, Acc fbar) {
@@ -444,7 +452,7 @@ struct MergeSaved {
 template <class M, class Real>
 HD Gains<AccOf<Real>> gains_at(Gates<const Real> gates, size_t d) {
   Gains<AccOf<Real>> gains = {};
-  for (int i : {M::by_token, M::by_segment})
+  for (int i : {int(M::by_token), int(M::by_segment)})
     if (i >= 0)
       gains.of[i] =
           M::one_number ? quad(AccOf<Real>(gates.of[i][0])) : load<AccOf<Real>>(gates.of[i] + d);
@@ -462,13 +470,13 @@ void merge_forward_passes(const Device& device, Real* X_next, MergeSaved<AccOf<R
   Acc eps = Acc(shape.eps);
   if (M::means && !again) segment_means(device, saved.xbar, saved.fbar, X, F, shape.tokens, D);
   auto Z = [=] HD(size_t segment, size_t row, size_t d) {
-    Quad<Acc> x = load<Acc>(X + row * D + d), xbar = {}, fbar = {};
-    if (M::trunk_apart && saved.r_X) x = Acc(1) / saved.r_X[row] * x;
+    Joined<Acc> in = {load<Acc>(X + row * D + d), load<Acc>(F + row * D + d), {}, {}};
+    if (M::trunk_apart && saved.r_X) in.x = Acc(1) / saved.r_X[row] * in.x;
     if (M::means) {
-      xbar = load<Acc>(saved.xbar + segment * D + d),
-      fbar = load<Acc>(saved.fbar + segment * D + d);
+      in.xbar = load<Acc>(saved.xbar + segment * D + d);
+      in.fbar = load<Acc>(saved.fbar + segment * D + d);
     }
-    return M::Z(gains_at<M>(gates, d), x, load<Acc>(F + row * D + d), xbar, fbar);
+    return M::Z(gains_at<M>(gates, d), in);
   };
   if (again) {
     map_rows(device, shape.tokens, D, Z, [=] HD(size_t row, size_t d, Quad<Acc> z) {
@@ -529,7 +537,7 @@ void merge_token_sums(const Device& device, MergeScratch<AccOf<Real>> scratch,
         Quad<Acc> dZ_i = dZ(row, d), fbar = {};
         if (M::means) fbar = load<Acc>(in.saved.fbar + segment * D + d);
         Quad<Acc> x = load<Acc>(in.X + row * D + d), f = load<Acc>(in.F + row * D + d);
-        return Pair<Quad<Acc>>{dZ_i, dZ_i * M::token_factor(x, f, fbar)};
+        return Pair<Quad<Acc>>{dZ_i, dZ_i * M::token_factor(Joined<Acc>{x, f, {}, fbar})};
       },
       [=] HD(size_t segment, size_t d, Pair<Quad<Acc>> sum) {
         store(scratch.dZbar + segment * D + d, tokens.one_over<Acc>(segment) * sum.a);
@@ -561,9 +569,9 @@ void merge_backward_passes(const Device& device, Real* dX, Real* dF,
         if (M::trunk_apart)
           dZ_i = load<Acc>(in.dF_next + row * D + d) + dZ_i;  // (trunk), appendix A
         if (M::means) dZbar = load<Acc>(scratch.dZbar + segment * D + d);
-        bool apart = M::trunk_apart && in.saved.r_X;  // then the trunk's part is in dF alone
-        return Pair<Quad<Acc>>{apart ? Quad<Acc>{} : M::dX(gains, dZ_i, dZbar),
-                               M::dF(gains, dZ_i, dZbar)};
+        Pair<Quad<Acc>> dX_dF = M::gradients(gains, dZ_i, dZbar);
+        if (M::trunk_apart && in.saved.r_X) dX_dF.a = {};  // the trunk's part is in dF alone
+        return dX_dF;
       },
       [=] HD(size_t row, size_t d, Pair<Quad<Acc>> out) {
         store(dX + row * D + d, out.a), store(dF + row * D + d, out.b);
@@ -593,7 +601,8 @@ void gate_gradients(const Device& device, Gates<Number> dgates, MergeSaved<AccOf
     return sum;
   };
   auto finish = [=] HD(size_t d, Pair<Acc> sum) {
-    constexpr int one = max_(M::by_token, 0), other = max_(M::by_segment, 0);  // -1 is no place
+    constexpr int one = max_<int>(M::by_token, 0),
+                  other = max_<int>(M::by_segment, 0);  // -1 is no place
     if (M::by_token >= 0) set_or_add(dgates.of[one] + d, sum.a, accumulate);
     if (M::by_segment >= 0) set_or_add(dgates.of[other] + d, sum.b, accumulate);
   };
@@ -640,7 +649,7 @@ struct PreNorm : PostNorm {
 // = sum Delta * F and dF = lambda Delta would both be zero for ever.
 struct ReZero : LayerScale {
   static constexpr const char* name = "rezero";
-  static std::vector<Gate> gates() { return {{"lambda", "rezero#", 0}}; }
+  static constexpr std::array gates = {Gate{"lambda", "rezero#", 0}};
   static constexpr bool one_number = true;
 };
 
@@ -649,12 +658,12 @@ struct MvSplitNoLeak : MvSplit {
   static constexpr const char* name = "mvsplit-noleak";
 
   template <class Acc>
-  HD static Quad<Acc> Z(Gains<Acc> g, Quad<Acc> x, Quad<Acc> f, Quad<Acc>, Quad<Acc> fbar) {
-    return multiply_add(g[alpha], fbar, multiply_add(g[beta], f - fbar, x));
+  HD static Quad<Acc> Z(Gains<Acc> g, Joined<Acc> in) {
+    return multiply_add(g[alpha], in.fbar, multiply_add(g[beta], in.f - in.fbar, in.x));
   }
   template <class Acc>
-  HD static Quad<Acc> dX(Gains<Acc>, Quad<Acc> dZ, Quad<Acc>) {
-    return dZ;
+  HD static Pair<Quad<Acc>> gradients(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc> dZbar) {
+    return {dZ, MvSplit::gradients(g, dZ, dZbar).b};
   }
   template <class Acc>
   HD static Acc segment_factor(Acc, Acc fbar) {
@@ -664,48 +673,64 @@ struct MvSplitNoLeak : MvSplit {
 
 // Hard centering (App. J): Z = X + P F. The mean of the branch is thrown away and the trunk's kept,
 // so dX = Delta and dF = P Delta = Delta - Dbar.
-struct Centered : PostNorm {
+struct Centered : MergeBase {
   static constexpr const char* name = "centered";
   static constexpr bool means = true;
 
   template <class Acc>
-  HD static Quad<Acc> Z(Gains<Acc>, Quad<Acc> x, Quad<Acc> f, Quad<Acc>, Quad<Acc> fbar) {
-    return x + (f - fbar);
+  HD static Quad<Acc> Z(Gains<Acc>, Joined<Acc> in) {
+    return in.x + (in.f - in.fbar);
   }
   template <class Acc>
-  HD static Quad<Acc> dF(Gains<Acc>, Quad<Acc> dZ, Quad<Acc> dZbar) {
-    return dZ - dZbar;
+  HD static Pair<Quad<Acc>> gradients(Gains<Acc>, Quad<Acc> dZ, Quad<Acc> dZbar) {
+    return {dZ, dZ - dZbar};
   }
 };
 
 // MV-Split's leak on both parts: Z = X + alpha * (F - X). dX = (1 - alpha) * Delta, dF = alpha *
 // Delta, dalpha = sum_i Delta_i * (F_i - X_i).
-struct Leaky : PostNorm {
+struct Leaky : MergeBase {
   static constexpr const char* name = "leaky";
-  static std::vector<Gate> gates() { return {{"alpha", "leaky#", 0.1}}; }
-  enum { alpha };
+  static constexpr std::array gates = {Gate{"alpha", "leaky#", 0.1}};
+  enum { alpha, by_token = alpha };
 
   template <class Acc>
-  HD static Quad<Acc> Z(Gains<Acc> g, Quad<Acc> x, Quad<Acc> f, Quad<Acc>, Quad<Acc>) {
-    return multiply_add(g[alpha], f - x, x);
+  HD static Quad<Acc> Z(Gains<Acc> g, Joined<Acc> in) {
+    return multiply_add(g[alpha], in.f - in.x, in.x);
   }
   template <class Acc>
-  HD static Quad<Acc> dX(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc>) {
-    return dZ - g[alpha] * dZ;
+  HD static Pair<Quad<Acc>> gradients(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc>) {
+    return {dZ - g[alpha] * dZ, g[alpha] * dZ};
   }
   template <class Acc>
-  HD static Quad<Acc> dF(Gains<Acc> g, Quad<Acc> dZ, Quad<Acc>) {
-    return g[alpha] * dZ;
-  }
-  static constexpr int by_token = alpha;
-  template <class Acc>
-  HD static Quad<Acc> token_factor(Quad<Acc> x, Quad<Acc> f, Quad<Acc>) {
-    return f - x;
+  HD static Quad<Acc> token_factor(Joined<Acc> in) {
+    return in.f - in.x;
   }
 };
 
+// Has M what every merge must have?
+template <class M, class = void>
+constexpr bool is_merge = false;
+template <class M>
+constexpr bool
+    is_merge<M, std::void_t<decltype(M::name), decltype(M::Z(Gains<float>(), Joined<float>())),
+                            decltype(M::gradients(Gains<float>(), Quad<float>(), Quad<float>()))>> =
+        true;
+
+// Does it say of each of its gates, and of no other, what the gate multiplies?
+template <class M>
+constexpr bool has_factors() {
+  bool token = &M::template token_factor<float> != &MergeBase::token_factor<float>;
+  bool segment = &M::template segment_factor<float> != &MergeBase::segment_factor<float>;
+  return token == (M::by_token >= 0) && segment == (M::by_segment >= 0) &&
+         M::gates.size() == size_t(token) + size_t(segment);
+}
+
 template <class... All>
 struct MergeList {
+  static_assert((is_merge<All> && ...), "a merge has a name, Z and gradients");
+  static_assert((has_factors<All>() && ...), "a merge says what each of its gates multiplies");
+
   // f(M()) for the merge M in place `index`.
   template <class F>
   static void with(int index, const F& f) {
@@ -741,7 +766,8 @@ inline const MergeAbout& about(Merge merge) {
     std::vector<MergeAbout> list;
     Merges::each([&](auto m) {
       using M = decltype(m);
-      list.push_back({M::name, M::gates(), M::means, M::trunk_apart, M::one_number, M::writer_std});
+      std::vector<Gate> gates(M::gates.begin(), M::gates.end());
+      list.push_back({M::name, gates, M::means, M::trunk_apart, M::one_number, M::writer_std});
     });
     return list;
   }();
@@ -770,6 +796,13 @@ constexpr Merge merge_of{Merges::index_of<M>()};
 // The formulas are those above: those of 4 and (Delta').
 
 #ifdef __CUDACC__
+// Where a launch's blocks leave their sums, how many a sequence has, and the first sequence.
+struct Meeting {
+  float* place;
+  int blocks;
+  size_t first;
+};
+
 // Where a line is, two to a block. A sequence's lines come one after the other, first those of the
 // image, then those of the text, and share the rows of their segment evenly. What a line reads is a
 // window of `held` rows, some of which may be others': so the addresses differ by constants, and no
@@ -789,10 +822,10 @@ struct HeldLine {
     return ceil_div(size_t(lines(tokens.image) + lines(tokens.text)), 2);
   }
 
-  __device__ HeldLine(Tokens tokens, size_t first_sequence, int blocks) {
-    size_t sequence = first_sequence + blockIdx.x / unsigned(blocks);
+  __device__ HeldLine(Tokens tokens, Meeting meeting) {
+    size_t sequence = meeting.first + blockIdx.x / unsigned(meeting.blocks);
     place = int(threadIdx.x) / columns, d = 4 * (int(threadIdx.x) % columns);
-    number = 2 * (int(blockIdx.x) % blocks) + place;
+    number = 2 * (int(blockIdx.x) % meeting.blocks) + place;
     int image = lines(tokens.image), text = lines(tokens.text), kind = number < image ? 0 : 1;
     first = kind ? image : 0, end = kind ? image + text : image;
     int count = int(tokens.count(size_t(kind)));
@@ -842,9 +875,10 @@ struct RowNumbers {
 
 // The sums of all lines of this line's segment. The kernel's blocks meet here.
 template <class L>
-__device__ Pair<Quad<float>> meet(const L& line, Pair<Quad<float>> own, float* place, int blocks) {
+__device__ Pair<Quad<float>> meet(const L& line, Pair<Quad<float>> own, Meeting meeting) {
   constexpr int D = 4 * L::columns;
-  float* sums = place + blockIdx.x / unsigned(blocks) * size_t(4 * blocks * D);
+  unsigned sequence = blockIdx.x / unsigned(meeting.blocks);
+  float* sums = meeting.place + sequence * size_t(4 * meeting.blocks * D);
   auto of = [&](int number) { return sums + number * 2 * D + line.d; };
   store(of(line.number), own.a), store(of(line.number) + D, own.b);
   cooperative_groups::this_grid().sync();
@@ -912,12 +946,11 @@ struct Held {
 template <class M, int D, int held>
 __global__ void __launch_bounds__(D / 2, 1)
     merge_forward_kernel(bf16* X_next, MergeSaved<float> saved, const bf16* X, const bf16* F,
-                         Gates<const bf16> gates, Tokens tokens, float eps, float* place,
-                         int blocks, size_t first_sequence) {
+                         Gates<const bf16> gates, Tokens tokens, float eps, Meeting meeting) {
   using L = HeldLine<D, held>;
   extern __shared__ uint2 in_shared[];
   __shared__ RowNumbers<D, held> r;
-  L line(tokens, first_sequence, blocks);
+  L line(tokens, meeting);
   Held<L, held> rows{{}, in_shared + threadIdx.x};
   rows.load(X + line.at(), F + line.at());
   Pair<Quad<float>> sum = {};
@@ -928,7 +961,7 @@ __global__ void __launch_bounds__(D / 2, 1)
     if (line.has(k)) sum = sum + terms;
   }
   Gains<float> gains = gains_at<M>(gates, size_t(line.d));
-  sum = meet(line, sum, place, blocks);
+  sum = meet(line, sum, meeting);
   float scale = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1));
   Quad<float> xbar = scale * sum.a, fbar = scale * sum.b;
   if (line.number == line.first) {
@@ -940,7 +973,7 @@ __global__ void __launch_bounds__(D / 2, 1)
     float squares[4];
     UNROLL
     for (int i = 0; i < 4; ++i) {
-      Quad<float> z = M::Z(gains, rows.first(k + i), rows.second(k + i), xbar, fbar);
+      Quad<float> z = M::Z(gains, {rows.first(k + i), rows.second(k + i), xbar, fbar});
       squares[i] = dot(z, z);
       rows.put(k + i, z);
     }
@@ -960,22 +993,20 @@ __global__ void __launch_bounds__(D / 2, 1)
 // the sums are made, from the L2 cache, where it was asked for at the beginning.
 template <class M, int D, int held>
 __global__ void __launch_bounds__(D / 2, 1)
-    merge_backward_kernel(bf16* dX, bf16* dF, MergeScratch<float> scratch, const bf16* G,
-                          const bf16* X_next, const bf16* F, Gates<const bf16> gates,
-                          MergeSaved<float> saved, Tokens tokens, float* place, int blocks,
-                          size_t first_sequence) {
+    merge_backward_kernel(bf16* dX, bf16* dF, MergeScratch<float> scratch,
+                          MergeBackwardInputs<bf16> in, Tokens tokens, Meeting meeting) {
   using L = HeldLine<D, held>;
   extern __shared__ uint2 in_shared[];
   __shared__ RowNumbers<D, held> h;
   __shared__ float r[2][held];
-  L line(tokens, first_sequence, blocks);
+  L line(tokens, meeting);
   Held<L, held> rows{{}, in_shared + threadIdx.x};
-  rows.load(G + line.at(), X_next + line.at());
+  rows.load(in.G + line.at(), in.X_next + line.at());
   for (int k = line.d / 4; k < held; k += L::columns) {
-    r[line.place][k] = saved.r[line.row(k)];
+    r[line.place][k] = in.saved.r[line.row(k)];
     UNROLL
     for (int i = 0; i < D; i += 64)  // 128 bytes
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(F + line.row(k) * D + i));
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(in.F + line.row(k) * D + i));
   }
   UNROLL
   for (int k = 0; k < held; k += 4) {
@@ -986,25 +1017,27 @@ __global__ void __launch_bounds__(D / 2, 1)
     h.add(line, k, products);
   }
   h.finish(line, [&](int, float product) { return product / float(D); });
-  Quad<float> fbar = load<float>(saved.fbar + line.segment * D + size_t(line.d));
+  Quad<float> fbar = load<float>(in.saved.fbar + line.segment * D + size_t(line.d));
   Pair<Quad<float>> sum = {};
   UNROLL
   for (int k = 0; k < held; k += 4) {
     uint2 f[4];
     UNROLL
-    for (int i = 0; i < 4; ++i) f[i] = *reinterpret_cast<const uint2*>(F + line.at() + (k + i) * D);
+    for (int i = 0; i < 4; ++i)
+      f[i] = *reinterpret_cast<const uint2*>(in.F + line.at() + (k + i) * D);
     UNROLL
     for (int i = 0; i < 4; ++i) {
       Quad<float> dZ =
           r[line.place][k + i] *
           (rows.first(k + i) - h.value[line.place][k + i] * rows.second(k + i));  // (Delta')
-      Pair<Quad<float>> terms = {dZ, dZ * M::token_factor(Quad<float>{}, rows.floats(f[i]), fbar)};
+      Joined<float> joined = {{}, rows.floats(f[i]), {}, fbar};
+      Pair<Quad<float>> terms = {dZ, dZ * M::token_factor(joined)};
       if (line.has(k + i)) sum = sum + terms;
       rows.put(k + i, dZ);
     }
   }
-  Gains<float> gains = gains_at<M>(gates, size_t(line.d));
-  sum = meet(line, sum, place, blocks);
+  Gains<float> gains = gains_at<M>(in.gates, size_t(line.d));
+  sum = meet(line, sum, meeting);
   Quad<float> dZbar = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1)) * sum.a;
   if (line.number == line.first) {
     store(scratch.dZbar + line.segment * D + size_t(line.d), dZbar);
@@ -1012,9 +1045,8 @@ __global__ void __launch_bounds__(D / 2, 1)
   }
   UNROLL
   for (int k = 0; k < held; ++k) {
-    Quad<float> dZ = rows.get(k);
-    Quad<float> x = M::dX(gains, dZ, dZbar), f = M::dF(gains, dZ, dZbar);
-    if (line.has(k)) store(dX + line.at() + k * D, x), store(dF + line.at() + k * D, f);
+    Pair<Quad<float>> out = M::gradients(gains, rows.get(k), dZbar);
+    if (line.has(k)) store(dX + line.at() + k * D, out.a), store(dF + line.at() + k * D, out.b);
   }
 }
 
@@ -1051,7 +1083,7 @@ bool launch_held(const Device& device, void (*kernel)(Parameters...), Tokens tok
   if (at_once == 0 || tokens.rows() < size_t(held)) return false;
   for (size_t first = 0; first < tokens.batch; first += at_once)
     launch(device, kernel, unsigned(std::min(at_once, tokens.batch - first) * blocks), true,
-           L::threads, shared, arguments..., device.meeting_place(), int(blocks), first);
+           L::threads, shared, arguments..., Meeting{device.meeting_place(), int(blocks), first});
   return true;
 }
 #endif
@@ -1084,7 +1116,7 @@ bool fused_merge_backward(const Device& device, Real* dX, Real* dF,
           constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
           return launch_held<HeldLine<columns, rows>>(
               device, merge_backward_kernel<decltype(m), columns, rows>, shape.tokens, rows, dX, dF,
-              scratch, in.G, in.X_next, in.F, in.gates, in.saved, shape.tokens);
+              scratch, in, shape.tokens);
         });
 #endif
   (void)device, (void)dX, (void)dF, (void)scratch, (void)in, (void)shape;

@@ -9,11 +9,10 @@
 
 #include "dit.cu"
 
-#include "data/checkpoint.h"
-#include "data/dataset.h"
 #include "data/log.h"
 #include "data/options.h"
 #include "data/ridge.h"
+#include "data/state.h"
 
 #include <chrono>
 #include <csignal>
@@ -45,21 +44,22 @@ struct Draw {
   uint64_t noise;
 };
 
-// Fill z, target (b, C, H, W) and text (b, L, d_text) from draw(i), i < b.
-template <class Real, class Pick>
-void noisy_batch(const Device& device, AccOf<Real>* z, AccOf<Real>* target, Real* text,
-                 DeviceData data, size_t b, uint64_t seed, uint64_t noise_stream,
-                 const Pick& draw) {
-  using Acc = AccOf<Real>;
+// Fill arrays.z, `target` (b, C, H, W) and arrays.text (b, L, d_text) from draw(i), i < b.
+template <class Net, class Acc, class Pick>
+void noisy_batch(const Net& net, Acc* target, DeviceData data, size_t b, uint64_t seed,
+                 uint64_t noise_stream, const Pick& draw) {
   size_t n = data.pixels_per_image, l = data.text_per_caption;
-  for_each(device, b * n, [=] HD(size_t i) {
+  Acc* z = net.arrays.z;
+  auto* text = net.arrays.text;
+  using Real = std::remove_pointer_t<decltype(text)>;
+  for_each(net.device, b * n, [=] HD(size_t i) {
     Draw d = draw(i / n);
     double x0 = data.pixels[d.image * n + i % n];
     double x1 = gaussian(seed, noise_stream, d.noise * n + i % n);
     z[i] = Acc((1 - d.t) * x0 + d.t * x1);
     target[i] = Acc(x0 - x1);
   });
-  for_each(device, b * l,
+  for_each(net.device, b * l,
            [=] HD(size_t i) { text[i] = Real(data.text[draw(i / l).caption * l + i % l]); });
 }
 
@@ -95,8 +95,7 @@ void draw_training_batch(Network<Real, Kept>& net, RunArrays a, DeviceData data,
     return Draw{image, drop ? data.captions : size_t(data.caption[image]),
                 shift_time(uniform(seed, streams::time, n), shift), n};
   };
-  noisy_batch(net.device, net.arrays.z, a.target, net.arrays.text, data, o.batch, seed,
-              streams::noise, draw);
+  noisy_batch(net, a.target, data, o.batch, seed, streams::noise, draw);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -130,24 +129,24 @@ constexpr size_t records = 1024;  // how many steps' records are kept on the dev
 // Parameters that are fixed are in no chunk: AdamW leaves them, their moments and their average as
 // they began, and their gradients do not enter the norm. What nothing follows must not make the
 // steps of the others smaller.
+//
+// A chunk knows its parameter, by the place in the table of parameters (dit.cu, appendix A), which
+// has its rows and columns: an optimiser of whole matrices walks over these.
 struct Chunk {
   size_t begin;
-  uint32_t count;
+  uint32_t parameter;
+  uint16_t count;
   bool decays;
 };
 constexpr size_t largest_chunk = 16384;
-inline size_t count_chunks(const Table& table) {
-  size_t count = 0;
-  for (const Parameter& p : table.parameters)
-    if (!p.fixed) count += ceil_div(p.count(), largest_chunk);
-  return count;
-}
 inline std::vector<Chunk> chunks_of(const Table& table) {
   std::vector<Chunk> chunks;
-  for (const Parameter& p : table.parameters)
+  for (size_t number = 0; number < table.parameters.size(); ++number) {
+    const Parameter& p = table.parameters[number];
     for (size_t i = 0; i < p.count() && !p.fixed; i += largest_chunk)
-      chunks.push_back(
-          {p.offset + i, uint32_t(std::min(largest_chunk, p.count() - i)), p.decays()});
+      chunks.push_back({p.offset + i, uint32_t(number),
+                        uint16_t(std::min(largest_chunk, p.count() - i)), p.decays()});
+  }
   return chunks;
 }
 
@@ -194,39 +193,58 @@ void gradient_norm(const Device& device, Clock* clock, double* partial, const Ke
   });
 }
 
-// One step of AdamW: updates the weights, m and v (Kept), and `average` if it is not null. `dither`
-// is for moments that are rounded, `average_dither` for the average.
-template <class Master, class Kept>
-void adamw(const Device& device, Master master, Kept* m, Kept* v, typename Master::Acc* average,
-           const Kept* gradients, const Clock* clock, const Chunk* chunks, size_t count,
-           Optimizer o, Dither dither, Dither average_dither) {
-  using Acc = typename Master::Acc;
-  for_each_team(device, count, Team::max_size, [=] HD(Team team) {
-    Chunk c = chunks[team.index];
-    Acc clip = Acc(clock->clip_scale), lr = Acc(clock->lr), b1 = Acc(o.beta1), b2 = Acc(o.beta2);
-    // 1 - 0.999 in float is off by 1.3e-5 of itself: take the difference in double.
-    Acc one_minus_b1 = Acc(1 - o.beta1), one_minus_b2 = Acc(1 - o.beta2);
-    Acc c1 = Acc(1 / clock->correction1), c2 = Acc(1 / clock->correction2);
-    Acc decay = c.decays ? Acc(o.decay) : Acc(0), eps = Acc(o.eps);
-    for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
-      Quad<Acc> w = master.get(i), g = clip * load<Acc>(gradients + i);
-      Quad<Acc> m_next = b1 * load<Acc>(m + i) + one_minus_b1 * g;
-      Quad<Acc> v_next = b2 * load<Acc>(v + i) + one_minus_b2 * g * g, change;
-      for (int k = 0; k < 4; ++k)
-        change[k] = m_next[k] * c1 / (std::sqrt(v_next[k] * c2) + eps) + decay * w[k];
-      w = w - lr * change;
-      master.set(i, w);
-      if (average) {  // in float most of these small steps would round to nothing
-        Quad<double> avg = load<double>(average + i);
-        avg = avg + clock->follow * (widen<double>(w) - avg);
-        store_stochastically(average + i, avg, average_dither(i / 4), 0);
+// What a step works on: arrays as the weights lie, in chunks. `dither` is for slots that are
+// rounded, `average_dither` for the weights' average, which may be null.
+template <class Method, class Master, class Kept>
+struct Moved {
+  Master master;
+  Kept* slots[Method::slots.size()];
+  typename Master::Acc* average;
+  const Kept* gradients;
+  Clock* clock;
+  Chunk* chunks;
+  size_t chunk_count;
+  Dither dither, average_dither;
+};
+
+// An optimiser is a struct as this: the arrays that it keeps beside the weights (`slots`), by what
+// goes before their tensors' names in a file, and a step of it. Plan and state follow. Its settings
+// are listed in data/options.h.
+struct AdamW {
+  static constexpr std::array slots = {"m.", "v."};
+
+  template <class Master, class Kept>
+  static void update(const Device& device, Moved<AdamW, Master, Kept> a, Optimizer o) {
+    using Acc = typename Master::Acc;
+    for_each_team(device, a.chunk_count, Team::max_size, [=] HD(Team team) {
+      Chunk c = a.chunks[team.index];
+      const Clock& now = *a.clock;
+      Kept *m = a.slots[0], *v = a.slots[1];
+      Acc clip = Acc(now.clip_scale), lr = Acc(now.lr), b1 = Acc(o.beta1), b2 = Acc(o.beta2);
+      // 1 - 0.999 in float is off by 1.3e-5 of itself: take the difference in double.
+      Acc one_minus_b1 = Acc(1 - o.beta1), one_minus_b2 = Acc(1 - o.beta2);
+      Acc c1 = Acc(1 / now.correction1), c2 = Acc(1 / now.correction2);
+      Acc decay = c.decays ? Acc(o.decay) : Acc(0), eps = Acc(o.eps);
+      for (size_t i = c.begin + 4 * team.rank; i < c.begin + c.count; i += 4 * team.size) {
+        Quad<Acc> w = a.master.get(i), g = clip * load<Acc>(a.gradients + i);
+        Quad<Acc> m_next = b1 * load<Acc>(m + i) + one_minus_b1 * g;
+        Quad<Acc> v_next = b2 * load<Acc>(v + i) + one_minus_b2 * g * g, change;
+        for (int k = 0; k < 4; ++k)
+          change[k] = m_next[k] * c1 / (std::sqrt(v_next[k] * c2) + eps) + decay * w[k];
+        w = w - lr * change;
+        a.master.set(i, w);
+        if (a.average) {  // in float most of these small steps would round to nothing
+          Quad<double> avg = load<double>(a.average + i);
+          avg = avg + now.follow * (widen<double>(w) - avg);
+          store_stochastically(a.average + i, avg, a.average_dither(i / 4), 0);
+        }
+        Random4 bits = Master::lean ? a.dither(i / 4) : Random4{};
+        store_stochastically(m + i, m_next, bits, 0);
+        store_stochastically(v + i, v_next, bits, 1);
       }
-      Random4 bits = Master::lean ? dither(i / 4) : Random4{};
-      store_stochastically(m + i, m_next, bits, 0);
-      store_stochastically(v + i, v_next, bits, 1);
-    }
-  });
-}
+    });
+  }
+};
 
 // End of a pass: put its samples' losses (b) into the step's (accumulate * b), and move on.
 template <class Acc>
@@ -265,13 +283,6 @@ void end_step(const Device& device, Clock* clock, Record* history, const Acc* lo
 //     training_pass, `accumulate` times       gradients
 //     update_weights                          norm, AdamW, the average, the record
 
-// Where bits for rounding come from: t.a.clock->pass, the passes that have ended, tells one from
-// the next.
-template <class Trainer>
-Dither dither(const Trainer& t, uint64_t stream) {
-  return {t.o.seed, stream, &t.a.clock->pass};
-}
-
 // Gradients of a batch: = for the step's first, += for the others.
 template <class Trainer, class Observer>
 void training_pass(Trainer& t, bool first, const Observer& observe) {
@@ -280,7 +291,7 @@ void training_pass(Trainer& t, bool first, const Observer& observe) {
   t.net.forward(t.o.batch);                       // -> arrays.velocity
   flow_loss(t.device, t.a.losses, t.net.arrays.dvelocity, t.net.arrays.velocity, t.a.target,
             t.o.batch, m.pixels(), 1 / double(m.pixels() * t.o.batch * t.o.accumulate));
-  t.net.backward(t.o.batch, !first, false, observe, dither(t, streams::gradient_rounding));
+  t.net.backward(t.o.batch, !first, false, observe, t.dither(streams::gradient_rounding));
   end_pass(t.device, t.a.clock, t.a.step_losses, t.a.losses, t.o.batch, t.o.accumulate);
 }
 
@@ -288,14 +299,12 @@ void training_pass(Trainer& t, bool first, const Observer& observe) {
 template <class Trainer>
 void update_weights(Trainer& t, bool diagnose) {
   auto& a = t.a;
-  const auto* gradients = t.net.gradients();
   size_t samples = t.o.batch * t.o.accumulate;
-  gradient_norm(t.device, a.clock, a.partial, gradients, a.chunks, t.chunk_count,
+  gradient_norm(t.device, a.clock, a.partial, a.gradients, a.chunks, a.chunk_count,
                 t.o.optimizer.clip);
   if (diagnose) t.diagnose_gradients();
   t.look_for_spike();
-  adamw(t.device, a.master, a.m, a.v, a.average, gradients, a.clock, a.chunks, t.chunk_count,
-        t.o.optimizer, dither(t, streams::moment_rounding), dither(t, streams::average_rounding));
+  AdamW::update<decltype(a.master)>(t.device, a, t.o.optimizer);
   t.copy_spike();
   end_step(t.device, a.clock, a.history, a.step_losses, samples);
 }
@@ -337,21 +346,28 @@ void euler_step(const Device& device, AccOf<Real>* z, const AccOf<Real>* conditi
   });
 }
 
+// How many images are drawn, and how.
+struct Drawing {
+  size_t images, steps;
+  double guidance, shift;
+  uint64_t seed;
+};
+
 // Images (n, C, H, W) for captions (n, L, d_text), all on the host. Image i depends on seed and i
 // only.
 template <class Real, class Kept>
 std::vector<float> sample_images(Network<Real, Kept>& net, Sampler<Real> sampler,
                                  const std::vector<float>& text,
-                                 const std::vector<float>& empty_text, size_t n, size_t steps,
-                                 double guidance, double shift, uint64_t seed) {
+                                 const std::vector<float>& empty_text, Drawing o) {
   using Acc = AccOf<Real>;
   Device& device = net.device;
   Arrays<Real>& a = net.arrays;
   size_t pixels = net.config.pixels(), words = net.config.text_size();
   std::vector<float> images;
-  Progress progress("drawing " + std::to_string(n) + " samples", ceil_div(n, net.batch) * steps);
-  for (size_t first = 0; first < n; first += net.batch) {
-    size_t b = std::min(net.batch, n - first);
+  Progress progress("drawing " + std::to_string(o.images) + " samples",
+                    ceil_div(o.images, net.batch) * o.steps);
+  for (size_t first = 0; first < o.images; first += net.batch) {
+    size_t b = std::min(net.batch, o.images - first);
     std::vector<Real> conditional, empty;
     for (size_t i = 0; i < b * words; ++i) {
       conditional.push_back(Real(text[first * words + i]));
@@ -359,32 +375,32 @@ std::vector<float> sample_images(Network<Real, Kept>& net, Sampler<Real> sampler
     }
     device.upload(sampler.text, conditional.data(), b * words * sizeof(Real));
     device.upload(sampler.empty, empty.data(), b * words * sizeof(Real));
-    start_from_noise<Real>(device, a.z, b * pixels, seed, first * pixels);
-    for (size_t k = 0; k < steps; ++k) {
-      double t = shift_time(1 - double(k) / double(steps), shift);
-      double t_next = shift_time(1 - double(k + 1) / double(steps), shift);
+    start_from_noise<Real>(device, a.z, b * pixels, o.seed, first * pixels);
+    auto time = [&](size_t k) { return shift_time(1 - double(k) / double(o.steps), o.shift); };
+    for (size_t k = 0; k < o.steps; ++k) {
       device.copy(a.text, sampler.text, b * words * sizeof(Real));
       net.forward(b);
       const Acc* with_caption = a.velocity;
-      if (guidance != 1) {
+      if (o.guidance != 1) {
         device.copy(sampler.conditional, a.velocity, b * pixels * sizeof(Acc));
         with_caption = sampler.conditional;
         device.copy(a.text, sampler.empty, b * words * sizeof(Real));
         net.forward(b);
       }
-      euler_step<Real>(device, a.z, with_caption, a.velocity, b * pixels, t - t_next, guidance);
+      euler_step<Real>(device, a.z, with_caption, a.velocity, b * pixels, time(k) - time(k + 1),
+                       o.guidance);
       progress.advance(1);
     }
-    std::vector<Acc> z(b * pixels);
-    device.download(z.data(), a.z, z.size() * sizeof(Acc));
+    std::vector<Acc> z = downloaded(device, a.z, b * pixels);
     images.insert(images.end(), z.begin(), z.end());
   }
   return images;
 }
 
 // Appendix. The straight way ends here. Below: how weights and moments are kept (A), the watch for
-// spikes (B), arrays and what fits (C), the trainer (D), saving and resuming (E), the run (F), the
-// other subcommands (G), gradcheck (H), the probe (I), the command line (J).
+// spikes (B), arrays and what fits (C), the trainer (D), a run and its command (E, F), the other
+// subcommands (G), gradcheck (H), the probe (I), the command line (J). Saving and resuming are in
+// data/state.h.
 
 // ---------------------------------------------------------------------------------------------
 // A. How weights and moments are kept
@@ -396,8 +412,7 @@ std::vector<float> sample_images(Network<Real, Kept>& net, Sampler<Real> sampler
 //     lean state      2       +2         2       2   2    10     Kept = Real in the code
 //
 // In the lean state the gradient and the moments are bf16, rounded stochastically (math.h, appendix
-// E), and the master is the bf16 weight and the 16 bits of the float that it lacks. Moments are
-// rounded only to be kept: a step uses m and v as just computed.
+// E), and the master is the bf16 weight and the 16 bits of the float that it lacks.
 
 // A float in two halves: the nearest bf16, and the rest. Of the float's bits the rest is the lower
 // 16, read as a signed number: from half a gap on it is negative, and the upper half one more
@@ -573,31 +588,31 @@ inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
 }
 
 // At a spike, copy what the report needs. After the step, so that its weights are those looked at.
-template <class Real, class Kept>
-void copy_spike(const Device& device, SpikeArrays a, const double* partial, const Kept* gradients,
-                const Real* weights, const Chunk* chunks, size_t count, const AccOf<Real>* losses,
-                size_t samples, const AccOf<Real>* dvelocity, size_t b, size_t n) {
-  size_t teams = std::min<size_t>(count, 1024);
+// dvelocity (b, n) is the last pass's; `run` are the arrays of a run (C).
+template <class Acc, class RunArrays>
+void copy_spike(const Device& device, SpikeArrays a, RunArrays run, size_t samples,
+                const Acc* dvelocity, size_t b, size_t n) {
+  size_t count = run.chunk_count, teams = std::min<size_t>(count, 1024);
   for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
     const EventArrays& e = a.events[a.watch->place()];
     for (size_t k = team.index; k < count; k += teams) {
-      Chunk c = chunks[k];
+      Chunk c = run.chunks[k];
       double bad_gradients = 0, bad_weights = 0;
       for (size_t i = c.begin + team.rank; i < c.begin + c.count; i += team.size) {
-        bad_gradients += !(fabs(double(gradients[i])) <= 1.7e308);
-        bad_weights += !(fabs(double(weights[i])) <= 1.7e308);
+        bad_gradients += !(fabs(double(run.gradients[i])) <= 1.7e308);
+        bad_weights += !(fabs(double(run.master.weights[i])) <= 1.7e308);
       }
       bad_gradients = team.sum(bad_gradients), bad_weights = team.sum(bad_weights);
       if (team.rank != 0) continue;
-      e.squares[k] = partial[k];
+      e.squares[k] = run.partial[k];
       e.bad_gradients[k] = uint32_t(bad_gradients), e.bad_weights[k] = uint32_t(bad_weights);
     }
   });
   for_each_team(device, samples, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
     const EventArrays& e = a.events[a.watch->place()];
-    if (team.rank == 0) e.losses[team.index] = double(losses[team.index]);
+    if (team.rank == 0) e.losses[team.index] = double(run.step_losses[team.index]);
     if (team.index >= b) return;
     double sum = 0, squares = 0, largest = 0;
     for (size_t i = team.index * n + team.rank; i < (team.index + 1) * n; i += team.size) {
@@ -619,26 +634,33 @@ Diagnostics<Real> chosen_diagnostics(const TrainOptions& o) {
   return {o.model, chosen_layers(o), std::min(o.diagnose_samples, o.batch), o.batch};
 }
 
+inline size_t count_chunks(const Table& table) {
+  size_t count = 0;
+  for (const Parameter& p : table.parameters)
+    if (!p.fixed) count += ceil_div(p.count(), largest_chunk);
+  return count;
+}
+
 // The arrays of a run besides the network's.
 template <class Real, class Kept>
-struct TrainArrays {
+struct TrainArrays : Moved<AdamW, Master<Real, Kept>, Kept> {
+  using Base = Moved<AdamW, Master<Real, Kept>, Kept>;
+  using Base::master, Base::slots, Base::average, Base::clock, Base::chunks, Base::chunk_count;
   using Acc = AccOf<Real>;
-  Master<Real, Kept> master;  // as the weights, like m, v and average
-  Kept *m, *v;
-  Acc* average;
-  Real* average_rounded;  // what the network evaluates with; the same where T is Acc
-  Chunk* chunks;
+  Real* average_rounded;  // what the network evaluates with; the average where T is Acc
   double* partial;
   Acc *target, *losses, *step_losses;  // (B, C, H, W), (B), (accumulate * B)
-  Clock* clock;
   Record* history;
 
-  void lay_optimizer(Carver& c, size_t parameters, size_t chunk_count, bool averages) {
-    if (!std::is_same_v<Real, Acc>)
-      master.own = c.take<std::remove_pointer_t<decltype(master.own)>>(parameters);
-    m = c.take<Kept>(parameters), v = c.take<Kept>(parameters);
-    average = averages ? c.take<Acc>(parameters) : nullptr;
-    average_rounded = averages && !std::is_same_v<Real, Acc> ? c.take<Real>(parameters) : nullptr;
+  void lay_optimizer(Carver& c, const Table& table, bool averages) {
+    auto take = [&](auto*& array) {
+      array = c.take<std::remove_pointer_t<std::remove_reference_t<decltype(array)>>>(table.size);
+    };
+    if (!std::is_same_v<Real, Acc>) take(master.own);
+    for (Kept*& slot : slots) take(slot);
+    if (averages) take(average);
+    if (averages && !std::is_same_v<Real, Acc>) take(average_rounded);
+    chunk_count = count_chunks(table);
     chunks = c.take<Chunk>(chunk_count), partial = c.take<double>(chunk_count);
     clock = c.take<Clock>(1), history = c.take<Record>(records);
   }
@@ -674,7 +696,7 @@ inline void upload_data(const Device& device, const DeviceData& to, const Datase
 // All that a run takes besides the network.
 template <class Real, class Kept>
 struct RunArrays {
-  TrainArrays<Real, Kept> a;
+  TrainArrays<Real, Kept> a = {};
   DeviceData train, held_out;
   Sampler<Real> sampler;
   Diagnostics<Real> diagnostics;
@@ -687,7 +709,7 @@ struct RunArrays {
   void each_slab(const TrainOptions& o, const Table& table, DataSizes data, const F& slab) {
     const Config& m = o.model;
     size_t chunks = count_chunks(table);
-    slab("optimizer", [&](Carver& c) { a.lay_optimizer(c, table.size, chunks, o.ema > 0); });
+    slab("optimizer", [&](Carver& c) { a.lay_optimizer(c, table, o.ema > 0); });
     slab("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
     if (o.observes())
       slab("diagnostics", [&](Carver& c) {
@@ -739,11 +761,10 @@ struct Choice {
   size_t recompute, bytes;
   double flops;
 
+  const char* state() const { return lean ? "lean" : "fp32"; }
   std::string text() const {
-    char line[160];
-    std::snprintf(line, sizeof line, "%s state, recompute %zu: %.2f GB, %.4g TFLOP a step",
-                  lean ? "lean" : "fp32", recompute, 1e-9 * double(bytes), 1e-12 * flops);
-    return line;
+    return text_of("%s state, recompute %zu: %.2f GB, %.4g TFLOP a step", state(), recompute,
+                   1e-9 * double(bytes), 1e-12 * flops);
   }
 };
 
@@ -755,30 +776,32 @@ inline double step_flops(const TrainOptions& o) {
          (3 + double(replayed) / double(o.model.depth));
 }
 
-template <class Real>
-Choice way_to_run(TrainOptions o, bool lean, size_t recompute, const Table& table, DataSizes data,
-                  bool on_gpu) {
-  o.recompute = recompute;
-  Plan plan = lean ? training_plan<Real, Real>(o, table, data, on_gpu)
-                   : training_plan<Real, AccOf<Real>>(o, table, data, on_gpu);
-  return {lean, recompute, plan.total(), step_flops(o)};
-}
+// What is to be run, and where.
+struct Job {
+  TrainOptions o;
+  const Table& table;
+  DataSizes data;
+  bool gpu;
+};
 
-// Bytes of the network alone: what the length of spans changes.
 template <class Real>
-size_t network_bytes(const TrainOptions& o, const Choice& way, const Table& table, bool on_gpu) {
-  auto plan = [&](auto kept) {
-    return network_plan<Real, decltype(kept)>(o.model, table, o.batch, way.recompute, true, on_gpu);
-  };
-  return (way.lean ? plan(Real{}) : plan(AccOf<Real>{})).total();
+Plan plan_of(Job job, bool lean, size_t recompute) {
+  job.o.recompute = recompute;
+  return lean ? training_plan<Real, Real>(job.o, job.table, job.data, job.gpu)
+              : training_plan<Real>(job.o, job.table, job.data, job.gpu);
+}
+template <class Real>
+Choice way_to_run(Job job, bool lean, size_t recompute) {
+  job.o.recompute = recompute;
+  return {lean, recompute, plan_of<Real>(job, lean, recompute).total(), step_flops(job.o)};
 }
 
 // The ways to run that the options leave open, best first. Of those with one state each takes less
 // memory than the one before it, and more work.
 template <class Real>
-std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes data,
-                            bool on_gpu) {
+std::vector<Choice> choices(const Job& job) {
   constexpr bool can_be_lean = std::is_same_v<Real, bf16>;
+  const TrainOptions& o = job.o;
   if (o.state == "lean" && !can_be_lean) fail("--state lean is for --precision bf16 alone");
   std::set<size_t> lengths = {o.recompute};
   if (o.recompute == automatic) {
@@ -790,16 +813,7 @@ std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes
   for (bool lean : {false, true}) {
     if (lean ? !can_be_lean || o.state == "fp32" : o.state == "lean") continue;
     std::vector<Choice> ways;
-    // The rest is the same for all lengths, of which there may be hundreds, and walks over the
-    // table.
-    Choice way = way_to_run<Real>(o, lean, *lengths.begin(), table, data, on_gpu);
-    size_t rest = way.bytes - network_bytes<Real>(o, way, table, on_gpu);
-    TrainOptions with = o;
-    for (size_t length : lengths) {
-      with.recompute = way.recompute = length;
-      way.bytes = rest + network_bytes<Real>(o, way, table, on_gpu), way.flops = step_flops(with);
-      ways.push_back(way);
-    }
+    for (size_t length : lengths) ways.push_back(way_to_run<Real>(job, lean, length));
     std::sort(ways.begin(), ways.end(), [](const Choice& a, const Choice& b) {
       return std::pair(a.flops, a.bytes) < std::pair(b.flops, b.bytes);
     });
@@ -812,19 +826,16 @@ std::vector<Choice> choices(const TrainOptions& o, const Table& table, DataSizes
 
 // What to say where not even `least`, the way that takes the least memory, fits.
 template <class Real>
-std::string does_not_fit(TrainOptions o, const Choice& least, const Table& table, DataSizes data,
-                         bool on_gpu, double limit) {
-  size_t fitting = 0, too_large = o.batch;  // all that grows with the batch grows alike
+std::string does_not_fit(Job job, const Choice& least, double limit) {
+  size_t fitting = 0, too_large = job.o.batch;  // all that grows with the batch grows alike
   while (too_large - fitting > 1) {
-    o.batch = (fitting + too_large) / 2;
-    Choice way = way_to_run<Real>(o, least.lean, least.recompute, table, data, on_gpu);
-    (double(way.bytes) <= limit ? fitting : too_large) = o.batch;
+    job.o.batch = (fitting + too_large) / 2;
+    Choice way = way_to_run<Real>(job, least.lean, least.recompute);
+    (double(way.bytes) <= limit ? fitting : too_large) = job.o.batch;
   }
-  char text[256];
-  std::snprintf(text, sizeof text,
-                "this run needs at least %.2f GB (%s state, recompute %zu) and may take %.2f GB: ",
-                1e-9 * double(least.bytes), least.lean ? "lean" : "fp32", least.recompute,
-                1e-9 * limit);
+  std::string text =
+      text_of("this run needs at least %.2f GB (%s state, recompute %zu) and may take %.2f GB: ",
+              1e-9 * double(least.bytes), least.state(), least.recompute, 1e-9 * limit);
   return text + (fitting ? "the largest --batch that fits is " + std::to_string(fitting)
                          : std::string("not even a batch of one fits"));
 }
@@ -832,15 +843,14 @@ std::string does_not_fit(TrainOptions o, const Choice& least, const Table& table
 // The best way that fits into `limit` bytes, and on the console the next best. If none does: fails,
 // or says so and returns the one that takes least.
 template <class Real>
-Choice choose(const TrainOptions& o, const Table& table, DataSizes data, bool on_gpu, double limit,
-              bool must_fit) {
-  std::vector<Choice> all = choices<Real>(o, table, data, on_gpu);
+Choice choose(const Job& job, double limit, bool must_fit) {
+  std::vector<Choice> all = choices<Real>(job);
   auto fits = [&](const Choice& c) { return double(c.bytes) <= limit; };
   auto best = std::find_if(all.begin(), all.end(), fits);
   if (best == all.end()) {
     Choice least = *std::min_element(
         all.begin(), all.end(), [](const Choice& a, const Choice& b) { return a.bytes < b.bytes; });
-    std::string text = does_not_fit<Real>(o, least, table, data, on_gpu, limit);
+    std::string text = does_not_fit<Real>(job, least, limit);
     if (must_fit) fail("%s", text.c_str());
     std::printf("%s\n", text.c_str());
     return least;
@@ -868,31 +878,7 @@ void draw_validation_batch(Network<Real, Kept>& net, TrainArrays<Real, Kept> a, 
     return Draw{n, size_t(data.caption[n]), t, n};
   };
   constexpr uint64_t fixed_seed = 1;  // every run is validated on the same noise
-  noisy_batch(net.device, net.arrays.z, a.target, net.arrays.text, data, b, fixed_seed,
-              streams::validation_noise, draw);
-}
-
-// V images at an even stride: a folder's images are sorted by caption.
-inline Dataset every_nth(const Dataset& from, size_t V) {
-  Dataset some = without_images(from);
-  std::vector<size_t> which(V);
-  for (size_t i = 0; i < V; ++i) which[i] = i * from.images / V;
-  append_images(some, from, which);
-  return some;
-}
-
-// What a resumed run knows its data by.
-inline uint64_t hash_data(const Dataset& data) {
-  Fnv1a fnv;
-  auto mix = [&](const auto& values) {
-    for (auto value : values) {
-      uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      fnv.mix(bits);
-    }
-  };
-  mix(data.pixels), mix(data.text), mix(data.empty_text), mix(data.caption);
-  return fnv.hash;
+  noisy_batch(net, a.target, data, b, fixed_seed, streams::validation_noise, draw);
 }
 
 // T: what the network computes with; Kept: what its gradients and AdamW's moments are kept as.
@@ -901,6 +887,7 @@ class Trainer : public RunArrays<Real, Kept> {
   using Base = RunArrays<Real, Kept>;
 
  public:
+  using Number = Real;
   using Acc = AccOf<Real>;
   using Base::a, Base::train, Base::held_out, Base::sampler, Base::diagnostics, Base::spikes;
   static constexpr bool mixed = !std::is_same_v<Real, Acc>, lean = Master<Real, Kept>::lean;
@@ -908,28 +895,30 @@ class Trainer : public RunArrays<Real, Kept> {
   const TrainOptions o;
   Device& device;
   Network<Real, Kept> net;
-  size_t chunk_count;
   uint64_t step = 0;  // steps done
   uint64_t data_hash, validated_hash;
+  bool words;  // are captions words, or numbers of a file?
 
   Trainer(Device& on, const TrainOptions& options, const Dataset& data, const Dataset& validation)
       : Base(options),
         o(options),
         device(on),
         net(on, o.model, o.batch, o.recompute, true),
-        data_hash(hash_data(data)) {
+        data_hash(hash_data(data)),
+        words(!data.names.empty()) {
     std::vector<Chunk> chunks = chunks_of(net.table);
-    chunk_count = chunks.size();
     size_t V = std::min(o.val_images, validation.images);
     this->each_slab(o, net.table, {data.images, V, data.captions},
                     [&](const char*, const auto& lay) { slabs_.add(device, lay, 0); });
-    a.master.weights = net.weights();
+    a.master.weights = net.weights(), a.gradients = net.gradients();
+    a.dither = dither(streams::moment_rounding);
+    a.average_dither = dither(streams::average_rounding);
     if constexpr (!mixed) a.master.own = net.weights(), a.average_rounded = a.average;
     upload_data(device, train, data);
     Dataset validated_on = every_nth(validation, V);
     validated_hash = hash_data(validated_on);
     upload_data(device, held_out, validated_on);
-    device.upload(a.chunks, chunks.data(), chunk_count * sizeof(Chunk));
+    device.upload(a.chunks, chunks.data(), chunks.size() * sizeof(Chunk));
     initialise(device, net.table, a.master, a.average, o.seed);
     set_step(0);
   }
@@ -947,8 +936,7 @@ class Trainer : public RunArrays<Real, Kept> {
 
   // The events have been read: look for others, fully from step `quiet_until` on.
   void watch_spikes_from(uint64_t quiet_until) {
-    SpikeWatch watch{};
-    device.download(&watch, spikes.watch, sizeof watch);
+    SpikeWatch watch = downloaded(device, spikes.watch, 1)[0];
     watch.pending = 0, watch.quiet_until = quiet_until;
     device.upload(spikes.watch, &watch, sizeof watch);
   }
@@ -964,6 +952,16 @@ class Trainer : public RunArrays<Real, Kept> {
     ++step;
   }
 
+  // Where bits for rounding come from: the passes that have ended tell one pass from the next.
+  Dither dither(uint64_t stream) const { return {o.seed, stream, &a.clock->pass}; }
+
+  // The optimiser's arrays, and their names in a file.
+  auto slots() const {
+    std::array<Stored<Kept>, AdamW::slots.size()> named;
+    for (size_t i = 0; i < named.size(); ++i) named[i] = {AdamW::slots[i], a.slots[i]};
+    return named;
+  }
+
   // What update_weights() looks on with.
   void diagnose_gradients() {
     diagnostics.gradients(device, locate<Kept>(o.model, net.table, net.gradients()));
@@ -975,15 +973,13 @@ class Trainer : public RunArrays<Real, Kept> {
   }
   void copy_spike() {
     if (o.spike_factor > 0)
-      ::copy_spike(device, spikes, a.partial, net.gradients(), net.weights(), a.chunks, chunk_count,
-                   a.step_losses, o.batch * o.accumulate, net.arrays.dvelocity, o.batch,
+      ::copy_spike(device, spikes, a, o.batch * o.accumulate, net.arrays.dvelocity, o.batch,
                    o.model.pixels());
   }
 
   // What steps [first, step) recorded; at most `records` back.
   std::vector<Record> history(uint64_t first) {
-    std::vector<Record> ring(records), out;
-    device.download(ring.data(), a.history, records * sizeof(Record));
+    std::vector<Record> ring = downloaded(device, a.history, records), out;
     for (uint64_t s = first; s < step; ++s) out.push_back(ring[s % records]);
     return out;
   }
@@ -1001,7 +997,6 @@ class Trainer : public RunArrays<Real, Kept> {
   // Mean loss over the held-out images, with the averaged weights if there are any.
   double validate() {
     return with_average([&] {
-      std::vector<Acc> losses(held_out.images);
       Progress progress("validating", held_out.images);
       for (size_t first = 0; first < held_out.images; first += o.batch) {
         size_t b = std::min(o.batch, held_out.images - first);
@@ -1011,17 +1006,16 @@ class Trainer : public RunArrays<Real, Kept> {
                        o.model.pixels(), 0);
         progress.advance(b);
       }
-      device.download(losses.data(), a.losses, losses.size() * sizeof(Acc));
       double sum = 0;
-      for (Acc loss : losses) sum += double(loss);
-      return sum / double(losses.size());
+      for (Acc loss : downloaded(device, a.losses, held_out.images)) sum += double(loss);
+      return sum / double(held_out.images);
     });
   }
 
   std::vector<float> samples(const std::vector<float>& text, const std::vector<float>& empty,
                              size_t n, size_t steps, double guidance) {
     return with_average([&] {
-      return sample_images(net, sampler, text, empty, n, steps, guidance, o.time_shift, o.seed);
+      return sample_images(net, sampler, text, empty, {n, steps, guidance, o.time_shift, o.seed});
     });
   }
 
@@ -1063,10 +1057,8 @@ class Trainer : public RunArrays<Real, Kept> {
     s.factor = o.spike_factor;
     read_gradients(s, e);
     read_modes(s);
-    s.losses.resize(o.batch * o.accumulate);
-    device.download(s.losses.data(), e.losses, s.losses.size() * sizeof(double));
-    std::vector<double> velocity(3 * o.batch);
-    device.download(velocity.data(), e.velocity, velocity.size() * sizeof(double));
+    s.losses = downloaded(device, e.losses, o.batch * o.accumulate);
+    std::vector<double> velocity = downloaded(device, e.velocity, 3 * o.batch);
     double numbers = double(o.batch * o.model.pixels());
     for (size_t i = 0; i < o.batch; ++i) {
       s.mean += velocity[3 * i] / numbers, s.rms += velocity[3 * i + 1] / numbers;
@@ -1078,29 +1070,29 @@ class Trainer : public RunArrays<Real, Kept> {
 
   // The norm of each parameter's gradient, from its chunks' squares, and what is not finite.
   void read_gradients(Spike& s, const EventArrays& e) {
-    std::vector<double> squares(chunk_count);
-    std::vector<uint32_t> gradients(chunk_count), weights(chunk_count);
-    device.download(squares.data(), e.squares, chunk_count * sizeof(double));
-    device.download(gradients.data(), e.bad_gradients, chunk_count * sizeof(uint32_t));
-    device.download(weights.data(), e.bad_weights, chunk_count * sizeof(uint32_t));
-    std::vector<Chunk> chunks = chunks_of(net.table);
+    std::vector<double> squares = downloaded(device, e.squares, a.chunk_count);
+    std::vector<uint32_t> gradients = downloaded(device, e.bad_gradients, a.chunk_count),
+                          weights = downloaded(device, e.bad_weights, a.chunk_count);
+    const auto& parameters = net.table.parameters;
+    std::vector<double> sums(parameters.size());
+    std::vector<bool> bad_gradients(parameters.size()), bad_weights(parameters.size());
     size_t k = 0;
-    for (const Parameter& p : net.table.parameters) {
-      double sum = 0;
-      size_t bad_gradients = 0, bad_weights = 0;
-      for (; k < chunk_count && chunks[k].begin < p.offset + p.count(); ++k)
-        sum += squares[k], bad_gradients += gradients[k], bad_weights += weights[k];
-      s.gradients.push_back({p.name, std::sqrt(sum)});
-      if (bad_gradients) s.bad_gradients.push_back(p.name);
-      if (bad_weights) s.bad_weights.push_back(p.name);
+    for (const Chunk& chunk : chunks_of(net.table)) {
+      sums[chunk.parameter] += squares[k];
+      if (gradients[k]) bad_gradients[chunk.parameter] = true;
+      if (weights[k++]) bad_weights[chunk.parameter] = true;
+    }
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      s.gradients.push_back({parameters[i].name, std::sqrt(sums[i])});
+      if (bad_gradients[i]) s.bad_gradients.push_back(parameters[i].name);
+      if (bad_weights[i]) s.bad_weights.push_back(parameters[i].name);
     }
   }
 
   // The writers' modes at the spike, and their medians over its window.
   void read_modes(Spike& s) {
     size_t per_step = diagnostics.layers.size() * 4;
-    std::vector<double> ring(records * per_step), past(s.window);
-    device.download(ring.data(), spikes.modes, ring.size() * sizeof(double));
+    std::vector<double> ring = downloaded(device, spikes.modes, records * per_step), past(s.window);
     auto at = [&](uint64_t when, size_t i) { return ring[when % records * per_step + i]; };
     auto usual = [&](size_t i) {
       for (size_t k = 0; k < s.window; ++k) past[k] = at(s.step - 2 - k, i);
@@ -1122,177 +1114,16 @@ class Trainer : public RunArrays<Real, Kept> {
 };
 
 // ---------------------------------------------------------------------------------------------
-// E. Saving and resuming
-//
-// weights.safetensors holds the network in Real under the published names; ema.safetensors the
-// averaged one. state.safetensors is all that a run needs to go on: master weights (lean: the
-// weights and the rests), moments, average, step.
+// E. The run
 
-// T as --precision names it.
-template <class Real>
-constexpr const char* precision_name = std::is_same_v<Real, double>  ? "fp64"
-                                       : std::is_same_v<Real, float> ? "fp32"
-                                                                     : "bf16";
-
-// What must be the same for a resumed run to be the same run. The optimiser's settings are not
-// among them: a run may go on at another learning rate, but its bits are then not those of an
-// unbroken one.
-template <class Real>
-Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, size_t val_images,
-                        uint64_t val_images_hash) {
-  Metadata m = describe(o.model, o.time_shift);
-  m["batch"] = std::to_string(o.batch), m["accumulate"] = std::to_string(o.accumulate);
-  m["seed"] = std::to_string(o.seed), m["data_hash"] = std::to_string(data_hash);
-  m["val_images"] = std::to_string(val_images);
-  m["val_images_hash"] = std::to_string(val_images_hash);
-  m["precision"] = precision_name<Real>, m["state"] = lean ? "lean" : "fp32";
-  m["dropout"] = exact(o.dropout), m["ema"] = exact(o.ema);
-  m["fix"] = o.model.fix.empty() ? "nothing" : join_list(o.model.fix);
-  // Where it began: what has been learned since then hides it.
-  m["no_patch_bias"] = o.model.patch_bias ? "false" : "true";
-  m["writer_std"] = exact(o.model.writer_std), m["final_std"] = exact(o.model.final_std);
-  for (const Gate& gate : o.model.gates_of_mode()) m[gate.name] = exact(o.model.start(gate));
-  return m;
+// The first `rows` captions of text (M, size), each so many times one after the other.
+inline std::vector<float> each_times(const std::vector<float>& text, size_t size, size_t rows,
+                                     size_t times) {
+  std::vector<float> out;
+  for (size_t i = 0; i < rows * times; ++i)
+    out.insert(out.end(), &text[i / times * size], &text[i / times * size] + size);
+  return out;
 }
-template <class Real, class Kept>
-Metadata describe_state(const Trainer<Real, Kept>& t) {
-  return describe_state<Real>(t.o, t.lean, t.data_hash, t.held_out.images, t.validated_hash);
-}
-
-// The entry `key` of a state's metadata. Throws Error where there is none.
-inline std::string described(const SafetensorsReader& file, const std::string& path,
-                             const std::string& key) {
-  auto at = file.metadata().find(key);
-  if (at == file.metadata().end()) fail("%s: metadata '%s' is missing", path.c_str(), key.c_str());
-  return at->second;
-}
-
-inline Metadata describe_optimizer(const Optimizer& o) {
-  return {{"lr", exact(o.lr)},       {"warmup", std::to_string(o.warmup)},
-          {"decay", exact(o.decay)}, {"clip", exact(o.clip)},
-          {"beta1", exact(o.beta1)}, {"beta2", exact(o.beta2)},
-          {"eps", exact(o.eps)}};
-}
-
-// Call f with the slabs that a resumed run needs. (Wide types first, as files like it.)
-template <class Real, class Kept, class F>
-void with_state(Trainer<Real, Kept>& t, const F& f) {
-  auto& a = t.a;
-  Stored average{"ema.", a.average};
-  Stored own{t.lean ? "rest." : "master.", a.master.own};
-  Stored weights{"weights.", t.lean ? a.master.weights : nullptr};
-  f(average, own, weights, Stored{"m.", a.m}, Stored{"v.", a.v});
-}
-
-// Write DIR/state.safetensors (unless only weights are wanted), weights.safetensors and
-// ema.safetensors (if any).
-template <class Real, class Kept>
-void save_run(Trainer<Real, Kept>& t) {
-  std::string dir = t.o.out + "/";
-  Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
-  about["step"] = state["step"] = std::to_string(t.step);
-  about["captions"] = is_latents(t.o.data) ? "file" : "words";
-  for (const auto& [key, value] : describe_optimizer(t.o.optimizer)) state[key] = value;
-  // State first: a kill in between leaves old weights, which the resumed run writes anew.
-  if (t.o.save == "all")
-    with_state(t, [&](auto... slabs) {
-      save_tensors(dir + "state.safetensors", state, t.device, t.net.table, slabs...);
-    });
-  save_tensors(dir + "weights.safetensors", about, t.device, t.net.table,
-               Stored{"", t.net.weights()});
-  if (t.a.average)
-    save_tensors(dir + "ema.safetensors", about, t.device, t.net.table,
-                 Stored{"", t.evaluated_weights()});
-}
-
-// Fails, naming all differences, if a run with these options would not be the one whose state is in
-// the file. Says what else has changed: the optimiser's settings, and what no bit depends on.
-template <class Real>
-void require_same_run(const SafetensorsReader& file, const std::string& path, const TrainOptions& o,
-                      const Dataset& data, const Dataset& validation) {
-  // A number as it was typed, not with all the digits that a double has.
-  auto typed = [](const std::string& text) {
-    std::optional<double> number = decimal_number(text);
-    return number && !whole_number(text) ? shortest(*number) : visible(text);
-  };
-  auto swapped = [](std::string name, char from, char to) {
-    std::replace(name.begin(), name.end(), from, to);
-    return name;
-  };
-  size_t V = std::min(o.val_images, validation.images);
-  bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
-  const uint64_t hashes[] = {hash_data(data), hash_data(every_nth(validation, V))};
-  // A state need not say what no bit of it depends on any more.
-  std::set<std::string> optional = {"val_images", "val_images_hash", "no_patch_bias", "writer_std",
-                                    "final_std"};
-  for (const Gate& gate : o.model.gates_of_mode()) optional.insert(gate.name);
-  std::string others;
-  for (const auto& [key, value] : describe_state<Real>(o, lean, hashes[0], V, hashes[1])) {
-    std::string was =
-        optional.count(key) && !file.metadata().count(key) ? value : described(file, path, key);
-    if (was == value) continue;
-    others += others.empty() ? "" : ", ";
-    if (key == "data_hash" || key == "val_images_hash")
-      others +=
-          (key == "data_hash" ? "other images or captions than " : "other held-out images than ") +
-          o.data + " has";
-    else
-      others += swapped(key, '_', '-') + " = " + typed(was) + " (now " + typed(value) + ")";
-  }
-  if (!others.empty())
-    fail("%s was made with %s: resume with the same, or choose another --out", path.c_str(),
-         others.c_str());
-  auto note = [&](const std::string& name, const std::string& was, const std::string& now) {
-    if (was != now)
-      std::printf("note: %s was %s and goes on as %s\n", name.c_str(), typed(was).c_str(),
-                  typed(now).c_str());
-  };
-  for (const auto& [key, value] : describe_optimizer(o.optimizer))
-    note(key == "decay" ? "weight-decay" : key, described(file, path, key), value);
-  for (const Change& c : o.changes)
-    if (!file.metadata().count(swapped(c.name, '-', '_')) && c.name != "weight-decay")
-      note(c.name, c.was, c.now);
-}
-
-template <class Real, class Kept>
-void resume_run(Trainer<Real, Kept>& t) {
-  std::string path = t.o.out + "/state.safetensors";
-  SafetensorsReader file(path);
-  std::string step = described(file, path, "step");
-  with_state(t, [&](auto... slabs) { load_tensors(file, path, t.device, t.net.table, slabs...); });
-  t.set_step(step == "0" ? 0 : positive_integer(step, path + ": metadata step"));
-}
-
-// The files in a folder that a run which begins there would write over, or add to as its own.
-inline std::vector<std::string> logs_in(const std::string& folder) {
-  std::vector<std::string> logs;
-  if (!std::filesystem::is_directory(folder)) return logs;
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    std::string name = entry.path().filename(), extension = entry.path().extension();
-    bool numbered = name.rfind("spike_", 0) == 0 || name.rfind("samples_", 0) == 0;
-    if (name == "log.csv" || name == "validation.csv" || name == "diagnostics.csv" ||
-        name == "config.ini" || (numbered && (extension == ".txt" || extension == ".png")))
-      logs.push_back(entry.path());
-  }
-  std::sort(logs.begin(), logs.end());
-  return logs;
-}
-
-// Rename them all to NAME.1, or to the first number that is free for each of them.
-inline void set_aside(const std::vector<std::string>& logs) {
-  size_t number = 1;
-  auto aside = [&](const std::string& log) { return log + "." + std::to_string(number); };
-  auto taken = [&](const std::string& log) { return std::filesystem::exists(aside(log)); };
-  while (std::any_of(logs.begin(), logs.end(), taken)) ++number;
-  for (const std::string& log : logs) {
-    std::filesystem::rename(log, aside(log));
-    std::printf("%s, of a run without a state, is %s now\n", visible(log).c_str(),
-                visible(aside(log)).c_str());
-  }
-}
-
-// ---------------------------------------------------------------------------------------------
-// F. The run
 
 inline volatile std::sig_atomic_t interrupted = 0;
 
@@ -1304,50 +1135,18 @@ inline void interrupt(int signal) {
   if (write(STDERR_FILENO, text, sizeof text - 1) < 0) return;
 }
 
-// "1h02m", "3m20s", "12s".
-inline std::string duration(double seconds) {
-  char text[64];
-  long s = long(seconds + 0.5);
-  if (s >= 3600)
-    std::snprintf(text, sizeof text, "%ldh%02ldm", s / 3600, s / 60 % 60);
-  else if (s >= 60)
-    std::snprintf(text, sizeof text, "%ldm%02lds", s / 60, s % 60);
-  else
-    std::snprintf(text, sizeof text, "%lds", s);
-  return text;
-}
-
-// Operations a second that a card can do at most in products of Real without sparsity, as its maker
-// says; 0 for a card or a type that is not in the table. The names are those that its driver gives.
 template <class Real>
-double peak_flops(const std::string& name) {
-  struct {
-    const char* card;
-    double bf16_tera, fp32_tera;
-  } cards[] = {{"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100 80GB HBM3", 989, 67},
-               {"H200 NVL", 836, 60},  {"H200", 989, 67},     {"A100", 312, 19.5}};
-  for (const auto& c : cards)
-    if (name.find(c.card) != std::string::npos)
-      return std::is_same_v<Real, bf16>    ? 1e12 * c.bf16_tera
-             : std::is_same_v<Real, float> ? 1e12 * c.fp32_tera
-                                           : 0;
-  return 0;
-}
-
-template <class Real>
-void print_plan(TrainOptions o, const Table& table, DataSizes data, bool on_gpu,
-                const Choice& choice) {
-  o.recompute = choice.recompute;
-  Plan plan = choice.lean ? training_plan<Real, Real>(o, table, data, on_gpu)
-                          : training_plan<Real>(o, table, data, on_gpu);
+void print_plan(const Job& job, const Choice& choice) {
+  Plan plan = plan_of<Real>(job, choice.lean, choice.recompute);
+  const TrainOptions& o = job.o;
   const Config& m = o.model;
-  double parameters = double(table.count());
+  double parameters = double(job.table.count());
   std::printf("%s: %zu layers, width %zu, %zu heads, ffn %zu; %zu image + %zu text tokens\n",
               m.residual.c_str(), m.depth, m.width, m.heads, m.ffn, m.image_tokens(),
               m.text_tokens);
   std::printf("%.3f million parameters, batch %zu x %zu, %s, %s state, recompute %zu, ",
-              1e-6 * parameters, o.batch, o.accumulate, dtype_name<Real>(),
-              choice.lean ? "lean" : "fp32", choice.recompute);
+              1e-6 * parameters, o.batch, o.accumulate, dtype_name<Real>(), choice.state(),
+              choice.recompute);
   std::printf("%.4g TFLOP a step\n", 1e-12 * choice.flops);
   auto line = [&](const std::string& name, size_t bytes) {
     std::printf("  %-21s %12.3f MB", name.c_str(), 1e-6 * double(bytes));
@@ -1469,11 +1268,7 @@ class Run {
 
   static double plain(double x) { return std::isnan(x) ? std::fabs(x) : x; }  // nan, never -nan
   bool due(size_t every) const { return every && trainer_.step % every == 0; }
-  static std::string padded(uint64_t step) {
-    char text[24];
-    std::snprintf(text, sizeof text, "%06zu", size_t(step));
-    return text;
-  }
+  static std::string padded(uint64_t step) { return text_of("%06zu", size_t(step)); }
   static double seconds(Time::time_point from) {
     return std::chrono::duration<double>(Time::now() - from).count();
   }
@@ -1493,10 +1288,9 @@ class Run {
     std::vector<Record> history = trainer_.history(logged_);  // waits for the device
     double loss = 0;
     for (const Record& r : history) {
-      char row[128];
-      std::snprintf(row, sizeof row, "%zu,%.9g,%.9g,%.9g", size_t(++logged_), plain(r.loss),
-                    plain(r.norm), r.lr);
-      log_->row(logged_, row);
+      ++logged_;
+      log_->row(logged_,
+                text_of("%zu,%.9g,%.9g,%.9g", size_t(logged_), plain(r.loss), plain(r.norm), r.lr));
       loss += r.loss / double(history.size());
     }
     const Record& now = history.back();
@@ -1564,9 +1358,7 @@ class Run {
 
   double validate() {
     double loss = trainer_.validate();
-    char row[64];
-    std::snprintf(row, sizeof row, "%zu,%.9g", size_t(trainer_.step), loss);
-    validation_->row(trainer_.step, row);
+    validation_->row(trainer_.step, text_of("%zu,%.9g", size_t(trainer_.step), loss));
     if (trainer_.step != o_.steps)
       std::printf("step %6zu  validation loss %.4f\n", size_t(trainer_.step), loss);
     last_ = Time::now();
@@ -1576,7 +1368,7 @@ class Run {
   // A row a caption, the first ten.
   void grid(const std::string& name) {
     const Config& m = o_.model;
-    size_t scale = grid_scale(m.height, m.image_width), words = m.text_size();
+    size_t scale = grid_scale(m.height, m.image_width);
     auto fit = [&](size_t most, size_t size) {  // a picture's side, with room for captions
       return std::clamp<size_t>(15000 / (size * scale + 2), 1, most);
     };
@@ -1584,16 +1376,16 @@ class Run {
            columns = fit(o_.columns, m.image_width);
     std::vector<std::string> captions;
     for (size_t i = 0; i < rows; ++i) captions.push_back(data_.name_of(i));
-    std::vector<float> text;
-    for (size_t i = 0; i < rows * columns; ++i)
-      text.insert(text.end(), data_.text.begin() + ptrdiff_t(i / columns * words),
-                  data_.text.begin() + ptrdiff_t((i / columns + 1) * words));
+    std::vector<float> text = each_times(data_.text, m.text_size(), rows, columns);
     std::vector<float> images = trainer_.samples(text, data_.empty_text, rows * columns, 25, 2);
-    write_png_grid(o_.out + "/" + name, images.data(), rows, columns, m.channels, m.height,
-                   m.image_width, scale, captions);
+    write_png_grid(o_.out + "/" + name, images.data(),
+                   {rows, columns, m.channels, m.height, m.image_width, scale, captions});
     last_ = Time::now();
   }
 };
+
+// ---------------------------------------------------------------------------------------------
+// F. The command `train`
 
 // The model's sizes that the data decides.
 inline void fit_to_data(Config& model, const Dataset& data) {
@@ -1640,7 +1432,7 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   const TrainOptions asked = o;
   o.val_images = std::min(o.val_images, validation.images);
   Table table = parameter_table(o.model);
-  DataSizes sizes{data.images, o.val_images, data.captions};
+  Job job{o, table, {data.images, o.val_images, data.captions}, device.gpu};
   double limit = memory_limit(device);
   if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
   std::string saved = o.out + "/state.safetensors";
@@ -1651,17 +1443,17 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   if (resumed) {
     SafetensorsReader file(saved);
     require_same_run<Real>(file, saved, o, data, validation);
-    if (o.state == "auto") o.state = described(file, saved, "state");
+    if (o.state == "auto") o.state = job.o.state = described(file, saved, "state");
   }
-  Choice choice = choose<Real>(o, table, sizes, device.gpu, limit, true);
+  Choice choice = choose<Real>(job, limit, true);
   o.recompute = choice.recompute;
   if (!resumed || !o.changes.empty() || !std::filesystem::exists(o.out + "/config.ini"))
-    o.ini = ini_of(asked, machine, choice.lean ? "lean" : "fp32");
+    o.ini = ini_of(asked, machine, choice.state());
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
   if (!own) own = std::make_unique<OwnFolder>(o.out);
   refuse_to_overwrite(o);
-  print_plan<Real>(o, table, sizes, device.gpu, choice);
+  print_plan<Real>(job, choice);
   if constexpr (std::is_same_v<Real, bf16>)
     if (choice.lean)
       return start_run<Real, Real>(device, o, std::move(data), std::move(validation), in_use);
@@ -1677,8 +1469,8 @@ void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
   Table table = parameter_table(o.model);
   bool is_here = !on_gpu || Device::gpus() > 0;
   double limit = o.memory > 0 ? 1e9 * o.memory : is_here ? memory_limit(Device(on_gpu)) : HUGE_VAL;
-  Choice choice = choose<Real>(o, table, data, on_gpu, limit, o.memory > 0);
-  print_plan<Real>(o, table, data, on_gpu, choice);
+  Job job{o, table, data, on_gpu};
+  print_plan<Real>(job, choose<Real>(job, limit, o.memory > 0));
 }
 
 // The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must
@@ -1757,24 +1549,17 @@ int sample(Device& device, const SampleOptions& o) {
   assumed.note(o.weights);
   size_t rows = o.prompts.size(), n = rows * o.columns, scale = grid_scale(m.height, m.image_width);
   // Better refused now than after the work.
-  if (!numbers)
-    grid_layout(o.out, rows, o.columns, m.channels, m.height, m.image_width, scale, prompts.names);
+  Grid grid{rows, o.columns, m.channels, m.height, m.image_width, scale, prompts.names};
+  if (!numbers) grid_layout(o.out, grid);
   SafeFile(o.out).abandon();
-  std::vector<float> text;
-  for (size_t i = 0; i < n; ++i) {
-    auto row = prompts.text.begin() + ptrdiff_t(i / o.columns * m.text_size());
-    text.insert(text.end(), row, row + ptrdiff_t(m.text_size()));
-  }
+  std::vector<float> text = each_times(prompts.text, m.text_size(), rows, o.columns);
   Network<Real> net(device, m, std::min(n, o.batch), 0, false);
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   Sampler<Real> sampler;
-  Carver count;
-  sampler.lay(count, m, net.batch);
-  Slab slab(device, count.used);
-  Carver carver{slab.data};
-  sampler.lay(carver, m, net.batch);
-  std::vector<float> images =
-      sample_images(net, sampler, text, prompts.empty_text, n, o.steps, o.guidance, shift, o.seed);
+  Slabs slabs;
+  slabs.add(device, [&](Carver& c) { sampler.lay(c, m, net.batch); });
+  std::vector<float> images = sample_images(net, sampler, text, prompts.empty_text,
+                                            {n, o.steps, o.guidance, shift, o.seed});
   for (float x : images)
     if (!std::isfinite(x)) fail("the samples hold NaN or infinity: are these trained weights?");
   if (numbers) {
@@ -1783,8 +1568,7 @@ int sample(Device& device, const SampleOptions& o) {
     out.write(images.data(), images.size());
     out.finish();
   } else {
-    write_png_grid(o.out, images.data(), rows, o.columns, m.channels, m.height, m.image_width,
-                   scale, prompts.names);
+    write_png_grid(o.out, images.data(), grid);
   }
   std::printf("%zu samples: %s\n", n, visible(o.out).c_str());
   return 0;
@@ -1794,12 +1578,7 @@ int sample(Device& device, const SampleOptions& o) {
 template <class Real>
 void upload_tensor(const SafetensorsReader& file, const std::string& path, const Device& device,
                    const std::string& name, const std::vector<size_t>& shape, Real* to) {
-  const TensorInfo& tensor = file.require(name, shape);
-  std::vector<Real> host(tensor.count());
-  file.read(tensor, host.data(), 0, host.size());
-  for (size_t i = 0; i < host.size(); ++i)
-    if (!std::isfinite(double(host[i])))
-      fail("%s: %s holds NaN or infinity at number %zu", path.c_str(), name.c_str(), i);
+  std::vector<Real> host = read_finite<Real>(file, path, file.require(name, shape));
   device.upload(to, host.data(), host.size() * sizeof(Real));
 }
 
@@ -1841,12 +1620,7 @@ int forward(Device& device, const ForwardOptions& o) {
     for (const Parameter& p : net.table.parameters)
       out.declare("grad." + p.name, dtype_name<Acc>(), p.shape);
   }
-  std::vector<Acc> host;
-  auto put = [&](const Acc* from, size_t count) {
-    host.resize(count);
-    device.download(host.data(), from, count * sizeof(Acc));
-    out.write(host.data(), count);
-  };
+  auto put = [&](const Acc* from, size_t n) { out.write(downloaded(device, from, n).data(), n); };
   put(a.velocity, b * m.pixels());
   if (backward) {
     put(a.dz, b * m.pixels());
@@ -2136,16 +1910,12 @@ std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Data
   size_t D = m.width, B = net.batch;
   DeviceData samples;
   Acc *target, *scalars, *means, *spreads;  // (B, C, H, W), (B, 5), twice (B, 2, D)
-  auto lay = [&](Carver& c) {
+  Slabs slabs;
+  slabs.add(device, [&](Carver& c) {
     samples = lay_data(c, m, data.images, data.captions);
     target = c.take<Acc>(B * m.pixels()), scalars = c.take<Acc>(B * 5);
     means = c.take<Acc>(B * 2 * D), spreads = c.take<Acc>(B * 2 * D);
-  };
-  Carver count;
-  lay(count);
-  Slab slab(device, count.used);
-  Carver carver{slab.data};
-  lay(carver);
+  });
   upload_data(device, samples, data);
 
   std::vector<Features<Acc>> all = {{"z", "scalars", {}}};
@@ -2159,12 +1929,10 @@ std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Data
       size_t n = first + i;
       return Draw{n, size_t(samples.caption[n]), probe_time(seed, n), n};
     };
-    noisy_batch(device, net.arrays.z, target, net.arrays.text, samples, b, seed,
-                streams::probe_noise, draw);
+    noisy_batch(net, target, samples, b, seed, streams::probe_noise, draw);
     // Rows of `size` numbers, `stride` apart on the device, onto the end of f.
     auto append = [&](Features<Acc>& f, const Acc* from, size_t size, size_t stride) {
-      std::vector<Acc> rows(b * stride);
-      device.download(rows.data(), from, (b * stride - (stride - size)) * sizeof(Acc));
+      std::vector<Acc> rows = downloaded(device, from, b * stride - (stride - size));
       for (size_t i = 0; i < b; ++i)
         f.x.insert(f.x.end(), &rows[i * stride], &rows[i * stride] + size);
     };
@@ -2311,7 +2079,7 @@ inline int command(int argc, const char* const* argv) {
         fail("--%s: residual %s has no such gate", gate.c_str(), model.residual.c_str());
     if (is("plan"))
       return machine.with_precision([&](auto t) {
-        if (plan_options.data != "fashion-mnist") {
+        if (plan_options.data != FashionMnist::about) {
           Split data = load_dataset(plan_options.data, 0);
           fit_to_data(plan_options.model, data.train);
           sizes.images = data.train.images, sizes.captions = data.train.captions;

@@ -2,7 +2,7 @@
 //
 // What it is: the parameter table of dit.cu written to and read from safetensors, and the
 // configuration that a weights file carries or implies.
-// What it is not: the format itself (safetensors.h), or a run's state (train.cu), which uses it.
+// What it is not: the format itself (safetensors.h), or a run's state (state.h), which uses it.
 //
 // How to read it: describe() and read_config() are each other's inverse, and so are save_tensors()
 // and load_tensors().
@@ -15,11 +15,8 @@
 
 using Metadata = std::map<std::string, std::string>;
 
-inline std::string exact(double x) {
-  char text[40];
-  std::snprintf(text, sizeof text, "%.17g", x);
-  return text;
-}
+inline std::string exact(double x) { return text_of("%.17g", x); }
+inline std::string exact(size_t x) { return std::to_string(x); }
 
 // What a file says about the network in it.
 inline Metadata describe(const Config& c, double time_shift) {
@@ -143,11 +140,9 @@ inline Assumed read_config(const SafetensorsReader& file, const std::string& pat
   if (norm_eps) c.norm_eps = *norm_eps;
   c.check();
   Assumed assumed;
-  char eps[32];
-  std::snprintf(eps, sizeof eps, "%g", c.norm_eps);
   if (!m.count("residual")) assumed.add("residual " + c.residual);
   if (!m.count("means")) assumed.add("means " + c.means);
-  if (!norm_eps && !m.count("norm_eps")) assumed.add(std::string("norm_eps ") + eps);
+  if (!norm_eps && !m.count("norm_eps")) assumed.add(text_of("norm_eps %g", c.norm_eps));
   return assumed;
 }
 
@@ -180,8 +175,7 @@ void save_tensors(const std::string& path, const Metadata& metadata, const Devic
   size_t written = ((slabs.slab != nullptr) + ... + 0);
   Progress progress("writing " + visible(path), written * table.parameters.size());
   auto write = [&](const std::string& name, const Parameter& p, auto* from) {
-    std::vector<std::remove_const_t<std::remove_pointer_t<decltype(from)>>> host(p.count());
-    device.download(host.data(), from, host.size() * sizeof(host[0]));
+    auto host = downloaded(device, from, p.count());
     for (auto x : host)
       if (!std::isfinite(double(x)))
         fail("%s was not written: %s holds NaN or infinity, training has diverged", path.c_str(),

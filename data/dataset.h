@@ -4,8 +4,8 @@
 // PNGs) into one plain struct, and the frozen stand-in text encoder that makes captions numbers.
 // What it is not: a loader that streams: a data set lives in memory whole, as floats.
 //
-// How to read it: the structs, then encode_text(), then load_dataset() at the end, which picks a
-// reader, holds images out and says what there is. Bad data is an Error (see math.h): one sentence
+// How to read it: the structs, then encode_text(), then the list of kinds at the end, from which
+// load_dataset() picks one. Bad data is an Error (see math.h): one sentence
 // that names the file and what is wrong.
 #pragma once
 
@@ -59,18 +59,41 @@ inline void append_images(Dataset& to, const Dataset& from, const std::vector<si
   to.images += which.size();
 }
 
-// ---------------------------------------------------------------------------------------------
-// 1. The text encoder
-//
-// A stand-in for a large frozen one: it knows nothing, but equal words get equal vectors, different
-// words nearly orthogonal ones, and that is all a network needs to tell ten captions apart.
-
 // 64-bit FNV-1a: the same on every machine and in every build.
 struct Fnv1a {
   uint64_t hash = 0xcbf29ce484222325u;
 
   void mix(uint32_t x) { hash = (hash ^ x) * 0x100000001b3u; }
 };
+
+// V images at an even stride: a folder's images are sorted by caption.
+inline Dataset every_nth(const Dataset& from, size_t V) {
+  Dataset some = without_images(from);
+  std::vector<size_t> which(V);
+  for (size_t i = 0; i < V; ++i) which[i] = i * from.images / V;
+  append_images(some, from, which);
+  return some;
+}
+
+// What a resumed run knows its data by.
+inline uint64_t hash_data(const Dataset& data) {
+  Fnv1a fnv;
+  auto mix = [&](const auto& values) {
+    for (auto value : values) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      fnv.mix(bits);
+    }
+  };
+  mix(data.pixels), mix(data.text), mix(data.empty_text), mix(data.caption);
+  return fnv.hash;
+}
+
+// ---------------------------------------------------------------------------------------------
+// 1. The text encoder
+//
+// A stand-in for a large frozen one: it knows nothing, but equal words get equal vectors, different
+// words nearly orthogonal ones, and that is all a network needs to tell ten captions apart.
 
 // The word decides its vector.
 inline uint64_t hash_word(const std::string& word) {
@@ -247,14 +270,14 @@ inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t
 // ---------------------------------------------------------------------------------------------
 // 3. Other people's data
 
-// A floating tensor of the given rank, every size at least 1, as floats; fails on anything else,
-// and on NaN and infinity.
-inline std::vector<float> read_finite(const SafetensorsReader& file, const std::string& path,
-                                      const TensorInfo& tensor) {
-  std::vector<float> values(tensor.count());
+// A floating tensor's numbers; fails on others, and on NaN and infinity.
+template <class Real>
+std::vector<Real> read_finite(const SafetensorsReader& file, const std::string& path,
+                              const TensorInfo& tensor) {
+  std::vector<Real> values(tensor.count());
   file.read(tensor, values.data(), 0, values.size());
   for (size_t i = 0; i < values.size(); ++i)
-    if (!std::isfinite(values[i])) {
+    if (!std::isfinite(double(values[i]))) {
       std::vector<size_t> at(tensor.shape.size());
       for (size_t d = at.size(), rest = i; d-- > 0; rest /= tensor.shape[d])
         at[d] = rest % tensor.shape[d];
@@ -291,12 +314,12 @@ inline Dataset load_latents(const std::string& path, size_t copies = 1) {
       fail("%s: caption[%zu] is %lld, expected 0 to %zu", path.c_str(), n,
            static_cast<long long>(caption[n]), data.captions - 1);
   data.caption.assign(caption.begin(), caption.end());
-  data.text = read_finite(file, path, *file.find("text"));
+  data.text = read_finite<float>(file, path, *file.find("text"));
   data.empty_text.assign(data.text_tokens * data.text_dim, 0);
   if (file.find("empty"))
     data.empty_text =
-        read_finite(file, path, file.require("empty", {data.text_tokens, data.text_dim}));
-  if (copies > 0) data.pixels = read_finite(file, path, *file.find("latents"));
+        read_finite<float>(file, path, file.require("empty", {data.text_tokens, data.text_dim}));
+  if (copies > 0) data.pixels = read_finite<float>(file, path, *file.find("latents"));
   return data;
 }
 
@@ -428,9 +451,6 @@ inline Dataset load_folder(const std::string& path, std::string* passed_over, si
   return data;
 }
 
-// ---------------------------------------------------------------------------------------------
-// 4. One door
-
 // Takes every 16th image (every N-th of N < 16) out of `data`, to validate on. Where that would
 // leave a caption of words without an image, to be never learned, it takes the last one before that
 // can be spared. (Captions that are numbers may be alike.) If there is none, all stay in `data` as
@@ -465,37 +485,93 @@ inline Dataset hold_out(Dataset& data) {
   return held_out;
 }
 
-// A .safetensors file of latents, whose captions are numbers?
-inline bool is_latents(const std::string& where) { return has_extension(where, ".safetensors"); }
+// `data`, some of it held out.
+inline Split split_off(Dataset data) {
+  Split split{std::move(data), {}, false};
+  size_t all = split.train.images;
+  split.held_out = hold_out(split.train);
+  split.shared = split.train.images == all;
+  return split;
+}
 
-// Loads "fashion-mnist" (or a folder with its files), a .safetensors file of latents, or a folder
-// of PNGs, and prints a line that says what there is. `copies`: how many of the images memory must
-// hold; 0: none, and all but the pixels is loaded. Fails if there is no such thing, or no room.
-inline Split load_dataset(const std::string& where, size_t copies) {
-  std::error_code ignored;
-  std::string folder = where, passed_over;
-  auto holds_idx = [&] {
+// ---------------------------------------------------------------------------------------------
+// 4. The kinds of data sets
+//
+// A kind is a struct as these, and an entry in the list behind them: what --data takes, its help
+// and its errors follow. One that lacks a member does not compile. load() adds to `remark` what
+// belongs into the line that says what there is.
+
+struct FashionMnist {  // by its name, or any folder with files of its names
+  static constexpr const char* about = "fashion-mnist";  // what --data takes
+
+  static bool is_in(const std::string& folder) {
+    std::error_code ignored;
     return std::filesystem::exists(folder + "/train-images-idx3-ubyte.gz", ignored);
-  };
-  if (where == "fashion-mnist") {
-    for (const char* place : {"data/downloads", "/usr/share/datasets/fashion-mnist"})
-      if (folder = place; holds_idx()) break;
-    if (!holds_idx()) fail("Fashion-MNIST is not here: run `bash data/fetch.sh`, which fetches it");
   }
+  static std::string folder(const std::string& where) {
+    const std::string fetched = "data/downloads", installed = "/usr/share/datasets/fashion-mnist";
+    return where != about ? where : is_in(fetched) || !is_in(installed) ? fetched : installed;
+  }
+  static bool matches(const std::string& where) { return where == about || is_in(where); }
+  static Split load(const std::string& where, size_t copies, std::string&) {
+    if (!is_in(folder(where)))
+      fail("Fashion-MNIST is not here: run `bash data/fetch.sh`, which fetches it");
+    return load_fashion_mnist(folder(where), copies);
+  }
+};
+
+struct Latents {
+  static constexpr const char* about = "a .safetensors of latents";
+
+  static bool matches(const std::string& where) { return has_extension(where, ".safetensors"); }
+  static Split load(const std::string& where, size_t copies, std::string&) {
+    return split_off(load_latents(where, copies));
+  }
+};
+
+struct Pictures {
+  static constexpr const char* about = "a folder of PNGs";
+
+  static bool matches(const std::string& where) {
+    std::error_code ignored;
+    return std::filesystem::is_directory(where, ignored);
+  }
+  static Split load(const std::string& where, size_t copies, std::string& remark) {
+    return split_off(load_folder(where, &remark, copies));
+  }
+};
+
+struct DataKind {
+  const char* about;
+  bool (*matches)(const std::string&);
+  Split (*load)(const std::string&, size_t, std::string&);
+};
+template <class Kind>
+constexpr DataKind kind = {Kind::about, Kind::matches, Kind::load};
+
+// The first that matches is it.
+constexpr DataKind data_kinds[] = {kind<FashionMnist>, kind<Latents>, kind<Pictures>};
+
+inline std::string about_data() {
+  std::string text;
+  for (const DataKind& kind : data_kinds)
+    text += (text.empty() ? "" : ", ") + std::string(kind.about);
+  return text;
+}
+inline const DataKind& data_kind(const std::string& where) {
+  for (const DataKind& kind : data_kinds)
+    if (kind.matches(where)) return kind;
+  fail("no data at %s: expected %s", where.c_str(), about_data().c_str());
+}
+
+// Loads what is there, and prints a line that says what that is. `copies`: how many of the images
+// memory must hold; 0: none, and all but the pixels is loaded. Fails if there is nothing, or no
+// room.
+inline Split load_dataset(const std::string& where, size_t copies) {
   Split data;
+  std::string passed_over;
   try {
-    if (holds_idx()) {
-      data = load_fashion_mnist(folder, copies);
-    } else {
-      if (!is_latents(where) && !std::filesystem::is_directory(where, ignored))
-        fail("no data at %s: expected fashion-mnist, a .safetensors file, or a folder of PNGs",
-             where.c_str());
-      data.train = is_latents(where) ? load_latents(where, copies)
-                                     : load_folder(where, &passed_over, copies);
-      size_t all = data.train.images;
-      data.held_out = hold_out(data.train);
-      data.shared = data.train.images == all;
-    }
+    data = data_kind(where).load(where, copies, passed_over);
   } catch (const std::bad_alloc&) {  // a limit that Device::available() does not know
     fail("%s does not fit into the memory that this process may take", where.c_str());
   }

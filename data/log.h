@@ -74,6 +74,42 @@ class OwnFolder {
   int descriptor_;
 };
 
+// The files in a folder that a run which begins there would write over, or add to as its own.
+inline std::vector<std::string> logs_in(const std::string& folder) {
+  std::vector<std::string> logs;
+  if (!std::filesystem::is_directory(folder)) return logs;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    std::string name = entry.path().filename(), extension = entry.path().extension();
+    bool numbered = name.rfind("spike_", 0) == 0 || name.rfind("samples_", 0) == 0;
+    if (name == "log.csv" || name == "validation.csv" || name == "diagnostics.csv" ||
+        name == "config.ini" || (numbered && (extension == ".txt" || extension == ".png")))
+      logs.push_back(entry.path());
+  }
+  std::sort(logs.begin(), logs.end());
+  return logs;
+}
+
+// Rename them all to NAME.1, or to the first number that is free for each of them.
+inline void set_aside(const std::vector<std::string>& logs) {
+  size_t number = 1;
+  auto aside = [&](const std::string& log) { return log + "." + std::to_string(number); };
+  auto taken = [&](const std::string& log) { return std::filesystem::exists(aside(log)); };
+  while (std::any_of(logs.begin(), logs.end(), taken)) ++number;
+  for (const std::string& log : logs) {
+    std::filesystem::rename(log, aside(log));
+    std::printf("%s, of a run without a state, is %s now\n", visible(log).c_str(),
+                visible(aside(log)).c_str());
+  }
+}
+
+// A copy of n numbers of a device.
+template <class Number>
+std::vector<std::remove_const_t<Number>> downloaded(const Device& device, Number* from, size_t n) {
+  std::vector<std::remove_const_t<Number>> host(n);
+  device.download(host.data(), from, n * sizeof(Number));
+  return host;
+}
+
 inline std::string read_text(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
@@ -144,6 +180,31 @@ __attribute__((format(printf, 1, 2))) inline std::string text_of(const char* for
   std::vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
   return text;
+}
+
+// "1h02m", "3m20s", "12s".
+inline std::string duration(double seconds) {
+  long s = long(seconds + 0.5);
+  if (s < 60) return text_of("%lds", s);
+  return s < 3600 ? text_of("%ldm%02lds", s / 60, s % 60)
+                  : text_of("%ldh%02ldm", s / 3600, s / 60 % 60);
+}
+
+// Operations a second that a card can do at most in products of Real without sparsity, as its maker
+// says; 0 for a card or a type that is not in the table. The names are those that its driver gives.
+template <class Real>
+double peak_flops(const std::string& name) {
+  struct {
+    const char* card;
+    double bf16_tera, fp32_tera;
+  } cards[] = {{"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100 80GB HBM3", 989, 67},
+               {"H200 NVL", 836, 60},  {"H200", 989, 67},     {"A100", 312, 19.5}};
+  for (const auto& c : cards)
+    if (name.find(c.card) != std::string::npos)
+      return std::is_same_v<Real, bf16>    ? 1e12 * c.bf16_tera
+             : std::is_same_v<Real, float> ? 1e12 * c.fp32_tera
+                                           : 0;
+  return 0;
 }
 
 // diagnostics.csv: a comment that says what each column is, the names, a step's rows, one a layer.

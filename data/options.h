@@ -11,15 +11,40 @@
 
 #include "../dit.cu"
 #include "checkpoint.h"
+#include "dataset.h"
 
 #include <CLI/CLI.hpp>
 
 // ---------------------------------------------------------------------------------------------
 // 1. The options of each subcommand
 
+// A number that an optimiser is set to: by which name in a state, by which flag, what the flag is
+// for (null: there is none), and what it must be.
+template <class Number>
+struct Setting {
+  const char *name, *flag, *about;
+  Number& value;
+  bool good = true;
+  const char* must = "";
+};
+template <class Number, class... Rest>
+Setting(const char*, const char*, const char*, Number&, Rest...) -> Setting<Number>;
+
 struct Optimizer {
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, decay = 0.1, clip = 1;
   size_t warmup = 100;
+
+  // f(setting) for each: flags, limits, and what a state says follow from this list.
+  template <class Self, class F>
+  static void each(Self& o, const F& f) {
+    const char *none = nullptr, *not_negative = "must be at least 0";
+    f(Setting{"lr", "lr", "learning rate after warm-up", o.lr, o.lr > 0, "must be positive"});
+    f(Setting{"warmup", "warmup", "steps of warm-up", o.warmup});
+    f(Setting{"decay", "weight-decay", "of matrices", o.decay, o.decay >= 0, not_negative});
+    f(Setting{"clip", "clip", "largest gradient norm; 0: none", o.clip, o.clip >= 0, not_negative});
+    f(Setting{"beta1", "beta1", none, o.beta1}), f(Setting{"beta2", "beta2", none, o.beta2});
+    f(Setting{"eps", "eps", none, o.eps});
+  }
 };
 
 constexpr size_t automatic = SIZE_MAX;  // --recompute: the memory decides
@@ -42,7 +67,7 @@ struct TrainOptions {
   std::vector<std::string> diagnose_layers;
   double spike_factor = 5;  // 0: no watch for spikes
   double dropout = 0.1, time_shift = 1, ema = 0;
-  std::string data = "fashion-mnist", out = "run", save = "all";
+  std::string data = FashionMnist::about, out = "run", save = "all";
   bool resume = false;
   std::vector<Change> changes;  // against the config.ini in `out`
   std::string ini;              // what config.ini is to say; empty: it may stay as it is
@@ -72,20 +97,25 @@ struct Machine {
   }
 };
 
-struct SampleOptions {
-  std::string weights, out = "grid.png", data;
-  std::vector<std::string> prompts;
-  size_t steps = 25, columns = 8, seed = 1, batch = 64;
-  std::optional<size_t> heads, size, text_tokens;
-  double guidance = 2;
-  std::optional<double> norm_eps, time_shift;
-};
-
-struct ForwardOptions {
-  std::string weights, inputs, out;
-  size_t recompute = 0;
+// Of what reads weights: what their file may not say.
+struct WeightsOptions {
+  std::string weights;
   std::optional<size_t> heads;
   std::optional<double> norm_eps;
+};
+
+struct SampleOptions : WeightsOptions {
+  std::string out = "grid.png", data;
+  std::vector<std::string> prompts;
+  size_t steps = 25, columns = 8, seed = 1, batch = 64;
+  std::optional<size_t> size, text_tokens;
+  double guidance = 2;
+  std::optional<double> time_shift;
+};
+
+struct ForwardOptions : WeightsOptions {
+  std::string inputs, out;
+  size_t recompute = 0;
 };
 
 struct GradcheckOptions {
@@ -97,11 +127,10 @@ struct GradcheckOptions {
 
 constexpr size_t usual_probe = 4096;  // images
 
-struct ProbeOptions {
-  std::string weights, data = "fashion-mnist", out = "probe.csv";
+struct ProbeOptions : WeightsOptions {
+  std::string data = FashionMnist::about, out = "probe.csv";
   size_t seed = 1, batch = 64;
-  std::optional<size_t> images, heads;
-  std::optional<double> norm_eps;
+  std::optional<size_t> images;
   std::vector<std::string> layers;
 };
 
@@ -135,7 +164,6 @@ constexpr size_t longest_log_every = 924;  // the norms of more steps are not ke
 // Fails unless they are in range. (Numbers that are given are finite.)
 inline void check_options(const TrainOptions& o) {
   o.model.check();
-  const Optimizer& a = o.optimizer;
   struct {
     bool good;
     const char* what;
@@ -148,15 +176,15 @@ inline void check_options(const TrainOptions& o) {
       {o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1"},
       {o.memory >= 0, "--memory must be at least 0"},
       {o.time_shift > 0, "--time-shift must be positive"},
-      {a.lr > 0, "--lr must be positive"},
-      {a.decay >= 0, "--weight-decay must be at least 0"},
-      {a.clip >= 0, "--clip must be at least 0"},
       {o.val_images >= 1, "--val-images must be at least 1"},
       {o.diagnose_samples >= 1, "--diagnose-samples must be at least 1"},
       {o.spike_factor == 0 || o.spike_factor > 1, "--spike-factor must be 0 (off) or above 1"},
   };
   for (const auto& rule : rules)
     if (!rule.good) fail("%s", rule.what);
+  Optimizer::each(o.optimizer, [](auto s) {
+    if (!s.good) fail("--%s %s", s.flag, s.must);
+  });
   chosen_layers(o);
 }
 
@@ -588,7 +616,7 @@ inline void check_output(const Subcommand& sub, const GivenOptions& given) {
     for (const char* name : {"weights", "ema", "state"})
       written.push_back(out + "/" + name + ".safetensors");
   for (const auto& [name, path] : inputs) {
-    const std::string input = path == "fashion-mnist" ? "data/downloads" : path;
+    const std::string input = FashionMnist::folder(path);
     for (const std::string& file : written)
       for (const char* end : {"", ".tmp"})  // SafeFile's
         if (!input.empty() && is_or_lies_in(file + end, input))
@@ -617,7 +645,7 @@ inline Words gate_names() {
 inline std::string starts_of(const std::string& name) {
   std::string text;
   Merges::each([&](auto m) {
-    for (const Gate& gate : decltype(m)::gates())
+    for (const Gate& gate : decltype(m)::gates)
       if (gate.name == name)
         text += (text.empty() ? "" : ", ") + (decltype(m)::name + (" " + shortest(gate.start)));
   });
@@ -659,10 +687,9 @@ inline void add_train_options(Subcommand& sub, TrainOptions& o) {
   sub.add("batch", o.batch, "images of a forward pass");
   sub.add("accumulate", o.accumulate, "passes of a step");
   sub.add("steps", o.steps, "steps, from the start of the run");
-  sub.add("lr", o.optimizer.lr, "learning rate after warm-up");
-  sub.add("warmup", o.optimizer.warmup, "steps of warm-up");
-  sub.add("weight-decay", o.optimizer.decay, "of matrices");
-  sub.add("clip", o.optimizer.clip, "largest gradient norm; 0: none");
+  Optimizer::each(o.optimizer, [&](auto s) {
+    if (s.about) sub.add(s.flag, s.value, s.about);
+  });
   sub.add_or_auto(
       "recompute", o.recompute,
       "0: keep all activations; k: a checkpoint every k blocks; auto: as memory allows");
@@ -674,7 +701,7 @@ inline void add_train_options(Subcommand& sub, TrainOptions& o) {
   sub.add("time-shift", o.time_shift, "a in t' = a t / (1 + (a-1) t)");
   sub.add("ema", o.ema, "decay of the weights' average; 0: none");
   sub.add("seed", o.seed, "of everything random");
-  sub.add("data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
+  sub.add("data", o.data, about_data().c_str());
   sub.add("diagnose-every", o.diagnose_every, "steps a row of diagnostics.csv; 0: none");
   sub.add_list("diagnose-layers", o.diagnose_layers,
                "0,99,199 or all; default: five, from the first to the last");
@@ -710,13 +737,15 @@ inline Subcommand add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
   return sub;
 }
 
-inline void add_norm_eps(Subcommand& sub, std::optional<double>& norm_eps) {
-  sub.add("norm-eps", norm_eps, "default: as in the weights, or 1e-6");
+inline void add_weights(Subcommand& sub, WeightsOptions& o) {
+  sub.add("weights", o.weights, "a weights.safetensors");
+  sub.add("heads", o.heads, "if the file does not say");
+  sub.add("norm-eps", o.norm_eps, "default: as in the weights, or 1e-6");
 }
 
 inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
   Subcommand sub(app, "sample", "draw images, a row a prompt");
-  sub.add("weights", o.weights, "a weights.safetensors");
+  add_weights(sub, o);
   sub.add_many("prompt", o.prompts, "what to draw; with --data, a caption's words or number");
   sub.add("data", o.data, "take captions from this data set");
   sub.add("out", o.out, ".png, or .safetensors for raw numbers");
@@ -726,10 +755,8 @@ inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) 
   sub.add("time-shift", o.time_shift, "default: as trained");
   sub.add("seed", o.seed, "of the noise");
   sub.add("batch", o.batch, "images at once", 1, 100000);
-  sub.add("heads", o.heads, "if the file does not say");
   sub.add("size", o.size, "pixels a side, if the file does not say");
   sub.add("text-tokens", o.text_tokens, "if the file does not say");
-  add_norm_eps(sub, o.norm_eps);
   add_machine_options(sub, machine);
   sub.require({"weights", "prompt"});
   return sub;
@@ -737,11 +764,9 @@ inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) 
 
 inline Subcommand add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
   Subcommand sub(app, "forward", "velocity and gradients for given inputs");
-  sub.add("weights", o.weights, "a weights.safetensors");
+  add_weights(sub, o);
   sub.add("inputs", o.inputs, "z, text and optionally cotangent");
   sub.add("out", o.out, "velocity, grad.*");
-  sub.add("heads", o.heads, "if the weights do not say");
-  add_norm_eps(sub, o.norm_eps);
   sub.add("recompute", o.recompute, "a checkpoint every k blocks; 0: keep all");
   add_machine_options(sub, machine);
   sub.require({"weights", "inputs", "out"});
@@ -750,8 +775,8 @@ inline Subcommand add_forward(CLI::App& app, ForwardOptions& o, Machine& machine
 
 inline Subcommand add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
   Subcommand sub(app, "probe", "how well the time can be read off the states");
-  sub.add("weights", o.weights, "a weights.safetensors");
-  sub.add("data", o.data, "fashion-mnist, a .safetensors of latents, a folder of PNGs");
+  add_weights(sub, o);
+  sub.add("data", o.data, about_data().c_str());
   sub.add("out", o.out, "a csv, a row a layer and kind of features");
   sub.add("images", o.images, "one sample each; a quarter of them held out, to test on",
           "4096, or as many as there are");
@@ -760,8 +785,6 @@ inline Subcommand add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
                "five, from the first to the last");
   sub.add("seed", o.seed, "of the choice of images, the times and the noise");
   sub.add("batch", o.batch, "images at once", 1, 100000);
-  sub.add("heads", o.heads, "if the weights do not say");
-  add_norm_eps(sub, o.norm_eps);
   add_machine_options(sub, machine);
   sub.require({"weights"});
   return sub;

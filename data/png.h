@@ -50,7 +50,13 @@ inline std::string grid_label(const std::string& caption) {
   return label.size() <= longest ? label : label.substr(0, longest - 3) + "...";
 }
 
-// Where things lie in a grid, in pixels.
+// A grid of images, each drawn at `scale`, and the captions of its rows, or none.
+struct Grid {
+  size_t rows, columns, C, H, W, scale = 2;
+  std::vector<std::string> captions = {};
+};
+
+// Where things lie in it, in pixels.
 struct GridLayout {
   static constexpr size_t gap = 2, margin = 6, line = 12, limit = 16384;
   std::vector<std::string> labels;  // to the left of each row; or none at all
@@ -59,10 +65,9 @@ struct GridLayout {
 
 // Images are drawn `scale` x `scale` with a gap of two pixels between them. Fails, naming `path`,
 // if the picture is empty or over 16384 pixels a side.
-inline GridLayout grid_layout(const std::string& path, size_t rows, size_t columns, size_t C,
-                              size_t H, size_t W, size_t scale,
-                              const std::vector<std::string>& captions = {}) {
+inline GridLayout grid_layout(const std::string& path, const Grid& grid) {
   using G = GridLayout;
+  const auto& [rows, columns, C, H, W, scale, captions] = grid;
   // Each factor is bounded before they are multiplied.
   for (size_t n : {rows, columns, C, H, W, scale})
     if (n == 0 || n > G::limit)
@@ -89,10 +94,9 @@ inline size_t grid_scale(size_t H, size_t W) { return std::max(H, W) > 256 ? 1 :
 // caption if there are any. C = 1 and 2 give the first channel in grey, more give the first three
 // as red, green and blue. Values outside are clamped, NaN is black. Fails as grid_layout() does, or
 // if the file cannot be written.
-inline void write_png_grid(const std::string& path, const float* images, size_t rows,
-                           size_t columns, size_t C, size_t H, size_t W, size_t scale = 2,
-                           const std::vector<std::string>& captions = {}) {
-  GridLayout g = grid_layout(path, rows, columns, C, H, W, scale, captions);
+inline void write_png_grid(const std::string& path, const float* images, const Grid& grid) {
+  const auto& [rows, columns, C, H, W, scale, captions] = grid;
+  GridLayout g = grid_layout(path, grid);
   size_t colors = C < 3 ? 1 : 3, row_bytes = g.width * colors;
   std::vector<unsigned char> picture(g.height * row_bytes, 255);
   for (size_t y = 0; y < g.height; ++y)

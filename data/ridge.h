@@ -1,6 +1,6 @@
 // ridge.h - linear ridge regression, and how much of a label it explains.
 //
-// What it is: the fit behind `mvsplit probe` (train.cu, 7.1), on the CPU in fp64.
+// What it is: the fit behind `mvsplit probe` (train.cu, appendix I), on the CPU in fp64.
 // What it is not: anything that knows where the samples come from.
 //
 // How to read it: the derivation below, then class Ridge, then fit_and_test().

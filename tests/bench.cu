@@ -100,9 +100,9 @@ struct Subject {
   Network<Real> net;
   Subject(Device& device, const Config& c, size_t batch, size_t recompute)
       : net(device, c, batch, recompute, true) {
-    Slab master(device, net.table.size * sizeof(A));
-    initialise(device, net.table, reinterpret_cast<A*>(master.data), 1);
-    convert(device, net.weights(), reinterpret_cast<A*>(master.data), net.table.size);
+    Slab master(device, net.table.size * sizeof(Acc));
+    initialise(device, net.table, reinterpret_cast<Acc*>(master.data), 1);
+    convert(device, net.weights(), reinterpret_cast<Acc*>(master.data), net.table.size);
     Arrays<Real>& a = net.arrays;
     auto fill = [&](auto* x, size_t n, double scale) {
       using X = std::remove_pointer_t<decltype(x)>;
@@ -126,7 +126,7 @@ void kernels(Device& device) {
   Network<Real>& net = subject.net;
   BlockShape<Real> b = net.shape(B);
   Parameters<const Real> w = locate<const Real>(net.config, net.table, net.weights());
-  Parameters<A> d = locate<A>(net.config, net.table, net.gradients());
+  Parameters<Acc> d = locate<Acc>(net.config, net.table, net.gradients());
   BlockScratch<Real>& scratch = net.arrays.scratch;
   auto saved = [&](int k) { return net.saved(size_t(k)); };
   double X = double(b.merge.tokens.rows() * b.merge.D) * sizeof(Real),
@@ -183,7 +183,7 @@ void gemms(Device& device, size_t rows, size_t D, size_t F) {
   std::printf("products of %zu tokens, width %zu\n", rows, D);
   size_t largest = std::max(rows * 2 * F, 2 * F * D);
   Slab a(device, largest * sizeof(Real)), b(device, largest * sizeof(Real)),
-      c(device, largest * sizeof(A));
+      c(device, largest * sizeof(Acc));
   Real *x = random_array<Real>(a, largest, 1), *w = random_array<Real>(b, largest, 2, 0.02);
   struct Shape {
     const char* name;
@@ -194,7 +194,7 @@ void gemms(Device& device, size_t rows, size_t D, size_t F) {
     double flops = 2 * double(rows) * double(s.out) * double(s.in);
     std::string name = s.name;
     Real* y = reinterpret_cast<Real*>(c.data);
-    A* dw = reinterpret_cast<A*>(c.data);
+    Acc* dw = reinterpret_cast<Acc*>(c.data);
     report(name + " forward",
            seconds(
                device, [&](int) { linear_forward(device, y, x, w, rows, s.out, s.in); }, 8),
@@ -257,22 +257,22 @@ void optimizer(Device& device, const char* name) {
   table.parameters = {{"w", {size_t(1) << 28}, Init::uniform, 0.05, 0}};
   size_t n = table.size = size_t(1) << 28, count = count_chunks(table);
   std::vector<Chunk> chunks = chunks_of(table);
-  TrainArrays<Real, G> a;
+  TrainArrays<Real, G> a = {};
   Carver counter;
-  a.lay_optimizer(counter, n, count, false);
+  a.lay_optimizer(counter, table, false);
   Slab slab(device, counter.used, 0), weights(device, n * sizeof(Real)), g(device, n * sizeof(G));
   Carver carver{slab.data};
-  a.lay_optimizer(carver, n, count, false);
+  a.lay_optimizer(carver, table, false);
   a.master.weights = reinterpret_cast<Real*>(weights.data);
   device.upload(a.chunks, chunks.data(), count * sizeof(Chunk));
   initialise(device, table, a.master, nullptr, 1);
-  const G* gradient = random_array<G>(g, n, 3, 1e-3);
+  a.gradients = random_array<G>(g, n, 3, 1e-3);
+  a.dither = {1, streams::moment_rounding, &a.clock->pass};
   Optimizer o;
   double s = seconds(device, [&](int) {
     begin_step(device, a.clock, o, 0);
-    gradient_norm(device, a.clock, a.partial, gradient, a.chunks, count, o.clip);
-    adamw(device, a.master, a.m, a.v, nullptr, gradient, a.clock, a.chunks, count, o,
-          {1, streams::moment_rounding, &a.clock->pass}, {});
+    gradient_norm(device, a.clock, a.partial, a.gradients, a.chunks, count, o.clip);
+    AdamW::update<decltype(a.master)>(device, a, o);
   });
   // Read: the gradient twice, m, v, the master (which lean holds the weight). Written: all but g.
   double own = sizeof(*a.master.own),
@@ -282,7 +282,7 @@ void optimizer(Device& device, const char* name) {
 }
 
 // A whole training step: drawing, forward, backward, clipping, AdamW.
-template <class G = A>
+template <class G = Acc>
 void step(Device& device, const Config& c, size_t accumulate = 1, int repeats = 9) {
   TrainOptions o;
   o.model = c, o.accumulate = accumulate, o.state = std::is_same_v<G, Real> ? "lean" : "fp32";
@@ -293,8 +293,9 @@ void step(Device& device, const Config& c, size_t accumulate = 1, int repeats = 
   for (size_t i = 0; i < 10 * 512; ++i) data.text.push_back(float(gaussian(4, 7, i)));
   data.empty_text.resize(512, 0.1f);
   for (size_t i = 0; i < data.images; ++i) data.caption.push_back(int32_t(i % 10));
-  Choice choice = choose<Real>(o, parameter_table(c), {data.images, o.val_images, data.captions},
-                               true, memory_limit(device), true);
+  Table table = parameter_table(c);
+  Job job{o, table, {data.images, o.val_images, data.captions}, true};
+  Choice choice = choose<Real>(job, memory_limit(device), true);
   o.recompute = choice.recompute;
   Trainer<Real, G> trainer(device, o, data, data);
   trainer.train_step();
@@ -361,7 +362,7 @@ void bench(const std::vector<std::string>& parts) {
   if (wanted("depth"))
     for (size_t depth : {100, 200, 700}) step(device, narrow(depth));
   if (wanted("optimizer")) {
-    optimizer<A>(device, "clip and AdamW, fp32 state");
+    optimizer<Acc>(device, "clip and AdamW, fp32 state");
     optimizer<Real>(device, "clip and AdamW, lean state");
   }
   // The paper's sizes take most of a 141 GB card and minutes: only when asked for.

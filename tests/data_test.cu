@@ -438,7 +438,9 @@ TEST_F(DataTest, AFullDiskLeavesTheOldFile) {
          writer.finish();
        }},
       {"png",
-       [&](const std::string& path) { write_png_grid(path, noise.data(), 1, 1, 1, 64, 64, 2); }},
+       [&](const std::string& path) {
+         write_png_grid(path, noise.data(), {1, 1, 1, 64, 64, 2});
+       }},
       {"csv",  // small enough for the buffer, so the disk is met in commit()
        [](const std::string& path) {
          SafeFile file(path);
@@ -527,7 +529,7 @@ TEST_F(DataTest, PngRoundTrips) {
   for (size_t C : {1, 2, 3, 4}) {
     std::vector<float> images(rows * columns * C * H * W);
     for (size_t i = 0; i < images.size(); ++i) images[i] = level(i * 37);
-    write_png_grid(at("grid.png"), images.data(), rows, columns, C, H, W, scale);
+    write_png_grid(at("grid.png"), images.data(), {rows, columns, C, H, W, scale});
     size_t c, h, w, colors = C < 3 ? 1 : 3;
     std::vector<float> grid = read_png(at("grid.png"), &c, &h, &w);
     ASSERT_EQ(c, colors);
@@ -548,14 +550,14 @@ TEST_F(DataTest, PngRoundTrips) {
 TEST_F(DataTest, PngClampsAndRefuses) {
   const float wild[4] = {-7, 7, NAN, -0.001f};
   size_t c, h, w;
-  write_png_grid(at("wild.png"), wild, 1, 1, 1, 1, 4, 1);
+  write_png_grid(at("wild.png"), wild, {1, 1, 1, 1, 4, 1});
   std::vector<float> read = read_png(at("wild.png"), &c, &h, &w);
   EXPECT_EQ(std::vector<float>(read.begin(), read.begin() + 3), (std::vector<float>{-1, 1, -1}));
   EXPECT_NEAR(read[3], 0, 0.004);
-  EXPECT_ERROR(write_png_grid(at("x.png"), wild, 0, 1, 1, 1, 4), "0 is no size");
-  EXPECT_ERROR(write_png_grid(at("x.png"), wild, 1, 1, 1, 1, 4, SIZE_MAX), "is no size");
-  EXPECT_ERROR(write_png_grid(at("x.png"), wild, 1, 1, 1, 16384, 4, 2), "more than 16384 a side");
-  EXPECT_ERROR(write_png_grid(at("none/x.png"), wild, 1, 1, 1, 1, 4), "create its directory");
+  EXPECT_ERROR(write_png_grid(at("x.png"), wild, {0, 1, 1, 1, 4}), "0 is no size");
+  EXPECT_ERROR(write_png_grid(at("x.png"), wild, {1, 1, 1, 1, 4, SIZE_MAX}), "is no size");
+  EXPECT_ERROR(write_png_grid(at("x.png"), wild, {1, 1, 1, 16384, 4, 2}), "more than 16384 a side");
+  EXPECT_ERROR(write_png_grid(at("none/x.png"), wild, {1, 1, 1, 1, 4}), "create its directory");
   EXPECT_ERROR(read_png(at("none.png"), &c, &h, &w), "No such file");
   EXPECT_ERROR(read_png(put("text.png", "not a picture"), &c, &h, &w), "not a whole PNG");
   EXPECT_ERROR(read_png(put("empty.png", ""), &c, &h, &w), "not a whole PNG");
@@ -695,7 +697,8 @@ TEST_F(DataTest, CaptionsStandBesideTheRowsOfAGrid) {
     std::vector<float> pixels;
   };
   auto draw = [&](const std::vector<std::string>& captions, size_t height, size_t scale) {
-    write_png_grid(at("grid.png"), images.data(), rows, columns, 3, height, side, scale, captions);
+    write_png_grid(at("grid.png"), images.data(),
+                   {rows, columns, 3, height, side, scale, captions});
     Picture p;
     p.pixels = read_png(at("grid.png"), &p.C, &p.H, &p.W);
     return p;
@@ -735,9 +738,9 @@ TEST_F(DataTest, CaptionsStandBesideTheRowsOfAGrid) {
   std::string all;
   for (int c = 1; c < 256; ++c) all += char(c);
   for (size_t i = 0; i < all.size(); i += 20) draw({all.substr(i, 20), "", ""}, side, 2);
-  EXPECT_ERROR(grid_layout("x.png", 1, 1, 1, 4, 16380, 1, {"wide"}), "more than 16384 a side");
-  EXPECT_ERROR(grid_layout("x.png", 1, 1, 1, 4, 16380, 1), "no error");
-  EXPECT_ERROR(grid_layout("x.png", 2000, 1, 1, 4, 4, 1, {"high"}), "more than 16384 a side");
+  EXPECT_ERROR(grid_layout("x.png", {1, 1, 1, 4, 16380, 1, {"wide"}}), "more than 16384 a side");
+  EXPECT_ERROR(grid_layout("x.png", {1, 1, 1, 4, 16380, 1}), "no error");
+  EXPECT_ERROR(grid_layout("x.png", {2000, 1, 1, 4, 4, 1, {"high"}}), "more than 16384 a side");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1087,7 +1090,7 @@ class FolderTest : public DataTest {
   void picture(const std::string& name, float value = 0, size_t C = 1, size_t side = 4) const {
     fs::create_directories(fs::path(at(name)).parent_path());
     std::vector<float> image(C * side * side, value);
-    write_png_grid(at("picture.png"), image.data(), 1, 1, C, side, side, 1);
+    write_png_grid(at("picture.png"), image.data(), {1, 1, C, side, side, 1});
     fs::rename(at("picture.png"), at(name));
   }
 };
@@ -1304,7 +1307,7 @@ TEST_F(FolderTest, AClassOfOneImageIsTrainedOn) {
 }
 
 TEST_F(DataTest, WhatIsNoDataSetIsRefused) {
-  EXPECT_ERROR(load(at("nowhere")), "expected fashion-mnist, a .safetensors file");
+  EXPECT_ERROR(load(at("nowhere")), "expected fashion-mnist, a .safetensors of latents");
   EXPECT_ERROR(load(put("x.txt", "x")), "expected fashion-mnist");
   EXPECT_ERROR(load(at("x.safetensors")), "No such file");
   EXPECT_ERROR(load(folder_), "holds no PNG images");

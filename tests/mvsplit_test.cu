@@ -138,6 +138,36 @@ const std::vector<Merge> all_merges = [] {
   return all;
 }();
 
+// What lacks a member is no merge, and does not compile in the list.
+struct WithoutName : MergeBase {
+  template <class Acc>
+  static Quad<Acc> Z(Gains<Acc>, Joined<Acc>);
+  template <class Acc>
+  static Pair<Quad<Acc>> gradients(Gains<Acc>, Quad<Acc>, Quad<Acc>);
+};
+struct Whole : WithoutName {
+  static constexpr const char* name = "whole";
+};
+struct WithoutZ : Whole {
+  static void Z();
+};
+struct WithoutGradients : Whole {
+  static void gradients();
+};
+struct WithoutFactor : Whole {
+  static constexpr std::array gates = {Gate{"alpha", "#", 0}};
+};
+struct FactorOfNoGate : Leaky {
+  static constexpr std::array<Gate, 0> gates = {};
+};
+struct FactorForgotten : WithoutFactor {
+  enum { alpha, by_token = alpha };
+};
+static_assert(is_merge<Whole> && !is_merge<WithoutName> && !is_merge<WithoutZ>);
+static_assert(!is_merge<WithoutGradients> && has_factors<Whole>() && has_factors<Leaky>());
+static_assert(!has_factors<WithoutFactor>() && !has_factors<FactorOfNoGate>());
+static_assert(!has_factors<FactorForgotten>());
+
 TEST(Merge, GradientsAgreeWithDifferences) {
   for (Merge merge : all_merges)
     for (const Shape& shape : shapes) {
@@ -422,11 +452,11 @@ Op rmsnorm_op(Device& device, size_t batch, size_t n, size_t D) {
   Tensor Y = op.output, G = op.cotangent, dX = op.inputs[0].gradient;
   Device* d = &device;
   op.forward = [=] {
-    rmsnorm_forward(*d, Y.data<Real>(), r.data<Acc>(), X.data<Real>(), batch, n, D, stride, 1e-6);
+    rmsnorm_forward(*d, Y.data<Real>(), r.data<Acc>(), X.data<Real>(), {batch, n, D, stride}, 1e-6);
   };
   op.backward = [=] {
-    rmsnorm_backward(*d, dX.data<Real>(), G.data<Real>(), X.data<Real>(), r.data<Acc>(), batch, n,
-                     D, stride);
+    rmsnorm_backward(*d, dX.data<Real>(), G.data<Real>(), X.data<Real>(), r.data<Acc>(),
+                     {batch, n, D, stride});
   };
   return op;
 }

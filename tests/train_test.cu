@@ -335,11 +335,14 @@ TEST(AdamW, ChunksCoverEachParameterOnce) {
       for (size_t i = 0; i < p.count(); ++i) matrix[p.offset + i] = end == "weight";
     }
     EXPECT_EQ(chunks_of(table).size(), count_chunks(table));
-    for (const Chunk& chunk : chunks_of(table))
+    for (const Chunk& chunk : chunks_of(table)) {
+      const Parameter& p = table.parameters.at(chunk.parameter);
+      EXPECT_TRUE(chunk.begin >= p.offset && chunk.begin + chunk.count <= p.offset + p.count());
       for (size_t i = chunk.begin; i < chunk.begin + chunk.count; ++i) {
         ++covered.at(i);
         ASSERT_EQ(chunk.decays, matrix[i] == 1) << residual.name << " element " << i;
       }
+    }
     for (size_t i = 0; i < table.size; ++i) ASSERT_EQ(covered[i], matrix[i] >= 0) << i;
   }
 }
@@ -404,6 +407,9 @@ Table two_parameters() {
   table.size = 18080;
   return table;
 }
+
+template <class Real, class Kept>
+using MovedBy = Moved<AdamW, Master<Real, Kept>, Kept>;
 
 struct PlainAdam {
   std::vector<long double> w, m, v, average;
@@ -473,7 +479,7 @@ void check_adamw(Device& device, double clip) {
   G *dm = put(device, m, zeros), *dv = put(device, v, zeros);
   Acc* average = put(device, e, start);
   const Acc* losses = put(device, lo, std::vector<Acc>{1, 2, 3, 6});
-  const Chunk* dchunks = put(device, ch, chunks);
+  Chunk* dchunks = put(device, ch, chunks);
   Clock* clock = put(device, cl, std::vector<Clock>(1));
   Record* history = reinterpret_cast<Record*>(hi.data);
   for (int s = 1; s <= 20; ++s) {
@@ -485,9 +491,17 @@ void check_adamw(Device& device, double clip) {
     const G* dg = put(device, g, gradient);
     begin_step(device, clock, o, ema);
     gradient_norm(device, clock, reinterpret_cast<double*>(pa.data), dg, dchunks, count, o.clip);
-    adamw(device, master, dm, dv, average, dg, clock, dchunks, count, o,
-          {1, streams::moment_rounding, &clock->step},
-          {1, streams::average_rounding, &clock->step});
+    AdamW::update(device,
+                  MovedBy<Real, G>{master,
+                                   {dm, dv},
+                                   average,
+                                   dg,
+                                   clock,
+                                   dchunks,
+                                   count,
+                                   {1, streams::moment_rounding, &clock->step},
+                                   {1, streams::average_rounding, &clock->step}},
+                  o);
     end_step(device, clock, history, losses, 4);
     double norm = plain.step(table, {gradient.begin(), gradient.end()}, s, o, ema);
     Record r = from(device, history, records)[size_t(s - 1)];
@@ -537,7 +551,7 @@ TEST(AdamW, TheAverageDoesNotFreeze) {
         e(*device, n * 4), ch(*device, chunks.size() * sizeof(Chunk)), cl(*device, sizeof(Clock));
     float *weights = put(*device, w, above), *average = put(*device, e, ones);
     float *dm = put(*device, m, zeros), *dv = put(*device, v, zeros), *dg = put(*device, g, zeros);
-    const Chunk* dchunks = put(*device, ch, chunks);
+    Chunk* dchunks = put(*device, ch, chunks);
     Clock late{};
     late.step = 10'000'000;
     Clock* clock = put(*device, cl, std::vector<Clock>{late});
@@ -547,8 +561,17 @@ TEST(AdamW, TheAverageDoesNotFreeze) {
     constexpr int count = 2000;
     for (int s = 0; s < count; ++s) {
       begin_step(*device, clock, o, ema);
-      adamw(*device, Master<float, float>{weights, weights}, dm, dv, average, dg, clock, dchunks,
-            chunks.size(), o, {}, {1, streams::average_rounding, &clock->pass});
+      AdamW::update(*device,
+                    MovedBy<float, float>{{weights, weights},
+                                          {dm, dv},
+                                          average,
+                                          dg,
+                                          clock,
+                                          dchunks,
+                                          chunks.size(),
+                                          {},
+                                          {1, streams::average_rounding, &clock->pass}},
+                    o);
       next_pass(*device, &clock->pass);
     }
     double want = 1e-3 * (1 - std::pow(ema, count)), mean = 0;
@@ -676,8 +699,17 @@ TEST(Lean, SecondMomentsMoveWhereNearestRoundingFreezesThem) {
       Optimizer o;
       double exact = 1;
       for (size_t s = 0; s < steps; ++s) {
-        adamw(*device, master, reinterpret_cast<bf16*>(m.data), dv, nullptr, dg, clock, dchunks, 1,
-              o, {1, streams::moment_rounding, &clock->pass}, {});
+        AdamW::update(*device,
+                      MovedBy<bf16, bf16>{master,
+                                          {reinterpret_cast<bf16*>(m.data), dv},
+                                          nullptr,
+                                          dg,
+                                          clock,
+                                          dchunks,
+                                          1,
+                                          {1, streams::moment_rounding, &clock->pass},
+                                          {}},
+                      o);
         next_pass(*device, &clock->pass);
         float square = float(root) * float(root);
         nearest = bf16(0.999f * float(nearest) + 0.001f * square);
@@ -769,8 +801,17 @@ TEST(Statement, AppJ_ClippingKeepsTheRatio) {
     gradient_norm(*device, clock, reinterpret_cast<double*>(pa.data), gradient, dchunks,
                   chunks.size(), o.clip);
     Master<double, double> master{put(*device, ws, g), put(*device, xs, g)};
-    adamw(*device, master, m, put(*device, vs, zeros), nullptr, gradient, clock, dchunks,
-          chunks.size(), o, {}, {});
+    AdamW::update(*device,
+                  MovedBy<double, double>{master,
+                                          {m, put(*device, vs, zeros)},
+                                          nullptr,
+                                          gradient,
+                                          clock,
+                                          dchunks,
+                                          chunks.size(),
+                                          {},
+                                          {}},
+                  o);
     EXPECT_LT(from(*device, clock, 1)[0].clip_scale, 1e-3);
     auto ratio = [](const std::vector<double>& x) {
       return norm(rows_of({2, 960, x}, 0, 1)) / norm(rows_of({2, 960, x}, 1, 1));
@@ -844,7 +885,7 @@ TEST_F(TrainTest, SamplingIsEulerWithGuidance) {
     for (double guidance : {2.5, 1.0}) {
       // Guidance 1 is the conditional velocity alone: the empty caption is not even looked at.
       std::vector<float> empty = guidance == 1 ? std::vector<float>(words, NAN) : data_.empty_text;
-      auto images = sample_images(s.net, s.sampler, data_.text, empty, n, count, guidance, 3, 11);
+      auto images = sample_images(s.net, s.sampler, data_.text, empty, {n, count, guidance, 3, 11});
       ASSERT_EQ(images.size(), n * pixels);
       for (size_t i = 0; i < n; ++i) {
         std::vector<float> image(&images[i * pixels], &images[i * pixels] + pixels);
@@ -854,7 +895,7 @@ TEST_F(TrainTest, SamplingIsEulerWithGuidance) {
       // All at once. On a CPU the bits do not depend on the batch; cuBLAS may choose otherwise.
       SamplingNetwork<Real> whole(device, options().model, n);
       auto at_once =
-          sample_images(whole.net, whole.sampler, data_.text, empty, n, count, guidance, 3, 11);
+          sample_images(whole.net, whole.sampler, data_.text, empty, {n, count, guidance, 3, 11});
       if (device.gpu)
         EXPECT_LT(distance(at_once, images), std::max(1e-7, rounding<Real>));
       else
@@ -2530,7 +2571,7 @@ TEST_F(CommandTest, WhatIsReadIsNotWrittenOver) {
   fs::create_directories(at("pictures/cat"));
   std::vector<float> picture(64);
   for (const char* name : {"pictures/cat/1.png", "pictures/cat/2.png"})
-    write_png_grid(at(name), picture.data(), 1, 1, 1, 8, 8, 1);
+    write_png_grid(at(name), picture.data(), {1, 1, 1, 8, 8, 1});
   std::ofstream(at("sample.ini")) << "[sample]\nsteps=2\n[probe]\nseed=1\n[train]\nsteps=1\n";
   const std::string forward =
       "--device cpu --weights " + weights + " --inputs " + z_and_text + " --out ";
@@ -3019,7 +3060,7 @@ TEST_F(CommandTest, WhatTheWeightsDoNotSayIsToldOrAFlag) {
 TEST_F(CommandTest, CaptionsOfAFolderAreAskedForByName) {
   for (const char* name : {"cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"}) {
     fs::create_directories(fs::path(at("pets/") + name).parent_path());
-    write_png_grid(at("pets/") + name, all_.pixels.data(), 1, 1, 1, 8, 8, 1);
+    write_png_grid(at("pets/") + name, all_.pixels.data(), {1, 1, 1, 8, 8, 1});
   }
   std::string data = " --data " + at("pets");
   Outcome trained = run("train", train_, data + " --final-std 0.5 --out " + at("named"));

@@ -1,0 +1,146 @@
+// state.h - saving a run, and going on with it.
+//
+// What it is: what a state must say for a resumed run to be the same run, and the files of both.
+// weights.safetensors holds the network in Real under the published names; ema.safetensors the
+// averaged one. state.safetensors is all that a run needs to go on: master weights (lean: the
+// weights and the rests), moments, average, step.
+// What it is not: the trainer `t`, whose arrays these are (train.cu, appendix D).
+//
+// How to read it: save_run() and resume_run(), then require_same_run() for what may have changed.
+#pragma once
+
+#include "checkpoint.h"
+#include "dataset.h"
+#include "options.h"
+
+// T as --precision names it.
+template <class Real>
+constexpr const char* precision_name = std::is_same_v<Real, double>  ? "fp64"
+                                       : std::is_same_v<Real, float> ? "fp32"
+                                                                     : "bf16";
+
+// What must be the same for a resumed run to be the same run. The optimiser's settings are not
+// among them: a run may go on at another learning rate, but its bits are then not those of an
+// unbroken one.
+template <class Real>
+Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, size_t val_images,
+                        uint64_t val_images_hash) {
+  Metadata m = describe(o.model, o.time_shift);
+  m["batch"] = std::to_string(o.batch), m["accumulate"] = std::to_string(o.accumulate);
+  m["seed"] = std::to_string(o.seed), m["data_hash"] = std::to_string(data_hash);
+  m["val_images"] = std::to_string(val_images);
+  m["val_images_hash"] = std::to_string(val_images_hash);
+  m["precision"] = precision_name<Real>, m["state"] = lean ? "lean" : "fp32";
+  m["dropout"] = exact(o.dropout), m["ema"] = exact(o.ema);
+  m["fix"] = o.model.fix.empty() ? "nothing" : join_list(o.model.fix);
+  // Where it began: what has been learned since then hides it.
+  m["no_patch_bias"] = o.model.patch_bias ? "false" : "true";
+  m["writer_std"] = exact(o.model.writer_std), m["final_std"] = exact(o.model.final_std);
+  for (const Gate& gate : o.model.gates_of_mode()) m[gate.name] = exact(o.model.start(gate));
+  return m;
+}
+template <class Trainer>
+Metadata describe_state(const Trainer& t) {
+  return describe_state<typename Trainer::Number>(t.o, t.lean, t.data_hash, t.held_out.images,
+                                                  t.validated_hash);
+}
+
+// The entry `key` of a state's metadata. Throws Error where there is none.
+inline std::string described(const SafetensorsReader& file, const std::string& path,
+                             const std::string& key) {
+  auto at = file.metadata().find(key);
+  if (at == file.metadata().end()) fail("%s: metadata '%s' is missing", path.c_str(), key.c_str());
+  return at->second;
+}
+
+// Call f with the slabs that a resumed run needs. (Wide types first, as files like it.)
+template <class Trainer, class F>
+void with_state(Trainer& t, const F& f) {
+  auto& a = t.a;
+  Stored average{"ema.", a.average};
+  Stored own{t.lean ? "rest." : "master.", a.master.own};
+  Stored weights{"weights.", t.lean ? a.master.weights : nullptr};
+  std::apply([&](auto... slot) { f(average, own, weights, slot...); }, t.slots());
+}
+
+// Write DIR/state.safetensors (unless only weights are wanted), weights.safetensors and
+// ema.safetensors (if any).
+template <class Trainer>
+void save_run(Trainer& t) {
+  std::string dir = t.o.out + "/";
+  Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
+  about["step"] = state["step"] = std::to_string(t.step);
+  about["captions"] = t.words ? "words" : "file";
+  Optimizer::each(t.o.optimizer, [&](auto s) { state[s.name] = exact(s.value); });
+  // State first: a kill in between leaves old weights, which the resumed run writes anew.
+  if (t.o.save == "all")
+    with_state(t, [&](auto... slabs) {
+      save_tensors(dir + "state.safetensors", state, t.device, t.net.table, slabs...);
+    });
+  save_tensors(dir + "weights.safetensors", about, t.device, t.net.table,
+               Stored{"", t.net.weights()});
+  if (t.a.average)
+    save_tensors(dir + "ema.safetensors", about, t.device, t.net.table,
+                 Stored{"", t.evaluated_weights()});
+}
+
+// Fails, naming all differences, if a run with these options would not be the one whose state is in
+// the file. Says what else has changed: the optimiser's settings, and what no bit depends on.
+template <class Real>
+void require_same_run(const SafetensorsReader& file, const std::string& path, const TrainOptions& o,
+                      const Dataset& data, const Dataset& validation) {
+  // A number as it was typed, not with all the digits that a double has.
+  auto typed = [](const std::string& text) {
+    std::optional<double> number = decimal_number(text);
+    return number && !whole_number(text) ? shortest(*number) : visible(text);
+  };
+  auto swapped = [](std::string name, char from, char to) {
+    std::replace(name.begin(), name.end(), from, to);
+    return name;
+  };
+  size_t V = std::min(o.val_images, validation.images);
+  bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
+  const uint64_t hashes[] = {hash_data(data), hash_data(every_nth(validation, V))};
+  // A state need not say what no bit of it depends on any more.
+  std::set<std::string> optional = {"val_images", "val_images_hash", "no_patch_bias", "writer_std",
+                                    "final_std"};
+  for (const Gate& gate : o.model.gates_of_mode()) optional.insert(gate.name);
+  std::string others;
+  for (const auto& [key, value] : describe_state<Real>(o, lean, hashes[0], V, hashes[1])) {
+    std::string was =
+        optional.count(key) && !file.metadata().count(key) ? value : described(file, path, key);
+    if (was == value) continue;
+    others += others.empty() ? "" : ", ";
+    if (key == "data_hash" || key == "val_images_hash")
+      others +=
+          (key == "data_hash" ? "other images or captions than " : "other held-out images than ") +
+          o.data + " has";
+    else
+      others += swapped(key, '_', '-') + " = " + typed(was) + " (now " + typed(value) + ")";
+  }
+  if (!others.empty())
+    fail("%s was made with %s: resume with the same, or choose another --out", path.c_str(),
+         others.c_str());
+  auto note = [&](const std::string& name, const std::string& was, const std::string& now) {
+    if (was != now)
+      std::printf("note: %s was %s and goes on as %s\n", name.c_str(), typed(was).c_str(),
+                  typed(now).c_str());
+  };
+  std::set<std::string> settings;
+  Optimizer::each(o.optimizer, [&](auto s) {
+    note(s.flag, described(file, path, s.name), exact(s.value));
+    settings.insert(s.flag);
+  });
+  for (const Change& c : o.changes)
+    if (!settings.count(c.name) && !file.metadata().count(swapped(c.name, '-', '_')))
+      note(c.name, c.was, c.now);
+}
+
+template <class Trainer>
+void resume_run(Trainer& t) {
+  std::string path = t.o.out + "/state.safetensors";
+  SafetensorsReader file(path);
+  std::string step = described(file, path, "step");
+  with_state(t, [&](auto... slabs) { load_tensors(file, path, t.device, t.net.table, slabs...); });
+  t.set_step(step == "0" ? 0 : positive_integer(step, path + ": metadata step"));
+}
