@@ -238,12 +238,11 @@ void rope_qk_norm_backward(const Device& device, Real* dqkv, const Real* qkv, co
 //     dQ = dS K / sqrt(hd),     dK = dS^T Q / sqrt(hd).
 //
 // Rounding to bf16 breaks the null space, just where tokens are alike. A row of A then sums to 1 +
-// e, and dA_j = <g, vbar> gives dS_j = -e a_j <g, vbar> where Lemma 1 has zero. So <a, dA> is
-// divided by the sum of the a that are there. Nor do rows of the rounded dS sum to zero: this adds
-// (dS 1) kbar^T to dQ, kbar the mean key, which hides the rest where keys are alike. But dS 1 = 0
-// is dS = dS P, so keys can be taken less their mean: dQ = dS P K / sqrt(hd). (Columns of dS need
-// not sum to zero: dK has nothing to restore.) With Q, K and V alike to 1%, dQ is off by 0.35%, by
-// 11% without the second, by 540% without either (dit_test, Attention.IsExact...).
+// e, and dA_j = <g, vbar> gives dS_j = -e a_j <g, vbar> where Lemma 1 has zero: so <a, dA> is
+// divided by the sum of the a that are there. Nor do rows of the rounded dS sum to zero, which adds
+// (dS 1) kbar^T to dQ, kbar the mean key. But dS 1 = 0 is dS = dS P: keys may be taken less their
+// mean, dQ = dS P K / sqrt(hd). (Columns of dS need not sum to zero: dK has nothing to restore.)
+// With Q, K and V alike to 1%, dQ is off by 0.35%, 11% without the second, 540% without either.
 
 // The Q (part 0), K (1) or V (2) matrices (T, hd) of all sequences and heads inside a qkv array.
 template <class Real>

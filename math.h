@@ -67,9 +67,7 @@ inline int omp_get_max_threads() { return 1; }
 // and main() prints it and exits with status 2. A CUDA status that is not success is ours: die()
 // says where and exits with status 1.
 
-// A text that may come from a file, fit for a terminal: one line, and nothing in it is obeyed.
-// Letters of all languages stay. Control characters (DEL and C1 too), what breaks lines or turns
-// their direction, and bytes that are not UTF-8 become \xNN.
+// A text that may come from a file, fit for a terminal.
 inline std::string visible(const std::string& text);  // appendix A
 
 struct Error : std::runtime_error {
@@ -239,17 +237,6 @@ inline size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 // ---------------------------------------------------------------------------------------------
 // 3. The device and its memory
 
-// The oldest architecture that this binary has kernels for: 900 is 9.0. (A build without CUDA can
-// only plan for a GPU, which it takes for an 8.0.)
-constexpr int built_for() {
-#ifdef __CUDACC__
-  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
-  return architectures[0];
-#else
-  return 800;
-#endif
-}
-
 // One CPU or one GPU. GPU work goes into one stream, in order, so a kernel sees what the one before
 // it wrote (but see beside()); the host waits only in synchronize(), upload() and download().
 struct Device {
@@ -270,46 +257,21 @@ struct Device {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
-  static int gpus() {
-    int count = 0;
-#ifdef __CUDACC__
-    if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
-#endif
-    return count;
-  }
-  // Whether bf16 runs on tensor cores: from 8.0 on, the GPU (if one is at hand) and the binary.
-  static bool has_bf16() {
-    int major = 8;
-#ifdef __CUDACC__
-    if (gpus() > 0)
-      CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-#endif
-    return major >= 8 && built_for() >= 800;
-  }
+  static int gpus();       // at hand
+  static bool has_bf16();  // on tensor cores: the GPU at hand, if there is one, and this binary
   // cuBLAS gets its workspace from us: its own would be allocated out of the plan's sight, and a
   // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph. The
   // meeting place is where the blocks of one kernel leave what they have for each other: launch(),
   // appendix C.
   static constexpr size_t blas_bytes = size_t(64) << 20, meeting_bytes = size_t(8) << 20;
   static size_t workspace_bytes(bool on_gpu) { return on_gpu ? blas_bytes + meeting_bytes : 0; }
-  float* meeting_place() const {
-#ifdef __CUDACC__
-    return reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + blas_bytes);
-#else
-    return nullptr;
-#endif
-  }
+  float* meeting_place() const;
 
   // Bytes that could be taken now, and bytes in use now: on a GPU by everybody, on a CPU by us.
   size_t available() const;
   size_t in_use() const;
 
-  void synchronize() const {
-#ifdef __CUDACC__
-    if (gpu)
-      for (cudaStream_t s : {stream, side_stream}) CUDA_CHECK(cudaStreamSynchronize(s));
-#endif
-  }
+  void synchronize() const;
   // What f enqueues may run beside what is enqueued after it, until join(). It starts after all
   // that was enqueued before. Weight gradients are for this: nothing in a backward waits for them,
   // and they fill the multiprocessors that a narrow network's kernels leave idle.
@@ -679,6 +641,15 @@ HD inline double gaussian(uint64_t seed, uint64_t stream, uint64_t index) {
   return sqrt(-2 * log(u)) * cos(6.283185307179586 * unit_interval(r.v[2], r.v[3]));
 }
 
+// Who draws from which stream is listed in appendix A, `streams`.
+
+// Appendix. The straight way ends here. Below: random streams and the innards of the device (A),
+// how formulas over rows are scheduled (B), kernels of the GPU's own and captured sequences (C), the
+// two matrix products (D), stochastic rounding (E), dual numbers (F).
+
+// ---------------------------------------------------------------------------------------------
+// A. Random streams, and the device
+
 // Who draws from which stream. A tensor's initial values have one stream a tensor.
 namespace streams {
 constexpr uint64_t batch_index = 0, time = 1, noise = 2, dropout = 3;
@@ -689,13 +660,8 @@ constexpr uint64_t gradient_rounding = uint64_t(2) << 32, moment_rounding = uint
 constexpr uint64_t average_rounding = uint64_t(4) << 32;
 }  // namespace streams
 
-// Appendix. The straight way ends here. Below: the innards of the device (A), how formulas over
-// rows are scheduled (B), kernels of the GPU's own and captured sequences (C), the two matrix
-// products (D), stochastic rounding (E), dual numbers (F).
-
-// ---------------------------------------------------------------------------------------------
-// A. The device
-
+// One line, and nothing in it is obeyed. Letters of all languages stay. Control characters (DEL and
+// C1 too), what breaks lines or turns their direction, and bytes that are not UTF-8 become \xNN.
 inline std::string visible(const std::string& text) {
   constexpr uint32_t least[] = {0, 0x80, 0x800, 0x10000};  // what needs so many further bytes
   std::string out;
@@ -720,6 +686,48 @@ inline std::string visible(const std::string& text) {
     }
   }
   return out;
+}
+
+// The oldest architecture that this binary has kernels for: 900 is 9.0. (A build without CUDA can
+// only plan for a GPU, which it takes for an 8.0.)
+constexpr int built_for() {
+#ifdef __CUDACC__
+  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
+  return architectures[0];
+#else
+  return 800;
+#endif
+}
+
+inline int Device::gpus() {
+  int count = 0;
+#ifdef __CUDACC__
+  if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
+#endif
+  return count;
+}
+
+inline bool Device::has_bf16() {
+  int major = 8;
+#ifdef __CUDACC__
+  if (gpus() > 0) CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+#endif
+  return major >= 8 && built_for() >= 800;
+}
+
+inline float* Device::meeting_place() const {
+#ifdef __CUDACC__
+  return reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + blas_bytes);
+#else
+  return nullptr;
+#endif
+}
+
+inline void Device::synchronize() const {
+#ifdef __CUDACC__
+  if (gpu)
+    for (cudaStream_t s : {stream, side_stream}) CUDA_CHECK(cudaStreamSynchronize(s));
+#endif
 }
 
 #ifdef __CUDACC__

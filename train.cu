@@ -106,10 +106,7 @@ void draw_training_batch(Network<Real, Kept>& net, RunArrays a, DeviceData data,
 //
 // with g = g0 min(1, clip / (|g0| + 1e-6)), g0 the gradient, |g0| over all parameters (clip = 0: g
 // = g0), and decay on matrices only. A weight is kept in Acc ("master") and rounded to Real for the
-// network.
-//
-// Moments are rounded only to be kept, if at all: a step uses m and v as just computed. (Appendix A
-// has the two ways to keep them and the master, at 18 and at 10 bytes a parameter.)
+// network. (Appendix A has the two ways to keep it and the moments, 18 and 10 bytes a parameter.)
 
 // All that changes from step to step, in device memory, so that a captured step can be replayed. A
 // step is `accumulate` passes; both count from the start of the run.
@@ -127,11 +124,10 @@ constexpr size_t records = 1024;  // how many steps' records are kept on the dev
 // up to the next quad, is zero everywhere and stays so.)
 //
 // Parameters that are fixed are in no chunk: AdamW leaves them, their moments and their average as
-// they began, and their gradients do not enter the norm. What nothing follows must not make the
-// steps of the others smaller.
+// they began, and their gradients do not enter the norm, which scales the steps of the others.
 //
-// A chunk knows its parameter, by the place in the table of parameters (dit.cu, appendix A), which
-// has its rows and columns: an optimiser of whole matrices walks over these.
+// A chunk knows its parameter's place in the table (dit.cu, appendix A), which has its rows and
+// columns: an optimiser of whole matrices walks over these.
 struct Chunk {
   size_t begin;
   uint32_t parameter;
