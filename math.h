@@ -643,9 +643,9 @@ HD inline double gaussian(uint64_t seed, uint64_t stream, uint64_t index) {
 
 // Who draws from which stream is listed in appendix A, `streams`.
 
-// Appendix. The straight way ends here. Below: random streams and the innards of the device (A),
-// how formulas over rows are scheduled (B), kernels of the GPU's own and captured sequences (C), the
-// two matrix products (D), stochastic rounding (E), dual numbers (F).
+// Appendix. The straight way ends here. Below: random streams and the device (A), how formulas over
+// rows are scheduled (B), kernels of the GPU's own and captured sequences (C), the two matrix
+// products (D), stochastic rounding (E), dual numbers (F).
 
 // ---------------------------------------------------------------------------------------------
 // A. Random streams, and the device
