@@ -300,7 +300,7 @@ struct Device {
   }
 
   // Bytes that could be taken now, and bytes in use now: on a GPU by everybody, on a CPU by us.
-  size_t available() const;
+  size_t available(const char* control_groups = "/sys/fs/cgroup") const;
   size_t in_use() const;
 
   void synchronize() const {
@@ -813,7 +813,7 @@ inline std::string control_group(const char* list = "/proc/self/cgroup") {
   return group;
 }
 
-inline size_t Device::available() const {
+inline size_t Device::available(const char* control_groups) const {
 #ifdef __CUDACC__
   if (gpu) {
     size_t free = 0, total = 0;
@@ -834,7 +834,7 @@ inline size_t Device::available() const {
   const auto pages = _SC_PHYS_PAGES;
 #endif
   size_t all = kib ? kib * 1024 : size_t(sysconf(pages)) * size_t(sysconf(_SC_PAGESIZE));
-  return std::min(all, control_groups_room("/sys/fs/cgroup", control_group()));
+  return std::min(all, control_groups_room(control_groups, control_group()));
 }
 
 inline size_t Device::in_use() const {
