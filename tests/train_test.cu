@@ -1564,6 +1564,18 @@ TEST_F(TrainTest, OnlyTheModelsOwnTensorsLoad) {
   }
 }
 
+TEST_F(TrainTest, WhatIsNotFiniteIsNotWritten) {
+  Device device;
+  Table table = parameter_table(options(2).model);
+  for (double bad : {double(NAN), HUGE_VAL}) {
+    std::vector<double> weights = random_weights<double>(table);
+    weights[table.at("blocks.1.ffn.w2.weight").offset] = bad;
+    EXPECT_ERROR(save_tensors(at("w.safetensors"), {}, device, table, Stored{"", weights.data()}),
+                 "was not written: blocks.1.ffn.w2.weight holds NaN or infinity");
+  }
+  EXPECT_TRUE(files().empty());
+}
+
 TEST_F(TrainTest, ConfigurationsThatContradictTheirFileAreRefused) {
   Device device;
   Config c = options(2).model;
@@ -1712,12 +1724,13 @@ TEST(Probe, RidgeFindsARelationAndWrongOnesAreRejected) {
 TEST(Probe, ShuffledLabelsAndConstantFeaturesTellNothing) {
   Relation r;
   ProbeSplit split(r.n);
-  Labels labels = {r.labels[0], {}};
+  Labels labels = {r.labels[0], {}, random_values(r.n, 5)};
   for (size_t i : shuffled(r.n, 1, streams::probe_shuffle)) labels[1].push_back(labels[0][i]);
   std::vector<Probed> found = fit_and_test(r.x, labels, split);
   EXPECT_NEAR(found[0].r2, Relation::expected(), 0.03);
   EXPECT_LT(found[1].r2, 0.05);
   EXPECT_GT(found[1].r2, -0.1);
+  EXPECT_EQ(found[2].penalty, 100) << "of noise: the smaller the weights the better";
   for (size_t i = 0; i < r.x.size(); ++i) r.x[i] = 1e3 * (1 + 1e-9 * double(i % 7));
   found = fit_and_test(r.x, labels, split);
   EXPECT_LE(found[0].r2, 0);
@@ -1735,6 +1748,24 @@ TEST(Probe, ShufflingIsAPermutationAndTheSplitIsWhole) {
     ProbeSplit split(n);
     EXPECT_EQ(split.fit + split.choose + split.test, n);
     EXPECT_EQ(split.test, n / 4);
+  }
+}
+
+// Every 16th image of the file is held out: on these it is tested, and on no image twice.
+TEST_F(TrainTest, TheProbeIsTestedOnHeldOutImages) {
+  Dataset numbered = synthetic(1024);
+  for (size_t i = 0; i < numbered.images; ++i) numbered.pixels[i * 64] = float(i);
+  save_latents(at("numbered.safetensors"), numbered);
+  ProbeOptions o;
+  o.data = at("numbered.safetensors"), o.images = 256;
+  Dataset images = probe_images(o);
+  ProbeSplit split(256);
+  std::set<float> seen;
+  for (size_t i = 0; i < 256; ++i) {
+    float number = images.pixels[i * 64];
+    EXPECT_TRUE(seen.insert(number).second) << number;
+    EXPECT_EQ(size_t(number) % 16 == 15, i >= split.fit + split.choose) << i;
+    EXPECT_EQ(images.caption[i], int32_t(size_t(number) % 4));
   }
 }
 
@@ -1932,14 +1963,38 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   fs::create_directories(at("foreign"));
   std::ofstream(at("foreign/weights.safetensors")) << "somebody's";
   std::ofstream(at("probe.csv")) << "an earlier probe";
-  Dataset longer = synthetic(1024);
-  longer.text_tokens = 5, longer.text_dim = 3;
-  save_latents(at("longer.safetensors"), longer);
-  Dataset other = all_;
-  other.pixels[0] += 1;
-  save_latents(at("other.safetensors"), other);
-  other = all_, other.pixels[15 * 64] += 1;  // held out
-  save_latents(at("other_validation.safetensors"), other);
+  auto save = [&](const char* name, Dataset d, const std::function<void(Dataset&)>& change) {
+    change(d);
+    d.pixels.resize(d.images * d.image_size()), d.empty_text.resize(d.text_tokens * d.text_dim);
+    d.text.resize(d.captions * d.empty_text.size());
+    save_latents(at(name) + ".safetensors", d);
+    return "--data " + at(name) + ".safetensors";
+  };
+  const Dataset many = synthetic(1024);
+  save("longer", many, [](Dataset& d) { d.text_tokens = 5, d.text_dim = 3; });
+  const std::string other = save("other", all_, [](Dataset&d) { d.pixels[0] += 1; }),
+                    other_text = save("text", all_, [](Dataset&d) { d.text[20] += 1; }),
+                    other_empty = save("empty", all_, [](Dataset&d) { d.empty_text[3] += 1; }),
+                    other_caption = save("caption", all_, [](Dataset&d) { d.caption[0] = 1; }),
+                    channels = save("channels", many, [](Dataset&d) { d.channels = 2; }),
+                    height = save("height", many, [](Dataset&d) { d.height = 4; }),
+                    width = save("width", many, [](Dataset&d) { d.width = 4; }),
+                    tokens = save("tokens", many, [](Dataset&d) { d.text_tokens = 2; }),
+                    dim = save("dim", many, [](Dataset&d) { d.text_dim = 4; });
+  save("other_validation", all_, [](Dataset& d) { d.pixels[15 * 64] += 1; });  // held out
+  const std::string huge_weights = "--weights " + at("huge.safetensors");
+  {
+    Config c;
+    read_config(SafetensorsReader(at("run/weights.safetensors")), "", c);
+    Table table = parameter_table(c);
+    std::vector<float> numbers(table.size, 1e38f);
+    save_tensors(at("huge.safetensors"), describe(c, 1), Device(), table,
+                 Stored{"", numbers.data()});
+  }
+  for (const char* name : {"samples.png", "ema.safetensors"}) {
+    fs::create_directories(at("with_") + name);
+    std::ofstream(at("with_") + name + "/" + name) << "somebody's";
+  }
   struct {
     const char* subcommand;
     std::string changes;
@@ -1983,7 +2038,9 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"plan", small + " --captions 18446744073709551614", "captions are larger than any machine"},
       {"plan", "--depth 1 --patch 65536 --channels 4096 --batch 1000000 --width 8 --heads 1",
        "larger than any machine"},
+      {"train", "--batch 1000000 --width 4096 --memory 1e9", "the largest --batch that fits is"},
       {"train", "--accumulate 0", "--batch and --accumulate must be from 1"},
+      {"train", "--accumulate 2000000", "--batch and --accumulate must be from 1"},
       {"train", "--depth 0", "at least 1"},
       {"train", "--depth -1", "--depth -1: expected a whole number in decimal digits"},
       {"train", "--steps -5", "--steps -5: expected a whole number in decimal digits"},
@@ -1998,6 +2055,8 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--weight-decay -1", "--weight-decay must be at least 0"},
       {"train", "--alpha nan", "--alpha nan: expected a decimal number"},
       {"train", "--out " + at("foreign"), "weights.safetensors exists, but no state to go on from"},
+      {"train", "--out " + at("with_samples.png"), "samples.png exists, but no state to go on"},
+      {"train", "--out " + at("with_ema.safetensors"), "ema.safetensors exists, but no state"},
       {"train", "--ffn 6", "ffn 6 is not a multiple of 4"},
       {"train", "--lr 0", "--lr must be positive"},
       {"train", "--lr nan", "--lr nan: expected a decimal number"},
@@ -2005,6 +2064,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--dropout 1.5", "--dropout must be"},
       {"train", "--time-shift -1", "--time-shift must be"},
       {"train", "--log-every 0", "--log-every must be"},
+      {"train", "--log-every 925", "--log-every must be from 1 to 924"},
       {"train", "--val-images 0", "--val-images must be"},
       {"train", "--norm-eps 0", "norm-eps 0 is not in"},
       {"train", "--diagnose-layers 0,4", "'4' is not a layer: give numbers from 0 to 3"},
@@ -2032,8 +2092,13 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--resume --batch 5", "was made with batch = 4"},
       {"train", "--resume --no-patch-bias", "was made with no-patch-bias = false (now true)"},
       {"train", "--resume --seed 2", "was made with seed = 1"},
-      {"train", "--resume --data " + at("other.safetensors"),
+      {"train", "--resume --accumulate 2", "was made with accumulate = 1 (now 2)"},
+      {"train", "--resume --dropout 0.2", "was made with dropout = 0.1 (now 0.2)"},
+      {"train", "--resume " + other,
        "was made with other images or captions than " + at("other.safetensors")},
+      {"train", "--resume " + other_text, "with other images or captions than " + at("text")},
+      {"train", "--resume " + other_empty, "with other images or captions than " + at("empty")},
+      {"train", "--resume " + other_caption, "with other images or captions than " + at("caption")},
       {"train", "--resume --data " + at("other_validation.safetensors"),
        "was made with other held-out images than " + at("other_validation.safetensors")},
       {"train", "--resume --val-images 3", "was made with val-images = 4 (now 3)"},
@@ -2082,6 +2147,9 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"sample", "--columns 0", "--columns"},
       {"bare sample", "", "was trained on captions from a file: name it with --data"},
       {"sample", "--out " + at("out.jpg"), "out.jpg: the name must end in .png or .safetensors"},
+      {"sample", tokens, "captions of 2 x 5 numbers, the model takes 3 x 5"},
+      {"sample", dim, "captions of 3 x 4 numbers, the model takes 3 x 5"},
+      {"sample", huge_weights, "the samples hold NaN or infinity"},
       {"sample", "--cfg nan", "--cfg nan: expected a decimal number"},
       {"sample", "--norm-eps 0", "norm-eps 0 is not in"},
       {"probe", "--norm-eps -1", "norm-eps -1 is not in"},
@@ -2102,6 +2170,12 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"probe", "--data " + at("run/weights.safetensors"), "unknown tensor"},
       {"probe", "--data " + at("textless.safetensors"), "tensor text (M,L,d_text) is missing"},
       {"probe", "--data " + at("longer.safetensors"), "captions of 5 x 3 numbers, the model takes"},
+      {"probe", channels, "images of 2 x 8 x 8 and captions of 3 x 5 numbers, the model takes"},
+      {"probe", height, "images of 1 x 4 x 8 and captions of 3 x 5 numbers, the model takes"},
+      {"probe", width, "images of 1 x 8 x 4 and captions of 3 x 5 numbers, the model takes"},
+      {"probe", tokens, "images of 1 x 8 x 8 and captions of 2 x 5 numbers, the model takes"},
+      {"probe", dim, "captions of 3 x 4 numbers, the model takes 1 x 8 x 8 and 3 x 5"},
+      {"probe", huge_weights, "the states at layer 0 hold NaN or infinity"},
       {"probe", "--out " + at("none/probe.csv"), "create its directory"},
       {"probe", "--out " + at("run"), "it exists and is not a regular file"},
   };
@@ -2133,6 +2207,23 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
                    row.words);
     ASSERT_TRUE(files() == before) << row.words;
   }
+}
+
+TEST_F(CommandTest, MemoryThatIsUsedUpIsAnError) {
+#ifdef __SANITIZE_ADDRESS__
+  GTEST_SKIP() << "the sanitizer takes memory of its own";
+#endif
+  std::vector<std::string> words = arguments("sample", sample_, "--columns 1000");
+  for (int i = 0; i < 3000; ++i) words.insert(words.end(), {"--prompt", "3"});  // 180 MB of text
+  size_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  rlimit before, now;
+  getrlimit(RLIMIT_AS, &before);
+  now = before, now.rlim_cur = pages * size_t(sysconf(_SC_PAGESIZE)) + 50'000'000;
+  setrlimit(RLIMIT_AS, &now);
+  Outcome outcome = run(words);
+  setrlimit(RLIMIT_AS, &before);
+  expect_refused(outcome, "the memory is used up");
 }
 
 TEST_F(CommandTest, AFullDiskLeavesWhatWasThere) {
@@ -2181,6 +2272,10 @@ TEST_F(CommandTest, AStateIsSavedAfterAllThatBelongsToItsSteps) {
     EXPECT_LT(last(name), last("state.safetensors.tmp")) << name;
   for (const char* log : {"log.csv", "validation.csv", "diagnostics.csv"})
     EXPECT_EQ(std::count(flushed.begin(), flushed.end(), log), 1) << log;
+  for (size_t i = 0; i < flushed.size(); ++i) {  // a name lives in its folder
+    if (fs::path(flushed[i]).extension() != ".tmp") continue;
+    EXPECT_EQ(i + 1 < flushed.size() ? flushed[i + 1] : "", "run") << flushed[i];
+  }
 }
 
 TEST_F(TrainTest, ALogKeepsWholeRowsOfStepsThatAreDone) {
@@ -2210,12 +2305,102 @@ TEST_F(CommandTest, ResumingNothingSaysSo) {
   }
 }
 
+// Whether it is seen in a line of the log, behind the last one, in the gradient alone, or by the
+// validation of weights that no step has tried.
 TEST_F(CommandTest, ARunThatDivergesIsNotSaved) {
   std::string before = read_text(at("run/weights.safetensors"));
-  Outcome outcome = run("train", train_, "--resume --steps 30 --lr 1e30 --warmup 0");
-  EXPECT_EQ(outcome.status, 1);
-  EXPECT_PRED_FORMAT2(testing::IsSubstring, "training has diverged", outcome.err);
-  EXPECT_TRUE(read_text(at("run/weights.safetensors")) == before);
+  const std::pair<std::string, const char*> rows[] = {
+      {"--resume --steps 30 --lr 1e30", "loss nan"},
+      {"--resume --steps 9 --lr 1e30", "loss nan"},
+      {"--steps 1 --final-std 1e16 --out " + at("far"), "norm      inf"}};
+  for (const auto& [changes, words] : rows) {
+    Outcome outcome = run("train", train_, "--warmup 0 " + changes);
+    EXPECT_EQ(outcome.status, 1) << changes;
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, "training has diverged", outcome.err);
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, words, outcome.out);
+    EXPECT_TRUE(read_text(at("run/weights.safetensors")) == before);
+  }
+  EXPECT_FALSE(fs::exists(at("far/weights.safetensors")));
+  Outcome last = run("train", train_, "--warmup 0 --resume --steps 3 --lr 1e30");
+  EXPECT_EQ(last.status, 1);
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "validation loss ", last.out);
+}
+
+// log.csv and validation.csv against a trainer that is asked itself.
+TEST_F(CommandTest, LogsHoldWhatTheTrainerSays) {
+  ASSERT_EQ(
+      run("train", train_, "--steps 3 --val-every 2 --final-std 0.1 --out " + at("logged")).status,
+      0);
+  TrainOptions o;
+  Config& m = o.model;
+  m.depth = 4, m.width = 32, m.heads = 2, m.ffn = 64, m.patch = 2, m.final_std = 0.1;
+  fit_to_data(m, data_);
+  o.batch = 4;
+  Device cpu;
+  Trainer<float> t(cpu, o, data_, held_out_);
+  std::string log = "step,loss,gradient_norm,lr\n", validation = "step,loss\n";
+  for (size_t step = 1; step <= 3; ++step) {
+    t.train_step();
+    Record r = t.history(step - 1)[0];
+    EXPECT_GT(std::abs(r.loss - r.norm), 0.1) << "which is which could not be told";
+    EXPECT_GT(t.validate(), 1);
+    log += text_of("%zu,%.9g,%.9g,%.9g\n", step, r.loss, r.norm, r.lr);
+    if (step > 1) validation += text_of("%zu,%.9g\n", step, t.validate());
+  }
+  EXPECT_EQ(read_text(at("logged/log.csv")), log);
+  EXPECT_EQ(read_text(at("logged/validation.csv")), validation);
+}
+
+// `forward` on the inputs, weights and cotangents of tests/oracle.safetensors.
+TEST_F(TrainTest, ForwardAgreesWithTheOracle) {
+  SafetensorsReader oracle("tests/oracle.safetensors");
+  const std::set<std::string> inputs = {"z", "text", "cotangent"};
+  // A file of the model's inputs, or of its weights; one tensor may be damaged.
+  auto copy = [&](const char* file_name, const std::string& model, const Metadata& about,
+                  bool of_inputs, const std::string& damaged = "") {
+    SafetensorsWriter file(at(file_name), about);
+    for (bool write : {false, true})
+      for (const TensorInfo& tensor : oracle.tensors()) {
+        if (tensor.name.rfind(model + "/", 0) != 0) continue;
+        std::string name = tensor.name.substr(model.size() + 1);
+        bool output = name == "velocity" || name.rfind("grad.", 0) == 0;
+        if (output || (inputs.count(name) > 0) != of_inputs) continue;
+        std::vector<double> values(tensor.count());
+        oracle.read(tensor, values.data(), 0, values.size());
+        if (name == damaged) values[7] = NAN;
+        write ? file.write(values.data(), values.size()) : file.declare(name, "F64", tensor.shape);
+      }
+    file.finish();
+  };
+  for (const std::string& device : device_flags())
+    for (const auto& entry : oracle.metadata()) {
+      const std::string& model = entry.first;
+      Metadata about;
+      std::istringstream words(entry.second);
+      for (std::string word; words >> word;)
+        about[word.substr(0, word.find('='))] = word.substr(word.find('=') + 1);
+      copy("weights", model, about, false), copy("inputs", model, {}, true);
+      auto forward = [&] {
+        return run("forward", device + " --precision fp64 --recompute 1 --weights " +
+                                  at("weights") + " --inputs " + at("inputs") + " --out " +
+                                  at("out"));
+      };
+      Outcome outcome = forward();
+      ASSERT_EQ(outcome.status, 0) << outcome.err;
+      SafetensorsReader out(at("out"));
+      for (const TensorInfo& tensor : out.tensors()) {
+        std::vector<double> got(tensor.count()), want(got.size());
+        out.read(tensor, got.data(), 0, got.size());
+        oracle.read(oracle.require(model + "/" + tensor.name, tensor.shape), want.data(), 0,
+                    want.size());
+        EXPECT_LE(distance(want, got), 1e-10) << model << " " << tensor.name;
+      }
+      EXPECT_EQ(out.tensors().size(), SafetensorsReader(at("weights")).tensors().size() + 3);
+      for (const std::string& input : inputs) {
+        copy("inputs", model, {}, true, input);
+        expect_refused(forward(), "inputs: " + input + " holds NaN or infinity at number 7");
+      }
+    }
 }
 
 TEST_F(CommandTest, StoppedAndResumedWritesTheSameFiles) {
@@ -2552,6 +2737,38 @@ TEST_F(TrainTest, ConfigurationFilesAreReadOrRefused) {
   EXPECT_ERROR(read_ini(folder_, o.all), "it is not a regular file");
   EXPECT_ERROR(read_ini(at("none.ini"), o.all), "none.ini: No such file or directory");
   EXPECT_ERROR(read_ini("", o.all), "--config must name a file");
+}
+
+TEST(Options, DefaultsAreThePapers) {
+  Optimizer o;
+  EXPECT_EQ((std::vector<double>{o.lr, o.beta1, o.beta2, o.eps, o.decay, o.clip, double(o.warmup)}),
+            (std::vector<double>{1e-3, 0.9, 0.999, 1e-8, 0.1, 1, 100}));
+  EXPECT_EQ(TrainOptions().dropout, 0.1);
+  // Five layers, the nearest to quarters of the way.
+  EXPECT_EQ(chosen_layers("", {}, 6), (std::vector<size_t>{0, 2, 3, 5, 6}));
+  EXPECT_EQ(chosen_layers("", {}, 47), (std::vector<size_t>{0, 12, 24, 35, 47}));
+  EXPECT_EQ(chosen_layers("", {}, 2), (std::vector<size_t>{0, 1, 2}));
+}
+
+// Ten blocks in spans of three are four spans, of which all but the last are replayed.
+TEST(Options, OperationsAreThoseOfEachPass) {
+  TrainOptions o;
+  o.model.depth = 10, o.batch = 3;
+  double forward = forward_flops(o.model, 3);
+  EXPECT_EQ((o.accumulate = 1, o.recompute = 0, step_flops(o)), 3 * forward);
+  EXPECT_NEAR((o.accumulate = 2, o.recompute = 3, step_flops(o)) / forward, 2 * (3 + 0.9), 1e-12);
+  EXPECT_EQ(peak_flops<bf16>("NVIDIA H100 80GB HBM3"), 989e12);
+  EXPECT_EQ(peak_flops<bf16>("NVIDIA H200 NVL"), 836e12);
+  EXPECT_EQ(peak_flops<float>("NVIDIA H200"), 67e12);
+  EXPECT_EQ(peak_flops<double>("NVIDIA H200"), 0);
+  EXPECT_EQ(peak_flops<bf16>("CPU"), 0);
+}
+
+TEST(Options, ARunTakesLessThanThereIs) {
+  Device cpu;
+  double before = double(cpu.available()), limit = memory_limit(cpu);
+  EXPECT_LT(limit, std::max(before, double(cpu.available())));
+  EXPECT_GT(limit, 0.8 * before);
 }
 
 TEST(Options, TheNearestNameIsMeant) {
@@ -3256,6 +3473,17 @@ TEST_F(CommandTest, CaptionsOfAFolderAreAskedForByName) {
   }
   read_png(at("named/samples.png"), &C, &H, &W);
   EXPECT_GT(W, 8 * 18 + 20u);
+  // That picture is what `sample` draws, with its guidance.
+  for (const char* guidance : {"2", "1"}) {
+    std::vector<std::string> words = arguments(
+        "sample", sample_,
+        std::string("--prompt cat --columns 8 --steps 25 --cfg ") + guidance + data + " --out " +
+            at("drawn.png") + " --weights " + at("named/weights.safetensors"));
+    words.insert(words.end(), {"--prompt", "dog"});
+    EXPECT_EQ(run(words).status, 0);
+    EXPECT_EQ(read_text(at("drawn.png")) == read_text(at("named/samples.png")),
+              guidance == std::string("2"));
+  }
 }
 
 // A row a layer and kind of features, the time where it must be and not where it cannot be; the
@@ -3422,6 +3650,9 @@ TEST(Gradcheck, RejectsAWrongGradient) {
     for (size_t i = p.offset; i < p.offset + p.count(); ++i) wrong[i] *= 1 + 1e-8;
     net.device.upload(net.gradients(), wrong.data(), wrong.size() * sizeof(double));
     EXPECT_GT(worst(), o.tolerance) << p.name;
+    wrong[p.offset] = NAN;
+    net.device.upload(net.gradients(), wrong.data(), wrong.size() * sizeof(double));
+    EXPECT_GT(worst(), o.tolerance) << p.name << " is NaN";
     net.device.upload(net.gradients(), right.data(), right.size() * sizeof(double));
   }
 }
