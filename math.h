@@ -327,7 +327,6 @@ class Beside {
 
   explicit Beside(Device& on) : device(on) {}
   Beside(const Beside&) = delete;
-  Beside& operator=(const Beside&) = delete;
 #ifndef __CUDACC__
   template <class F>
   void operator()(const F& f) {
@@ -342,18 +341,15 @@ class Beside {
     if (!device.gpu) return f();
     wait(device.side_stream, device.stream);
     forked_ = true;
-    struct Exchange {  // and back again, should f throw
-      Device& d;
-      explicit Exchange(Device& device) : d(device) { turn(); }
-      ~Exchange() { turn(); }
-      void turn() { std::swap(d.stream, d.side_stream), std::swap(d.blas, d.side_blas); }
-    } exchange(device);
-    f();
+    exchange(), f(), exchange();
   }
 
  private:
   bool forked_ = false;  // something may still run beside
 
+  void exchange() {
+    std::swap(device.stream, device.side_stream), std::swap(device.blas, device.side_blas);
+  }
   // `later` goes on when `earlier` has done what is in it now.
   void wait(cudaStream_t later, cudaStream_t earlier) {
     CUDA_CHECK(cudaEventRecord(device.event, earlier));
