@@ -1970,17 +1970,17 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
     save_latents(at(name) + ".safetensors", d);
     return "--data " + at(name) + ".safetensors";
   };
-  const Dataset many = synthetic(1024);
-  save("longer", many, [](Dataset& d) { d.text_tokens = 5, d.text_dim = 3; });
+  const Dataset some = synthetic(256);
+  save("longer", synthetic(1024), [](Dataset& d) { d.text_tokens = 5, d.text_dim = 3; });
   const std::string other = save("other", all_, [](Dataset&d) { d.pixels[0] += 1; }),
                     other_text = save("text", all_, [](Dataset&d) { d.text[20] += 1; }),
                     other_empty = save("empty", all_, [](Dataset&d) { d.empty_text[3] += 1; }),
                     other_caption = save("caption", all_, [](Dataset&d) { d.caption[0] = 1; }),
-                    channels = save("channels", many, [](Dataset&d) { d.channels = 2; }),
-                    height = save("height", many, [](Dataset&d) { d.height = 4; }),
-                    width = save("width", many, [](Dataset&d) { d.width = 4; }),
-                    tokens = save("tokens", many, [](Dataset&d) { d.text_tokens = 2; }),
-                    dim = save("dim", many, [](Dataset&d) { d.text_dim = 4; });
+                    channels = save("channels", some, [](Dataset&d) { d.channels = 2; }),
+                    height = save("height", some, [](Dataset&d) { d.height = 4; }),
+                    width = save("width", some, [](Dataset&d) { d.width = 4; }),
+                    tokens = save("tokens", some, [](Dataset&d) { d.text_tokens = 2; }),
+                    dim = save("dim", some, [](Dataset&d) { d.text_dim = 4; });
   save("other_validation", all_, [](Dataset& d) { d.pixels[15 * 64] += 1; });  // held out
   const std::string huge_weights = "--weights " + at("huge.safetensors");
   {
@@ -2170,11 +2170,16 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"probe", "--data " + at("run/weights.safetensors"), "unknown tensor"},
       {"probe", "--data " + at("textless.safetensors"), "tensor text (M,L,d_text) is missing"},
       {"probe", "--data " + at("longer.safetensors"), "captions of 5 x 3 numbers, the model takes"},
-      {"probe", channels, "images of 2 x 8 x 8 and captions of 3 x 5 numbers, the model takes"},
-      {"probe", height, "images of 1 x 4 x 8 and captions of 3 x 5 numbers, the model takes"},
-      {"probe", width, "images of 1 x 8 x 4 and captions of 3 x 5 numbers, the model takes"},
-      {"probe", tokens, "images of 1 x 8 x 8 and captions of 2 x 5 numbers, the model takes"},
-      {"probe", dim, "captions of 3 x 4 numbers, the model takes 1 x 8 x 8 and 3 x 5"},
+      {"probe", "--images 64 " + channels,
+       "images of 2 x 8 x 8 and captions of 3 x 5 numbers, the model takes"},
+      {"probe", "--images 64 " + height,
+       "images of 1 x 4 x 8 and captions of 3 x 5 numbers, the model takes"},
+      {"probe", "--images 64 " + width,
+       "images of 1 x 8 x 4 and captions of 3 x 5 numbers, the model takes"},
+      {"probe", "--images 64 " + tokens,
+       "images of 1 x 8 x 8 and captions of 2 x 5 numbers, the model takes"},
+      {"probe", "--images 64 " + dim,
+       "captions of 3 x 4 numbers, the model takes 1 x 8 x 8 and 3 x 5"},
       {"probe", huge_weights, "the states at layer 0 hold NaN or infinity"},
       {"probe", "--out " + at("none/probe.csv"), "create its directory"},
       {"probe", "--out " + at("run"), "it exists and is not a regular file"},
