@@ -2455,7 +2455,7 @@ TEST_F(CommandTest, DiagnosticsAreARowAStepAndLayer) {
       EXPECT_EQ(size_t(std::count(line.begin(), line.end(), ',')), columns - 1);
     }
   }
-  EXPECT_EQ(columns, 29u);
+  EXPECT_EQ(columns, 34u);
   EXPECT_EQ(steps, "2,1,2,3,4,1,4,3,");
   auto before = files();
   expect_refused(
