@@ -1,7 +1,7 @@
 # make run    train an ultra-deep model on this machine and draw pictures from it
 # make test   build and run every test (SAN=1: under AddressSanitizer and UBSan)
 # make DEBUG=1   build for a debugger: -O0 -g, one thread, a kernel is a loop (make DEBUG=1 build/debug/dit_test)
-# make test-gpu    the same, and an error where there is no GPU to test
+# make test-gpu    the same and, if compute-sanitizer is there, a search for races; an error without a GPU
 # make bench       time every kernel, product, block and step on a GPU
 # make bench-peer  and beside PyTorch, whose outputs and gradients are compared too
 # make        build the program, build/mvsplit
@@ -127,7 +127,7 @@ test: data $(foreach d,$(TESTED) $(if $(no_gpu_build),,$(gpu)),$(TESTS:%=$d/%_te
 	$(info the GPU build was $(if $(no_gpu_build),not compiled: $(no_gpu_build),compiled for $(ARCH)))
 	@bash tests/run.sh $(TESTED)
 test-gpu: $(if $(filter gpu,$(MACHINE)),test)
-	@$(if $<,true,echo "there is no nvcc, or no GPU" >&2; exit 1)
+	@$(if $<,bash tests/race_check.sh $(TESTED),echo "there is no nvcc, or no GPU" >&2; exit 1)
 
 # How fast the pieces are on this GPU; then the same work by PyTorch in the same run, results compared,
 # then times.

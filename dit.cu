@@ -451,7 +451,8 @@ void block_forward(Device& device, const Block<Real>& block, bool again = false)
 // if `accumulate`). Each line of block_forward has its backward here, last first; a linear map has
 // two, its weight's and its input's. X1 and X are read twice, by the merge and by the branch: so
 // the merge replaces G, and the branch's first linear map adds its part. Nothing in a backward
-// waits for a weight's gradient: they run beside. (Of Pre-Norm's trunk alone: a merge is told the
+// waits for a weight's gradient: they run beside, and end with this function, as the next block
+// overwrites scratch. (Of Pre-Norm's trunk alone: a merge is told the
 // dF of the one after it, which dF1 and dF2 still hold.)
 //
 // `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of writer i: 1 (W2), then 0
@@ -465,11 +466,12 @@ void block_backward(Device& device, Real* G, BlockParameters<Number> dw, const B
   const BlockShape<Real>& shape = block.shape;
   size_t rows = shape.merge.tokens.rows(), D = shape.merge.D, ffn = shape.ffn;
   Real *dF1 = scratch.dF[0], *dF2 = scratch.dF[1];
+  Beside beside(device);
   auto weight_gradient = [&](Number* dW, const Real* dY, const Real* X, size_t out, size_t in) {
-    device.beside([&] { linear_backward_weight(device, dW, dY, X, rows, out, in, accumulate); });
+    beside([&] { linear_backward_weight(device, dW, dY, X, rows, out, in, accumulate); });
   };
 
-  merge_backward(device, G, dF2, dw.gates[1], scratch.merge[1],
+  merge_backward(beside, G, dF2, dw.gates[1], scratch.merge[1],
                  {G, s.X_next, s.X1, s.F2, w.gates[1], s.merge[1], dF1}, shape.merge, accumulate);
   if (observe) observe(1);
   weight_gradient(dw.w2, dF2, s.hidden, D, ffn);
@@ -478,7 +480,7 @@ void block_backward(Device& device, Real* G, BlockParameters<Number> dw, const B
   weight_gradient(dw.w13, scratch.du, s.X1, 2 * ffn, D);
   linear_backward_input(device, G, scratch.du, w.w13, rows, 2 * ffn, D, true);  // +=
 
-  merge_backward(device, G, dF1, dw.gates[0], scratch.merge[0],
+  merge_backward(beside, G, dF1, dw.gates[0], scratch.merge[0],
                  {G, s.X1, s.X, s.F1, w.gates[0], s.merge[0], dF2}, shape.merge, accumulate);
   if (observe) observe(0);
   weight_gradient(dw.proj, dF1, s.Y, D, D);
@@ -490,7 +492,6 @@ void block_backward(Device& device, Real* G, BlockParameters<Number> dw, const B
   }
   weight_gradient(dw.qkv, scratch.dqkv, s.X, 3 * D, D);
   linear_backward_input(device, G, scratch.dqkv, w.qkv, rows, 3 * D, D, true);  // +=
-  device.join();  // before scratch, or what the block saved, is overwritten
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1267,18 +1268,18 @@ class Network {
   void backward(size_t b, bool accumulate, bool inputs = false, const Observer<Real>& observe = {},
                 Dither dither = {}) {
     if (rounds_gradients && !dither.pass) fail("gradients that are rounded need a Dither");
+    Beside beside(device);
     BackwardOptions<Real> o{accumulate && !rounds_gradients, inputs, observe, {}};
     size_t first = blocks_at(), stride = table.block_stride, end = first + config.depth * stride;
     if (rounds_gradients)
-      o.done = [=](size_t i) {
-        round_gradients(first + i * stride, first, stride, accumulate, dither);
+      o.done = [=, &beside](size_t i) {
+        round_gradients(beside, first + i * stride, first, stride, accumulate, dither);
       };
     if (about(config.mode().ffn).trunk_apart)  // Pre-Norm: beyond the last merge there is no trunk
       device.fill(arrays.scratch.dF[0], 0, b * config.tokens() * config.width * sizeof(Real));
     network_backward(*this, gradient_targets(), parameters(), b, o);
-    round_gradients(0, 0, first, accumulate, dither);
-    round_gradients(end, first + stride, table.size - end, accumulate, dither);
-    device.join();
+    round_gradients(beside, 0, 0, first, accumulate, dither);
+    round_gradients(beside, end, first + stride, table.size - end, accumulate, dither);
   }
 
   Parameters<const Real> parameters() const {
@@ -1328,9 +1329,10 @@ class Network {
 
   // gradients (=, or += if `accumulate`) [at, at + n) from unrounded [from, from + n); multiples of
   // 8. It runs where the weight gradients do, so the next block's wait for it.
-  void round_gradients(size_t at, size_t from, size_t n, bool accumulate, Dither dither) {
+  void round_gradients(Beside& beside, size_t at, size_t from, size_t n, bool accumulate,
+                       Dither dither) {
     if constexpr (rounds_gradients)
-      device.beside([&] {
+      beside([&] {
         add_rounded(device, arrays.gradients + at, arrays.unrounded + from, n, accumulate, dither,
                     at / 8);
       });

@@ -238,7 +238,7 @@ inline size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 // 3. The device and its memory
 
 // One CPU or one GPU. GPU work goes into one stream, in order, so a kernel sees what the one before
-// it wrote (but see beside()); the host waits only in synchronize(), upload() and download().
+// it wrote (but see Beside); the host waits only in synchronize(), upload() and download().
 struct Device {
   bool gpu = false;
   std::string name = "CPU";
@@ -249,7 +249,6 @@ struct Device {
   cublasHandle_t blas = nullptr, side_blas = nullptr;
   void* workspace = nullptr;  // one half for each stream's cuBLAS, then the meeting place
   cudaEvent_t event = nullptr;
-  bool forked = false;  // something may still run beside
 #endif
 
   explicit Device(bool on_gpu = false);
@@ -268,51 +267,55 @@ struct Device {
   float* meeting_place() const;
 
   // Bytes that could be taken now, and bytes in use now: on a GPU by everybody, on a CPU by us.
-  size_t available() const;
+  size_t available(const char* control_groups = "/sys/fs/cgroup") const;
   size_t in_use() const;
 
   void synchronize() const;
-  // What f enqueues may run beside what is enqueued after it, until join(). It starts after all
-  // that was enqueued before. Weight gradients are for this: nothing in a backward waits for them,
-  // and they fill the multiprocessors that a narrow network's kernels leave idle.
-  template <class F>
-  void beside(const F& f) {
-#ifdef __CUDACC__
-    if (gpu) {
-      wait(side_stream, stream);
-      forked = true;
-      struct Exchange {  // and back again, should f throw
-        Device& d;
-        explicit Exchange(Device& device) : d(device) { turn(); }
-        ~Exchange() { turn(); }
-        void turn() { std::swap(d.stream, d.side_stream), std::swap(d.blas, d.side_blas); }
-      } exchange(*this);
-      f();
-      return;
-    }
-#endif
-    f();
-  }
-  void join() {
-#ifdef __CUDACC__
-    if (gpu && forked) wait(stream, side_stream);
-    forked = false;
-#endif
-  }
-
   void* allocate(size_t bytes);
   void release(void* data, size_t bytes);
   void fill(void* data, int byte, size_t bytes) const;
   void copy(void* to, const void* from, size_t bytes) const;      // device to device
   void upload(void* to, const void* from, size_t bytes) const;    // host to device; waits
   void download(void* to, const void* from, size_t bytes) const;  // device to host; waits
+};
+
+// What f enqueues by beside(f) may run beside what is enqueued after it, until the end of the scope
+// that holds `beside`. It starts after all that was enqueued before. Weight gradients are for this:
+// nothing in a backward waits for them, and they fill the multiprocessors that a narrow network's
+// kernels leave idle. (An object, so that nobody can forget to wait.)
+class Beside {
+ public:
+  Device& device;
+
+  explicit Beside(Device& on) : device(on) {}
+  Beside(const Beside&) = delete;
+#ifndef __CUDACC__
+  template <class F>
+  void operator()(const F& f) {
+    f();
+  }
+#else
+  ~Beside() {
+    if (forked_) wait(device.stream, device.side_stream);
+  }
+  template <class F>
+  void operator()(const F& f) {
+    if (!device.gpu) return f();
+    wait(device.side_stream, device.stream);
+    forked_ = true;
+    exchange(), f(), exchange();
+  }
 
  private:
-#ifdef __CUDACC__
+  bool forked_ = false;  // something may still run beside
+
+  void exchange() {
+    std::swap(device.stream, device.side_stream), std::swap(device.blas, device.side_blas);
+  }
   // `later` goes on when `earlier` has done what is in it now.
   void wait(cudaStream_t later, cudaStream_t earlier) {
-    CUDA_CHECK(cudaEventRecord(event, earlier));
-    CUDA_CHECK(cudaStreamWaitEvent(later, event, 0));
+    CUDA_CHECK(cudaEventRecord(device.event, earlier));
+    CUDA_CHECK(cudaStreamWaitEvent(later, device.event, 0));
   }
 #endif
 };
@@ -814,7 +817,7 @@ inline std::string control_group(const char* list = "/proc/self/cgroup") {
   return group;
 }
 
-inline size_t Device::available() const {
+inline size_t Device::available(const char* control_groups) const {
 #ifdef __CUDACC__
   if (gpu) {
     size_t free = 0, total = 0;
@@ -835,7 +838,7 @@ inline size_t Device::available() const {
   const auto pages = _SC_PHYS_PAGES;
 #endif
   size_t all = kib ? kib * 1024 : size_t(sysconf(pages)) * size_t(sysconf(_SC_PAGESIZE));
-  return std::min(all, control_groups_room("/sys/fs/cgroup", control_group()));
+  return std::min(all, control_groups_room(control_groups, control_group()));
 }
 
 inline size_t Device::in_use() const {
@@ -1121,8 +1124,7 @@ size_t blocks_at_once(void (*kernel)(Parameters...), unsigned threads, size_t sh
 
 // A sequence of kernels that is always the same: on a GPU it is recorded once as a CUDA graph and
 // replayed by one launch, on a CPU it simply runs. What changes from step to step (the step number,
-// the learning rate) therefore lives in device memory, never in a kernel's arguments. What goes
-// beside() in it is join()ed in it.
+// the learning rate) therefore lives in device memory, never in a kernel's arguments.
 class Graph {
  public:
   Graph() = default;

@@ -1137,18 +1137,19 @@ void merge_forward(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> s
 }
 
 // dX, dF and the gates' gradients (=, or += if `accumulate`); see merge_backward_passes(). The
-// gates' are made beside what follows: they are there, and `scratch` may be used again, after
-// device.join().
+// gates' are made beside what follows: they are there, and `scratch` may be used again, at the end
+// of `beside`.
 template <class Real, class Number>
-void merge_backward(Device& device, Real* dX, Real* dF, Gates<Number> dgates,
+void merge_backward(Beside& beside, Real* dX, Real* dF, Gates<Number> dgates,
                     MergeScratch<AccOf<Real>> scratch, MergeBackwardInputs<Real> in,
                     MergeShape shape, bool accumulate) {
+  Device& device = beside.device;
   bool done = fused_merge_backward(device, dX, dF, scratch, in, shape);
   Merges::with(in.gates.merge.index, [&](auto m) {
     using M = decltype(m);
     if (!done) merge_backward_passes<M>(device, dX, dF, scratch, in, shape);
     if constexpr (M::by_token >= 0 || M::by_segment >= 0)
-      device.beside(
+      beside(
           [&] { gate_gradients<M, Real>(device, dgates, in.saved, scratch, shape, accumulate); });
   });
 }

@@ -153,10 +153,10 @@ void kernels(Device& device) {
   });
   time("merge backward", 5 * X, 0, [&](int k) {
     BlockSaved<Real> s = saved(k);
-    merge_backward(device, df((k + 1) % sets), df(k), d.block(size_t(k)).gates[0], scratch.merge[0],
+    Beside beside(device);
+    merge_backward(beside, df((k + 1) % sets), df(k), d.block(size_t(k)).gates[0], scratch.merge[0],
                    {g(k), s.X1, s.X, s.F1, w.block(size_t(k)).gates[0], s.merge[0]}, b.merge,
                    false);
-    device.join();
   });
   double attention = 4 * double(B * b.heads.length * b.heads.length) * double(b.merge.D);
   time("rope + QK-norm forward", 4 * X, 0, [&](int k) {

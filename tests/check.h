@@ -10,6 +10,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <functional>
 
 // The CPU, and the GPU where there is one.
@@ -38,7 +39,7 @@ class Tensor {
     t.count_ = count;
     t.get_ = [](const Tensor& s) {
       std::vector<X> host(s.count_);
-      s.slab_->device.synchronize();  // what was made beside() too
+      s.slab_->device.synchronize();  // what was made beside too
       s.slab_->device.download(host.data(), s.slab_->data, s.count_ * sizeof(X));
       std::vector<double> values;
       for (X x : host) values.push_back(double(x));
@@ -259,6 +260,30 @@ inline Dense mean_over(const std::vector<size_t>& groups) {
     start += g;
   }
   return J;
+}
+
+// |sum_t delta_t y_t^T|_F, through the (D, n) matrix.
+inline double writer_norm(const Dense& delta, const Dense& y) { return norm(transpose(delta) * y); }
+// What a writer's gradient dW = delta^T y is made of, by the definitions: J and P put in, cosines
+// token by token. g_mean, g_ctr, A and khat.
+inline std::array<double, 4> plain_writer(const Dense& y, const Dense& delta) {
+  size_t T = y.rows;
+  const Dense J = mean_over({T});
+  std::vector<double> w(T);
+  auto row_norm = [](const Dense& x, size_t t) { return norm(rows_of(x, t, 1)); };
+  auto cosine = [&](const Dense& x, size_t t, size_t s) {
+    return inner(rows_of(x, t, 1), rows_of(x, s, 1)) / (row_norm(x, t) * row_norm(x, s));
+  };
+  double w2 = 0, above = 0, below = 0;
+  for (size_t t = 0; t < T; ++t) w[t] = row_norm(y, t) * row_norm(delta, t), w2 += w[t] * w[t];
+  for (size_t t = 0; t < T; ++t)
+    for (size_t s = 0; s < T; ++s)
+      if (s != t && w[t] * w[s] > 0) {
+        above += w[t] * w[s] * std::abs(cosine(y, t, s) * cosine(delta, t, s));
+        below += w[t] * w[s];
+      }
+  return {writer_norm(J * delta, J * y), writer_norm(delta - J * delta, y - J * y),
+          std::pow(writer_norm(delta, y), 2) / w2, above / below};
 }
 
 // A statement of the paper as a residual: zero up to rounding for this code, and for none of the

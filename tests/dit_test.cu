@@ -454,6 +454,9 @@ TEST(Config, ImpossibleSizesAreRefused) {
       {[](Config& c) { c.residual = "prenrom"; }, "choose one of postnorm"},
       {[](Config& c) { c.means = "mean"; }, "choose segment or global"},
       {[](Config& c) { c.norm_eps = 0; }, "norm-eps"},
+      {[](Config& c) { c.norm_eps = 1.5; }, "norm-eps"},
+      {[](Config& c) { c.text_tokens = (1 << 16) + 1; }, "out of range"},
+      {[](Config& c) { c.text_dim = (1 << 20) + 1; }, "out of range"},
   };
   for (const Case& test : cases) {
     Config c;
@@ -490,6 +493,50 @@ TEST(Table, ListsEachParameterOnceWithoutOverlap) {
         EXPECT_EQ(table.at("blocks.2." + p.name.substr(9)).offset,
                   p.offset + 2 * table.block_stride);
       }
+  }
+}
+
+// Where writers and gates start. A ReZero whose writers began at zero like its gates would be dead.
+TEST(Table, StartsWhereTheModeSays) {
+  const struct {
+    const char* residual;
+    double writers;
+    std::map<std::string, double> gates;  // of the first block
+  } rows[] = {
+      {"postnorm", 0, {}},
+      {"prenorm", 0, {}},
+      {"layerscale", 0.02, {{"layerscale1", 0.01}, {"layerscale2", 0.01}}},
+      {"rezero", 0.02, {{"rezero1", 0}, {"rezero2", 0}}},
+      {"mvsplit",
+       0,
+       {{"fused_mvsplit_norm1.alpha", 0},
+        {"fused_mvsplit_norm1.beta", 1},
+        {"fused_mvsplit_norm2.alpha", 0},
+        {"fused_mvsplit_norm2.beta", 1}}},
+      {"mvsplit-noleak",
+       0,
+       {{"fused_mvsplit_norm1.alpha", 0},
+        {"fused_mvsplit_norm1.beta", 1},
+        {"fused_mvsplit_norm2.alpha", 0},
+        {"fused_mvsplit_norm2.beta", 1}}},
+      {"centered", 0, {}},
+      {"leaky", 0, {{"leaky1", 0.1}, {"leaky2", 0.1}}},
+      {"mvsplit-attention", 0, {{"fused_mvsplit_norm1.alpha", 0}, {"fused_mvsplit_norm1.beta", 1}}},
+      {"mvsplit-ffn", 0, {{"fused_mvsplit_norm2.alpha", 0}, {"fused_mvsplit_norm2.beta", 1}}}};
+  EXPECT_EQ(std::size(rows), residuals.size());
+  for (const auto& row : rows) {
+    Config c;
+    c.depth = 2, c.residual = row.residual;
+    std::map<std::string, double> gates, writers;
+    for (const Parameter& p : parameter_table(c).parameters) {
+      if (p.name.rfind("blocks.0.", 0) != 0) continue;
+      if (p.init == Init::constant) gates[p.name.substr(9)] = p.scale;
+      if (p.init == Init::normal) writers[p.name.substr(9)] = p.scale;
+    }
+    EXPECT_EQ(gates, row.gates) << row.residual;
+    EXPECT_EQ(writers, (std::map<std::string, double>{{"operator.proj.weight", row.writers},
+                                                      {"ffn.w2.weight", row.writers}}))
+        << row.residual;
   }
 }
 
@@ -612,17 +659,24 @@ TEST(Network, RecomputeDoesNotChangeABit) {
 }
 
 TEST(Network, AccumulatesGradients) {
-  for (auto [device, residual] : both_kinds()) {
-    Filled<double> f(*device, small(3, residual), 2, 2);
-    std::vector<double> once = f.run();
-    f.net->forward(2);
-    f.net->backward(2, true);
-    std::vector<double> twice(f.net->table.size);
-    device->download(twice.data(), f.net->gradients(), twice.size() * sizeof(double));
-    once.resize(twice.size());
-    for (double& x : once) x *= 2;
-    EXPECT_LE(relative_difference(twice, once), 1e-14);
-  }
+  for (Device* device : devices())
+    for (const Residual& residual : residuals) {
+      Filled<double> f(*device, small(3, residual.name.c_str()), 2, 2);
+      std::vector<double> once = f.run();
+      f.net->forward(2);
+      f.net->backward(2, true);
+      std::vector<double> twice(f.net->table.size);
+      device->download(twice.data(), f.net->gradients(), twice.size() * sizeof(double));
+      for (double& x : once) x *= 2;
+      for (const Parameter& p : f.net->table.parameters) {
+        auto of = [&](const std::vector<double>& all) {
+          auto from = all.begin() + ptrdiff_t(p.offset);
+          return std::vector<double>(from, from + ptrdiff_t(p.count()));
+        };
+        EXPECT_LE(relative_difference(of(twice), of(once)), 1e-14)
+            << residual.name << " " << p.name;
+      }
+    }
 }
 
 // A batch smaller than the largest, and a network that cannot train, answer the same.
@@ -687,29 +741,50 @@ void compare_networks(const Config& c, double tolerance) {
                               Filled<Real>(*devices()[1], c, 2, 0).run()};
   EXPECT_LE(relative_difference({gpu.begin(), gpu.end()}, {cpu.begin(), cpu.end()}), tolerance);
 }
-// bf16, with the GPU's own kernels, against fp64: not much further off than the readable bf16.
+// How far what Filled::run() returns is from `right`, by family of parameters, and the velocity.
+std::map<std::string, double> errors_by_family(const Table& table, const std::vector<double>& out,
+                                               const std::vector<double>& right) {
+  std::map<std::string, std::pair<std::vector<double>, std::vector<double>>> parts;
+  auto add = [&](const std::string& family, size_t begin, size_t end) {
+    auto& [mine, exact] = parts[family];
+    for (size_t i = begin; i < end; ++i) mine.push_back(out[i]), exact.push_back(right[i]);
+  };
+  for (const Parameter& p : table.parameters) add(p.family(), p.offset, p.offset + p.count());
+  add("velocity", table.size, out.size());
+  std::map<std::string, double> errors;
+  for (const auto& [family, part] : parts)
+    errors[family] = relative_difference(part.first, part.second);
+  return errors;
+}
+// bf16, with the GPU's own kernels, against fp64: no family is much further off than the readable
+// bf16's, nor, where that is lucky, than one rounding. An error of a fifth, or a sign, would show.
 void compare_rounded_networks(const Config& c) {
+  Table table = parameter_table(c);
   auto run = [&](Device* device, auto t) {
     auto out = Filled<decltype(t)>(*device, c, 2, 0).run();
     return std::vector<double>(out.begin(), out.end());
   };
-  std::vector<double> exact = run(devices()[0], double()), plain = run(devices()[0], bf16()),
-                      fused = run(devices()[1], bf16());
-  EXPECT_LE(relative_difference(fused, exact), 2 * relative_difference(plain, exact));
+  std::vector<double> exact = run(devices()[0], double());
+  auto plain = errors_by_family(table, run(devices()[0], bf16()), exact);
+  for (const auto& [family, error] : plain) EXPECT_LT(2 * error, 0.2) << family;
+  if (devices().size() < 2) return;
+  for (const auto& [family, error] : errors_by_family(table, run(devices()[1], bf16()), exact))
+    EXPECT_LE(error, std::max(2 * plain.at(family), 0x1p-8)) << family << ", width " << c.width;
 }
 TEST(Network, AgreesOnBothDevices) {
-  if (devices().size() < 2) GTEST_SKIP() << "no GPU";
   for (const char* residual : {"mvsplit", "prenorm"}) {
     SCOPED_TRACE(residual);
+    compare_rounded_networks(small(6, residual));
+    if (devices().size() < 2) continue;
     compare_networks<double>(small(6, residual), 1e-11);
     compare_networks<float>(small(6, residual), 1e-4);
-    compare_rounded_networks(small(6, residual));
   }
   for (size_t width : {128, 256}) {  // the GPU's own kernels of merges and attention
     Config wide = small(2);
     wide.width = width;
     compare_rounded_networks(wide);
   }
+  if (devices().size() < 2) GTEST_SKIP() << "no GPU: the bounds alone were tested";
 }
 
 // tests/oracle.safetensors: velocities and gradients of small models in every residual mode, by
@@ -1207,8 +1282,9 @@ double growth(Device& device, Merge merge, double alpha, double common) {
     MergeShape shape{tokens, D, 1e-6};
     merge_forward(device, next.data<double>(), saved, X.data<double>(), F.data<double>(), gates,
                   shape);
+    Beside beside(device);
     merge_backward(
-        device, dX.data<double>(), dF.data<double>(), dgates, scratch,
+        beside, dX.data<double>(), dF.data<double>(), dgates, scratch,
         {G.data<double>(), next.data<double>(), X.data<double>(), F.data<double>(), gates, saved},
         shape, false);
     linear_backward_weight(device, dW.data<double>(), dF.data<double>(), y.data<double>(), T, D, D,
@@ -1597,14 +1673,17 @@ void check_diagnostics(Device& device, double tolerance) {
       const Seen& s = d.seen.at({layer, writer});
       std::string branch = writer ? "ffn_" : "attention_";
       const char* names[] = {"rho", "tr", "vargain", "tcs"};
+      const char* writer_columns[] = {"g_mean", "g_ctr", "amplification", "khat"};
       for (size_t b = 0; b < 2; ++b) {
         std::vector<double> values = plain_states(&s.X[b * n * D], &s.F[b * n * D], n, D);
         for (size_t i = 0; i < 4; ++i) want[branch + names[i]] += values[i] / 2;
-        // The writers' modes have their own test: here, that y and delta belong to the layer.
         size_t width = writer ? config.ffn : D;
-        double energy =
-            energies(&s.y[b * n * width], n, width).mean * energies(&s.delta[b * n * D], n, D).mean;
-        want[branch + "g_mean"] += std::sqrt(energy) / 2;
+        auto rows = [&](const std::vector<double>& x, size_t width) {
+          auto from = x.begin() + ptrdiff_t(b * n * width);
+          return Dense(n, width, {from, from + ptrdiff_t(n * width)});
+        };
+        auto modes = plain_writer(rows(s.y, width), rows(s.delta, D));
+        for (size_t i = 0; i < 4; ++i) want[branch + writer_columns[i]] += modes[i] / 2;
       }
       std::vector<double> author = plain_author({3 * n, s.y.size() / (3 * n), s.y},
                                                 {3 * n, D, s.delta}, 3, config.image_tokens());
@@ -1631,6 +1710,7 @@ void check_diagnostics(Device& device, double tolerance) {
       want[part + std::string("_grad_rms")] = std::sqrt(sum / double(squares));
     }
     EXPECT_EQ(got.size(), 32u);
+    EXPECT_EQ(want.size(), got.size());
     for (const auto& [name, value] : want) {
       bool power = name.rfind("mu_eff", 0) == 0;
       EXPECT_NEAR(got.at(name) / value, 1, power ? 1e-4 : tolerance) << name << " layer " << layer;

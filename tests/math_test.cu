@@ -295,6 +295,7 @@ TEST(Device, KnowsWhatItsControlGroupMayStillTake) {
   put("cgroup", "4:memory:/c\n");
   EXPECT_EQ(control_group((folder + "/cgroup").c_str()), "");
   EXPECT_EQ(control_group((folder + "/none").c_str()), "");
+  EXPECT_EQ(Device().available(folder.c_str()), 10u);
   // Others take, too.
   EXPECT_LE(Device().available() / 2, control_groups_room("/sys/fs/cgroup", control_group()));
   fs::remove_all(folder);
