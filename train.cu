@@ -877,7 +877,7 @@ void draw_validation_batch(Network<Real, Kept>& net, TrainArrays<Real, Kept> a, 
   noisy_batch(net, a.target, data, b, fixed_seed, streams::validation_noise, draw);
 }
 
-// T: what the network computes with; Kept: what its gradients and AdamW's moments are kept as.
+// Real: what the network computes with; Kept: what its gradients and AdamW's moments are kept as.
 template <class Real, class Kept = AccOf<Real>>
 class Trainer : public RunArrays<Real, Kept> {
   using Base = RunArrays<Real, Kept>;

@@ -811,8 +811,8 @@ TEST_F(TrainTest, MomentsAreRoundedByBitsOfTheirOwn) {
     Trainer<bf16, bf16> t(*device, o, data_, held_out_);
     t.train_step();
     size_t n = t.net.table.size;
-    auto g = from(*device, t.net.gradients(), n), m = from(*device, t.a.m, n),
-         v = from(*device, t.a.v, n);
+    auto g = from(*device, t.net.gradients(), n), m = from(*device, t.a.slots[0], n),
+         v = from(*device, t.a.slots[1], n);
     float clip = float(from(*device, t.a.clock, 1)[0].clip_scale);
     uint64_t passes = 1;
     Dither dither{o.seed, streams::moment_rounding, &passes};
