@@ -1942,11 +1942,13 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
     product_of_rows(probs, L1, C1);
     product_of_rows(dA, L2, C2);
     wait<1>(), settled(probs);
-    // Rows and columns after the last are zero in every tile: A, finite, adds nothing.
+    // Rows and columns after the last are zero in every tile: A, finite, adds nothing to a product.
+    // But rows of dS are summed as well, so their keys must be there.
     UNROLL
     for (int i = 0; i < 16; ++i) {
       float& x = probs[i / 4][i % 4];
       x = power_of_2(log2_scale * x - (keys ? of_tile[column(i)] : row_log[i / 2 % 2]));
+      if (!keys && tile * tile_columns + column(i) >= p.n) x = 0;
     }
     wait<0>(), settled(dA);
     if constexpr (keys) {
