@@ -56,8 +56,9 @@ while [ $killed -lt "$kills" ]; do
     killed=$((killed + (status == 137)))
   done 2>/dev/null  # bash tells of each kill
   [ $status = 0 ] || { fault "after $killed kills: $(tail -n 1 "$work/log")"; break; }
-  # A start before the first save keeps the files of the one before; a report of a spike is a process's own.
-  rm -f "$work"/*broken/spike_* "$work"/broken/*.[0-9]*
+  # A start before the first save keeps the files of the one before; a report of a spike is a process's own,
+  # and the page has these and the folder's name.
+  rm -f "$work"/*broken/{spike_*,page.html} "$work"/broken/*.[0-9]*
   diff -rq "$work/unbroken" "$work/broken" || fault "after $killed kills what the run leaves is another"
 done
 echo "kill_check: $killed kills, seed $seed, $faults faults"
