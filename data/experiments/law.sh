@@ -108,7 +108,7 @@ set palette defined (0 "#fde725", 0.25 "#5ec962", 0.5 "#21918c", 0.75 "#3b528b",
 set cbrange [$(($2 - 5)):$(($2 + 5))]
 set cbtics 1
 set format cb "%.0f"
-set cblabel "step"
+set cblabel "step" offset 1.5
 set multiplot layout 1,2 margins 0.07,0.92,0.1,0.78 spacing 0.12 title "Amplification against its envelope, a point a layer and step: \
 Post-Norm, $(experiment=scream about "" "$1")" font ",13"
 unset colorbox
