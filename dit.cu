@@ -242,7 +242,7 @@ void rope_qk_norm_backward(const Device& device, Real* dqkv, const Real* qkv, co
 // divided by the sum of the a that are there. Nor do rows of the rounded dS sum to zero, which adds
 // (dS 1) kbar^T to dQ, kbar the mean key. But dS 1 = 0 is dS = dS P: keys may be taken less their
 // mean, dQ = dS P K / sqrt(hd). (Columns of dS need not sum to zero: dK has nothing to restore.)
-// With Q, K and V alike to 1%, dQ is off by 0.35%, 11% without the second, 540% without either.
+// With Q, K and V alike to 1%, dQ is off by 0.35%, 11% with the divisor alone, 540% with neither.
 
 // The Q (part 0), K (1) or V (2) matrices (T, hd) of all sequences and heads inside a qkv array.
 template <class Real>
@@ -295,6 +295,7 @@ void attention_forward(Device& device, Real* Y, Real* probs, AccOf<Real>* scores
 }
 
 // dqkv (=) (B, T, 3, H, hd) from dY (B, T, D). Scratch: dA (B, H, T, T) in Acc, dS (B, H, T, T).
+// (On tensor cores appendix D.2 has the same formulas.)
 template <class Real>
 void attention_backward(Device& device, Real* dqkv, const Real* dY, const Real* probs,
                         const Real* qkv, AccOf<Real>* dA, Real* dS, Heads heads) {
@@ -451,9 +452,9 @@ void block_forward(Device& device, const Block<Real>& block, bool again = false)
 // if `accumulate`). Each line of block_forward has its backward here, last first; a linear map has
 // two, its weight's and its input's. X1 and X are read twice, by the merge and by the branch: so
 // the merge replaces G, and the branch's first linear map adds its part. Nothing in a backward
-// waits for a weight's gradient: they run beside, and end with this function, as the next block
-// overwrites scratch. (Of Pre-Norm's trunk alone: a merge is told the
-// dF of the one after it, which dF1 and dF2 still hold.)
+// waits for the gradient of a weight or a gate: they run beside, and end with this function, as the
+// next block overwrites scratch. (For Pre-Norm alone a merge is told the dF of the merge after it,
+// which dF1 and dF2 still hold.)
 //
 // `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of writer i: 1 (W2), then 0
 // (W_O).

@@ -145,18 +145,6 @@ struct bf16 {
 template <class Real>
 using AccOf = std::conditional_t<std::is_same_v<Real, bf16>, float, Real>;
 
-// Neighbours in memory that are moved as one.
-template <class Real, int n>
-struct alignas(n * sizeof(Real)) Several {
-  Real v[n];
-};
-
-template <class Real, int n>
-HD Several<Real, n> operator+(Several<Real, n> a, Several<Real, n> b) {
-  for (int i = 0; i < n; ++i) a.v[i] += b.v[i];
-  return a;
-}
-
 // Four neighbouring channels: what one thread loads and stores at once (8 bytes of bf16, 16 of
 // float). Widths are multiples of four, so rows are read by quads and never have a tail.
 template <class Acc>
@@ -531,8 +519,9 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
 // knows how many rows and channels a thread takes at once and when it loads them (appendix B):
 //
 //     map_rows(device, groups, D, make, put)             put(row, d, make(group, row, d))
-//     map_rows_by_length(..., make, finish, put)         with finish(row, |made row|^2) as well
-//     sum_over_rows(..., zero, term, finish)           finish(group, d, sum of term(group, row, d))
+//     map_rows_by_length(..., make, finish, put)         put(row, d, make(group, row, d), found)
+//         with found = finish(row, |made row|^2, mine); of the threads that call, one is `mine`
+//     sum_over_rows(..., zero, term, finish)      finish(group, d, sum of term(group, row, d))
 //     sum_over_channels(device, rows, D, term, finish)   finish(row, sum of term(row, d))
 //     sum_over_groups(...)                               finish(d, sum of term(group, d))
 //
@@ -918,6 +907,18 @@ inline void Device::download(void* to, const void* from, size_t bytes) const {
 // An array of rows of D channels, in groups. `Groups` knows them: groups(), begin(group),
 // end(group), and with fours() and four(i) pieces of up to four neighbouring rows of one group.
 // Each function below takes the formula for four channels d to d + 3, a Quad, of one row.
+
+// Neighbours in memory that are moved as one.
+template <class Real, int n>
+struct alignas(n * sizeof(Real)) Several {
+  Real v[n];
+};
+
+template <class Real, int n>
+HD Several<Real, n> operator+(Several<Real, n> a, Several<Real, n> b) {
+  for (int i = 0; i < n; ++i) a.v[i] += b.v[i];
+  return a;
+}
 
 // f(row, d) for each quad of `rows` rows.
 template <class F>

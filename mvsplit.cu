@@ -152,7 +152,8 @@ void segment_means(const Device& device, AccOf<Real>* xbar, AccOf<Real>* fbar, c
 // to sqrt(T), 16 for 256 tokens, and points in one direction. A step against dW_mu, -eta dW_mu,
 // changes F_t = W y_t by -eta T <ybar, y_t> dbar: every token along the same vector, and by nearly
 // the same amount when the y_t are alike. So nearly all of the step goes into the mean of F; and
-// where that makes the mean larger against the rest, the tokens become more alike still.
+// where that makes the mean larger against the rest, tokens become more alike still. (Clipping and
+// AdamW limit how long a step is; divided by its size number by number, dbar ybar^T has rank one.)
 //
 // Which mean? (17) holds for any such pair of projectors. With J_seg, dW_mu is one rank-one term a
 // segment. Let dbar_N and dbar_L be the means over the N image and the L text tokens. J J_seg = J:
@@ -283,8 +284,9 @@ void rmsnorm_backward(const Device& device, Real* dX, const Real* dY, const Real
 // and alpha * J likewise. What then stands beside dX and dF are their gradients, token by token
 // with Dbar_s the mean of Delta over the segment s of token i:
 //
-//     dL/dX = Delta - alpha * J Delta            Delta_i - alpha * Dbar_s                   (dX)
-//     dL/dF = beta * P Delta + alpha * J Delta  beta * Delta_i + (alpha - beta) * Dbar_s (dF), (10)
+//     dL/dX = Delta - alpha * J Delta:             Delta_i - alpha * Dbar_s                (dX)
+//     dL/dF = beta * P Delta + alpha * J Delta:
+//                                    beta * Delta_i + (alpha - beta) * Dbar_s         (dF), (10)
 //
 // A gate's gradient is the sum over tokens of Delta times what the gate multiplies:
 //
@@ -323,11 +325,12 @@ struct Joined {
 
 // A merge is a struct as those below, and an entry in the list `Merges` (appendix A). It has a
 // name, Z, its gradients {dX, dF} from Delta and its segment's mean (dZ, dZbar), and of each gate
-// what it multiplies in Z: without one of these it does not compile. Here is what it may leave out.
+// what it multiplies in Z: without one of these it does not compile (the list sees to it). Here is
+// what it may leave out.
 struct MergeBase {
   static constexpr std::array<Gate, 0> gates = {};
-  // The place of the gate with a factor of its own for each token, and of the one with a factor for
-  // all tokens of a segment; -1: there is none.
+  // Which gate multiplies something of each token, and which something that a segment's tokens
+  // share (then there are `means`); at most one of either sort, -1: none.
   static constexpr int by_token = -1, by_segment = -1;
   template <class Acc>
   HD static Quad<Acc> token_factor(Joined<Acc>) {

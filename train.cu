@@ -126,8 +126,8 @@ constexpr size_t records = 1024;  // how many steps' records are kept on the dev
 // Parameters that are fixed are in no chunk: AdamW leaves them, their moments and their average as
 // they began, and their gradients do not enter the norm, which scales the steps of the others.
 //
-// A chunk knows its parameter's place in the table (dit.cu, appendix A), which has its rows and
-// columns: an optimiser of whole matrices walks over these.
+// A chunk knows its parameter's place in the table (dit.cu, appendix A), which has its shape. An
+// optimiser of whole matrices goes through the table itself, on the host.
 struct Chunk {
   size_t begin;
   uint32_t parameter;
@@ -201,6 +201,7 @@ struct Moved {
   Chunk* chunks;
   size_t chunk_count;
   Dither dither, average_dither;
+  const Table* table = nullptr;  // on the host
 };
 
 // An optimiser is a struct as this: the arrays that it keeps beside the weights (`slots`), by what
@@ -287,7 +288,8 @@ void training_pass(Trainer& t, bool first, const Observer& observe) {
   t.net.forward(t.o.batch);                       // -> arrays.velocity
   flow_loss(t.device, t.a.losses, t.net.arrays.dvelocity, t.net.arrays.velocity, t.a.target,
             t.o.batch, m.pixels(), 1 / double(m.pixels() * t.o.batch * t.o.accumulate));
-  t.net.backward(t.o.batch, !first, false, observe, t.dither(streams::gradient_rounding));
+  t.net.backward(t.o.batch, !first, /*inputs=*/false, observe,
+                 t.dither(streams::gradient_rounding));
   end_pass(t.device, t.a.clock, t.a.step_losses, t.a.losses, t.o.batch, t.o.accumulate);
 }
 
@@ -907,6 +909,7 @@ class Trainer : public RunArrays<Real, Kept> {
     this->each_slab(o, net.table, {data.images, V, data.captions},
                     [&](const char*, const auto& lay) { slabs_.add(device, lay, 0); });
     a.master.weights = net.weights(), a.gradients = net.gradients();
+    a.table = &net.table;
     a.dither = dither(streams::moment_rounding);
     a.average_dither = dither(streams::average_rounding);
     if constexpr (!mixed) a.master.own = net.weights(), a.average_rounded = a.average;
