@@ -270,12 +270,15 @@ do_run() {
   [ "$(option '#keep' "$dir/recipe.ini")" = weights ] || rm -f "$dir/weights.safetensors"
 }
 
+# The folder that says that a worker has taken the run in folder $1.
+claim() { echo "$root/claims/$(echo "${1#"$root"/}" | tr / _)"; }
+
 # Gives folder $2 the state and the logs of the run in folder $1, once this is over. A state of bf16 weights has
 # master weights and moments in fp32: to go on in fp32 it needs no other change than to say so.
 branch_off() {
   local at
   while [ ! -s "$1/result" ]; do  # another worker may be at it
-    [ -e "$1/train.log" ] && [ "$at_once" -gt 1 ] && ! grep -qxs "$1" "$root/failed" || return 1
+    [ -d "$(claim "$1")" ] && [ "$at_once" -gt 1 ] && ! grep -qxs "$1" "$root/failed" || return 1
     sleep 1
   done
   cp "$1/config.ini" "$1/log.csv" "$2" && cp "$1/state.safetensors" "$2/state.tmp" || return 1
@@ -347,7 +350,7 @@ worker() {
       awk -v s="$(seconds_of "$dir")" -v n="$side_by_side" -v left=$((60 * MINUTES - SECONDS)) \
         'BEGIN { exit (s * n > left) }' || continue
     fi
-    mkdir "$root/claims/$(echo "${dir#"$root"/}" | tr / _)" 2>/dev/null || continue
+    mkdir "$(claim "$dir")" 2>/dev/null || continue
     do_run "$dir"
   done
 }

@@ -6,8 +6,9 @@
 #   page.sh RUN [PAGE [TITLE]]
 set -euo pipefail
 export LC_ALL=C.UTF-8  # decimal points, not commas
-run=$1 page=${2:-$1/page.html}
-case $run in /*) ;; *) run=./$run ;; esac  # awk takes a=b for an assignment
+run=$1
+case $run in /*) ;; *) run=./$run ;; esac  # awk takes a=b for an assignment, mv -q for an option
+page=${2:-$run/page.html}
 [ -d "$run" ] || { echo "there is no folder $1" >&2; exit 2; }
 [ -s "$run/log.csv" ] || { echo "$1 has no log.csv: train has not run there" >&2; exit 2; }
 title=${3:-$(basename -- "$(cd -- "$run" && pwd)")}
@@ -18,12 +19,13 @@ escaped() { sed 's/&/\&amp;/g; s/</\&lt;/g'; }
 log() {
   awk -F, 'NR == FNR { n = FNR - 1; next }
     FNR == 1 { print; bin = int((n + 2999) / 3000); next }
-    { sum += $2
-      if (norm == "" || $3 + 0 > norm + 0) norm = $3
+    { if ($2 !~ /^-?[0-9]/) odd = $2  # NaN, of which each awk makes something else
+      sum += $2
+      if (norm == "" || $3 !~ /^[0-9]/ || (norm ~ /^[0-9]/ && $3 + 0 > norm + 0)) norm = $3
       if (++k < bin && FNR <= n) next
-      print $1 "," (k > 1 ? sum / k : $2) "," norm (NF > 3 ? "," $4 : "")
-      k = sum = 0; norm = "" }' \
-    "$run/log.csv" "$run/log.csv"
+      print $1 "," (odd != "" ? odd : k > 1 ? sum / k : $2) "," norm (NF > 3 ? "," $4 : "")
+      k = sum = 0; norm = odd = "" }' \
+    "$run/log.csv" "$run/log.csv" | escaped
 }
 
 # diagnostics.csv in short: its comments, the names, "@STEP" and a line "LAYER CODES" for each of its
@@ -34,7 +36,7 @@ diagnostics() {
     # Three characters: 0 nan, 1 zero, 2 + 900 (2 (exponent + 99) + sign) + three digits, 262143 infinity.
     function code(x,  s, e, n) {
       if (x ~ /nan/) n = 0
-      else if (x ~ /inf/) n = 262143
+      else if (x ~ /inf/) n = 262143  # of either sign
       else {
         s = sprintf("%.2e", x); negative = sub(/^-/, "", s); e = substr(s, 6) + 0
         if (s ~ /^0/ || e < -99) n = 1
@@ -91,7 +93,9 @@ samples() {
   for file in "$run/samples.png" "$run"/samples_*.png; do
     [ -s "$file" ] || continue
     bytes=$(wc -c <"$file") step=${file##*/samples} step=${step%.png} step=${step#_}
-    if [ "$bytes" -gt "$left" ] || [ "$((10#${step:-0}))" = "$last" ]; then continue; fi
+    [[ $step =~ ^[0-9]*$ ]] || continue  # somebody else's picture
+    [ "$bytes" -le "$left" ] || continue
+    [ -z "$step" ] || [ ! -s "$run/samples.png" ] || [ "$((10#$step))" != "$last" ] || continue
     left=$((left - bytes))
     echo "<img class=\"sample\" alt=\"samples\" data-step=\"${step:-$last}\" src=\"data:image/png;base64,"
     base64 <"$file"
@@ -104,16 +108,17 @@ put() {
     title) printf '%s\n' "$title" | escaped ;;
     config) [ ! -s "$run/config.ini" ] || escaped <"$run/config.ini" ;;
     log) log ;;
-    validation) [ ! -s "$run/validation.csv" ] || cat "$run/validation.csv" ;;
+    validation) [ ! -s "$run/validation.csv" ] || escaped <"$run/validation.csv" ;;
     *) "$1" ;;
   esac
 }
-trap 'rm -f "$page.tmp"' EXIT
+trap 'rm -f -- "$page.tmp"' EXIT
 while IFS= read -r line; do
   case $line in
     '<!-- put '*' -->') line=${line#<!-- put } && put "${line% -->}" ;;
     *) printf '%s\n' "$line" ;;
   esac
 done <"$(dirname "$0")/page.html" >"$page.tmp"
-mv "$page.tmp" "$page"
+tail -n 1 "$page.tmp" | grep -q '^</html>' || { echo "$page was not written" >&2; exit 1; }
+mv -- "$page.tmp" "$page"
 echo "the whole run on one page, for a browser: $page"

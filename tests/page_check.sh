@@ -85,8 +85,11 @@ awk -F, -v OFS=, '/^[0-9]/ { split("nan inf 0 1e-38 -9.996e-12 9.995 0.0009996 -
     $(3 + n % (NF - 2)) = v[1 + n++ % 9] }
   { print }' "$run/diagnostics.csv" >"$work/odd.csv" && mv "$work/odd.csv" "$run/diagnostics.csv"
 printf 'Spike at step 6: </pre><script>throw "not text"</script>\nVerdict: & none.\n\nThe rest\n' >"$run/spike_000006.txt"
-echo "data=a</pre>' b" >>"$run/config.ini"
+printf '%s\n' "data=a</pre>' b" 'out="my run"' >>"$run/config.ini"
+echo '9,0.5,</pre><script>throw "not text"</script>' >>"$run/validation.csv"
+for other in final '0+step[$(touch obeyed)]'; do cp "$run/samples.png" "$run/samples_$other.png"; done
 bash data/page.sh "$run" >/dev/null || fault "page.sh failed"
+[ ! -e obeyed ] || { rm obeyed; fault "a file's name was obeyed"; }
 page=$run/page.html
 answers "$page" "$run/diagnostics.csv"
 cp "$page" "$work/page.html"
@@ -99,7 +102,8 @@ sed 's/^"use strict";/&undefined.x;/' "$page" >"$work/fails.html"
 sed 's/oninput = /onnothing = /' "$page" >"$work/dead.html"
 sed 's/^\(0 .*\)...$/\1abc/' "$page" >"$work/wrong.html"
 for wrong in fails dead wrong; do
-  [ "$(asked "$work/$wrong.html" "$run/diagnostics.csv")" != ok ] || fault "the check does not see that it $wrong"
+  answer=$(asked "$work/$wrong.html" "$run/diagnostics.csv")
+  [ -n "$answer" ] && [ "$answer" != ok ] || fault "the check does not see that it $wrong"
 done
 
 # 400 layers, 29 columns, 60 diagnosed steps of 6000; a run without diagnostics.
