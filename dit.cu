@@ -377,7 +377,7 @@ void swiglu_backward(const Device& device, Real* du, const Real* dhidden, const 
 //     hidden = SwiGLU(u),            F2 = hidden W2^T
 //     X_next = merge_2(X1, F2)
 
-// Pointers to a block's parameters (Number = const T) or to their gradients.
+// Pointers to a block's parameters (Number = const Real) or to their gradients.
 template <class Number>
 struct BlockParameters {
   Number *qkv, *proj, *w13, *w2;  // (3D, D); W_O, (D, D); (2 ffn, D), gate half first; W2, (D, ffn)
@@ -1137,7 +1137,7 @@ inline size_t span_length(const Config& config, size_t recompute) {
   return recompute == 0 ? config.depth : std::min(recompute, config.depth);
 }
 
-// All that a network takes. Kept: what gradients are kept as, Acc or T (see Network).
+// All that a network takes. Kept: what gradients are kept as, Acc or Real (see Network).
 template <class Real, class Kept>
 struct NetworkArrays : Arrays<Real> {
   Real* weights = nullptr;

@@ -291,15 +291,18 @@ class Beside {
     if (!device.gpu) return f();
     wait(device.side_stream, device.stream);
     forked_ = true;
-    exchange(), f(), exchange();
+    struct Exchange {  // and back again, should f throw
+      Device& d;
+      explicit Exchange(Device& of) : d(of) { turn(); }
+      ~Exchange() { turn(); }
+      void turn() { std::swap(d.stream, d.side_stream), std::swap(d.blas, d.side_blas); }
+    } exchange(device);
+    f();
   }
 
  private:
   bool forked_ = false;  // something may still run beside
 
-  void exchange() {
-    std::swap(device.stream, device.side_stream), std::swap(device.blas, device.side_blas);
-  }
   // `later` goes on when `earlier` has done what is in it now.
   void wait(cudaStream_t later, cudaStream_t earlier) {
     CUDA_CHECK(cudaEventRecord(device.event, earlier));
@@ -596,7 +599,7 @@ void gemm(Device& device, Matrix<TC> C, Matrix<TA> A, Matrix<TB> B, Sizes s,
 //
 // Counter-based: a number is a function of (seed, stream, index) and of nothing else. The CPU and
 // the GPU draw the same noise, a resumed run draws what an unbroken one would, and no state is
-// saved.
+// saved. (Who draws from which stream: `streams`, appendix A.)
 
 struct Random4 {
   uint32_t v[4];
@@ -632,8 +635,6 @@ HD inline double gaussian(uint64_t seed, uint64_t stream, uint64_t index) {
   double u = 1 - unit_interval(r.v[0], r.v[1]);  // (0, 1]: log is finite
   return sqrt(-2 * log(u)) * cos(6.283185307179586 * unit_interval(r.v[2], r.v[3]));
 }
-
-// Who draws from which stream is listed in appendix A, `streams`.
 
 // Appendix. The straight way ends here. Below: random streams and the device (A), how formulas over
 // rows are scheduled (B), kernels of the GPU's own and captured sequences (C), the two matrix

@@ -1168,10 +1168,8 @@ void merge_backward(Beside& beside, Real* dX, Real* dF, Gates<Number> dgates,
 //
 //     |dW|^2 = tr( sum_ts y_t delta_t^T delta_s y_s^T ) = sum_ts K_ts C_ts,
 //
-// and from centered tokens the same sum is |dW_c|^2. The mean part is a norm of two vectors,
-// |dW_mu| = T |dbar| |ybar|; with a mean a segment, dW_mu = sum_s n_s dbar_s ybar_s^T has rank two,
-//
-//     |dW_mu|^2 = sum_ss' n_s n_s' <dbar_s, dbar_s'> <ybar_s, ybar_s'>.
+// and from centered tokens the same sum is |dW_c|^2. The mean part is a product of two norms,
+// |dW_mu| = T |dbar| |ybar|.
 //
 // Centered tokens are made first and K, C from them. To center K itself is the same on paper, but
 // takes the small difference of large numbers once the mean dominates, which is what is looked for.

@@ -443,7 +443,7 @@ struct Master {
   using Acc = AccOf<Real>;
   static constexpr bool lean = !std::is_same_v<Kept, Acc>;
   Real* weights;  // the network's
-  // What AdamW moves; lean: only what `weights` lack of it; where T is Acc: `weights` again.
+  // What AdamW moves; lean: only what `weights` lack of it; where Real is Acc: `weights` again.
   std::conditional_t<lean, int16_t, Acc>* own;
 
   HD Quad<Acc> get(size_t i) const {
@@ -645,7 +645,7 @@ struct TrainArrays : Moved<AdamW, Master<Real, Kept>, Kept> {
   using Base = Moved<AdamW, Master<Real, Kept>, Kept>;
   using Base::master, Base::slots, Base::average, Base::clock, Base::chunks, Base::chunk_count;
   using Acc = AccOf<Real>;
-  Real* average_rounded;  // what the network evaluates with; the average where T is Acc
+  Real* average_rounded;  // what the network evaluates with; the average where Real is Acc
   double* partial;
   Acc *target, *losses, *step_losses;  // (B, C, H, W), (B), (accumulate * B)
   Record* history;
@@ -922,7 +922,7 @@ class Trainer : public RunArrays<Real, Kept> {
     set_step(0);
   }
 
-  // Continue after `done` steps: master (and m, v) are as they were then.
+  // Continue after `done` steps: master and slots are as they were then.
   void set_step(uint64_t done) {
     step = done;
     if constexpr (mixed && !lean) convert(device, net.weights(), a.master.own, net.table.size);

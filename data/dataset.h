@@ -5,8 +5,8 @@
 // What it is not: a loader that streams: a data set lives in memory whole, as floats.
 //
 // How to read it: the structs, then encode_text(), then the list of kinds at the end, from which
-// load_dataset() picks one. Bad data is an Error (see math.h): one sentence
-// that names the file and what is wrong.
+// load_dataset() picks one. Bad data is an Error (see math.h): one sentence that names the file and
+// what is wrong.
 #pragma once
 
 #include "png.h"

@@ -13,7 +13,7 @@
 #include "dataset.h"
 #include "options.h"
 
-// T as --precision names it.
+// Real as --precision names it.
 template <class Real>
 constexpr const char* precision_name = std::is_same_v<Real, double>  ? "fp64"
                                        : std::is_same_v<Real, float> ? "fp32"

@@ -288,8 +288,8 @@ TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
         for (size_t w = 0; w < 15; ++w)
           ASSERT_EQ(float(text[i * 15 + w]), float(Real(empty ? data_.empty_text[w] : caption[w])));
         dropped += empty;
-        bool kinds[] = {2 * image < data_.images,
-                        drawn<0.5, data_.pixels[image * 64]> double(target[i * 64]), empty};
+        bool noise_is_positive = data_.pixels[image * 64] > double(target[i * 64]);
+        bool kinds[] = {2 * image < data_.images, (drawn < 0.5), noise_is_positive, empty};
         ++joint[size_t(kinds[0] + 2 * kinds[1] + 4 * kinds[2] + 8 * kinds[3])];
       }
     }
