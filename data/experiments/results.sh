@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make results: computes every number of RESULTS.md (up to "Not packed") and of what README.md says was found
+# make results: computes the losses, factors and steps of events of RESULTS.md (up to "Not packed") and of what README.md says was found
 # again from data/figures/csv alone, and fails where the text has another.
 # What stands between `<!-- NAME: by make results -->` and `<!-- end -->` is what drawing NAME prints; WRITE=1
 # writes it there. In the prose, `says` puts what it is given for the %s of a text, which the prose must have;
