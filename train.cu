@@ -1177,6 +1177,7 @@ class Run {
       std::printf("resumed %s after step %zu\n", visible(o_.out).c_str(), size_t(trainer_.step));
     } else {
       if (o_.resume) std::printf("no state in %s: starting at step 1\n", visible(o_.out).c_str());
+      if (!o_.weights.empty()) begin_with_weights(trainer_);
       set_aside(logs_in(o_.out));
     }
     logged_ = first_ = trainer_.step;
@@ -1392,6 +1393,18 @@ inline void fit_to_data(Config& model, const Dataset& data) {
   model.text_tokens = data.text_tokens, model.text_dim = data.text_dim;
 }
 
+// Fails unless the network of `weights` takes the data.
+inline void require_fit(const std::string& path, const Dataset& data, const std::string& weights,
+                        const Config& m) {
+  if (m.channels != data.channels || m.height != data.height || m.image_width != data.width ||
+      m.text_tokens != data.text_tokens || m.text_dim != data.text_dim)
+    fail(
+        "%s has images of %zu x %zu x %zu and captions of %zu x %zu numbers, the model takes "
+        "%zu x %zu x %zu and %zu x %zu (%s)",
+        path.c_str(), data.channels, data.height, data.width, data.text_tokens, data.text_dim,
+        m.channels, m.height, m.image_width, m.text_tokens, m.text_dim, weights.c_str());
+}
+
 // Bytes that may be taken of those that are free. Part of the plan is an estimate.
 inline double memory_limit(const Device& device) {
   return 0.99 * double(device.available() + Device::workspace_bytes(device.gpu));
@@ -1527,14 +1540,9 @@ int sample(Device& device, const SampleOptions& o) {
   if (o.text_tokens && *o.text_tokens != m.text_tokens)
     fail("--text-tokens %zu: %s says that it has %zu", *o.text_tokens, o.weights.c_str(),
          m.text_tokens);
-  double shift = 1;
-  if (said("time_shift"))
-    shift = finite_number(file.metadata().at("time_shift"), o.weights + ": metadata time_shift");
-  shift = o.time_shift.value_or(shift);
+  double shift = read_time_shift(file, o.weights, o.time_shift, assumed);
   if (!(shift > 0) || !std::isfinite(shift) || !std::isfinite(o.guidance))
     fail("the time shift must be positive and --cfg finite, not %g and %g", shift, o.guidance);
-  if (!o.time_shift && !said("time_shift"))
-    assumed.add("time shift 1 (the author's released model has 4: --time-shift)");
   if (!o.size && !(said("height") && said("image_width")))
     assumed.add("images of " + std::to_string(m.height) + "x" + std::to_string(m.image_width) +
                 " (--size)");
@@ -1989,13 +1997,7 @@ int probe(Device& device, const ProbeOptions& o) {
   Config m;
   fit_to_data(m, data);
   read_config(file, o.weights, m, o.heads, o.norm_eps).note(o.weights);
-  if (m.channels != data.channels || m.height != data.height || m.image_width != data.width ||
-      m.text_tokens != data.text_tokens || m.text_dim != data.text_dim)
-    fail(
-        "%s has images of %zu x %zu x %zu and captions of %zu x %zu numbers, the model takes "
-        "%zu x %zu x %zu and %zu x %zu",
-        o.data.c_str(), data.channels, data.height, data.width, data.text_tokens, data.text_dim,
-        m.channels, m.height, m.image_width, m.text_tokens, m.text_dim);
+  require_fit(o.data, data, o.weights, m);
   std::vector<size_t> layers = chosen_layers("--layers", o.layers, m.depth);
   double bytes = double(layers.size() * 3 * data.images * m.width * sizeof(AccOf<Real>));
   if (bytes > double(Device().available()))
@@ -2065,10 +2067,13 @@ inline int command(int argc, const char* const* argv) {
       fail("%s needs %s", line.sub->name.c_str(), join_list(missing, " and ").c_str());
     set_options(*line.sub, given);
     std::error_code ignored;
+    GivenOptions kept;  // by the config.ini of a run that goes on
     if (is("train") && train_options.resume &&
         std::filesystem::exists(train_options.out + "/config.ini", ignored))
-      set_resumed(*line.sub, all, given, train_options);
+      kept = set_resumed(*line.sub, all, given, train_options);
     check_output(*line.sub, given);
+    if (is("train") || is("gradcheck"))
+      refuse_starts(given, is("train") ? train_options.weights : gradcheck_options.weights);
     // A gate that is asked for by hand and not there would be passed over in silence.
     const Config& model = is("gradcheck") ? gradcheck_options.model
                           : is("plan")    ? plan_options.model
@@ -2093,11 +2098,6 @@ inline int command(int argc, const char* const* argv) {
     if (is("gradcheck")) {
       GradcheckOptions& o = gradcheck_options;
       if (!o.weights.empty()) {
-        Words starts = gate_names();
-        starts.insert(starts.end(), {"writer-std", "final-std"});
-        for (const std::string& name : starts)
-          if (given.count(name))
-            fail("--%s is where a drawn network starts: leave out --weights", name.c_str());
         std::optional<size_t> heads;
         if (given.count("heads")) heads = o.model.heads;
         read_config(SafetensorsReader(o.weights), o.weights, o.model, heads).note(o.weights);
@@ -2108,10 +2108,19 @@ inline int command(int argc, const char* const* argv) {
     if (is("train")) {
       size_t in_use = device.in_use() - Device::workspace_bytes(device.gpu);
       Split data = load_dataset(train_options.data, device.gpu ? 1 : 2);
-      fit_to_data(train_options.model, data.train);
-      check_options(train_options);
+      TrainOptions& o = train_options;
+      fit_to_data(o.model, data.train);
+      // What a run began with is in its state and its config.ini.
+      bool goes_on =
+          !kept.empty() && std::filesystem::exists(o.out + "/state.safetensors", ignored);
+      if (!o.weights.empty() && !goes_on) {
+        given.merge(kept);
+        set_by_weights(*line.sub, given, o);
+        require_fit(o.data, data.train, o.weights, o.model);
+      }
+      check_options(o);
       return machine.with_precision([&](auto t) {
-        return train<decltype(t)>(device, machine, train_options, std::move(data.train),
+        return train<decltype(t)>(device, machine, o, std::move(data.train),
                                   std::move(data.held_out), in_use);
       });
     }

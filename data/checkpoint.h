@@ -79,8 +79,9 @@ struct Assumed {
 
 // The configuration of a weights file: sizes from the shapes, the rest from its metadata where it
 // has any. Image and text tokens stay as in `c` if the file is silent. So do means and norm_eps,
-// and the residual is guessed from the tensors' names; the answer tells. `heads`, which change what
-// is computed and no shape, are never guessed: fails if the file is silent too, or says otherwise.
+// and the residual is guessed from the tensors' names, where they leave it open as in `c`; the
+// answer tells. `heads`, which change what is computed and no shape, are never guessed: fails if
+// the file is silent too, or says otherwise.
 // `norm_eps`, if any, is taken whatever the file says.
 inline Assumed read_config(const SafetensorsReader& file, const std::string& path, Config& c,
                            std::optional<size_t> heads = {}, std::optional<double> norm_eps = {}) {
@@ -99,13 +100,15 @@ inline Assumed read_config(const SafetensorsReader& file, const std::string& pat
   c.depth = 0;
   while (file.find("blocks." + std::to_string(c.depth) + ".ffn.w2.weight")) ++c.depth;
   // The mode of which all gates are there; of several, one with the most.
+  const std::string told = c.residual;
   size_t most = 0;
   for (const Residual& mode : residuals) {
     size_t gates = 0, found = 0;
     for (int merge : {0, 1})
       for (const Gate& gate : about(merge ? mode.ffn : mode.attention).gates)
         ++gates, found += file.find("blocks.0." + file_name(gate, merge)) != nullptr;
-    if (found == gates && (gates > most || &mode == &residuals[0]))
+    bool as_told = gates == most && mode.name == told;
+    if (found == gates && (gates > most || as_told || &mode == &residuals[0]))
       c.residual = mode.name, most = gates;
   }
   const Metadata& m = file.metadata();
@@ -144,6 +147,16 @@ inline Assumed read_config(const SafetensorsReader& file, const std::string& pat
   if (!m.count("means")) assumed.add("means " + c.means);
   if (!norm_eps && !m.count("norm_eps")) assumed.add(text_of("norm_eps %g", c.norm_eps));
   return assumed;
+}
+
+// The time shift that is asked for, else what the network of the file was trained with.
+inline double read_time_shift(const SafetensorsReader& file, const std::string& path,
+                              std::optional<double> asked, Assumed& assumed) {
+  if (asked) return *asked;
+  auto at = file.metadata().find("time_shift");
+  if (at != file.metadata().end()) return finite_number(at->second, path + ": metadata time_shift");
+  assumed.add("time shift 1 (the author's released model has 4: --time-shift)");
+  return 1;
 }
 
 // One slab of numbers, one for each parameter, and what goes before their names in a file. A null

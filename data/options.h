@@ -68,6 +68,7 @@ struct TrainOptions {
   double spike_factor = 5;  // 0: no watch for spikes
   double dropout = 0.1, time_shift = 1, ema = 0;
   std::string data = FashionMnist::about, out = "run", save = "all";
+  std::string weights;  // to begin with; empty: drawn ones
   bool resume = false;
   std::vector<Change> changes;  // against the config.ini in `out`
   std::string ini;              // what config.ini is to say; empty: it may stay as it is
@@ -608,9 +609,9 @@ inline void check_output(const Subcommand& sub, const GivenOptions& given) {
   const std::string out = option ? option->write() : "";
   if (out.empty()) return;
   std::map<std::string, std::string> inputs;
-  for (const char* name : {"weights", "inputs", "data"})
-    if (const Option* input = sub.find(name)) inputs[name] = input->write();
-  if (given.count("config")) inputs["config"] = given.at("config").texts[0];
+  if (const Option* data = sub.find("data")) inputs["data"] = data->write();
+  for (const char* name : {"weights", "inputs", "config"})  // those of a resumed run are past
+    if (given.count(name)) inputs[name] = given.at(name).texts[0];
   Words written = {out};
   if (sub.name == "train")
     for (const char* name : {"weights", "ema", "state"})
@@ -723,6 +724,7 @@ inline void add_machine_options(Subcommand& sub, Machine& machine) {
 inline Subcommand add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
   Subcommand sub(app, "train", "train a model");
   add_train_options(sub, o);
+  sub.add("weights", o.weights, "begin with this network instead of a drawn one");
   sub.add("out", o.out, "folder of the run");
   sub.add_flag("resume", o.resume,
                "go on from --out, if there is a run in it, with the options that it has");
@@ -823,11 +825,19 @@ inline Subcommand add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Mac
 
 // 4.1 Of a run that goes on
 
-// Is an option of train kept with the run? All are but where the run is, and gates that it has not.
-inline bool is_kept(const std::string& option, const Config& m) {
+// Does an option say where drawn parameters start?
+inline bool is_start(const std::string& option) {
   const Words gates = gate_names();
-  bool gate = std::count(gates.begin(), gates.end(), option);
-  return gate ? m.has_gate(option) : option != "config" && option != "out" && option != "resume";
+  return std::count(gates.begin(), gates.end(), option) || option == "writer-std" ||
+         option == "final-std";
+}
+
+// Is an option of train kept with the run? All are but where the run is, and starts that it has
+// not.
+inline bool is_kept(const std::string& option, const TrainOptions& o) {
+  if (is_start(option))
+    return o.weights.empty() && (option.find("-std") != option.npos || o.model.has_gate(option));
+  return option != "config" && option != "out" && option != "resume";
 }
 
 // The text of DIR/config.ini, by which `mvsplit train --config` repeats the run: all that is
@@ -841,14 +851,14 @@ inline std::string ini_of(TrainOptions o, Machine machine, const char* state) {
       "# What this run was made with; `mvsplit train --resume --out` this folder goes on with it.\n"
       "[train]\n";
   for (const Option& option : train.options)
-    if (is_kept(option.name, o.model)) text += ini_line(option.name, option.write());
+    if (is_kept(option.name, o)) text += ini_line(option.name, option.write());
   return text;
 }
 
 // Set the options of `train`, whose folder holds a config.ini: by this file, and above it by what
-// is given. Lists in o.changes what is other than the file says.
-inline void set_resumed(const Subcommand& train, const std::vector<Subcommand>& all,
-                        GivenOptions given, TrainOptions& o) {
+// is given. Lists in o.changes what is other than the file says. Returns what this gives.
+inline GivenOptions set_resumed(const Subcommand& train, const std::vector<Subcommand>& all,
+                                GivenOptions given, TrainOptions& o) {
   const std::string out = o.out, path = out + "/config.ini";
   GivenOptions kept = read_ini(path, all)["train"];
   if (kept.empty())
@@ -865,10 +875,54 @@ inline void set_resumed(const Subcommand& train, const std::vector<Subcommand>& 
   for (const Option& option : train.options) {
     const std::string &name = option.name, now = option.write();
     if (kept.count(name) && now != was[name]) o.changes.push_back({name, was[name], now});
-    if (!kept.count(name) && !given.count(name) && is_kept(name, o.model)) silent.push_back(name);
+    if (!kept.count(name) && !given.count(name) && is_kept(name, o)) silent.push_back(name);
   }
   std::printf("options that are not given are those of %s\n", visible(path).c_str());
   if (!silent.empty())
     std::printf("note: it does not say %s: their defaults are taken\n",
                 join_list(silent, ", ").c_str());
+  return kept;
+}
+
+// 4.2 Of a network that is read
+
+// Fails if it is said where its parameters start.
+inline void refuse_starts(const GivenOptions& given, const std::string& weights) {
+  for (const auto& option : given)
+    if (is_start(option.first) && !weights.empty())
+      fail("--%s is where a drawn network starts, not that of --weights %s", option.first.c_str(),
+           weights.c_str());
+}
+
+// Set the options of `train` that the file o.weights says, and above it by what is given. Fails,
+// naming all that is given and not as in the file's tensors.
+inline void set_by_weights(const Subcommand& train, const GivenOptions& given, TrainOptions& o) {
+  std::map<const Option*, std::string> asked;
+  for (const Option& option : train.options)
+    if (given.count(option.name)) asked[&option] = option.write();
+  const SafetensorsReader file(o.weights);
+  std::optional<size_t> heads;
+  std::optional<double> shift;
+  if (given.count("heads") && !file.metadata().count("heads")) heads = o.model.heads;
+  if (given.count("time-shift")) shift = o.time_shift;
+  Assumed assumed = read_config(file, o.weights, o.model, heads);
+  o.time_shift = read_time_shift(file, o.weights, shift, assumed);
+  auto tensors = [&](Config c, const std::string& residual) {
+    c.depth = 1, c.residual = residual;
+    std::set<std::string> all;
+    for (const Parameter& p : parameter_table(c).parameters)
+      all.insert(p.name + " " + exact(p.count()));
+    return all;
+  };
+  const std::set<std::string> shapes = {"depth", "width", "heads", "ffn", "patch", "no-patch-bias"};
+  std::string others;
+  for (const auto& [option, now] : asked) {
+    const std::string &name = option->name, was = option->write();
+    bool fits = name == "residual" ? tensors(o.model, now) == tensors(o.model, was)
+                                   : now == was || !shapes.count(name);
+    if (!fits) others += (others.empty() ? "" : ", ") + name + " = " + was + " (not " + now + ")";
+    option->read({now});
+  }
+  if (!others.empty()) fail("--weights %s has %s", o.weights.c_str(), others.c_str());
+  assumed.note(o.weights);
 }

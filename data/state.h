@@ -35,6 +35,8 @@ Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, si
   m["fix"] = o.model.fix.empty() ? "nothing" : join_list(o.model.fix);
   // Where it began: what has been learned since then hides it.
   m["no_patch_bias"] = o.model.patch_bias ? "false" : "true";
+  m["weights"] = o.weights.empty() ? "nothing" : o.weights;
+  if (!o.weights.empty()) return m;
   m["writer_std"] = exact(o.model.writer_std), m["final_std"] = exact(o.model.final_std);
   for (const Gate& gate : o.model.gates_of_mode()) m[gate.name] = exact(o.model.start(gate));
   return m;
@@ -102,8 +104,8 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
   bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
   const uint64_t hashes[] = {hash_data(data), hash_data(every_nth(validation, V))};
   // A state need not say what no bit of it depends on any more.
-  std::set<std::string> optional = {"val_images", "val_images_hash", "no_patch_bias", "writer_std",
-                                    "final_std"};
+  std::set<std::string> optional = {"val_images", "val_images_hash", "no_patch_bias",
+                                    "writer_std", "final_std",       "weights"};
   for (const Gate& gate : o.model.gates_of_mode()) optional.insert(gate.name);
   std::string others;
   for (const auto& [key, value] : describe_state<Real>(o, lean, hashes[0], V, hashes[1])) {
@@ -134,6 +136,25 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
   for (const Change& c : o.changes)
     if (!settings.count(c.name) && !file.metadata().count(swapped(c.name, '-', '_')))
       note(c.name, c.was, c.now);
+}
+
+// Begin with the network of o.weights. (Lean: rounded to what it computes with; the rests are 0.)
+template <class Trainer>
+void begin_with_weights(Trainer& t) {
+  auto master = t.a.master;
+  auto* average = t.a.average;
+  size_t n = t.net.table.size;
+  auto load = [&](auto* to) {
+    load_tensors(SafetensorsReader(t.o.weights), t.o.weights, t.device, t.net.table,
+                 Stored{"", to});
+  };
+  if constexpr (Trainer::lean)
+    load(master.weights), t.device.fill(master.own, 0, n * sizeof(*master.own));
+  else
+    load(master.own);
+  if (average)
+    for_each(t.device, n / 4, [=] HD(size_t i) { store(average + 4 * i, master.get(4 * i)); });
+  t.set_step(0);
 }
 
 template <class Trainer>

@@ -1060,6 +1060,34 @@ std::pair<std::vector<G>, double> first_step(Trainer<Real, G>& t) {
   return {from(t.device, t.net.gradients(), t.net.table.size), t.history(0)[0].loss};
 }
 
+// Whatever was drawn: with the weights of a file the first step is that of its network, master and
+// average are those numbers, and a rate of 0 keeps them.
+TEST_F(TrainTest, ARunBeginsWithTheNetworkOfAFile) {
+  every_state([&](Device& device, auto type, auto kept) {
+    using Real = decltype(type);
+    using G = decltype(kept);
+    TrainOptions o = options();
+    Trainer<Real, G> first(device, o, data_, held_out_);
+    save_run(first);
+    o.weights = at("weights.safetensors"), o.model.writer_std = 0.3, o.model.gates["beta"] = 0.1;
+    o.optimizer.lr = 0, o.ema = 0.5, o.model.fix = {"beta"};
+    Trainer<Real, G> other(device, o, data_, held_out_);
+    size_t n = other.net.table.size;
+    auto weights = from(device, first.net.weights(), n);
+    ASSERT_FALSE(from(device, other.net.weights(), n) == weights);
+    begin_with_weights(other);
+    auto same = [&] {
+      auto average = from(device, other.a.average, n);
+      for (size_t i = 0; i < n; ++i) ASSERT_EQ(double(average[i]), double(weights[i])) << i;
+      EXPECT_TRUE(from(device, other.net.weights(), n) == weights);
+    };
+    same();
+    EXPECT_EQ(other.validate(), first.validate());
+    EXPECT_TRUE(first_step(other) == first_step(first));
+    steps(other, 2), same();
+  });
+}
+
 // Where a GPU has kernels of its own: steps that are captured and blocks that are replayed against
 // steps that are enqueued with all blocks kept, saved and resumed; and gradients against fp64's.
 TEST_F(TrainTest, TheGpusOwnKernelsTrainAndGoOn) {
@@ -1999,7 +2027,8 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   const std::string small = "--width 64 --height 32 --image-width 32";
   fs::create_directories(at("torn"));
   fs::rename(cut("run/state.safetensors"), at("torn/state.safetensors"));
-  const std::string weights = cut("run/weights.safetensors");
+  const std::string weights = cut("run/weights.safetensors"),
+                    begin = "--out " + at("new") + " --weights " + at("run/weights.safetensors");
   std::ofstream(at("lambda.ini")) << "[train]\nlambda = 1\n[plan]\nlambda = 1\n";
   fs::create_directories(at("foreign"));
   std::ofstream(at("foreign/weights.safetensors")) << "somebody's";
@@ -2156,6 +2185,27 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"plan", "--config " + at("lambda.ini"), "--lambda: residual mvsplit has no such gate"},
       {"plan", "--beta 1 --residual layerscale", "--beta: residual layerscale has no such gate"},
       {"gradcheck", "--beta 1 --residual prenorm", "--beta: residual prenorm has no such gate"},
+      {"train", begin + " --depth 5 --heads 4 --patch 4 --no-patch-bias --residual postnorm",
+       "--weights " + at("run/weights.safetensors") +
+           " has depth = 4 (not 5), heads = 2 (not 4), patch = 2 (not 4), residual = mvsplit (not "
+           "postnorm), no-patch-bias = false (not true)"},
+      {"train", begin + " --residual mvsplit-ffn", "has residual = mvsplit (not mvsplit-ffn)"},
+      {"train", begin + " --residual magic", "residual 'magic' is not known"},
+      {"train", begin + " --beta 1", "--beta is where a drawn network starts, not that of --weig"},
+      {"train", begin + " --lambda 1", "--lambda is where a drawn network starts"},
+      {"train", begin + " --writer-std 0", "--writer-std is where a drawn network starts"},
+      {"train", begin + " --final-std 0", "--final-std is where a drawn network starts"},
+      {"train", begin + " --fix lambda", "fix 'lambda': residual mvsplit has no such gate"},
+      {"train", begin + " " + height,
+       "numbers, the model takes 1 x 8 x 8 and 3 x 5 (" + at("run/weights.safetensors")},
+      {"train", begin + " " + channels, "images of 2 x 8 x 8 and captions of 3 x 5 numbers, the"},
+      {"train", begin + " " + dim, "captions of 3 x 4 numbers, the model takes 1 x 8 x 8 and 3 x"},
+      {"train", begin + " --weights " + weights, "cut.safetensors: truncated"},
+      {"train", begin + " --weights " + at("none"), "none: No such file"},
+      {"train", begin + " --weights " + at("run/state.safetensors"), "not the weights of this mo"},
+      {"train", "--resume --weights " + at("bare.safetensors"),
+       "was made with weights = nothing (now " + at("bare.safetensors")},
+      {"bare train", "--weights " + at("bare.safetensors"), "give --heads (the author's released"},
       {"train", "--resume --ema 0.9", "was made with ema = 0"},
       {"train", "--resume --precision fp64", "was made with precision = fp32"},
       {"train", "--resume --precision bf16", "was made with precision = fp32"},
@@ -2244,6 +2294,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   std::map<std::string, std::string> flags = {
       {"train", train_}, {"sample", sample_}, {"probe", probe_}, {"plan", huge}};
   flags["forward"] = "--device cpu --inputs " + at("in.safetensors") + " --out " + at("out");
+  flags["bare train"] = "--device cpu --data " + at("data.safetensors") + " --out " + at("new");
   flags["bare sample"] = "--device cpu --prompt 3 --weights " + at("run/weights.safetensors") +
                          " --out " + at("out.png");
   auto before = files();
@@ -2927,6 +2978,85 @@ TEST_F(CommandTest, WhatAResumedRunIsGivenIsTakenOrNamed) {
   EXPECT_EQ(run("train", resume).out.find("note:"), std::string::npos) << "all is as it was";
 }
 
+// A run that begins with weights has their shapes. It goes on, and is made again, bit for bit; only
+// until its first save does it need the file.
+TEST_F(CommandTest, ARunBeginsWithWeights) {
+  const std::string common =
+                        "--device cpu --batch 4 --precision fp32 --data " + at("data.safetensors"),
+                    own =
+                        " --norm-eps 1e-3 --means global --time-shift 2 --no-patch-bias --ema 0.5 "
+                        "--final-std 0.1 --out ";
+  ASSERT_EQ(run("train", train_, own + at("base")).status, 0);
+  auto losses = [&](const std::string& name) {
+    std::string rows = read_text(at(name) + "/validation.csv");
+    return rows.substr(rows.rfind(',') + 1);
+  };
+  auto begin = [&](const std::string& file, const std::string& flags) {
+    Outcome o = run("train", common + " --weights " + at(file) + ".safetensors " + flags);
+    EXPECT_EQ(o.status, 0) << o.err;
+    return o.err;
+  };
+  EXPECT_EQ(begin("base/ema", "--steps 0 --out " + at("average")), "");
+  EXPECT_EQ(losses("average"), losses("base"));
+  EXPECT_NE(losses("run"), losses("base"));
+  std::string as_saved = read_text(at("base/ema.safetensors")), step = "\"step\":\"2\"";
+  as_saved.replace(as_saved.find(step), step.size(), "\"step\":\"0\"");
+  EXPECT_EQ(read_text(at("average/weights.safetensors")), as_saved);
+  // What is no shape is free.
+  begin("base/weights",
+        "--steps 0 --means segment --norm-eps 0.25 --time-shift 3 --residual "
+        "mvsplit-noleak --width 32 --out " +
+            at("free"));
+  Metadata said = SafetensorsReader(at("free/weights.safetensors")).metadata();
+  EXPECT_EQ(said["means"] + said["norm_eps"] + said["time_shift"] + said["residual"],
+            "segment0.253mvsplit-noleak");
+  // Weights that do not say all.
+  without_metadata(at("base/weights.safetensors"), at("bare.safetensors"));
+  EXPECT_PRED_FORMAT2(testing::IsSubstring,
+                      "taken are residual mvsplit-noleak, means segment, norm_eps 0.001\n",
+                      begin("bare",
+                            "--steps 0 --heads 2 --norm-eps 1e-3 --time-shift 2 --residual "
+                            "mvsplit-noleak --out " +
+                                at("told")));
+  EXPECT_PRED_FORMAT2(testing::IsSubstring,
+                      "taken are residual mvsplit, means segment, norm_eps "
+                      "1e-06, time shift 1 (the author's released model has 4: --time-shift)\n",
+                      begin("bare", "--steps 0 --heads 2 --out " + at("silent")));
+
+  fs::copy(at("base/weights.safetensors"), at("start.safetensors"));
+  const std::string flags = "--fix beta --ema 0.5 --columns 1 --out ";
+  begin("start", flags + at("through") + " --steps 3");
+  begin("start", flags + at("stopped") + " --steps 2");
+  begin("start", flags + at("unsaved") + " --steps 2");
+  for (const char* name :
+       {"state.safetensors", "weights.safetensors", "ema.safetensors", "samples.png"})
+    fs::remove(at("unsaved/") + name);
+  const std::string go_on = "--resume --steps 3 --out ";
+  EXPECT_EQ(run("train", go_on + at("unsaved")).status, 0);
+  EXPECT_EQ(run("train", "--config " + at("stopped/config.ini") + " --steps 3 --out " + at("again"))
+                .status,
+            0);
+  fs::rename(at("start.safetensors"), at("gone.safetensors"));
+  expect_refused(run("train", go_on + at("stopped") + " --beta 1"), "--beta is where a drawn");
+  expect_refused(run("train", go_on + at("stopped") + " --weights " + at("gone.safetensors")),
+                 "was made with weights = " + at("start.safetensors") + " (now " + at("gone"));
+  EXPECT_EQ(run("train", go_on + at("stopped")).status, 0);
+  for (const char* name : {"weights.safetensors", "ema.safetensors", "state.safetensors", "log.csv",
+                           "samples.png", "config.ini"})
+    for (const char* folder : {"stopped/", "unsaved/", "again/"})
+      EXPECT_TRUE(read_text(at("through/") + name) == read_text(at(folder) + name))
+          << folder << name;
+  const std::string ini = read_text(at("through/config.ini"));
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "\nweights=" + at("start.safetensors") + "\n", ini);
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "\nmeans=global\n", ini);
+  EXPECT_EQ(ini.find("\nbeta="), ini.npos);
+  EXPECT_EQ(ini.find("-std="), ini.npos);
+  for (const char* name :
+       {"state.safetensors", "weights.safetensors", "ema.safetensors", "samples.png"})
+    fs::remove(at("unsaved/") + name);
+  expect_refused(run("train", go_on + at("unsaved")), "start.safetensors: No such file");
+}
+
 TEST_F(CommandTest, AChangedConfigurationOfARunIsSaid) {
   const std::string path = at("run/config.ini"), ini = read_text(path),
                     resume = "--resume --out " + at("run");
@@ -2935,7 +3065,7 @@ TEST_F(CommandTest, AChangedConfigurationOfARunIsSaid) {
     return changed.replace(changed.find(from), from.size(), to);
   };
   const std::pair<std::string, std::string> bad[] = {
-      {ini + "dpth=3\n", "config.ini:45: 'dpth' is no option of train; did you mean depth?"},
+      {ini + "dpth=3\n", "config.ini:46: 'dpth' is no option of train; did you mean depth?"},
       {"", "config.ini has no options of train"},
       {with("\ndepth=4", "\ndepth=5"), "made with depth = 4 (now 5)"},
       {with("\nbeta=1", "\nbeta=2"), "made with beta = 1 (now 2)"},
@@ -3019,6 +3149,9 @@ TEST_F(CommandTest, WhatIsReadIsNotWrittenOver) {
       {"probe", probe_, "--out " + data, "holds other tensors"},
       {"probe", probe_, "--out " + at("sample.ini") + " --config " + at("sample.ini"),
        "over --config"},
+      {"train", train_, "--weights " + weights, "over --weights"},
+      {"train", train_, "--weights " + at("linked/ema.safetensors"), "over --weights"},
+      {"train", train_, "--resume --weights " + at("hard.safetensors"), "over --weights"},
       {"train", train_, "--out " + data, "over --data"},
       {"train", train_, "--out " + at("pictures") + " --data " + at("pictures"), "over --data"},
       {"train", train_, "--out " + at("pictures/run") + " --data " + at("pictures/"), "or into it"},
