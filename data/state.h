@@ -155,6 +155,7 @@ void begin_with_weights(Trainer& t) {
   if (average)
     for_each(t.device, n / 4, [=] HD(size_t i) { store(average + 4 * i, master.get(4 * i)); });
   t.set_step(0);
+  std::printf("begins with %s\n", visible(t.o.weights).c_str());
 }
 
 template <class Trainer>
