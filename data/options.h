@@ -902,11 +902,9 @@ inline void set_by_weights(const Subcommand& train, const GivenOptions& given, T
     if (given.count(option.name)) asked[&option] = option.write();
   const SafetensorsReader file(o.weights);
   std::optional<size_t> heads;
-  std::optional<double> shift;
   if (given.count("heads") && !file.metadata().count("heads")) heads = o.model.heads;
-  if (given.count("time-shift")) shift = o.time_shift;
   Assumed assumed = read_config(file, o.weights, o.model, heads);
-  o.time_shift = read_time_shift(file, o.weights, shift, assumed);
+  if (!given.count("time-shift")) o.time_shift = read_time_shift(file, o.weights, {}, assumed);
   auto tensors = [&](Config c, const std::string& residual) {
     c.depth = 1, c.residual = residual;
     std::set<std::string> all;

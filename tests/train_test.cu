@@ -3022,7 +3022,8 @@ TEST_F(CommandTest, ARunBeginsWithWeights) {
                       begin("bare", "--steps 0 --heads 2 --out " + at("silent")));
 
   fs::copy(at("base/weights.safetensors"), at("start.safetensors"));
-  const std::string flags = "--fix beta --ema 0.5 --columns 1 --out ";
+  const std::string flags =
+      "--fix beta --ema 0.5 --columns 1 --norm-eps 1e-4 --means segment --out ";
   begin("start", flags + at("through") + " --steps 3");
   begin("start", flags + at("stopped") + " --steps 2");
   begin("start", flags + at("unsaved") + " --steps 2");
@@ -3046,7 +3047,8 @@ TEST_F(CommandTest, ARunBeginsWithWeights) {
           << folder << name;
   const std::string ini = read_text(at("through/config.ini"));
   EXPECT_PRED_FORMAT2(testing::IsSubstring, "\nweights=" + at("start.safetensors") + "\n", ini);
-  EXPECT_PRED_FORMAT2(testing::IsSubstring, "\nmeans=global\n", ini);
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "\nmeans=segment\n", ini);
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "\ntime-shift=2\n", ini);
   EXPECT_EQ(ini.find("\nbeta="), ini.npos);
   EXPECT_EQ(ini.find("-std="), ini.npos);
   for (const char* name :
