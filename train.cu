@@ -1233,7 +1233,7 @@ class Run {
       if ((due(o_.log_every) || keep || check || draw) && !log()) return 1;
       // The state last: what a resumed run goes on from has left all that belongs to its steps.
       if (check) validate();
-      if (draw) warn_of([&] { grid("samples_" + padded(trainer_.step) + ".png"); });
+      if (draw) warn_of([&] { grid(samples("_" + padded(trainer_.step))); });
       if (keep) warn_of([&] { save(); });
     }
     if (!log()) return 1;
@@ -1244,12 +1244,11 @@ class Run {
       return 130;
     }
     for (int signal : {SIGINT, SIGTERM}) std::signal(signal, SIG_DFL);  // all is saved
-    grid("samples.png");
+    grid(samples());
     double loss = validate();
-    std::printf(
-        "validation loss %.4f%s   weights %s/weights.safetensors   samples %s/samples.png\n", loss,
-        trainer_.a.average ? " of the weights' average" : "", visible(o_.out).c_str(),
-        visible(o_.out).c_str());
+    std::printf("validation loss %.4f%s   weights %s/weights.safetensors   samples %s\n", loss,
+                trainer_.a.average ? " of the weights' average" : "", visible(o_.out).c_str(),
+                visible(samples()).c_str());
     if (o_.diagnose_every) make_page(o_.out);
     return std::isfinite(loss) ? 0 : 1;
   }
@@ -1365,8 +1364,13 @@ class Run {
     return loss;
   }
 
+  // The file of the samples that are drawn at some step: no picture has more than three channels.
+  std::string samples(const std::string& at = "") const {
+    return o_.out + "/samples" + at + (o_.model.channels > 3 ? ".safetensors" : ".png");
+  }
+
   // A row a caption, the first ten.
-  void grid(const std::string& name) {
+  void grid(const std::string& path) {
     const Config& m = o_.model;
     size_t scale = grid_scale(m.height, m.image_width);
     auto fit = [&](size_t most, size_t size) {  // a picture's side, with room for captions
@@ -1378,8 +1382,8 @@ class Run {
     for (size_t i = 0; i < rows; ++i) captions.push_back(data_.name_of(i));
     std::vector<float> text = each_times(data_.text, m.text_size(), rows, columns);
     std::vector<float> images = trainer_.samples(text, data_.empty_text, rows * columns, 25, 2);
-    write_png_grid(o_.out + "/" + name, images.data(),
-                   {rows, columns, m.channels, m.height, m.image_width, scale, captions});
+    write_samples(path, images,
+                  {rows, columns, m.channels, m.height, m.image_width, scale, captions});
     last_ = Time::now();
   }
 };
@@ -1428,7 +1432,8 @@ inline void refuse_to_overwrite(const TrainOptions& o) {
   if (state && !o.resume)
     fail("%s/state.safetensors exists: go on with --resume, or choose another --out",
          o.out.c_str());
-  for (const char* name : {"weights.safetensors", "ema.safetensors", "samples.png"})
+  for (const char* name :
+       {"weights.safetensors", "ema.safetensors", "samples.png", "samples.safetensors"})
     if (!state && there(name))
       fail("%s/%s exists, but no state to go on from: choose another --out", o.out.c_str(), name);
   if (!state && !o.resume && !logs_in(o.out).empty())
@@ -1488,9 +1493,7 @@ void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
 // The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must
 // be among those of that data's captions, or it is the number of one of them, and nothing else
 // where captions are numbers.
-inline Captions prompt_text(const SampleOptions& o, const Config& m) {
-  Captions data;
-  if (!o.data.empty()) data = load_dataset(o.data, 0).train;
+inline Captions prompt_text(const SampleOptions& o, const Config& m, Captions data) {
   if (!o.data.empty() && (data.text_tokens != m.text_tokens || data.text_dim != m.text_dim))
     fail("%s has captions of %zu x %zu numbers, the model takes %zu x %zu", o.data.c_str(),
          data.text_tokens, data.text_dim, m.text_tokens, m.text_dim);
@@ -1546,13 +1549,18 @@ int sample(Device& device, const SampleOptions& o) {
   if (!o.size && !(said("height") && said("image_width")))
     assumed.add("images of " + std::to_string(m.height) + "x" + std::to_string(m.image_width) +
                 " (--size)");
-  if (!o.text_tokens && !said("text_tokens"))
+  Dataset data;
+  if (!o.data.empty()) data = load_captions(o.data);
+  bool text_alone = !o.data.empty() && data.images == 0;  // of any length
+  if (!o.data.empty() && !o.text_tokens && (text_alone || !said("text_tokens")))
+    m.text_tokens = data.text_tokens, m.check();
+  else if (!o.text_tokens && !said("text_tokens"))
     assumed.add(std::to_string(m.text_tokens) + " text tokens (--text-tokens)");
   auto captions = file.metadata().find("captions");
   if (o.data.empty() && captions != file.metadata().end() && captions->second == "file")
     fail("%s was trained on captions from a file: name it with --data, and give --prompt a number",
          o.weights.c_str());
-  Captions prompts = prompt_text(o, m);
+  Captions prompts = prompt_text(o, m, std::move(data));
   assumed.note(o.weights);
   size_t rows = o.prompts.size(), n = rows * o.columns, scale = grid_scale(m.height, m.image_width);
   // Better refused now than after the work.
@@ -1569,14 +1577,7 @@ int sample(Device& device, const SampleOptions& o) {
                                             {n, o.steps, o.guidance, shift, o.seed});
   for (float x : images)
     if (!std::isfinite(x)) fail("the samples hold NaN or infinity: are these trained weights?");
-  if (numbers) {
-    SafetensorsWriter out(o.out);
-    out.declare("samples", "F32", {n, m.channels, m.height, m.image_width});
-    out.write(images.data(), images.size());
-    out.finish();
-  } else {
-    write_png_grid(o.out, images.data(), grid);
-  }
+  write_samples(o.out, images, grid);
   std::printf("%zu samples: %s\n", n, visible(o.out).c_str());
   return 0;
 }

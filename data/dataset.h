@@ -287,25 +287,44 @@ std::vector<Real> read_finite(const SafetensorsReader& file, const std::string& 
   return values;
 }
 
+// The shape of a tensor of a data set; `letters`: what it is to be, "(N,C,H,W)".
+inline std::vector<size_t> shape_of(const SafetensorsReader& file, const std::string& path,
+                                    const char* name, const std::string& letters) {
+  const TensorInfo* tensor = file.find(name);
+  if (!tensor) fail("%s: tensor %s %s is missing", path.c_str(), name, letters.c_str());
+  auto rank = 1 + std::count(letters.begin(), letters.end(), ',');
+  if (tensor->shape.size() != size_t(rank) || tensor->count() == 0)
+    fail("%s: %s has shape %s, expected %s, none of them 0", path.c_str(), name,
+         shape_text(tensor->shape).c_str(), letters.c_str());
+  return tensor->shape;
+}
+
+// How many captions, and their sizes, by text (M,L,d_text).
+inline void size_text(const SafetensorsReader& file, const std::string& path, Captions& data) {
+  auto text = shape_of(file, path, "text", "(M,L,d_text)");
+  data.captions = text[0], data.text_tokens = text[1], data.text_dim = text[2];
+}
+
+// text (M,L,d_text) and, if it is there, empty (L,d_text), else zeros.
+inline void read_text(const SafetensorsReader& file, const std::string& path, Captions& data) {
+  data.text = read_finite<float>(file, path, *file.find("text"));
+  data.empty_text.assign(data.text_tokens * data.text_dim, 0);
+  if (file.find("empty"))
+    data.empty_text =
+        read_finite<float>(file, path, file.require("empty", {data.text_tokens, data.text_dim}));
+}
+
 // A safetensors file with latents (N,C,H,W) and text (M,L,d_text), floating, caption (N), integer
 // in [0,M), and optionally empty (L,d_text), else zeros. Fails on a missing, unknown or misshapen
 // tensor, a caption out of range, and NaN or infinity anywhere.
 inline Dataset load_latents(const std::string& path, size_t copies = 1) {
   SafetensorsReader file(path);
   file.require_only({"latents", "text", "caption", "empty"});
-  auto shape_of = [&](const char* name, size_t rank, const char* letters) {
-    const TensorInfo* tensor = file.find(name);
-    if (!tensor) fail("%s: tensor %s %s is missing", path.c_str(), name, letters);
-    if (tensor->shape.size() != rank || tensor->count() == 0)
-      fail("%s: %s has shape %s, expected %s, none of them 0", path.c_str(), name,
-           shape_text(tensor->shape).c_str(), letters);
-    return tensor->shape;
-  };
-  auto latents = shape_of("latents", 4, "(N,C,H,W)"), text = shape_of("text", 3, "(M,L,d_text)");
+  auto latents = shape_of(file, path, "latents", "(N,C,H,W)");
   Dataset data;
   data.images = latents[0], data.channels = latents[1];
   data.height = latents[2], data.width = latents[3];
-  data.captions = text[0], data.text_tokens = text[1], data.text_dim = text[2];
+  size_text(file, path, data);
   if (data.captions > INT32_MAX) fail("%s has more than 2^31 - 1 captions", path.c_str());
   require_memory(path, data, copies);
   auto caption = file.read_integers(file.require("caption", {data.images}));
@@ -314,11 +333,7 @@ inline Dataset load_latents(const std::string& path, size_t copies = 1) {
       fail("%s: caption[%zu] is %lld, expected 0 to %zu", path.c_str(), n,
            static_cast<long long>(caption[n]), data.captions - 1);
   data.caption.assign(caption.begin(), caption.end());
-  data.text = read_finite<float>(file, path, *file.find("text"));
-  data.empty_text.assign(data.text_tokens * data.text_dim, 0);
-  if (file.find("empty"))
-    data.empty_text =
-        read_finite<float>(file, path, file.require("empty", {data.text_tokens, data.text_dim}));
+  read_text(file, path, data);
   if (copies > 0) data.pixels = read_finite<float>(file, path, *file.find("latents"));
   return data;
 }
@@ -329,13 +344,6 @@ inline std::string list_of(const std::vector<std::string>& names) {
   for (size_t i = 0; i < std::min<size_t>(names.size(), 10); ++i)
     list += (i ? ", " : "") + visible(names[i]);
   return names.size() > 10 ? list + ", ... (" + std::to_string(names.size()) + " in all)" : list;
-}
-
-// Does the name end so, in small letters or capitals?
-inline bool has_extension(const std::filesystem::path& path, const std::string& extension) {
-  std::string found = path.extension();
-  for (char& c : found) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  return found == extension;
 }
 
 // The files that a reader of a folder passes over: how many for each reason, and one of them.
@@ -523,7 +531,9 @@ struct FashionMnist {  // by its name, or any folder with files of its names
 struct Latents {
   static constexpr const char* about = "a .safetensors of latents";
 
-  static bool matches(const std::string& where) { return has_extension(where, ".safetensors"); }
+  static bool matches(const std::string& where) {
+    return has_extension(where, ".safetensors") || is_index(where);
+  }
   static Split load(const std::string& where, size_t copies, std::string&) {
     return split_off(load_latents(where, copies));
   }
@@ -587,5 +597,24 @@ inline Split load_dataset(const std::string& where, size_t copies) {
   std::printf("%zu images of %zux%zux%zu, %zu captions, %zu held out%s%s\n", train.images + held,
               train.channels, train.height, train.width, train.captions, held, remark.c_str(),
               passed_over.c_str());
+  return data;
+}
+
+// The captions of a data set; or of a safetensors file of text (M,L,d_text) and, for guidance,
+// empty (L,d_text) alone, which has no images. Fails on what else there is.
+inline Dataset load_captions(const std::string& where) {
+  if (!Latents::matches(where) || SafetensorsReader(where).find("latents"))
+    return load_dataset(where, 0).train;
+  SafetensorsReader file(where);
+  file.require_only({"text", "empty"});
+  Dataset data;
+  size_text(file, where, data);
+  require_memory(where, data, 0);
+  read_text(file, where, data);
+  std::printf("%zu captions of %zu tokens of %zu numbers\n", data.captions, data.text_tokens,
+              data.text_dim);
+  if (!file.find("empty"))
+    std::fprintf(stderr, "note: %s has no empty (%zu, %zu): guidance takes zeros for it\n",
+                 visible(where).c_str(), data.text_tokens, data.text_dim);
   return data;
 }

@@ -82,7 +82,8 @@ inline std::vector<std::string> logs_in(const std::string& folder) {
     std::string name = entry.path().filename(), extension = entry.path().extension();
     bool numbered = name.rfind("spike_", 0) == 0 || name.rfind("samples_", 0) == 0;
     if (name == "log.csv" || name == "validation.csv" || name == "diagnostics.csv" ||
-        name == "config.ini" || (numbered && (extension == ".txt" || extension == ".png")))
+        name == "config.ini" ||
+        (numbered && (extension == ".txt" || extension == ".png" || extension == ".safetensors")))
       logs.push_back(entry.path());
   }
   std::sort(logs.begin(), logs.end());

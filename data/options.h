@@ -614,7 +614,7 @@ inline void check_output(const Subcommand& sub, const GivenOptions& given) {
     if (given.count(name)) inputs[name] = given.at(name).texts[0];
   Words written = {out};
   if (sub.name == "train")
-    for (const char* name : {"weights", "ema", "state"})
+    for (const char* name : {"weights", "ema", "state", "samples"})
       written.push_back(out + "/" + name + ".safetensors");
   for (const auto& [name, path] : inputs) {
     const std::string input = FashionMnist::folder(path);
@@ -740,7 +740,7 @@ inline Subcommand add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
 }
 
 inline void add_weights(Subcommand& sub, WeightsOptions& o) {
-  sub.add("weights", o.weights, "a weights.safetensors");
+  sub.add("weights", o.weights, "a weights.safetensors, or the index of a sharded one");
   sub.add("heads", o.heads, "if the file does not say");
   sub.add("norm-eps", o.norm_eps, "default: as in the weights, or 1e-6");
 }
@@ -749,7 +749,7 @@ inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) 
   Subcommand sub(app, "sample", "draw images, a row a prompt");
   add_weights(sub, o);
   sub.add_many("prompt", o.prompts, "what to draw; with --data, a caption's words or number");
-  sub.add("data", o.data, "take captions from this data set");
+  sub.add("data", o.data, "captions' data set, or a .safetensors that holds only text");
   sub.add("out", o.out, ".png, or .safetensors for raw numbers");
   sub.add("columns", o.columns, "images of a row", 1, 1000);
   sub.add("steps", o.steps, "Euler steps", 1, 100000);

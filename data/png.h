@@ -64,7 +64,7 @@ struct GridLayout {
 };
 
 // Images are drawn `scale` x `scale` with a gap of two pixels between them. Fails, naming `path`,
-// if the picture is empty or over 16384 pixels a side.
+// if the picture is empty, over 16384 pixels a side, or of more than three channels.
 inline GridLayout grid_layout(const std::string& path, const Grid& grid) {
   using G = GridLayout;
   const auto& [rows, columns, C, H, W, scale, captions] = grid;
@@ -72,6 +72,9 @@ inline GridLayout grid_layout(const std::string& path, const Grid& grid) {
   for (size_t n : {rows, columns, C, H, W, scale})
     if (n == 0 || n > G::limit)
       fail("cannot write %s: %zu is no size of a picture", path.c_str(), n);
+  if (C > 3)
+    fail("cannot write %s: a picture has three channels at most, not %zu: name a .safetensors",
+         path.c_str(), C);
   G g{{}, std::clamp<size_t>(H * scale / 32, 1, 3), 0, H * scale, W * scale + G::gap, 0, 0};
   for (const std::string& caption : captions) {
     g.labels.push_back(grid_label(caption));
@@ -91,9 +94,9 @@ inline GridLayout grid_layout(const std::string& path, const Grid& grid) {
 inline size_t grid_scale(size_t H, size_t W) { return std::max(H, W) > 256 ? 1 : 2; }
 
 // Writes images (rows * columns, C,H,W) in [-1,1], row by row, on white, each row beside its
-// caption if there are any. C = 1 and 2 give the first channel in grey, more give the first three
-// as red, green and blue. Values outside are clamped, NaN is black. Fails as grid_layout() does, or
-// if the file cannot be written.
+// caption if there are any. C = 1 and 2 give the first channel in grey, 3 are red, green and blue.
+// Values outside are clamped, NaN is black. Fails as grid_layout() does, or if the file cannot be
+// written.
 inline void write_png_grid(const std::string& path, const float* images, const Grid& grid) {
   const auto& [rows, columns, C, H, W, scale, captions] = grid;
   GridLayout g = grid_layout(path, grid);
@@ -137,6 +140,17 @@ inline void write_png_grid(const std::string& path, const float* images, const G
   SafeFile file(path, bytes.size());
   file.write(bytes);
   file.commit();
+}
+
+// Writes images as write_png_grid() does or, if the name ends in .safetensors, as they are, as the
+// tensor `samples`.
+inline void write_samples(const std::string& path, const std::vector<float>& images,
+                          const Grid& grid) {
+  if (!has_extension(path, ".safetensors")) return write_png_grid(path, images.data(), grid);
+  SafetensorsWriter file(path);
+  file.declare("samples", "F32", {grid.rows * grid.columns, grid.C, grid.H, grid.W});
+  file.write(images.data(), images.size());
+  file.finish();
 }
 
 // Fails unless the bytes are a PNG file whose checksums hold: of its chunks, each of which is a

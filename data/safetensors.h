@@ -1,8 +1,9 @@
 // safetensors.h - weights, states and latents on disk.
 //
 // What it is: a reader and a writer of the safetensors format, which is 8 bytes of header length
-// (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and the raw numbers. And
-// SafeFile, by which every file of this project is written whole or not at all.
+// (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and the raw numbers; the
+// reader takes several files with an index for one. And SafeFile, by which every file of this
+// project is written whole or not at all.
 // What it is not: a container in memory. Both stream: a 100 GB file takes a 1 MB buffer.
 //
 // How to read it: section 1 is what a full disk meets, section 3 what a hostile file meets. A
@@ -233,20 +234,39 @@ struct TensorInfo {
   size_t count() const { return (end - begin) / dtype_bytes(dtype); }
 };
 
+// Does the name end so, in small letters or capitals?
+inline bool has_extension(const std::filesystem::path& path, const std::string& extension) {
+  std::string found = path.extension();
+  for (char& c : found) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return found == extension;
+}
+
+// Does the name end as that of an index, {"weight_map": {tensor: file beside the index}}?
+inline bool is_index(const std::string& path) {
+  const std::string end = ".safetensors.index.json";
+  return path.size() >= end.size() &&
+         path.compare(path.size() - end.size(), std::string::npos, end) == 0;
+}
+
 class SafetensorsReader {
  public:
-  // Opens and validates a file; fails unless every byte of it is accounted for.
+  // Opens and validates a file, or all that an index names; fails unless every byte of a file, and
+  // every tensor of an index, is accounted for.
   explicit SafetensorsReader(const std::string& path) : path_(path) {
     require_regular(path);
     file_.reset(std::fopen(path.c_str(), "rb"));
     if (!file_) fail("cannot open %s: %s", path.c_str(), std::strerror(errno));
     size_t size = std::filesystem::file_size(path);
-    parse(read_header(size));
-    check_layout(size - data_start_);
+    if (is_index(path)) {
+      open_shards(size);
+    } else {
+      parse(read_header(size));
+      check_layout(size - data_start_);
+    }
     for (size_t i = 0; i < tensors_.size(); ++i) index_[tensors_[i].name] = i;
   }
 
-  // All tensors, in the order of their bytes.
+  // All tensors, in the order of their bytes; of an index, file by file.
   const std::vector<TensorInfo>& tensors() const { return tensors_; }
 
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
@@ -282,6 +302,7 @@ class SafetensorsReader {
     if (first > tensor.count() || count > tensor.count() - first)
       reject("numbers " + std::to_string(first) + " to " + std::to_string(first + count) +
              " of tensor " + printable(tensor.name) + " lie outside it");
+    if (!shards_.empty()) return shard_of_.at(tensor.name)->read(tensor, out, first, count);
 #define X(NAME, Source) \
   if (tensor.dtype == #NAME) return read_as<Source>(tensor, out, first, count);
     FOR_EACH_DTYPE(X)
@@ -365,34 +386,76 @@ class SafetensorsReader {
     return text;
   }
 
-  void parse(const std::string& text) {
+  // The JSON object that a text is, `what` in a sentence.
+  Json parse_object(const std::string& text, const std::string& what) const {
     // The library keeps the last of two equal keys and nests without limit: look while it parses.
     std::vector<std::set<std::string>> keys;
     auto watch = [&](int depth, Json::parse_event_t event, Json& value) {
       if (depth > 2 &&
           (event == Json::parse_event_t::object_start || event == Json::parse_event_t::array_start))
-        reject("the header nests deeper than a shape in a tensor");
+        reject(what + " nests deeper than a shape in a tensor");
       if (event == Json::parse_event_t::object_start) keys.emplace_back();
       if (event == Json::parse_event_t::object_end) keys.pop_back();
       if (event == Json::parse_event_t::key && !keys.back().insert(value).second)
-        reject("the header has " + printable(value) + " twice");
+        reject(what + " has " + printable(value) + " twice");
       return true;
     };
-    Json header;
+    Json object;
     try {
-      header = Json::parse(text, watch);
+      object = Json::parse(text, watch);
     } catch (const Json::parse_error& error) {
-      reject("the header is not valid JSON at its byte " + std::to_string(error.byte));
+      reject(what + " is not valid JSON at its byte " + std::to_string(error.byte));
     } catch (const Json::exception&) {
-      reject("the header is not valid JSON: a number in it is out of range");
+      reject(what + " is not valid JSON: a number in it is out of range");
     }
-    if (!header.is_object() || text[0] != '{')
-      reject("the header is not a JSON object that begins with {");
+    if (!object.is_object() || text[0] != '{')
+      reject(what + " is not a JSON object that begins with {");
+    return object;
+  }
+
+  void parse(const std::string& text) {
+    const Json header = parse_object(text, "the header");
     for (const auto& [name, entry] : header.items())
       if (name == "__metadata__")
         parse_metadata(entry);
       else
         tensors_.push_back(parse_tensor(name, entry));
+  }
+
+  // Opens the files of an index of `size` bytes. What each says of itself must not contradict.
+  void open_shards(size_t size) {
+    if (size > largest_header) reject("the index has more than 100 MB");
+    std::string text(size, ' ');
+    read_bytes(0, text.data(), size);
+    const Json index = parse_object(text, "the index"), map = index.value("weight_map", Json());
+    if (!map.is_object()) reject("the index has no weight_map, {tensor: file}");
+    for (const auto& [name, file] : map.items()) {
+      if (!file.is_string()) reject("the file of tensor " + printable(name) + " is not a string");
+      const std::string shard = file;
+      // Beside the index, nowhere else; and no index, which may name itself.
+      if (shard.find('/') != std::string::npos || shard.find('\0') != std::string::npos ||
+          std::filesystem::path(shard).extension() != ".safetensors")
+        reject("tensor " + printable(name) + " is said to be in " + printable(shard) +
+               ", expected the name of a .safetensors beside the index");
+      auto& reader = shards_[shard];
+      if (!reader)
+        reader = std::make_unique<SafetensorsReader>(
+            std::filesystem::path(path_).replace_filename(shard));
+      if (!reader->find(name)) reject("tensor " + printable(name) + " is not in " + shard);
+      shard_of_[name] = reader.get();
+    }
+    for (const auto& [shard, reader] : shards_) {
+      for (const TensorInfo& tensor : reader->tensors()) {
+        auto at = shard_of_.find(tensor.name);
+        if (at == shard_of_.end() || at->second != reader.get())
+          reject(shard + " holds tensor " + printable(tensor.name) +
+                 ", which the index does not place there");
+        tensors_.push_back(tensor);
+      }
+      for (const auto& [key, value] : reader->metadata())
+        if (metadata_.emplace(key, value).first->second != value)
+          reject("its files contradict each other in metadata " + printable(key));
+    }
   }
 
   void parse_metadata(const Json& entry) {
@@ -453,6 +516,8 @@ class SafetensorsReader {
   std::vector<TensorInfo> tensors_;
   std::map<std::string, size_t> index_;
   std::map<std::string, std::string> metadata_;
+  std::map<std::string, std::unique_ptr<SafetensorsReader>> shards_;  // of an index, by file
+  std::map<std::string, const SafetensorsReader*> shard_of_;          // by tensor
 };
 
 // ---------------------------------------------------------------------------------------------
