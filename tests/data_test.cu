@@ -262,6 +262,95 @@ TEST_F(DataTest, NamesShapesKindsAndRangesAreChecked) {
   EXPECT_ERROR(reader.read(a, out, 0, 2), "became shorter");
 }
 
+// Two files and their index, read as one. `changed` and `by`: a part of the index to be another.
+class ShardsTest : public DataTest {
+ protected:
+  ShardsTest() {
+    save("1.safetensors", {"a", "b"}, {{"heads", "2"}, {"format", "pt"}});
+    save("2.safetensors", {"c"}, {{"format", "pt"}, {"means", "global"}});
+  }
+  // Each tensor is (3) of its letter, as a number, and two more.
+  void save(const std::string& name, const std::vector<std::string>& tensors,
+            const std::map<std::string, std::string>& metadata = {}) const {
+    SafetensorsWriter file(at(name), metadata);
+    for (const std::string& t : tensors) file.declare(t, "F32", {3});
+    for (const std::string& t : tensors) file.write(numbers(t).data(), 3);
+    file.finish();
+  }
+  static std::vector<float> numbers(const std::string& t) {
+    return {float(t[0]), float(t[0]) + 0.25f, float(t[0]) + 0.5f};
+  }
+  std::string index(const std::string& changed = "", const std::string& by = "") const {
+    std::string text = R"({"metadata":{"total_size":36},"weight_map":)"
+                       R"({"a":"1.safetensors","b":"1.safetensors","c":"2.safetensors"}})";
+    return put("x.safetensors.index.json", text.replace(text.find(changed), changed.size(), by));
+  }
+};
+
+TEST_F(ShardsTest, AreReadAsOneFile) {
+  SafetensorsReader file(index());
+  std::vector<std::string> names;
+  for (const TensorInfo& tensor : file.tensors()) {
+    std::vector<float> read(3), second(1);
+    names.push_back(tensor.name);
+    file.read(tensor, read.data(), 0, 3);
+    file.read(file.require(tensor.name, {3}), second.data(), 1, 1);
+    EXPECT_EQ(read, numbers(tensor.name));
+    EXPECT_EQ(second[0], read[1]);
+  }
+  EXPECT_EQ(names, (std::vector<std::string>{"a", "b", "c"}));
+  EXPECT_EQ(file.metadata(), (std::map<std::string, std::string>{
+                                 {"heads", "2"}, {"format", "pt"}, {"means", "global"}}));
+  EXPECT_EQ(file.find("d"), nullptr);
+  std::vector<float> read(3);
+  EXPECT_ERROR(file.read(*file.find("c"), read.data(), 2, 2), "of tensor \"c\" lie outside it");
+  EXPECT_ERROR(file.require("c", {4}), "index.json: tensor \"c\" has shape [3], expected [4]");
+  // A link to an index lies elsewhere than its files: those beside the link are meant.
+  fs::create_directories(at("other"));
+  fs::create_symlink(at("x.safetensors.index.json"), at("other/x.safetensors.index.json"));
+  EXPECT_ERROR(SafetensorsReader(at("other/x.safetensors.index.json")),
+               "cannot open " + at("other/1.safetensors") + ": No such file");
+}
+
+TEST_F(ShardsTest, WhatDoesNotFitTheIndexIsRefused) {
+  save("both.safetensors", {"b", "c"});
+  save("three_heads.safetensors", {"c"}, {{"heads", "3"}});
+  put("cut.safetensors", get(at("2.safetensors")).substr(0, 100));
+  fs::create_directories(at("sub"));
+  fs::copy(at("2.safetensors"), at("sub/2.safetensors"));
+  const std::string outside = ", expected the name of a .safetensors beside the index";
+  const struct {
+    std::string changed, by, words;
+  } table[] = {
+      {"2.safe", "3.safe", "cannot open " + at("3.safetensors") + ": No such file"},
+      {"2.safe", "cut.safe", at("cut.safetensors") + ": truncated"},
+      {"2.safe", "1.safe", "index.json: tensor \"c\" is not in 1.safetensors"},
+      {R"("b":"1.)", R"("b":"2.)", "tensor \"b\" is not in 2.safetensors"},
+      {R"("b":"1.safetensors",)", "",
+       "1.safetensors holds tensor \"b\", which the index does not place there"},
+      {"2.safe", "both.safe", "both.safetensors holds tensor \"b\", which the index does not"},
+      {"2.safe", "three_heads.safe", "its files contradict each other in metadata \"heads\""},
+      {R"("b")", R"("a")", "the index has \"a\" twice"},
+      {"2.safe", "sub/2.safe", "\"c\" is said to be in \"sub/2.safetensors\"" + outside},
+      {"2.safe", "../2.safe", "\"../2.safetensors\"" + outside},
+      {"2.safe", at("2.safe"), outside},
+      {"2.safetensors", "2.safetensors\\u0000", outside},
+      {"2.safetensors", "x.safetensors.index.json", outside},  // for ever
+      {"2.safetensors", "", outside},
+      {R"("2.safetensors")", "2", "the file of tensor \"c\" is not a string"},
+      {"weight_map", "weights", "the index has no weight_map, {tensor: file}"},
+      {R"({"a")", R"(["a"],"w":{"a")", "the index has no weight_map"},
+      {R"({"a":)", R"({"a":[[[]]],"d":)", "the index nests deeper"},
+      {R"(}})", "}", "the index is not valid JSON at its byte"},
+      {R"({"meta)", R"([{"meta)", "the index is not valid JSON"},
+  };
+  for (const auto& row : table)
+    EXPECT_ERROR(SafetensorsReader(index(row.changed, row.by)), row.words);
+  EXPECT_ERROR(SafetensorsReader(put("x.safetensors.index.json", "[]")), "is not a JSON object");
+  EXPECT_ERROR(SafetensorsReader(put("x.safetensors.index.json", "")), "is not valid JSON");
+  EXPECT_ERROR(SafetensorsReader r(index()), "no error");
+}
+
 TEST_F(DataTest, HalfPrecision) {
   struct {
     uint16_t bits;
@@ -526,7 +615,7 @@ float level(size_t i) { return float(i % 256) / 127.5f - 1; }
 
 TEST_F(DataTest, PngRoundTrips) {
   constexpr size_t rows = 2, columns = 3, H = 4, W = 5, scale = 2, gap = 2;
-  for (size_t C : {1, 2, 3, 4}) {
+  for (size_t C : {1, 2, 3}) {
     std::vector<float> images(rows * columns * C * H * W);
     for (size_t i = 0; i < images.size(); ++i) images[i] = level(i * 37);
     write_png_grid(at("grid.png"), images.data(), {rows, columns, C, H, W, scale});
@@ -557,6 +646,8 @@ TEST_F(DataTest, PngClampsAndRefuses) {
   EXPECT_ERROR(write_png_grid(at("x.png"), wild, {0, 1, 1, 1, 4}), "0 is no size");
   EXPECT_ERROR(write_png_grid(at("x.png"), wild, {1, 1, 1, 1, 4, SIZE_MAX}), "is no size");
   EXPECT_ERROR(write_png_grid(at("x.png"), wild, {1, 1, 1, 16384, 4, 2}), "more than 16384 a side");
+  EXPECT_ERROR(write_png_grid(at("x.png"), wild, {1, 1, 4, 1, 1}),
+               "x.png: a picture has three channels at most, not 4: name a .safetensors");
   EXPECT_ERROR(write_png_grid(at("none/x.png"), wild, {1, 1, 1, 1, 4}), "create its directory");
   EXPECT_ERROR(read_png(at("none.png"), &c, &h, &w), "No such file");
   EXPECT_ERROR(read_png(put("text.png", "not a picture"), &c, &h, &w), "not a whole PNG");
@@ -976,6 +1067,59 @@ TEST_F(DataTest, LoadsLatents) {
   EXPECT_TRUE(sizes.data.train.pixels.empty());
   EXPECT_EQ(sizes.data.held_out.caption, loaded.data.held_out.caption);
   EXPECT_EQ(sizes.data.train.text, loaded.data.train.text);
+}
+
+// Of text alone there are captions, but nothing to train on; what has images is a data set.
+TEST_F(DataTest, LoadsCaptionsAlone) {
+  Latents latents;
+  const std::string path = at("x.safetensors");
+  auto captions = [&](const std::string& name) {
+    testing::internal::CaptureStdout();
+    testing::internal::CaptureStderr();
+    Dataset data;
+    std::string error = error_of([&] { data = load_captions(name); });
+    std::string out = testing::internal::GetCapturedStdout();
+    out += testing::internal::GetCapturedStderr();
+    return std::pair(data, error == "no error" ? out : error);
+  };
+  latents.drop = "latents";
+  auto save = [&](const std::vector<std::string>& names) {
+    SafetensorsWriter file(path);
+    for (const std::string& name : names)
+      file.declare(name, "F32", name == "text" ? latents.text_shape : std::vector<size_t>{3, 2});
+    for (const std::string& name : names)
+      file.write(name == "text" ? latents.text.data() : std::vector<float>(6, 0.25f).data(),
+                 name == "text" ? latents.text.size() : 6);
+    file.finish();
+  };
+  save({"text"});
+  auto [data, said] = captions(path);
+  EXPECT_EQ(data.images, 0u);
+  EXPECT_EQ(std::vector<size_t>({data.captions, data.text_tokens, data.text_dim}),
+            latents.text_shape);
+  EXPECT_EQ(data.text, latents.text);
+  EXPECT_EQ(data.empty_text, std::vector<float>(6, 0));
+  EXPECT_EQ(said, "2 captions of 3 tokens of 2 numbers\nnote: " + path +
+                      " has no empty (3, 2): guidance takes zeros for it\n");
+  EXPECT_ERROR(load(path, 0), "tensor latents (N,C,H,W) is missing");
+  save({"text", "empty"});
+  EXPECT_EQ(captions(path).first.empty_text, std::vector<float>(6, 0.25f));
+  EXPECT_EQ(captions(path).second, "2 captions of 3 tokens of 2 numbers\n");
+  save({"text", "mask"});
+  EXPECT_ERROR(load_captions(path), "unknown tensor \"mask\"");
+  save({"empty"});
+  EXPECT_ERROR(load_captions(path), "tensor text (M,L,d_text) is missing");
+  latents.text[3] = NAN, save({"text"});
+  EXPECT_ERROR(load_captions(path), "text[0, 1, 1] is nan");
+  Latents whole;
+  auto [all, line] = captions(whole.save(path));
+  EXPECT_EQ(all.text, whole.text);
+  EXPECT_EQ(all.images, 1u);
+  EXPECT_EQ(line.rfind("2 images of 1x2x2, 2 captions, 1 held out", 0), 0u) << line;
+  // Latents may be in several files.
+  put("y.safetensors.index.json", R"({"weight_map":{"latents":"x.safetensors",)"
+                                  R"("text":"x.safetensors","caption":"x.safetensors"}})");
+  EXPECT_EQ(load(at("y.safetensors.index.json")).out, line);
 }
 
 // A file of N latents (4,256,256) of zeros, in bf16: a hole, which takes no room on the disk.

@@ -2061,7 +2061,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
     save_tensors(at("huge.safetensors"), describe(c, 1), Device(), table,
                  Stored{"", numbers.data()});
   }
-  for (const char* name : {"samples.png", "ema.safetensors"}) {
+  for (const char* name : {"samples.png", "samples.safetensors", "ema.safetensors"}) {
     fs::create_directories(at("with_") + name);
     std::ofstream(at("with_") + name + "/" + name) << "somebody's";
   }
@@ -2126,6 +2126,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--alpha nan", "--alpha nan: expected a decimal number"},
       {"train", "--out " + at("foreign"), "weights.safetensors exists, but no state to go on from"},
       {"train", "--out " + at("with_samples.png"), "samples.png exists, but no state to go on"},
+      {"train", "--out " + at("with_samples.safetensors"), "samples.safetensors exists, but no"},
       {"train", "--out " + at("with_ema.safetensors"), "ema.safetensors exists, but no state"},
       {"train", "--ffn 6", "ffn 6 is not a multiple of 4"},
       {"train", "--lr 0", "--lr must be positive"},
@@ -3603,11 +3604,14 @@ TEST_F(CommandTest, WhatTheWeightsDoNotSayIsToldOrAFlag) {
       testing::IsSubstring,
       "taken are residual postnorm, means segment, norm_eps 1e-06, time shift 1 (the "
       "author's released model has 4: --time-shift)\n",
-      sample(bare, "--heads 2 --size 8 --text-tokens 3", 1));
+      sample(bare, "--heads 2 --size 8", 1));
   EXPECT_PRED_FORMAT2(testing::IsSubstring,
                       "released model has 4: --time-shift), images of 32x32 (--size)\n",
-                      sample(bare, "--heads 2 --text-tokens 3", 1));
-  expect_refused(run("sample", sample_, "--heads 2 --weights " + bare),
+                      sample(bare, "--heads 2", 1));
+  EXPECT_PRED_FORMAT2(testing::IsSubstring,
+                      "images of 32x32 (--size), 8 text tokens (--text-tokens)\n",
+                      sample(bare, "--heads 2 --data=", 1));
+  expect_refused(run("sample", sample_, "--heads 2 --text-tokens 8 --weights " + bare),
                  "captions of 3 x 5 numbers, the model takes 8 x 5");
   EXPECT_PRED_FORMAT2(
       testing::IsSubstring, "taken are residual postnorm, means segment\n",
@@ -3617,6 +3621,115 @@ TEST_F(CommandTest, WhatTheWeightsDoNotSayIsToldOrAFlag) {
   EXPECT_EQ(probed.status, 0);
   EXPECT_PRED_FORMAT2(testing::IsSubstring, "taken are residual postnorm, means segment\n",
                       probed.err);
+}
+
+// A file that holds only text, of any length, with the empty caption or without.
+TEST_F(CommandTest, CaptionsMayComeFromAFileOfTextAlone) {
+  auto save = [&](const std::string& name, size_t tokens, const std::vector<float>& empty) {
+    Dataset d = all_;
+    d.text_tokens = tokens, d.captions = 4, d.empty_text.resize(tokens * 5);
+    d.text.clear();
+    for (size_t i = 0; i < 4 * tokens * 5; ++i) d.text.push_back(float(gaussian(5, tokens, i)));
+    std::copy(empty.begin(), empty.end(), d.empty_text.begin());
+    save_latents(at("all_" + name), d);
+    SafetensorsWriter file(at(name));
+    file.declare("text", "F32", {4, tokens, 5});
+    if (!empty.empty()) file.declare("empty", "F32", {tokens, 5});
+    file.write(d.text.data(), d.text.size());
+    file.write(empty.data(), empty.size());
+    file.finish();
+  };
+  const std::vector<float> empty(30, 0.5f), zeros(30, 0);
+  save("text.safetensors", 6, empty), save("zeros.safetensors", 6, zeros);
+  save("bare_text.safetensors", 6, {});
+  without_metadata(at("run/weights.safetensors"), at("bare.safetensors"));
+  auto drawn = [&](const std::string& changes, const std::string& said = "") {
+    Outcome outcome = run("sample", sample_, changes);
+    EXPECT_EQ(outcome.status, 0) << outcome.err;
+    EXPECT_EQ(outcome.err, said);
+    SafetensorsReader(at("out.safetensors")).require("samples", {2, 1, 8, 8});
+    return read_text(at("out.safetensors"));
+  };
+  const std::string text = "--data " + at("text.safetensors"), six = drawn(text);
+  // What a data set of that length gives to weights that do not say theirs.
+  Outcome same = run("sample", sample_,
+                     "--heads 2 --size 8 --time-shift 1 --norm-eps 1e-6 --data " +
+                         at("all_text.safetensors") + " --weights " + at("bare.safetensors"));
+  EXPECT_EQ(same.status, 0) << same.err;
+  EXPECT_TRUE(read_text(at("out.safetensors")) == six);
+  EXPECT_TRUE(drawn(text + " --prompt 2") != six);
+  const std::string without_empty =
+      drawn("--data " + at("bare_text.safetensors"),
+            "note: " + at("bare_text.safetensors") +
+                " has no empty (6, 5): guidance takes zeros for it\n");
+  EXPECT_TRUE(without_empty == drawn("--data " + at("zeros.safetensors")));
+  EXPECT_TRUE(without_empty != six);
+  expect_refused(run("sample", sample_, text + " --prompt 4"), " has captions 0 to 3");
+  expect_refused(run("sample", sample_, text + " --text-tokens 3"),
+                 "captions of 6 x 5 numbers, the model takes 3 x 5");
+  expect_refused(run("train", train_, text + " --out " + at("new")),
+                 "tensor latents (N,C,H,W) is missing");
+  {
+    SafetensorsWriter file(at("wide.safetensors"));
+    file.declare("text", "F32", {1, 3, 4});
+    file.write(zeros.data(), 12);
+    file.finish();
+  }
+  expect_refused(run("sample", sample_, "--data " + at("wide.safetensors")),
+                 "captions of 3 x 4 numbers, the model takes 3 x 5");
+}
+
+// Weights in several files are those in one.
+TEST_F(CommandTest, WeightsMayBeSharded) {
+  SafetensorsReader whole(at("run/weights.safetensors"));
+  nlohmann::json index;
+  for (size_t shard : {0, 1}) {
+    std::string name = "part-" + std::to_string(shard) + ".safetensors";
+    SafetensorsWriter file(at(name), whole.metadata());
+    for (bool declares : {true, false})
+      for (size_t i = shard; i < whole.tensors().size(); i += 2) {
+        const TensorInfo& tensor = whole.tensors()[i];
+        std::vector<float> numbers(tensor.count());
+        whole.read(tensor, numbers.data(), 0, numbers.size());
+        if (declares)
+          file.declare(tensor.name, "F32", tensor.shape);
+        else
+          file.write(numbers.data(), numbers.size());
+        index["weight_map"][tensor.name] = name;
+      }
+    file.finish();
+  }
+  std::ofstream(at("part.safetensors.index.json")) << index;
+  ASSERT_EQ(run("sample", sample_, "").status, 0);
+  const std::string expected = read_text(at("out.safetensors"));
+  Outcome outcome = run("sample", sample_, "--weights " + at("part.safetensors.index.json"));
+  EXPECT_EQ(outcome.status, 0) << outcome.err;
+  EXPECT_TRUE(read_text(at("out.safetensors")) == expected);
+  fs::remove(at("part-1.safetensors"));
+  expect_refused(run("sample", sample_, "--weights " + at("part.safetensors.index.json")),
+                 "cannot open " + at("part-1.safetensors") + ": No such file");
+}
+
+// No picture is made of more channels than it has; a run leaves the numbers.
+TEST_F(CommandTest, SamplesOfManyChannelsAreNumbers) {
+  Dataset latents = all_;
+  latents.channels = 4, latents.images /= 4, latents.caption.resize(latents.images);
+  save_latents(at("four.safetensors"), latents);
+  const std::string data = "--data " + at("four.safetensors");
+  Outcome trained = run("train", train_, data + " --sample-every 1 --out " + at("four"));
+  ASSERT_EQ(trained.status, 0) << trained.err;
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, "samples " + at("four/samples.safetensors") + "\n",
+                      trained.out);
+  for (const char* name : {"samples", "samples_000001"}) {
+    EXPECT_FALSE(fs::exists(at("four/") + name + ".png"));
+    SafetensorsReader(at("four/") + name + ".safetensors").require("samples", {32, 4, 8, 8});
+  }
+  const std::string weights = data + " --weights " + at("four/weights.safetensors");
+  expect_refused(run("sample", sample_, weights + " --out " + at("out.png")),
+                 "out.png: a picture has three channels at most, not 4: name a .safetensors");
+  EXPECT_FALSE(fs::exists(at("out.png")));
+  EXPECT_EQ(run("sample", sample_, weights).status, 0);
+  SafetensorsReader(at("out.safetensors")).require("samples", {2, 4, 8, 8});
 }
 
 // Of a folder, captions are asked for by name, in words that it has, or by number.
