@@ -17,7 +17,7 @@ for test in ${@/%//*_test}; do
 done
 [ $((passed + failed)) -gt 0 ] || failed=1
 # Each of these counts as one test: NOTES.md's table of equations, the scripts, runs that are killed, a
-# run's page.
+# run's page, the way to PyTorch and back.
 check() {
   bash "tests/$1_check.sh" "${@:2}"
   case $? in
@@ -30,5 +30,6 @@ check notes
 check scripts "$1/mvsplit"
 check kill "$1/mvsplit"
 check page "$1/mvsplit"
+check convert "$1/mvsplit"
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]

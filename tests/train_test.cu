@@ -3671,8 +3671,8 @@ TEST_F(CommandTest, CaptionsMayComeFromAFileOfTextAlone) {
                  "tensor latents (N,C,H,W) is missing");
   {
     SafetensorsWriter file(at("wide.safetensors"));
-    file.declare("text", "F32", {1, 3, 4});
-    file.write(zeros.data(), 12);
+    file.declare("text", "F32", {1, 3, 4}), file.declare("empty", "F32", {3, 4});
+    file.write(zeros.data(), 12), file.write(zeros.data(), 12);
     file.finish();
   }
   expect_refused(run("sample", sample_, "--data " + at("wide.safetensors")),

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# convert_check.sh PROGRAM: tests/convert.py on a small model of the author's kind: PROGRAM draws with it, from
+# prompt features in a file of text alone, and what comes back to PyTorch is what was there. Exit status
+# 77 where there is no PyTorch; 1 and a line a fault otherwise.
+set -uo pipefail
+export LC_ALL=C.UTF-8  # decimal points, not commas
+python=${PYTHON:-python3} faults=0
+"$python" -c 'import torch' 2>/dev/null || {
+  echo "convert_check: skipped: $python has no PyTorch (PYTHON= names another)"
+  exit 77
+}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+fault() {
+  echo "convert_check: $1"
+  faults=$((faults + 1))
+}
+convert() { "$python" tests/convert.py "$@" >"$work/log" 2>&1; }
+refused() {  # refused WORDS ARGUMENT...: fails with these words, and leaves nothing
+  convert "${@:2}" && fault "not refused: $1"
+  grep -qF -- "$1" "$work/log" || fault "no '$1' but: $(tail -n 1 "$work/log")"
+  ! compgen -G "$work/new*" >/dev/null || fault "left something behind: $1"
+}
+
+# The author's names; text as wide as the trunk has no projection; norms have gains of one. Two dtypes,
+# and a tensor that lies in memory otherwise than in the file.
+"$python" - "$work" <<'MODEL' || fault "no model"
+import sys, torch
+torch.manual_seed(1)
+D, F, C, L = 32, 48, 6, 3
+draw = lambda *shape: torch.randn(shape) / shape[-1] ** 0.5
+w = {"patch_embed.patch_proj.weight": draw(D, C, 1, 1), "patch_embed.patch_proj.bias": draw(D),
+     "final_proj.weight": draw(D, C).T, "final_proj.bias": draw(C), "norm_img_input.weight": torch.ones(D),
+     "norm_text_input.weight": torch.ones(D)}
+for b in range(L):
+    at = f"blocks.{b}."
+    w |= {at + f"operator.{x}.weight": draw(D, D).bfloat16() for x in ("q_proj", "k_proj", "v_proj", "proj")}
+    w |= {at + "ffn.w13.weight": draw(2 * F, D), at + "ffn.w2.weight": draw(D, F)}
+    for i in (1, 2):
+        norm = at + f"fused_mvsplit_norm{i}."
+        w |= {norm + "alpha": 0.1 * draw(D), norm + "beta": 0.3 + 0.1 * draw(D), norm + "weight": torch.ones(D)}
+assert not w["final_proj.weight"].is_contiguous()
+folder = sys.argv[1]
+torch.save(w, folder + "/plain.pt")
+torch.save({"model": {"_orig_mod." + name: x for name, x in w.items()}, "step": 7}, folder + "/model.pt")
+torch.save({**w, "_orig_mod.final_proj.bias": w["final_proj.bias"]}, folder + "/twice.pt")
+torch.save({"step": 7}, folder + "/none.pt")
+torch.save({"a": w["final_proj.bias"]}, folder + "/other.pt")
+text = torch.randn(2, 5, D)
+header = '{"text":{"dtype":"F32","shape":[2,5,32],"data_offsets":[0,%d]}}' % (text.numel() * 4)
+with open(folder + "/text.safetensors", "wb") as file:
+    file.write(len(header).to_bytes(8, "little") + header.encode() + bytes(text.flatten().view(torch.uint8).tolist()))
+MODEL
+
+convert "$work/model.pt" "$work/model.safetensors" || fault "to safetensors: $(tail -n 1 "$work/log")"
+convert "$work/plain.pt" "$work/plain.safetensors" || fault "to safetensors: $(tail -n 1 "$work/log")"
+cmp "$work/model.safetensors" "$work/plain.safetensors" || fault "_orig_mod. makes a difference"
+said=$(head -c 2000 "$work/model.safetensors" | tr -d "\0")
+for words in '"heads": "8"' '"norm_eps": "1e-05"' '"time_shift": "4.0"' '"height": "16"' '"depth": "3"' '"residual": "mvsplit"'; do
+  [[ $said == *"$words"* ]] || fault "the metadata does not say $words"
+done
+draw() { "$1" sample --device cpu --weights "$work/model.safetensors" --data "$work/text.safetensors" --prompt 1 \
+  --columns 1 --steps 35 --cfg 2 --out "$work/$2" >"$work/log" 2>&1; }
+draw "$1" drawn.safetensors || fault "sample: $(tail -n 1 "$work/log")"
+! grep 'does not say' "$work/log" || fault "the metadata does not say all"
+[[ $(head -c 200 "$work/drawn.safetensors" | tr -d "\0") == *'"shape":[1,6,16,16]'* ]] || fault "no latents were drawn"
+draw "$1" drawn.png
+grep -q 'name a .safetensors' "$work/log" || fault "a picture of six channels is not refused"
+
+# And back: in one file, and in two with an index.
+convert "$work/model.safetensors" "$work/back.pt" || fault "to .pt: $(tail -n 1 "$work/log")"
+convert "$work/model.safetensors.index.json" "$work/sharded.pt" && fault "a missing index is read"
+echo '{"weight_map": {"text": "text.safetensors", "others": "model.safetensors"}}' >"$work/two.safetensors.index.json"
+convert "$work/two.safetensors.index.json" "$work/two.pt" || fault "shards to .pt: $(tail -n 1 "$work/log")"
+"$python" - "$work" <<'SAME' || fault "what comes back is not what was there"
+import sys, torch
+there, back, two = (torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=True) for name in ("plain", "back", "two"))
+same = lambda a, b: a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+assert there.keys() == back.keys() and two.keys() == {*there, "text"}
+assert all(same(x, back[name]) and same(x, two[name]) for name, x in there.items())
+SAME
+
+refused 'twice, with _orig_mod. and without' "$work/twice.pt" "$work/new.safetensors"
+refused 'holds no state_dict' "$work/none.pt" "$work/new.safetensors"
+refused 'not the weights of this model' "$work/other.pt" "$work/new.safetensors"
+refused 'cannot make' "$work/absent.pt" "$work/new.safetensors"
+refused 'cannot make' "$work/absent.safetensors" "$work/new.pt"
+refused 'or the other way round' "$work/model.pt" "$work/new.pt"
+echo "convert_check: $faults faults"
+[ $faults = 0 ]
