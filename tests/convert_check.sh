@@ -56,7 +56,8 @@ convert "$work/model.pt" "$work/model.safetensors" || fault "to safetensors: $(t
 convert "$work/plain.pt" "$work/plain.safetensors" || fault "to safetensors: $(tail -n 1 "$work/log")"
 cmp "$work/model.safetensors" "$work/plain.safetensors" || fault "_orig_mod. makes a difference"
 said=$(head -c 2000 "$work/model.safetensors" | tr -d "\0")
-for words in '"heads": "8"' '"norm_eps": "1e-05"' '"time_shift": "4.0"' '"height": "16"' '"depth": "3"' '"residual": "mvsplit"'; do
+for words in '"heads": "8"' '"norm_eps": "1e-05"' '"time_shift": "4.0"' '"height": "16"' '"depth": "3"' \
+  '"residual": "mvsplit"'; do
   [[ $said == *"$words"* ]] || fault "the metadata does not say $words"
 done
 draw() { "$1" sample --device cpu --weights "$work/model.safetensors" --data "$work/text.safetensors" --prompt 1 \
