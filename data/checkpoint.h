@@ -161,10 +161,10 @@ inline double read_time_shift(const SafetensorsReader& file, const std::string& 
 
 // One slab of numbers, one for each parameter, and what goes before their names in a file. A null
 // slab is left out.
-template <class Acc>
+template <class Number>
 struct Stored {
   std::string prefix;
-  Acc* slab;
+  Number* slab;
 
   // Call f(name, parameter, where its numbers are) for each tensor.
   template <class F>
@@ -173,13 +173,13 @@ struct Stored {
     for (const Parameter& p : table.parameters) f(prefix + p.name, p, slab + p.offset);
   }
 };
-template <class Acc>
-Stored(const char*, Acc*) -> Stored<Acc>;
+template <class Number>
+Stored(const char*, Number*) -> Stored<Number>;
 
 // Write the table's tensors from each slab. Host memory: one tensor.
-template <class... Acc>
+template <class... Number>
 void save_tensors(const std::string& path, const Metadata& metadata, const Device& device,
-                  const Table& table, const Stored<Acc>&... slabs) {
+                  const Table& table, const Stored<Number>&... slabs) {
   SafetensorsWriter file(path, metadata);
   auto declare = [&](const std::string& name, const Parameter& p, auto* from) {
     file.declare(name, dtype_name<std::remove_const_t<std::remove_pointer_t<decltype(from)>>>(),
@@ -213,9 +213,9 @@ inline bool is_norm_gain(const std::string& name) {
 }
 
 // Read the table's tensors into each slab. Anything missing, unknown or of another shape fails.
-template <class... Acc>
+template <class... Number>
 void load_tensors(const SafetensorsReader& file, const std::string& path, const Device& device,
-                  const Table& table, const Stored<Acc>&... slabs) {
+                  const Table& table, const Stored<Number>&... slabs) {
   Progress progress("reading " + visible(path), file.tensors().size());
   auto read = [&](const TensorInfo& tensor, auto& host) {
     progress.advance(1);

@@ -279,12 +279,12 @@ class Subcommand {
     add({option, Option::value, read, [&] { return shortest(x); }}, "FLOAT", about);
   }
   // `otherwise`: what it is where nobody says, for the help.
-  template <class Real>
-  void add(const char* option, std::optional<Real>& x, const char* about,
+  template <class Number>
+  void add(const char* option, std::optional<Number>& x, const char* about,
            const char* otherwise = "") {
     auto read = [&](const Words& texts) { return take(texts[0], x.emplace()); };
     auto write = [&] { return x ? shortest(*x) : ""; };
-    add({option, Option::value, read, write}, std::is_same_v<Real, size_t> ? "UINT" : "FLOAT",
+    add({option, Option::value, read, write}, std::is_same_v<Number, size_t> ? "UINT" : "FLOAT",
         about, otherwise);
   }
   void add(const char* option, std::string& x, const char* about, const Words& choices = {}) {

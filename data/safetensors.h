@@ -167,15 +167,15 @@ enum class bool8 : uint8_t {};  // a bool may hold 0 and 1 only; a byte of a fil
   X(U64, uint64_t) X(U32, uint32_t) X(U16, uint16_t) X(U8, uint8_t) X(BOOL, bool8)
 // clang-format on
 
-template <class Real>
+template <class Number>
 constexpr bool is_floating =
-    std::is_floating_point_v<Real> || std::is_same_v<Real, f16> || std::is_same_v<Real, bf16>;
+    std::is_floating_point_v<Number> || std::is_same_v<Number, f16> || std::is_same_v<Number, bf16>;
 
-// The safetensors name of T: dtype_name<float>() is "F32".
-template <class Real>
+// The safetensors name of Number: dtype_name<float>() is "F32".
+template <class Number>
 const char* dtype_name() {
 #define X(NAME, Type) \
-  if (std::is_same_v<Real, Type>) return #NAME;
+  if (std::is_same_v<Number, Type>) return #NAME;
   FOR_EACH_DTYPE(X)
 #undef X
   return "none";
@@ -294,11 +294,11 @@ class SafetensorsReader {
       if (!names.count(tensor.name)) reject("unknown tensor " + printable(tensor.name));
   }
 
-  // Numbers [first, first + count) of a tensor into out, as T: double, float and bf16 take every
-  // floating dtype (rounding to nearest), int64_t every integer one, int16_t its own. Fails on the
-  // wrong kind.
-  template <class Real>
-  void read(const TensorInfo& tensor, Real* out, size_t first, size_t count) const {
+  // Numbers [first, first + count) of a tensor into out: double, float and bf16 take every floating
+  // dtype (rounding to nearest), int64_t every integer one, int16_t its own. Fails on the wrong
+  // kind.
+  template <class Number>
+  void read(const TensorInfo& tensor, Number* out, size_t first, size_t count) const {
     if (first > tensor.count() || count > tensor.count() - first)
       reject("numbers " + std::to_string(first) + " to " + std::to_string(first + count) +
              " of tensor " + printable(tensor.name) + " lie outside it");
@@ -333,22 +333,22 @@ class SafetensorsReader {
     }
   }
 
-  template <class Source, class Real>
-  void read_as(const TensorInfo& tensor, Real* out, size_t first, size_t count) const {
+  template <class Source, class Number>
+  void read_as(const TensorInfo& tensor, Number* out, size_t first, size_t count) const {
     static_assert(
-        std::is_same_v<Real, int64_t> || std::is_same_v<Real, int16_t> || is_floating<Real>,
+        std::is_same_v<Number, int64_t> || std::is_same_v<Number, int16_t> || is_floating<Number>,
         "read double, float, bf16, int64_t, int16_t");
-    constexpr bool narrows = std::is_same_v<Real, int16_t> && !std::is_same_v<Source, Real>;
-    if constexpr (is_floating<Source> != is_floating<Real> || narrows) {
+    constexpr bool narrows = std::is_same_v<Number, int16_t> && !std::is_same_v<Source, Number>;
+    if constexpr (is_floating<Source> != is_floating<Number> || narrows) {
       reject("tensor " + printable(tensor.name) + " is " + tensor.dtype + ", expected " +
-             (is_floating<Real> ? "a floating"
-              : narrows         ? "the I16"
-                                : "an integer") +
+             (is_floating<Number> ? "a floating"
+              : narrows           ? "the I16"
+                                  : "an integer") +
              " dtype");
     } else {
       size_t offset = data_start_ + tensor.begin + first * sizeof(Source);
-      if constexpr (std::is_same_v<Source, Real>)
-        return read_bytes(offset, out, count * sizeof(Real));
+      if constexpr (std::is_same_v<Source, Number>)
+        return read_bytes(offset, out, count * sizeof(Number));
       std::vector<Source> buffer(std::min<size_t>(count, (1 << 20) / sizeof(Source)));
       for (size_t n; count > 0; count -= n, out += n, offset += n * sizeof(Source)) {
         n = std::min(count, buffer.size());
@@ -358,10 +358,10 @@ class SafetensorsReader {
             if (buffer[i] > INT64_MAX)
               reject("tensor " + printable(tensor.name) + " holds " + std::to_string(buffer[i]) +
                      ", more than a signed 64-bit integer does");
-          if constexpr (std::is_same_v<Real, bf16>)
+          if constexpr (std::is_same_v<Number, bf16>)
             out[i] = bf16(static_cast<float>(buffer[i]));
           else
-            out[i] = static_cast<Real>(buffer[i]);
+            out[i] = static_cast<Number>(buffer[i]);
         }
       }
     }
@@ -550,21 +550,21 @@ class SafetensorsWriter {
 
   // Appends the next `count` numbers of the current tensor, all or a piece of it, as they are;
   // fails on another dtype than was declared, on too many, or if the disk does not take them.
-  template <class Real>
-  void write(const Real* data, size_t count) {
+  template <class Number>
+  void write(const Number* data, size_t count) {
     if (!file_) begin();
     while (current_ < tensors_.size() && tensors_[current_].end == written_) ++current_;
     if (count == 0) return;
     if (current_ == tensors_.size()) reject("more numbers are written than were declared");
     const TensorInfo& tensor = tensors_[current_];
-    if (tensor.dtype != dtype_name<Real>())
+    if (tensor.dtype != dtype_name<Number>())
       reject("tensor " + printable(tensor.name) + " is declared " + tensor.dtype + ", not " +
-             dtype_name<Real>());
-    if (count > (tensor.end - written_) / sizeof(Real))
+             dtype_name<Number>());
+    if (count > (tensor.end - written_) / sizeof(Number))
       reject("tensor " + printable(tensor.name) + " gets more numbers than " +
              shape_text(tensor.shape) + " holds");
-    file_->write(data, count * sizeof(Real));
-    written_ += count * sizeof(Real);
+    file_->write(data, count * sizeof(Number));
+    written_ += count * sizeof(Number);
   }
 
   // Makes the file appear; fails if a declared number was not written.

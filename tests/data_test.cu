@@ -41,11 +41,11 @@ class DataTest : public testing::Test {
   std::string folder_;
 };
 
-template <class Real>
-std::string raw(const std::vector<Real>& values) {
+template <class Number>
+std::string raw(const std::vector<Number>& values) {
   return values.empty() ? ""
                         : std::string(reinterpret_cast<const char*>(values.data()),
-                                      values.size() * sizeof(Real));
+                                      values.size() * sizeof(Number));
 }
 std::string safetensors(const std::string& header, const std::string& data) {
   return raw<uint64_t>({header.size()}) + header + data;
@@ -368,17 +368,17 @@ TEST_F(DataTest, HalfPrecision) {
 }
 
 // Writes one tensor of T, checks that the file holds its very bytes, and reads it as R.
-template <class Real, class R>
-void round_trip(const std::string& path, const std::vector<Real>& values,
+template <class Number, class R>
+void round_trip(const std::string& path, const std::vector<Number>& values,
                 const std::vector<R>& expected) {
   const std::vector<size_t> shape(1, values.size());  // nvcc drops the braces of {n} in a template
   SafetensorsWriter writer(path);
-  writer.declare("x", dtype_name<Real>(), shape);
+  writer.declare("x", dtype_name<Number>(), shape);
   writer.write(values.data(), values.size());
   writer.finish();
   SafetensorsReader reader(path);
   const TensorInfo& x = reader.require("x", shape);
-  EXPECT_EQ(x.dtype, dtype_name<Real>());
+  EXPECT_EQ(x.dtype, dtype_name<Number>());
   ASSERT_EQ(x.count(), values.size());
   std::vector<R> read(values.size());
   reader.read(x, read.data(), 0, read.size());
