@@ -110,7 +110,7 @@ run: build/mvsplit data
 	$(if $(GPU_ARCH),$(if $(NVCC),,$(info there is a GPU, but no nvcc: this build is for the CPU)))
 	build/mvsplit train $(RUN_$(MACHINE)) --residual mvsplit --resume --out "$$RUN"
 	@bash data/curve.sh "$$RUN"
-	@bash data/page.sh "$$RUN"
+	@[ ! -s "$$RUN/page.html" ] || echo "the whole run on one page, for a browser: $$RUN/page.html"
 
 page:
 	@bash data/page.sh "$$RUN"

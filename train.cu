@@ -1685,7 +1685,7 @@ class Gradcheck {
       const Parameter& p = table.parameters[i];
       Piece piece{net_.weights() + p.offset, net_.gradients() + p.offset,
                   exact_.weights() + p.offset, p.count()};
-      std::vector<double> w = host(piece.value, piece.count);
+      std::vector<double> w = downloaded(device, piece.value, piece.count);
       double spread = 0.3 * std::abs(p.scale) + (p.scale == 0 ? 0.1 : 0);
       for (size_t k = 0; k < p.count(); ++k)
         piece.exact[k] = w[k] + (drawn && p.init == Init::constant ? spread * normal(0, i, k) : 0);
@@ -1744,11 +1744,6 @@ class Gradcheck {
   double normal(uint64_t other_seed, uint64_t number, size_t k) const {
     return gaussian(o_.seed + other_seed, streams::check, number << 40 | k);
   }
-  std::vector<double> host(const double* from, size_t count) const {
-    std::vector<double> x(count);
-    net_.device.download(x.data(), from, count * sizeof(double));
-    return x;
-  }
   void add(const std::string& name, Piece piece) {
     auto named = [&](const Family& f) { return f.name == name; };
     auto at = std::find_if(families_.begin(), families_.end(), named);
@@ -1769,7 +1764,7 @@ class Gradcheck {
     auto loss = [&](double x) {
       move(family, x);
       net_.forward(o_.batch);
-      std::vector<double> v = host(net_.arrays.velocity, cotangent_.size());
+      std::vector<double> v = downloaded(net_.device, net_.arrays.velocity, cotangent_.size());
       return std::inner_product(v.begin(), v.end(), cotangent_.begin(), 0.0);
     };
     auto odd = [&](double x) { return loss(x) - loss(-x); };
@@ -1783,7 +1778,7 @@ class Gradcheck {
     size_t count = 0;
     for (size_t i = 0; i < family.pieces.size(); ++i) {
       const Piece& p = family.pieces[i];
-      std::vector<double> g = host(p.gradient, p.count);
+      std::vector<double> g = downloaded(net_.device, p.gradient, p.count);
       for (size_t k = 0; k < p.count; ++k) {
         p.exact[k].d = normal(1, i, k);
         by_hand += g[k] * p.exact[k].d;
