@@ -1,17 +1,17 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# fp32event: is the scream one of bf16? Post-Norm as in `scream` at 1e-3, warm-up 300, to step 285, some steps
-# before its first sign at 293; from this state, which has fp32 master weights and moments, to step 400 in bf16
+# fp32event: is the scream one of bf16? Post-Norm at 1e-3, warm-up 300, seed 2, which in `appendixj` screamed
+# from step 414 on, to step 400; from this state, which has fp32 master weights and moments, to step 480 in bf16
 # as before and in fp32, every step diagnosed, 9 layers. (Other code or another card rounds otherwise, and may
 # move the event.)
 columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_rho attention_tcs q_grad_rms k_grad_rms"
 bin=1
 
 runs() {
-  local saved=285 steps=400 precision
+  local saved=400 steps=480 precision
   if [ "$SCALE" = tiny ]; then saved=20 steps=40; fi
-  run save residual=postnorm lr=1e-3 "steps=$saved" save-every=0 precision=bf16 keep=state
+  run save seed=2 residual=postnorm lr=1e-3 "steps=$saved" save-every=0 precision=bf16 keep=state
   for precision in bf16 fp32; do
-    run $precision from=save residual=postnorm lr=1e-3 "steps=$steps" save-every=0 "precision=$precision" state=fp32 \
+    run $precision seed=2 from=save residual=postnorm lr=1e-3 "steps=$steps" save-every=0 "precision=$precision" state=fp32 \
       diagnose-every=1 diagnose-layers="$(layers 9)"
   done
 }
