@@ -1600,7 +1600,8 @@ __device__ inline void add_row_sums(float (&sum)[2], const Fragment (&x)[2]) {
   for (int i = 0; i < 8; ++i)
     sum[i % 2] += first_of(x[i / 4].r[i % 4]) + second_of(x[i / 4].r[i % 4]);
 }
-// sum[i] += this thread's share of columns 64 i + 2 (lane) and the next of a tile: a warp has 8 rows.
+// sum[i] += this thread's share of columns 64 i + 2 (lane) and the next of a tile: a warp has 8
+// rows.
 template <int dim>
 __device__ void add_column_sums(float (&sum)[dim / 64][2], Tile<dim, tile_columns> C) {
   UNROLL

@@ -930,8 +930,9 @@ HD void each_quad(Team team, size_t D, const F& f) {
   for (; d < D; d += step) f(d, true);
 }
 
-// Neighbouring rows of one group. A thread takes four at a time, so that it reads what belongs to the
-// group and the channel once for all of them: row(k), k < 4, past the last row the last one again.
+// Neighbouring rows of one group. A thread takes four at a time, so that it reads what belongs to
+// the group and the channel once for all of them: row(k), k < 4, past the last row the last one
+// again.
 struct Piece {
   size_t group, first, last;
 
@@ -943,8 +944,8 @@ struct Piece {
 // and quad of channels; with `zero` for an empty group.
 //
 // A team takes one group and 16 to 128 channels, fewer while there are few teams. Its threads are a
-// grid, a quad of channels a column, and each of its lines takes every lines-th row, four at a time,
-// all their loads before the first sum. (On a CPU the grid is 1 x 1.)
+// grid, a quad of channels a column, and each of its lines takes every lines-th row, four at a
+// time, all their loads before the first sum. (On a CPU the grid is 1 x 1.)
 template <class Sum, class Groups, class Term, class Finish>
 void sum_over_rows(const Device& device, Groups groups, size_t D, Sum zero, const Term& term,
                    const Finish& finish) {
@@ -1110,9 +1111,9 @@ size_t partial_sums(Groups groups, size_t D) {
   return groups.pieces(rows_of_a_piece(D)).rows() * D / 4;
 }
 
-// find(row, sum of weigh(row, d) over channels) for each row, then finish(group, d, sum of term(group,
-// row, d)) over each group's rows. A team does both for a piece of a group, where what was read for
-// the first is still near; sum_over_rows() adds up the pieces.
+// find(row, sum of weigh(row, d) over channels) for each row, then finish(group, d, sum of
+// term(group, row, d)) over each group's rows. A team does both for a piece of a group, where what
+// was read for the first is still near; sum_over_rows() adds up the pieces.
 template <class Acc, class Sum, class Groups, class Weigh, class Find, class Term, class Finish>
 void sum_over_rows_by_sum(const Device& device, Groups groups, size_t D, Sum zero, Sum* partial,
                           const Weigh& weigh, const Find& find, const Term& term,

@@ -416,10 +416,10 @@ struct MvSplit : MergeBase {
 //
 //     Delta = r (G - h X_next),      h = <G, X_next> / D,     for each token            (Delta')
 //
-// A walk over the rows makes h, and with it Delta, for their sums over tokens: Dbar and the gates. A
-// second walk makes Delta again, from h, and the outputs of section 4; a merge that has neither means
-// nor gates needs no other. (To store Delta would cost a write, a (B, T, D) array and a rounding.) The
-// walks' schedules are listed in math.h (end of section 4).
+// A walk over the rows makes h, and with it Delta, for their sums over tokens: Dbar and the gates.
+// A second walk makes Delta again, from h, and the outputs of section 4; a merge that has neither
+// means nor gates needs no other. (To store Delta would cost a write, a (B, T, D) array and a
+// rounding.) The walks' schedules are listed in math.h (end of section 4).
 
 // Which merge, and its gates (Number = const Real) or their gradients, as it lists them.
 struct Merge {
@@ -789,8 +789,9 @@ void merge_forward(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> s
   });
 }
 
-// dX, dF and the gates' gradients (=, or += if `accumulate`); see merge_backward_as(). The gates' are
-// made beside what follows: they are there, and `scratch` may be used again, at the end of `beside`.
+// dX, dF and the gates' gradients (=, or += if `accumulate`); see merge_backward_as(). The gates'
+// are made beside what follows: they are there, and `scratch` may be used again, at the end of
+// `beside`.
 template <class Real, class Number>
 void merge_backward(Beside& beside, Real* dX, Real* dF, Gates<Number> dgates,
                     MergeScratch<AccOf<Real>> scratch, MergeBackwardInputs<Real> in,
