@@ -398,10 +398,10 @@ struct BlockSaved {
 };
 
 // Arrays that live within one block's pass, shared by all blocks. On tensor cores attention needs
-// `inner` and `kbar` in place of scores and dS.
+// `inner` in place of scores and dS.
 template <class Real>
 struct BlockScratch {
-  AccOf<Real>*scores, *inner, *kbar;    // (B, H, T, T), in the backward dA; (B, H, T), (B, 2, D)
+  AccOf<Real>*scores, *inner;           // (B, H, T, T), in the backward dA; (B, H, T)
   Real* dF[2];                          // (B T, D), of both branches
   Real *dhidden, *du, *dY, *dqkv, *dS;  // (B T, ffn), (, 2 ffn), (, D), (, 3D), (B, H, T, T)
   MergeScratch<AccOf<Real>> merge[2];
@@ -1060,7 +1060,7 @@ struct Arrays : EndArrays<Real> {
     if (!fused) scratch.scores = c.take<Acc>(squares);
     if (!trains) return;
     if (fused)
-      scratch.inner = c.take<Acc>(rows * m.heads), scratch.kbar = c.take<Acc>(2 * B * m.width);
+      scratch.inner = c.take<Acc>(rows * m.heads);
     else
       scratch.dS = c.take<Real>(squares);
     G = c.take<Real>(rows * m.width);
@@ -1068,10 +1068,8 @@ struct Arrays : EndArrays<Real> {
     scratch.dY = c.take<Real>(rows * m.width);
     scratch.dhidden = c.take<Real>(rows * m.ffn), scratch.du = c.take<Real>(2 * rows * m.ffn);
     scratch.dqkv = c.take<Real>(3 * rows * m.width);
-    for (MergeScratch<Acc>& merge : scratch.merge) {
-      merge.h = c.take<Acc>(rows);
-      merge.dZbar = c.take<Acc>(2 * B * m.width), merge.dgate = c.take<Acc>(2 * B * m.width);
-    }
+    for (MergeScratch<Acc>& merge : scratch.merge)
+      merge.lay(c, {B, m.image_tokens(), m.text_tokens}, m.width);
   }
 
   void lay_ends(Carver& c, const Config& m, size_t B, bool trains) {
@@ -1492,7 +1490,8 @@ void replace_heads(const Device& device, Real* x, const Real* y, Rope<AccOf<Real
 //   That makes S twice, but each sum belongs to one thread block (no atomics, the same bits each
 //   time) and fits into its registers. The products are not scaled in the code: 1/sqrt(hd) goes
 //   into the exponent, and to dQ and dK on the way out. There dQ becomes dS P K (2.2) as well: dS K
-//   less (dS 1) kbar^T, from the sums of the rounded dS that went into the product.
+//   less (dS 1) kbar^T, from the sums of the rounded dS that went into the product and of the keys,
+//   which the walk has both at hand.
 //
 // dQ and dK leave through RoPE and QK-norm's backward (2.1), since a thread that holds channel j of
 // a row also holds channel j + hd/2.
@@ -1600,6 +1599,34 @@ __device__ inline void add_row_sums(float (&sum)[2], const Fragment (&x)[2]) {
   UNROLL
   for (int i = 0; i < 8; ++i)
     sum[i % 2] += first_of(x[i / 4].r[i % 4]) + second_of(x[i / 4].r[i % 4]);
+}
+// sum[i] += this thread's share of columns 64 i + 2 (lane) and the next of a tile: a warp has 8
+// rows.
+template <int dim>
+__device__ void add_column_sums(float (&sum)[dim / 64][2], Tile<dim, tile_columns> C) {
+  UNROLL
+  for (int i = 0; i < dim / 64; ++i) {
+    UNROLL
+    for (int k = 0; k < 8; ++k) {
+      uint32_t both = C.pair(int(threadIdx.x / 32) * 8 + k, 64 * i + 2 * int(threadIdx.x % 32));
+      sum[i][0] += first_of(both), sum[i][1] += second_of(both);
+    }
+  }
+}
+// means (dim), in shared memory: the four warps' sums over n; room for 4 dim numbers.
+template <int panels>
+__device__ void column_means(float* means, const float (&sum)[panels][2], int n) {
+  constexpr int dim = 64 * panels;
+  int thread = int(threadIdx.x), lane = thread % 32;
+  UNROLL
+  for (int i = 0; i < 2 * panels; ++i)
+    means[thread / 32 * dim + 64 * (i / 2) + 2 * lane + i % 2] = sum[i / 2][i % 2];
+  __syncthreads();
+  if (thread < dim) {
+    for (int warp = 1; warp < 4; ++warp) means[thread] += means[warp * dim + thread];
+    means[thread] /= float(n);
+  }
+  __syncthreads();
 }
 // Two kinds of product are needed, of a tile's rows with another's,
 //     product_of_rows:   x (64 x 32) = L C^T,
@@ -1848,7 +1875,6 @@ __global__ void __launch_bounds__(block_threads, 4)
 struct AttentionBackwardInputs {
   const bf16* dY;                 // (B, T, D)
   const float *log_sums, *inner;  // (B, H, T): l and c
-  const float* kbar;              // (B, 2, D), the mean key first
   const float* r;                 // (B, T, 2, H), of QK-norm
   Rope<float> rope;
 };
@@ -1924,6 +1950,7 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
   load_columns(0);
   end_of_loads();
   float d1[dim / 8][4] = {}, d2[keys ? dim / 8 : 1][4] = {}, row_log[2], row_inner[2], sum[2] = {};
+  float key_sum[dim / 64][2] = {};
   if (!keys) {
     UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -1966,16 +1993,19 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
     if (!keys) add_row_sums(sum, left);
     begin_products();
     add_rows(d1, left, C1);
+    if (!keys) add_column_sums(key_sum, C1);
     wait<0>(), settled(d1), settled(d2);
     __syncthreads();
   }
   if (!keys) {
-    const float* kbar = c.kbar + p.b * 2 * D + p.head * dim + 2 * p.t;
+    float* kbar = reinterpret_cast<float*>(shared + 2 * Rows::size);  // where the tiles were
+    column_means(kbar, key_sum, p.n);
     UNROLL
     for (int i = 0; i < 2; ++i) {
       float total = row_sum(sum[i]);
       UNROLL
-      for (int k = 0; k < dim / 4; ++k) d1[k / 2][2 * i + k % 2] -= total * kbar[k / 2 * 8 + k % 2];
+      for (int k = 0; k < dim / 4; ++k)
+        d1[k / 2][2 * i + k % 2] -= total * kbar[k / 2 * 8 + 2 * p.t + k % 2];
     }
   }
   // The sums leave by way of the rows' tiles.
@@ -2016,8 +2046,8 @@ bool fused_attention_forward(Device& device, const BlockSaved<Real>& s, Heads he
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count));
     size_t rows = block_rows + 4 * tile_columns;
     auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, false, block_threads, rows * heads.dim * sizeof(Real), s.Y,
-             s.Y_rest, s.log_sums, s.qkv, heads);
+      launch(device, kernel, blocks, block_threads, rows * heads.dim * sizeof(Real), s.Y, s.Y_rest,
+             s.log_sums, s.qkv, heads);
     };
     heads.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
   }
@@ -2035,16 +2065,13 @@ bool fused_attention_backward(Device& device, const Block<Real>& block) {
   Heads heads = block.shape.heads;
   if (!s.log_sums) return false;
   head_products(device, scratch.inner, scratch.dY, s.Y, s.Y_rest, heads);
-  size_t D = heads.width();
-  token_means(device, scratch.kbar, s.qkv + D, {heads.batch, heads.length, 0}, D, 3 * D);
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<Real, bf16>) {
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count), 1, 2);
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
-    AttentionBackwardInputs c{scratch.dY,   s.log_sums, scratch.inner,
-                              scratch.kbar, s.r_qk,     block.shape.rope};
+    AttentionBackwardInputs c{scratch.dY, s.log_sums, scratch.inner, s.r_qk, block.shape.rope};
     auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, false, block_threads,
+      launch(device, kernel, blocks, block_threads,
              rows * heads.dim * sizeof(Real) + floats * sizeof(float), scratch.dqkv, s.qkv, c,
              heads);
     };

@@ -219,8 +219,8 @@ HD Acc min_(Acc a, Acc b) {
   return a < b ? a : b;
 }
 
-inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-inline size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
+HD inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+HD inline size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 
 // ---------------------------------------------------------------------------------------------
 // 3. The device and its memory
@@ -235,7 +235,7 @@ struct Device {
 #ifdef __CUDACC__
   cudaStream_t stream = nullptr, side_stream = nullptr;
   cublasHandle_t blas = nullptr, side_blas = nullptr;
-  void* workspace = nullptr;  // one half for each stream's cuBLAS, then the meeting place
+  void* workspace = nullptr;  // one half for each stream's cuBLAS
   cudaEvent_t event = nullptr;
 #endif
 
@@ -247,12 +247,9 @@ struct Device {
   static int gpus();       // at hand
   static bool has_bf16();  // on tensor cores: the GPU at hand, if there is one, and this binary
   // cuBLAS gets its workspace from us: its own would be allocated out of the plan's sight, and a
-  // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph. The
-  // meeting place is where the blocks of one kernel leave what they have for each other: launch(),
-  // appendix C.
-  static constexpr size_t blas_bytes = size_t(64) << 20, meeting_bytes = size_t(8) << 20;
-  static size_t workspace_bytes(bool on_gpu) { return on_gpu ? blas_bytes + meeting_bytes : 0; }
-  float* meeting_place() const;
+  // fixed one keeps its choice of algorithm, and so the bits, the same within a captured graph.
+  static constexpr size_t blas_bytes = size_t(64) << 20;
+  static size_t workspace_bytes(bool on_gpu) { return on_gpu ? blas_bytes : 0; }
 
   // Bytes that could be taken now, and bytes in use now: on a GPU by everybody, on a CPU by us.
   size_t available(const char* control_groups = "/sys/fs/cgroup") const;
@@ -453,10 +450,10 @@ struct Team {
 // Threads for a team whose loop has n independent items: whole warps, at most eight.
 inline int threads_for(size_t n) { return int(std::clamp<size_t>(round_up(n, 32), 32, 256)); }
 
-// Threads for a row of D channels: four quads each, while they are enough.
-inline int threads_for_row(size_t D) {
+// Threads for a row of D channels: four quads each, or so many, while they are enough.
+inline int threads_for_row(size_t D, size_t quads = 4) {
   int threads = 1;
-  while (threads < Team::max_size && 16 * size_t(threads) < D) threads *= 2;
+  while (threads < Team::max_size && 4 * quads * size_t(threads) < D) threads *= 2;
   return threads;
 }
 
@@ -522,9 +519,11 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
 // knows how many rows and channels a thread takes at once and when it loads them (appendix B):
 //
 //     map_rows(device, groups, D, make, put)             put(row, d, make(group, row, d))
-//     map_rows_by_length(..., make, finish, put)         put(row, d, make(group, row, d), found)
-//         with found = finish(row, |made row|^2, mine); of the threads that call, one is `mine`
+//     map_rows_by_sum(..., make, weigh, find, put)       put(row, d, v, found)
+//         with v = make(group, row, d) and found = find(row, sum of weigh(v) over channels, mine);
+//         of the threads that call, one is `mine`
 //     sum_over_rows(..., zero, term, finish)      finish(group, d, sum of term(group, row, d))
+//     sum_over_rows_by_sum(..., term, finish)     finish(group, d, sum of term(..., v, found))
 //     sum_over_channels(device, rows, D, term, finish)   finish(row, sum of term(row, d))
 //     sum_over_groups(...)                               finish(d, sum of term(group, d))
 //
@@ -706,14 +705,6 @@ inline bool Device::has_bf16() {
   if (gpus() > 0) CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
 #endif
   return major >= 8 && built_for() >= 800;
-}
-
-inline float* Device::meeting_place() const {
-#ifdef __CUDACC__
-  return reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + blas_bytes);
-#else
-  return nullptr;
-#endif
 }
 
 inline void Device::synchronize() const {
@@ -906,7 +897,8 @@ inline void Device::download(void* to, const void* from, size_t bytes) const {
 // B. Rows: how the formulas of other files are scheduled
 //
 // An array of rows of D channels, in groups. `Groups` knows them: groups(), begin(group),
-// end(group), and with fours() and four(i) pieces of up to four neighbouring rows of one group.
+// end(group); and pieces(n) of up to n neighbouring rows of one group, numbered as rows of groups,
+// of which piece(n, i) is one.
 // Each function below takes the formula for four channels d to d + 3, a Quad, of one row.
 
 // Neighbours in memory that are moved as one.
@@ -927,9 +919,6 @@ void for_each_quad(const Device& device, size_t rows, size_t D, const F& f) {
   for_each(device, rows * D / 4, [=] HD(size_t i) { f(i / (D / 4), i % (D / 4) * 4); });
 }
 
-// Threads for four such rows at once: one quad of each.
-inline int threads_for_fours(size_t D) { return std::min(4 * threads_for_row(D), Team::max_size); }
-
 // Call f(d, inside) for the team's quads of a row of D channels. The first four come without a
 // branch, so that a thread has all its loads on the way at once: past the end of the row d is the
 // last quad once more, and `inside` false.
@@ -941,9 +930,10 @@ HD void each_quad(Team team, size_t D, const F& f) {
   for (; d < D; d += step) f(d, true);
 }
 
-// Neighbouring rows of one group, up to four: what belongs to the group and the channel is read
-// once for all of them. Past the last row it is the last one again.
-struct FourRows {
+// Neighbouring rows of one group. A thread takes four at a time, so that it reads what belongs to
+// the group and the channel once for all of them: row(k), k < 4, past the last row the last one
+// again.
+struct Piece {
   size_t group, first, last;
 
   HD bool has(int k) const { return first + size_t(k) <= last; }
@@ -953,16 +943,19 @@ struct FourRows {
 // finish(group, d, sum) with the sum of term(group, row, d) over each group's rows, once a group
 // and quad of channels; with `zero` for an empty group.
 //
-// A team takes one group and 16 to 128 channels, fewer while there are less than a thousand teams.
-// Its threads are a grid, a quad of channels a column, and each of its lines takes every lines-th
-// row, four at a time, all their loads before the first sum. (On a CPU the grid is 1 x 1.)
+// A team takes one group and 16 to 128 channels, fewer while there are few teams. Its threads are a
+// grid, a quad of channels a column, and each of its lines takes every lines-th row, four at a
+// time, all their loads before the first sum. (On a CPU the grid is 1 x 1.)
 template <class Sum, class Groups, class Term, class Finish>
 void sum_over_rows(const Device& device, Groups groups, size_t D, Sum zero, const Term& term,
                    const Finish& finish) {
-  int columns = 32;
-  while (columns > 4 && groups.groups() * ceil_div(D, 4 * size_t(columns)) < 1024) columns /= 2;
+  int columns = 32, lines = 1;
+  while (columns > 4 && groups.groups() * ceil_div(D, 4 * size_t(columns)) < 256) columns /= 2;
+  while (columns * lines < 32 ||
+         (columns * lines < Team::max_size && 4 * size_t(lines) < groups.longest()))
+    lines *= 2;
   size_t width = 4 * size_t(columns), tiles = ceil_div(D, width);
-  for_each_team(device, groups.groups() * tiles, Team::max_size, [=] HD(Team team) {
+  for_each_team(device, groups.groups() * tiles, columns * lines, [=] HD(Team team) {
     Team line = team.part(columns);
     size_t group = team.index / tiles, channel = team.index % tiles * width;
     size_t begin = groups.begin(group), end = groups.end(group);
@@ -1043,8 +1036,8 @@ void sum_over_channels(const Device& device, size_t rows, size_t D, const Term& 
 // may take the place of what others are made from.
 template <class Groups, class Make, class Put>
 void map_rows(const Device& device, Groups groups, size_t D, const Make& make, const Put& put) {
-  for_each_team(device, groups.fours(), threads_for_fours(D), [=] HD(Team team) {
-    FourRows rows = groups.four(team.index);
+  for_each_team(device, groups.pieces(4).rows(), threads_for_row(D, 1), [=] HD(Team team) {
+    Piece rows = groups.piece(4, team.index);
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
       decltype(make(0, 0, 0)) out[4];
       UNROLL
@@ -1056,35 +1049,108 @@ void map_rows(const Device& device, Groups groups, size_t D, const Make& make, c
   });
 }
 
-// put(row, d, v, scale) with v = make(group, row, d) and scale = finish(row, |v|^2), one a row. A
-// thread keeps its first quad of each row, on a GPU up to D = 1024 all that it has; others are made
-// again.
-template <class Acc, class Groups, class Make, class Finish, class Put>
-void map_rows_by_length(const Device& device, Groups groups, size_t D, const Make& make,
-                        const Finish& finish, const Put& put) {
-  for_each_team(device, groups.fours(), threads_for_fours(D), [=] HD(Team team) {
-    FourRows rows = groups.four(team.index);
-    size_t own = 4 * size_t(team.rank), step = 4 * size_t(team.size);
-    Quad<Acc> kept[4] = {}, squares = quad(Acc(0)), scale;
-    for (size_t d = own; d < D; d += step) {
+// map_rows_by_sum() for teams with n rows at a time, of which a thread has and keeps `quads` quads,
+// on a GPU all of the row up to D = 1024 `quads`. Others are made again.
+template <int n, int quads, class Acc, class Groups, class Make, class Weigh, class Find, class Put>
+void map_tiles_by_sum(const Device& device, Groups groups, size_t D, const Make& make,
+                      const Weigh& weigh, const Find& find, const Put& put) {
+  using V = decltype(make(0, 0, 0));
+  for_each_team(device, groups.pieces(n).rows(), threads_for_row(D, quads), [=] HD(Team team) {
+    Piece rows = groups.piece(n, team.index);
+    size_t first = 4 * size_t(team.rank), apart = 4 * size_t(team.size);
+    V kept[quads][n], other[n];
+    Several<Acc, n> sums = {}, found;
+    auto make_at = [&](V* v, size_t d) {
       UNROLL
-      for (int k = 0; k < 4; ++k) {
-        Quad<Acc> v = make(rows.group, rows.row(k), d);
-        if (d == own) kept[k] = v;
-        squares[k] += dot(v, v);
+      for (int k = 0; k < n; ++k) v[k] = make(rows.group, rows.row(k), d);
+    };
+    auto weigh_all = [&](const V* v, bool inside) {
+      UNROLL
+      for (int k = 0; k < n; ++k) {
+        Acc weight = weigh(v[k]);
+        sums.v[k] += inside ? weight : Acc(0);
       }
-    }
-    squares = team.sum_rows(squares, 1);
-    UNROLL
-    for (int k = 0; k < 4; ++k)
-      scale[k] = finish(rows.row(k), squares[k], team.rank == 0 && rows.has(k));
-    for (size_t d = own; d < D; d += step) {
+    };
+    auto put_all = [&](const V* v, size_t d) {
       UNROLL
-      for (int k = 0; k < 4; ++k)
-        if (rows.has(k))
-          put(rows.row(k), d, d == own ? kept[k] : make(rows.group, rows.row(k), d), scale[k]);
+      for (int k = 0; k < n; ++k)
+        if (rows.has(k)) put(rows.row(k), d, v[k], found.v[k]);
+    };
+    UNROLL
+    for (int i = 0; i < quads; ++i) make_at(kept[i], min_(first + size_t(i) * apart, D - 4));
+    UNROLL
+    for (int i = 0; i < quads; ++i) weigh_all(kept[i], first + size_t(i) * apart < D);
+    for (size_t d = first + quads * apart; d < D; d += apart)
+      make_at(other, d), weigh_all(other, true);
+    sums = team.sum_rows(sums, 1);
+    UNROLL
+    for (int k = 0; k < n; ++k)
+      found.v[k] = find(rows.row(k), sums.v[k], team.rank == 0 && rows.has(k));
+    UNROLL
+    for (int i = 0; i < quads; ++i)
+      if (first + size_t(i) * apart < D) put_all(kept[i], first + size_t(i) * apart);
+    for (size_t d = first + quads * apart; d < D; d += apart) make_at(other, d), put_all(other, d);
+  });
+}
+
+// put(row, d, v, found) for each row, with v = make(group, row, d) and found = find(row, sum of
+// weigh(v) over the row's channels, mine); of the threads that call find, one is `mine`.
+template <class Acc, class Groups, class Make, class Weigh, class Find, class Put>
+void map_rows_by_sum(const Device& device, Groups groups, size_t D, const Make& make,
+                     const Weigh& weigh, const Find& find, const Put& put) {
+  if (D < 512)
+    map_tiles_by_sum<4, 1, Acc>(device, groups, D, make, weigh, find, put);
+  else
+    map_tiles_by_sum<2, 4, Acc>(device, groups, D, make, weigh, find, put);
+}
+
+// Rows that a team of sum_over_rows_by_sum() adds up, and how many sums all leave in `partial`.
+inline size_t rows_of_a_piece(size_t D) { return D < 512 ? 4 : 16; }
+template <class Groups>
+size_t partial_sums(Groups groups, size_t D) {
+  return groups.pieces(rows_of_a_piece(D)).rows() * D / 4;
+}
+
+// find(row, sum of weigh(row, d) over channels) for each row, then finish(group, d, sum of
+// term(group, row, d)) over each group's rows. A team does both for a piece of a group, where what
+// was read for the first is still near; sum_over_rows() adds up the pieces.
+template <class Acc, class Sum, class Groups, class Weigh, class Find, class Term, class Finish>
+void sum_over_rows_by_sum(const Device& device, Groups groups, size_t D, Sum zero, Sum* partial,
+                          const Weigh& weigh, const Find& find, const Term& term,
+                          const Finish& finish) {
+  size_t most = rows_of_a_piece(D), quads = D / 4;
+  int row_threads = std::min(threads_for_row(D), 32);
+  Groups pieces = groups.pieces(most);
+  for_each_team(device, pieces.rows(), threads_for_row(D, 1), [=] HD(Team team) {
+    Piece piece = groups.piece(most, team.index);
+    Team line = team.part(row_threads);
+    for (size_t row = piece.first + line.index; row <= piece.last;
+         row += size_t(team.parts(row_threads))) {
+      Acc sum = 0;
+      each_quad(line, D, [&](size_t d, bool inside) {
+        Acc weight = weigh(row, d);
+        sum += inside ? weight : Acc(0);
+      });
+      sum = line.sum(sum);
+      if (line.rank == 0) find(row, sum);
+    }
+    team.sync();
+    for (size_t d = 4 * size_t(team.rank); d < D; d += 4 * size_t(team.size)) {
+      Sum sum = zero;
+      for (Piece rows = piece; rows.first <= rows.last; rows.first += 4) {
+        Sum terms[4];
+        UNROLL
+        for (int k = 0; k < 4; ++k) terms[k] = term(rows.group, rows.row(k), d);
+        UNROLL
+        for (int k = 0; k < 4; ++k)
+          if (rows.has(k)) sum = sum + terms[k];
+      }
+      partial[team.index * quads + d / 4] = sum;
     }
   });
+  sum_over_rows(
+      device, pieces, D, zero,
+      [=] HD(size_t, size_t piece, size_t d) { return partial[piece * quads + d / 4]; }, finish);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1092,35 +1158,14 @@ void map_rows_by_length(const Device& device, Groups groups, size_t D, const Mak
 
 #ifdef __CUDACC__
 // A kernel of the GPU's own, written where one source for both machines would be too slow: `blocks`
-// of `threads` threads that share `shared` bytes. If they `meet`, they all run at once, and may
-// wait for each other (a cooperative launch): no more than blocks_at_once(), and one such kernel at
-// a time.
+// of `threads` threads that share `shared` bytes.
 template <class... Parameters, class... Arguments>
-void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, bool meet,
-            unsigned threads, size_t shared, Arguments... arguments) {
+void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, unsigned threads,
+            size_t shared, Arguments... arguments) {
   CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  cudaLaunchAttribute together;
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared;
-  config.stream = device.stream, config.attrs = &together, config.numAttrs = meet;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
-
-// How many such blocks the device can hold at once: none, if one asks for more than it has.
-template <class... Parameters>
-size_t blocks_at_once(void (*kernel)(Parameters...), unsigned threads, size_t shared) {
-  int processors = 0, each = 0;
-  CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)) !=
-      cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, int(threads), shared));
-  return size_t(processors) * size_t(each);
+  kernel<<<blocks, threads, shared, device.stream>>>(arguments...);
+  CUDA_CHECK(cudaGetLastError());
 }
 #endif
 

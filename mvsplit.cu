@@ -26,11 +26,6 @@
 
 #include <array>
 
-#ifdef __CUDACC__
-#include <cooperative_groups.h>
-#include <cuda_pipeline.h>
-#endif
-
 // ---------------------------------------------------------------------------------------------
 // 1. The token mean and the rest
 //
@@ -72,15 +67,17 @@ struct Tokens {
 
   // The groups of rows that math.h's schedules walk over are the segments.
   HD size_t groups() const { return 2 * batch; }
+  HD size_t longest() const { return max_(image, text); }
   HD size_t begin(size_t segment) const { return segment / 2 * length() + first(segment % 2); }
   HD size_t end(size_t segment) const { return begin(segment) + count(segment % 2); }
-  HD size_t fours(size_t kind) const { return (count(kind) + 3) / 4; }
-  HD size_t fours() const { return batch * (fours(0) + fours(1)); }
-  HD FourRows four(size_t index) const {
-    uint32_t each = uint32_t(fours(0) + fours(1)), i = uint32_t(index) % each;
-    size_t segment = 2 * size_t(uint32_t(index) / each) + (i < fours(0) ? 0 : 1);
-    size_t row = begin(segment) + 4 * (segment % 2 ? i - fours(0) : i);
-    return {segment, row, min_(row + 3, end(segment) - 1)};
+  // Pieces of up to n neighbouring rows of one segment lie as the rows of these tokens do.
+  HD Tokens pieces(size_t n) const { return {batch, ceil_div(image, n), ceil_div(text, n)}; }
+  HD Piece piece(size_t n, size_t index) const {
+    Tokens of = pieces(n);
+    uint32_t each = uint32_t(of.length()), i = uint32_t(index) % each;
+    size_t kind = i < of.image ? 0 : 1, segment = 2 * size_t(uint32_t(index) / each) + kind;
+    size_t row = begin(segment) + n * (i - of.first(kind));
+    return {segment, row, min_(row + n, end(segment)) - 1};
   }
 };
 
@@ -419,10 +416,10 @@ struct MvSplit : MergeBase {
 //
 //     Delta = r (G - h X_next),      h = <G, X_next> / D,     for each token            (Delta')
 //
-// Three passes: over channels for h; over tokens for Dbar and the gates (not for a merge that has
-// neither means nor gates); and one for the outputs of section 4. Delta is made in each of the last
-// two, from G and X_next: to store it would cost a write, a (B, T, D) array and a rounding. The
-// passes are walks over rows, whose schedules are listed in math.h (end of section 4).
+// A walk over the rows makes h, and with it Delta, for their sums over tokens: Dbar and the gates.
+// A second walk makes Delta again, from h, and the outputs of section 4; a merge that has neither
+// means nor gates needs no other. (To store Delta would cost a write, a (B, T, D) array and a
+// rounding.) The walks' schedules are listed in math.h (end of section 4).
 
 // Which merge, and its gates (Number = const Real) or their gradients, as it lists them.
 struct Merge {
@@ -465,9 +462,9 @@ HD Gains<AccOf<Real>> gains_at(Gates<const Real> gates, size_t d) {
 // X_next = RMSNorm(Z(X, F)) and what is saved, (7)-(8). X, F, X_next (B, T, D). `again`: a replay
 // (dit.cu, 5.1) from the same X and F, with what was saved the first time: one pass, the same bits.
 template <class M, class Real>
-void merge_forward_passes(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> saved,
-                          const Real* X, const Real* F, Gates<const Real> gates, MergeShape shape,
-                          bool again) {
+void merge_forward_as(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> saved,
+                      const Real* X, const Real* F, Gates<const Real> gates, MergeShape shape,
+                      bool again) {
   using Acc = AccOf<Real>;
   size_t D = shape.D;
   Acc eps = Acc(shape.eps);
@@ -487,8 +484,8 @@ void merge_forward_passes(const Device& device, Real* X_next, MergeSaved<AccOf<R
     });
     return;
   }
-  map_rows_by_length<Acc>(
-      device, shape.tokens, D, Z,
+  map_rows_by_sum<Acc>(
+      device, shape.tokens, D, Z, [=] HD(Quad<Acc> z) { return dot(z, z); },
       [=] HD(size_t row, Acc squares, bool mine) {
         Acc r = inverse_rms(squares, D, eps);
         if (mine) saved.r[row] = r;
@@ -497,11 +494,18 @@ void merge_forward_passes(const Device& device, Real* X_next, MergeSaved<AccOf<R
       [=] HD(size_t row, size_t d, Quad<Acc> z, Acc r) { store(X_next + row * D + d, r * z); });
 }
 
-// Scratch of the backward: h (B, T), of the passes alone; and (B, 2, D): dZbar, Delta's segment
-// means, and dgate, a segment's sums of Delta times what the gate `by_token` multiplies.
+// Scratch of the backward: h (B, T); and (B, 2, D): dZbar, Delta's segment means, and dgate, a
+// segment's sums of Delta times what the gate `by_token` multiplies; and partial sums of both.
 template <class Acc>
 struct MergeScratch {
   Acc *h, *dZbar, *dgate;
+  Pair<Quad<Acc>>* partial;
+
+  void lay(Carver& c, Tokens tokens, size_t D) {
+    h = c.take<Acc>(tokens.rows());
+    dZbar = c.take<Acc>(2 * tokens.batch * D), dgate = c.take<Acc>(2 * tokens.batch * D);
+    partial = c.take<Pair<Quad<Acc>>>(partial_sums(tokens, D));
+  }
 };
 
 // What a merge's backward reads: G = dL/dX_next, and what its forward read and left.
@@ -514,71 +518,65 @@ struct MergeBackwardInputs {
       nullptr;  // dF of the merge after, for Pre-Norm alone; zeros if there is none
 };
 
-// h (rows) of (Delta'): <G, X_next> / D for each token, from G, X_next (rows, D).
-template <class Real>
-void adjoint_products(const Device& device, AccOf<Real>* h, const Real* G, const Real* X_next,
-                      size_t rows, size_t D) {
-  using Acc = AccOf<Real>;
-  sum_over_channels<Acc>(
-      device, rows, D,
-      [=] HD(size_t row, size_t d) {
-        return dot(load<Acc>(G + row * D + d), load<Acc>(X_next + row * D + d));
-      },
-      [=] HD(size_t row, Acc sum) { h[row] = sum / Acc(D); });
-}
-
-// scratch.dZbar, and scratch.dgate by (dbeta); dZ(row, d) is (Delta').
-template <class M, class Real, class Adjoint>
-void merge_token_sums(const Device& device, MergeScratch<AccOf<Real>> scratch,
-                      MergeBackwardInputs<Real> in, MergeShape shape, const Adjoint& dZ) {
-  using Acc = AccOf<Real>;
-  size_t D = shape.D;
-  Tokens tokens = shape.tokens;
-  sum_over_rows(
-      device, tokens, D, Pair<Quad<Acc>>{quad(Acc(0)), quad(Acc(0))},
-      [=] HD(size_t segment, size_t row, size_t d) {
-        Quad<Acc> dZ_i = dZ(row, d), fbar = {};
-        if (M::means) fbar = load<Acc>(in.saved.fbar + segment * D + d);
-        Quad<Acc> x = load<Acc>(in.X + row * D + d), f = load<Acc>(in.F + row * D + d);
-        return Pair<Quad<Acc>>{dZ_i, dZ_i * M::token_factor(Joined<Acc>{x, f, {}, fbar})};
-      },
-      [=] HD(size_t segment, size_t d, Pair<Quad<Acc>> sum) {
-        store(scratch.dZbar + segment * D + d, tokens.one_over<Acc>(segment) * sum.a);
-        store(scratch.dgate + segment * D + d, sum.b);
-      });
-}
-
 // dX (=), dF (=) (B, T, D), and in scratch what the gates' gradients are made of. dX may be G
 // itself.
 template <class M, class Real>
-void merge_backward_passes(const Device& device, Real* dX, Real* dF,
-                           MergeScratch<AccOf<Real>> scratch, MergeBackwardInputs<Real> in,
-                           MergeShape shape) {
+void merge_backward_as(const Device& device, Real* dX, Real* dF, MergeScratch<AccOf<Real>> scratch,
+                       MergeBackwardInputs<Real> in, MergeShape shape) {
   using Acc = AccOf<Real>;
+  using Two = Pair<Quad<Acc>>;
   size_t D = shape.D;
   Tokens tokens = shape.tokens;
-  adjoint_products(device, scratch.h, in.G, in.X_next, tokens.rows(), D);
-  auto dZ = [=] HD(size_t row, size_t d) {
-    return in.saved.r[row] * (load<Acc>(in.G + row * D + d) -
-                              scratch.h[row] * load<Acc>(in.X_next + row * D + d));  // (Delta')
+  auto G_and_X_next = [=] HD(size_t, size_t row, size_t d) {
+    return Two{load<Acc>(in.G + row * D + d), load<Acc>(in.X_next + row * D + d)};
   };
-  if constexpr (M::means || M::by_token >= 0 || M::by_segment >= 0)
-    merge_token_sums<M>(device, scratch, in, shape, dZ);
-  map_rows(
-      device, tokens, D,
-      [=] HD(size_t segment, size_t row, size_t d) {
-        Gains<Acc> gains = gains_at<M>(in.gates, d);
-        Quad<Acc> dZ_i = dZ(row, d), dZbar = {};
-        if (M::trunk_apart)
-          dZ_i = load<Acc>(in.dF_next + row * D + d) + dZ_i;  // (trunk), appendix A
-        if (M::means) dZbar = load<Acc>(scratch.dZbar + segment * D + d);
-        Pair<Quad<Acc>> dX_dF = M::gradients(gains, dZ_i, dZbar);
-        if (M::trunk_apart && in.saved.r_X) dX_dF.a = {};  // the trunk's part is in dF alone
-        return dX_dF;
-      },
-      [=] HD(size_t row, size_t d, Pair<Quad<Acc>> out) {
-        store(dX + row * D + d, out.a), store(dF + row * D + d, out.b);
-      });
+  auto dZ = [=] HD(size_t row, Two g_x, Acc h) {
+    return in.saved.r[row] * (g_x.a - h * g_x.b);  // (Delta')
+  };
+  auto gradients = [=] HD(size_t segment, size_t row, size_t d, Quad<Acc> dZ_i) {
+    Quad<Acc> dZbar = {};
+    if (M::means) dZbar = load<Acc>(scratch.dZbar + segment * D + d);
+    if (M::trunk_apart) dZ_i = load<Acc>(in.dF_next + row * D + d) + dZ_i;  // (trunk), appendix A
+    Two dX_dF = M::gradients(gains_at<M>(in.gates, d), dZ_i, dZbar);
+    if (M::trunk_apart && in.saved.r_X) dX_dF.a = {};  // the trunk's part is in dF alone
+    return dX_dF;
+  };
+  auto put = [=] HD(size_t row, size_t d, Two out) {
+    store(dX + row * D + d, out.a), store(dF + row * D + d, out.b);
+  };
+  if constexpr (M::means || M::by_token >= 0) {
+    sum_over_rows_by_sum<Acc>(
+        device, tokens, D, Two{quad(Acc(0)), quad(Acc(0))}, scratch.partial,
+        [=] HD(size_t row, size_t d) {
+          Two g_x = G_and_X_next(0, row, d);
+          return dot(g_x.a, g_x.b);
+        },
+        [=] HD(size_t row, Acc sum) { scratch.h[row] = sum / Acc(D); },
+        [=] HD(size_t segment, size_t row, size_t d) {
+          Quad<Acc> dZ_i = dZ(row, G_and_X_next(segment, row, d), scratch.h[row]), fbar = {};
+          if (M::means) fbar = load<Acc>(in.saved.fbar + segment * D + d);
+          Quad<Acc> x = load<Acc>(in.X + row * D + d), f = load<Acc>(in.F + row * D + d);
+          return Two{dZ_i, dZ_i * M::token_factor(Joined<Acc>{x, f, {}, fbar})};
+        },
+        [=] HD(size_t segment, size_t d, Two sum) {
+          store(scratch.dZbar + segment * D + d, tokens.one_over<Acc>(segment) * sum.a);
+          store(scratch.dgate + segment * D + d, sum.b);
+        });
+    map_rows(
+        device, tokens, D,
+        [=] HD(size_t segment, size_t row, size_t d) {
+          Quad<Acc> dZ_i = dZ(row, G_and_X_next(segment, row, d), scratch.h[row]);
+          return gradients(segment, row, d, dZ_i);
+        },
+        put);
+  } else {
+    map_rows_by_sum<Acc>(
+        device, tokens, D, G_and_X_next, [=] HD(Two g_x) { return dot(g_x.a, g_x.b); },
+        [=] HD(size_t, Acc sum, bool) { return sum / Acc(D); },
+        [=] HD(size_t row, size_t d, Two g_x, Acc h) {
+          put(row, d, gradients(0, row, d, dZ(row, g_x, h)));
+        });
+  }
 }
 
 // *to = sum, or += if `accumulate`.
@@ -612,11 +610,11 @@ void gate_gradients(const Device& device, Gates<Number> dgates, MergeSaved<AccOf
   sum_over_groups(device, tokens.groups(), D, M::one_number, Pair<Acc>{}, term, finish);
 }
 
-// What dit.cu calls is merge_forward() and merge_backward() (appendix C): these passes for the
-// merge that `gates` names or, on a GPU, one kernel in their place.
+// What dit.cu calls is merge_forward() and merge_backward() (appendix B): these, for the merge that
+// `gates` names.
 
-// Appendix. The straight way ends here. Below: merges for comparison and the list of all (A), the
-// same merges in one kernel on a GPU (B), what the network calls (C), measuring (D).
+// Appendix. The straight way ends here. Below: merges for comparison and the list of all (A), what
+// the network calls (B), measuring (C).
 
 // ---------------------------------------------------------------------------------------------
 // A. Merges for comparison, and the list of all
@@ -780,385 +778,36 @@ template <class M>
 constexpr Merge merge_of{Merges::index_of<M>()};
 
 // ---------------------------------------------------------------------------------------------
-// B. For a GPU: forward and backward, each in one kernel
-//
-// A segment's mean needs all its tokens, so between adding them up and using the sum all thread
-// blocks must meet: that is why there are several kernels above, each of which reads X and F (or G
-// and X_next) again. Here the blocks meet within one kernel, and keep what they have read: a
-// multiprocessor has 64 K registers of 4 bytes and nearly as much shared memory, so that all 132 of
-// an H200 hold the 42 MB of X and F of [32, 320, 1024] in bf16 at once.
-//
-// 1. A line of D / 4 threads takes up to `held` neighbouring rows of one segment, a thread four
-//    channels. It reads them, all loads at once: one array into registers, the other into shared
-//    memory, where each thread has its own place and no other reads it.
-// 2. It adds up what is summed over tokens: X and F, or (with h from a sum over the row's threads)
-//    Delta and Delta * (F - Fbar). All lines leave their sums in global memory, meet, and add up
-//    those of their segment, in the same order.
-// 3. It writes its rows, from what it holds.
-//
-// The formulas are those above: those of 4 and (Delta').
+// B. What the network calls: the merge that `gates` names
 
-#ifdef __CUDACC__
-// Where a launch's blocks leave their sums, how many a sequence has, and the first sequence.
-struct Meeting {
-  float* place;
-  int blocks;
-  size_t first;
-};
-
-// Where a line is, two to a block. A sequence's lines come one after the other, first those of the
-// image, then those of the text, and share the rows of their segment evenly. What a line reads is a
-// window of `held` rows, some of which may be others': so the addresses differ by constants, and no
-// load waits for a condition.
-template <int D, int held>
-struct HeldLine {
-  static constexpr int columns = D / 4, threads = 2 * columns, warps = columns / 32;
-  int place, number, first, end;  // of the block's two; in the sequence; its segment's lines
-  size_t segment;                 // its number among the batch * 2
-  size_t window;                  // the first of the rows that are read,
-  int begin, rows;                // and which of them are the line's own
-  int d;                          // this thread's first channel
-
-  // One at least: an empty segment's means are written like others.
-  HD static int lines(size_t count) { return int((max_<size_t>(count, 1) + held - 1) / held); }
-  static size_t blocks(Tokens tokens) {
-    return ceil_div(size_t(lines(tokens.image) + lines(tokens.text)), 2);
-  }
-
-  __device__ HeldLine(Tokens tokens, Meeting meeting) {
-    size_t sequence = meeting.first + blockIdx.x / unsigned(meeting.blocks);
-    place = int(threadIdx.x) / columns, d = 4 * (int(threadIdx.x) % columns);
-    number = 2 * (int(blockIdx.x) % meeting.blocks) + place;
-    int image = lines(tokens.image), text = lines(tokens.text), kind = number < image ? 0 : 1;
-    first = kind ? image : 0, end = kind ? image + text : image;
-    int count = int(tokens.count(size_t(kind)));
-    int share = (count + end - first - 1) / (end - first), skipped = (number - first) * share;
-    rows = max(min(share, count - skipped), 0);  // a line too many goes through the motions
-    segment = 2 * sequence + size_t(kind);
-    size_t start = sequence * tokens.length() + tokens.first(size_t(kind)) + size_t(skipped);
-    window = min_(start, tokens.rows() - held);
-    begin = int(start - window);
-  }
-  __device__ bool has(int k) const { return unsigned(k - begin) < unsigned(rows); }
-  __device__ size_t row(int k) const { return window + size_t(k); }
-  __device__ size_t at() const { return window * D + size_t(d); }
-};
-
-// A number a row and line, made from sums over the line's threads.
-template <int D, int held>
-struct RowNumbers {
-  using L = HeldLine<D, held>;
-  float partial[2][L::warps][held], value[2][held];
-
-  // Four rows' summands, from rows k to k + 3. In two exchanges a warp's lanes give away half of
-  // what they have, and are left with one row each; three more make its sum.
-  __device__ void add(const L& line, int k, const float (&x)[4]) {
-    int lane = int(threadIdx.x) % 32;
-    auto other = [](float v, int bit) { return __shfl_xor_sync(0xffffffffu, v, bit); };
-    bool upper = lane & 16, odd = lane & 8;
-    float a = (upper ? x[2] : x[0]) + other(upper ? x[0] : x[2], 16);
-    float b = (upper ? x[3] : x[1]) + other(upper ? x[1] : x[3], 16);
-    float sum = (odd ? b : a) + other(odd ? a : b, 8);
-    for (int bit = 4; bit > 0; bit /= 2) sum += other(sum, bit);
-    if (lane % 8 == 0) partial[line.place][line.d / 128][k + lane / 8] = sum;
-  }
-  // value = finish(row k, its sum). Afterwards every thread may read it.
-  template <class Finish>
-  __device__ void finish(const L& line, const Finish& finish) {
-    __syncthreads();
-    for (int k = line.d / 4; k < held; k += L::columns) {
-      float sum = partial[line.place][0][k];
-      UNROLL
-      for (int w = 1; w < L::warps; ++w) sum += partial[line.place][w][k];
-      value[line.place][k] = finish(k, sum);
-    }
-    __syncthreads();
-  }
-};
-
-// The sums of all lines of this line's segment. The kernel's blocks meet here.
-template <class L>
-__device__ Pair<Quad<float>> meet(const L& line, Pair<Quad<float>> own, Meeting meeting) {
-  constexpr int D = 4 * L::columns;
-  unsigned sequence = blockIdx.x / unsigned(meeting.blocks);
-  float* sums = meeting.place + sequence * size_t(4 * meeting.blocks * D);
-  auto of = [&](int number) { return sums + number * 2 * D + line.d; };
-  store(of(line.number), own.a), store(of(line.number) + D, own.b);
-  cooperative_groups::this_grid().sync();
-  Pair<Quad<float>> total = {};
-  for (int i = line.first; i < line.end; i += 4) {
-    Pair<Quad<float>> sums_of[4];
-    UNROLL
-    for (int k = 0; k < 4; ++k) {
-      const float* from = of(min(i + k, line.end - 1));
-      sums_of[k] = {load<float>(from), load<float>(from + D)};
-    }
-    UNROLL
-    for (int k = 0; k < 4; ++k)
-      if (i + k < line.end) total = total + sums_of[k];
-  }
-  return total;
-}
-
-// What a thread holds of a row, 16 bytes: half in registers, half at its place in shared memory.
-// First they are its four bf16 of two arrays, then the four floats that were made from them.
-template <class L, int held>
-struct Held {
-  static constexpr int group = 8, groups = (held + group - 1) / group;  // rows that arrive together
-  uint2 own[held];
-  uint2* shared;
-
-  // Send for the line's rows of both arrays.
-  __device__ void load(const bf16* to_own, const bf16* to_shared) {
-    UNROLL
-    for (int k = 0; k < held; ++k) {
-      __pipeline_memcpy_async(shared + k * L::threads, to_shared + k * 4 * L::columns,
-                              sizeof *shared);
-      own[k] = *reinterpret_cast<const uint2*>(to_own + k * 4 * L::columns);
-      if (k % group == group - 1 || k == held - 1) __pipeline_commit();
-    }
-  }
-  // Row k and those before it have come.
-  __device__ void wait(int k) const {
-    if (k % group == 0) __pipeline_wait_prior(size_t(groups - 1 - k / group));
-  }
-  // Row k of either array. A bf16 is the upper half of a float.
-  __device__ static Quad<float> floats(uint2 q) {
-    auto upper = [](uint32_t bits) { return __uint_as_float(bits & 0xffff0000u); };
-    return {{upper(q.x << 16), upper(q.x), upper(q.y << 16), upper(q.y)}};
-  }
-  __device__ Quad<float> first(int k) {
-    // The compiler would keep these floats for the next time, in registers that there are not. So
-    // it is told that the bf16 may have changed.
-    asm volatile("" : "+r"(own[k].x), "+r"(own[k].y));
-    return floats(own[k]);
-  }
-  __device__ Quad<float> second(int k) const { return floats(shared[k * L::threads]); }
-
-  __device__ void put(int k, Quad<float> q) {
-    own[k] = {__float_as_uint(q[0]), __float_as_uint(q[1])};
-    shared[k * L::threads] = {__float_as_uint(q[2]), __float_as_uint(q[3])};
-  }
-  __device__ Quad<float> get(int k) const {
-    uint2 q = shared[k * L::threads];
-    return {{__uint_as_float(own[k].x), __uint_as_float(own[k].y), __uint_as_float(q.x),
-             __uint_as_float(q.y)}};
-  }
-};
-
-template <class M, int D, int held>
-__global__ void __launch_bounds__(D / 2, 1)
-    merge_forward_kernel(bf16* X_next, MergeSaved<float> saved, const bf16* X, const bf16* F,
-                         Gates<const bf16> gates, Tokens tokens, float eps, Meeting meeting) {
-  using L = HeldLine<D, held>;
-  extern __shared__ uint2 in_shared[];
-  __shared__ RowNumbers<D, held> r;
-  L line(tokens, meeting);
-  Held<L, held> rows{{}, in_shared + threadIdx.x};
-  rows.load(X + line.at(), F + line.at());
-  Pair<Quad<float>> sum = {};
-  UNROLL
-  for (int k = 0; k < held; ++k) {
-    rows.wait(k);
-    Pair<Quad<float>> terms = {rows.first(k), rows.second(k)};
-    if (line.has(k)) sum = sum + terms;
-  }
-  Gains<float> gains = gains_at<M>(gates, size_t(line.d));
-  sum = meet(line, sum, meeting);
-  float scale = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1));
-  Quad<float> xbar = scale * sum.a, fbar = scale * sum.b;
-  if (line.number == line.first) {
-    store(saved.xbar + line.segment * D + size_t(line.d), xbar);
-    store(saved.fbar + line.segment * D + size_t(line.d), fbar);
-  }
-  UNROLL
-  for (int k = 0; k < held; k += 4) {
-    float squares[4];
-    UNROLL
-    for (int i = 0; i < 4; ++i) {
-      Quad<float> z = M::Z(gains, {rows.first(k + i), rows.second(k + i), xbar, fbar});
-      squares[i] = dot(z, z);
-      rows.put(k + i, z);
-    }
-    r.add(line, k, squares);
-  }
-  r.finish(line, [&](int k, float squares) {
-    float r_k = inverse_rms(squares, D, eps);
-    if (line.has(k)) saved.r[line.row(k)] = r_k;
-    return r_k;
-  });
-  UNROLL
-  for (int k = 0; k < held; ++k)
-    if (line.has(k)) store(X_next + line.at() + k * D, r.value[line.place][k] * rows.get(k));
-}
-
-// dX may be G: all of a line's rows are read before any is written. F is not held: it is read while
-// the sums are made, from the L2 cache, where it was asked for at the beginning.
-template <class M, int D, int held>
-__global__ void __launch_bounds__(D / 2, 1)
-    merge_backward_kernel(bf16* dX, bf16* dF, MergeScratch<float> scratch,
-                          MergeBackwardInputs<bf16> in, Tokens tokens, Meeting meeting) {
-  using L = HeldLine<D, held>;
-  extern __shared__ uint2 in_shared[];
-  __shared__ RowNumbers<D, held> h;
-  __shared__ float r[2][held];
-  L line(tokens, meeting);
-  Held<L, held> rows{{}, in_shared + threadIdx.x};
-  rows.load(in.G + line.at(), in.X_next + line.at());
-  for (int k = line.d / 4; k < held; k += L::columns) {
-    r[line.place][k] = in.saved.r[line.row(k)];
-    UNROLL
-    for (int i = 0; i < D; i += 64)  // 128 bytes
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(in.F + line.row(k) * D + i));
-  }
-  UNROLL
-  for (int k = 0; k < held; k += 4) {
-    rows.wait(k);
-    float products[4];
-    UNROLL
-    for (int i = 0; i < 4; ++i) products[i] = dot(rows.first(k + i), rows.second(k + i));
-    h.add(line, k, products);
-  }
-  h.finish(line, [&](int, float product) { return product / float(D); });
-  Quad<float> fbar = load<float>(in.saved.fbar + line.segment * D + size_t(line.d));
-  Pair<Quad<float>> sum = {};
-  UNROLL
-  for (int k = 0; k < held; k += 4) {
-    uint2 f[4];
-    UNROLL
-    for (int i = 0; i < 4; ++i)
-      f[i] = *reinterpret_cast<const uint2*>(in.F + line.at() + (k + i) * D);
-    UNROLL
-    for (int i = 0; i < 4; ++i) {
-      Quad<float> dZ =
-          r[line.place][k + i] *
-          (rows.first(k + i) - h.value[line.place][k + i] * rows.second(k + i));  // (Delta')
-      Joined<float> joined = {{}, rows.floats(f[i]), {}, fbar};
-      Pair<Quad<float>> terms = {dZ, dZ * M::token_factor(joined)};
-      if (line.has(k + i)) sum = sum + terms;
-      rows.put(k + i, dZ);
-    }
-  }
-  Gains<float> gains = gains_at<M>(in.gates, size_t(line.d));
-  sum = meet(line, sum, meeting);
-  Quad<float> dZbar = 1 / float(max_<size_t>(tokens.count(line.segment % 2), 1)) * sum.a;
-  if (line.number == line.first) {
-    store(scratch.dZbar + line.segment * D + size_t(line.d), dZbar);
-    store(scratch.dgate + line.segment * D + size_t(line.d), sum.b);
-  }
-  UNROLL
-  for (int k = 0; k < held; ++k) {
-    Pair<Quad<float>> out = M::gradients(gains, rows.get(k), dZbar);
-    if (line.has(k)) store(dX + line.at() + k * D, out.a), store(dF + line.at() + k * D, out.b);
-  }
-}
-
-// Call f with the kind of merge, D and `held` as compile-time constants, where there are kernels
-// for them. Two lines of 44 rows of 1024 channels are what a multiprocessor can hold; 256 image and
-// 64 text tokens then take eight lines, and 32 such sequences 128 of 132 multiprocessors.
-template <class Real, class F>
-bool with_held_rows(const Device& device, Merge merge, size_t D, const F& f) {
-  if (!device.gpu || !std::is_same_v<Real, bf16>) return false;
-  auto with_width = [&](auto width, auto held) {
-    bool done = false;
-    Merges::with(merge.index, [&](auto m) {
-      using M = decltype(m);
-      if constexpr (M::means && M::by_token >= 0) done = f(m, width, held);
-    });
-    return done;
-  };
-  using std::integral_constant;
-  if (D == 128) return with_width(integral_constant<int, 128>(), integral_constant<int, 12>());
-  if (D == 256) return with_width(integral_constant<int, 256>(), integral_constant<int, 24>());
-  if (D == 512) return with_width(integral_constant<int, 512>(), integral_constant<int, 44>());
-  if (D == 1024) return with_width(integral_constant<int, 1024>(), integral_constant<int, 44>());
-  return false;
-}
-
-// Launch one of the two kernels for as many sequences at once as the device can hold, until all are
-// through. False if it cannot hold one.
-template <class L, class... Parameters, class... Arguments>
-bool launch_held(const Device& device, void (*kernel)(Parameters...), Tokens tokens, int held,
-                 Arguments... arguments) {
-  size_t blocks = L::blocks(tokens), shared = size_t(held) * L::threads * sizeof(uint2);
-  size_t room = Device::meeting_bytes / (blocks * 4 * 4 * L::columns * sizeof(float));
-  size_t at_once = std::min(room, blocks_at_once(kernel, L::threads, shared) / blocks);
-  if (at_once == 0 || tokens.rows() < size_t(held)) return false;
-  for (size_t first = 0; first < tokens.batch; first += at_once)
-    launch(device, kernel, unsigned(std::min(at_once, tokens.batch - first) * blocks), true,
-           L::threads, shared, arguments..., Meeting{device.meeting_place(), int(blocks), first});
-  return true;
-}
-#endif
-
-// False where there is no such kernel: then nothing is done.
-template <class Real>
-bool fused_merge_forward(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> saved,
-                         const Real* X, const Real* F, Gates<const Real> gates, MergeShape shape) {
-#ifdef __CUDACC__
-  if constexpr (std::is_same_v<Real, bf16>)
-    return with_held_rows<Real>(device, gates.merge, shape.D, [&](auto m, auto width, auto held) {
-      constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
-      return launch_held<HeldLine<columns, rows>>(
-          device, merge_forward_kernel<decltype(m), columns, rows>, shape.tokens, rows, X_next,
-          saved, X, F, gates, shape.tokens, float(shape.eps));
-    });
-#endif
-  (void)device, (void)X_next, (void)saved, (void)X, (void)F, (void)gates, (void)shape;
-  return false;
-}
-
-template <class Real>
-bool fused_merge_backward(const Device& device, Real* dX, Real* dF,
-                          MergeScratch<AccOf<Real>> scratch, MergeBackwardInputs<Real> in,
-                          MergeShape shape) {
-#ifdef __CUDACC__
-  if constexpr (std::is_same_v<Real, bf16>)
-    return with_held_rows<Real>(
-        device, in.gates.merge, shape.D, [&](auto m, auto width, auto held) {
-          constexpr int columns = decltype(width)::value, rows = decltype(held)::value;
-          return launch_held<HeldLine<columns, rows>>(
-              device, merge_backward_kernel<decltype(m), columns, rows>, shape.tokens, rows, dX, dF,
-              scratch, in, shape.tokens);
-        });
-#endif
-  (void)device, (void)dX, (void)dF, (void)scratch, (void)in, (void)shape;
-  return false;
-}
-
-// ---------------------------------------------------------------------------------------------
-// C. What the network calls: the merge that `gates` names, in one kernel or in passes
-
-// X_next = RMSNorm(Z(X, F)) and what is saved; see merge_forward_passes().
+// X_next = RMSNorm(Z(X, F)) and what is saved; see merge_forward_as().
 template <class Real>
 void merge_forward(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> saved, const Real* X,
                    const Real* F, Gates<const Real> gates, MergeShape shape, bool again = false) {
-  if (!again && fused_merge_forward(device, X_next, saved, X, F, gates, shape)) return;
   Merges::with(gates.merge.index, [&](auto m) {
-    merge_forward_passes<decltype(m)>(device, X_next, saved, X, F, gates, shape, again);
+    merge_forward_as<decltype(m)>(device, X_next, saved, X, F, gates, shape, again);
   });
 }
 
-// dX, dF and the gates' gradients (=, or += if `accumulate`); see merge_backward_passes(). The
-// gates' are made beside what follows: they are there, and `scratch` may be used again, at the end
-// of `beside`.
+// dX, dF and the gates' gradients (=, or += if `accumulate`); see merge_backward_as(). The gates'
+// are made beside what follows: they are there, and `scratch` may be used again, at the end of
+// `beside`.
 template <class Real, class Number>
 void merge_backward(Beside& beside, Real* dX, Real* dF, Gates<Number> dgates,
                     MergeScratch<AccOf<Real>> scratch, MergeBackwardInputs<Real> in,
                     MergeShape shape, bool accumulate) {
-  Device& device = beside.device;
-  bool done = fused_merge_backward(device, dX, dF, scratch, in, shape);
   Merges::with(in.gates.merge.index, [&](auto m) {
     using M = decltype(m);
-    if (!done) merge_backward_passes<M>(device, dX, dF, scratch, in, shape);
+    merge_backward_as<M>(beside.device, dX, dF, scratch, in, shape);
     if constexpr (M::by_token >= 0 || M::by_segment >= 0)
-      beside(
-          [&] { gate_gradients<M, Real>(device, dgates, in.saved, scratch, shape, accumulate); });
+      beside([&] {
+        gate_gradients<M, Real>(beside.device, dgates, in.saved, scratch, shape, accumulate);
+      });
   });
 }
 
 // ---------------------------------------------------------------------------------------------
-// D. Measuring the two parts of a writer's gradient
+// C. Measuring the two parts of a writer's gradient
 //
 // Of a state. By (3) and orthogonality |X|^2 = |mu(X)|^2 + |c(X)|^2 (Frobenius norms), and most
 // numbers that describe a state of tokens are ratios of these two energies.

@@ -352,14 +352,13 @@ std::vector<double> AttentionInBf16::errors(Device& device) const {
 
   Tensor Y = b16(X), dqkv = b16(3 * X);
   if (fused) {
-    Tensor Y_rest = b16(X), l = f32(rows * heads.count), inner = f32(l.count()),
-           kbar = f32(2 * heads.batch * D);
+    Tensor Y_rest = b16(X), l = f32(rows * heads.count), inner = f32(l.count());
     Block<bf16> block{};
     block.shape.heads = heads, block.shape.rope = rope;
     block.saved.qkv = b(qkv), block.saved.r_qk = f(r), block.saved.log_sums = f(l);
     block.saved.Y = b(Y), block.saved.Y_rest = b(Y_rest);
     block.scratch.dY = b(dY), block.scratch.dqkv = b(dqkv);
-    block.scratch.inner = f(inner), block.scratch.kbar = f(kbar);
+    block.scratch.inner = f(inner);
     EXPECT_TRUE(fused_attention_forward(device, block.saved, heads));
     if (!rest) device.fill(b(Y_rest), 0, X * sizeof(bf16));
     EXPECT_TRUE(fused_attention_backward(device, block));
@@ -1277,8 +1276,9 @@ double growth(Device& device, Merge merge, double alpha, double common) {
     Gates<const double> gates{merge, {gain.data<double>(), one.data<double>()}};
     Gates<double> dgates{merge, {dgains[0].data<double>(), dgains[1].data<double>()}};
     MergeSaved<double> saved{r.data<double>(), means[0].data<double>(), means[1].data<double>()};
-    MergeScratch<double> scratch{q.data<double>(), means[2].data<double>(),
-                                 means[3].data<double>()};
+    Tensor partial = of(8 * partial_sums(tokens, D));
+    MergeScratch<double> scratch{q.data<double>(), means[2].data<double>(), means[3].data<double>(),
+                                 reinterpret_cast<Pair<Quad<double>>*>(partial.data<double>())};
     MergeShape shape{tokens, D, 1e-6};
     merge_forward(device, next.data<double>(), saved, X.data<double>(), F.data<double>(), gates,
                   shape);

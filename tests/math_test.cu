@@ -333,7 +333,7 @@ TEST(Teams, ARowIsFourQuadsAThreadUpToTheLargestTeam) {
                                           {1028, 128}, {3072, 256}, {4096, 256}};
   for (auto [D, threads] : table) {
     EXPECT_EQ(threads_for_row(D), threads) << D;
-    EXPECT_GE(4 * size_t(threads_for_fours(D)), std::min<size_t>(D, 1024)) << D;
+    EXPECT_GE(4 * size_t(threads_for_row(D, 1)), std::min<size_t>(D, 1024)) << D;
   }
   EXPECT_EQ(threads_for_row(1 << 20), Team::max_size);
 }
