@@ -82,6 +82,24 @@ best=$(of scream postnorm_1e-3 best %.3f) collapse=$(of scream postnorm_1e-3 col
 event=$(of scream postnorm_1e-3 norm_step) onset=$(sed -n 's/.*The onset is at \([0-9]*\):.*/\1/p' "$work/scream")
 says 'At 1e-3 trains to %s, collapses at %s.' "$best" "$collapse"
 says 'trains to %s at a rate of 1e-3' "$best"
+another=$(of appendixj postnorm_2 collapse) in_bf16=$(of fp32event bf16 collapse) in_fp32=$(of fp32event fp32 collapse)
+says 'another collapses at %s. At' "$another"
+says 'in bf16 at %s and in fp32 at %s.' "$in_bf16" "$in_fp32"
+says 'goes at step %s in bf16 and, from the same state, at %s in fp32' "$in_bf16" "$in_fp32"
+rho() {
+  unpacked diagnostics fp32event | awk -F, -v run="$1" '$1 == run && $2 > 470 { print $8 }' | sort -g |
+    awk '{ a[NR] = $1 } END { printf "%.3g", (a[int((NR + 1) / 2)] + a[int(NR / 2) + 1]) / 2 }'
+}
+says 'ends at %s in bf16 and at %s in fp32.' "$(rho bf16)" "$(rho fp32)"
+fails() { unpacked runs appendixj | awk -F, -v of="$1_" 'index($1, of) == 1 && $5 != "trained" { n++ } END { print n == 1 ? "one" : n == 2 ? "both" : "none" }'; }
+says 'at 1e-3 %s fails with Post-Norm as it is, %s with hard centering, %s with a clip of 0.1, and %s without' \
+  "$(fails postnorm)" "$(fails centered)" "$(fails clip0.1)" "$(fails noclip)"
+[ "$(unpacked runs failures | grep -c '^held-.*,trained,')" = 4 ] || fault "a held rate has failed"
+says '%s of %s seeds have gone by step 700, at %s and %s (`survival`)' $(awk -F' *[|] *' '$2 == "postnorm-200" {
+  gsub(",", "", $7); print $4, $3, $7 }' "$work/survival")
+says 'is %s times the' "$(shown %.0f "$(cell failures attention_g_ctr 3) / $(cell failures attention_g_mean 3)")"
+says 'TCS falls from %s to %s.' "$(cell failures attention_tcs 2 %.2f)" "$(cell failures attention_tcs 3 %.2f)"
+says 'rises by %s to %s times in all' "$(cell failures attention_g_mean 4 %.0f "" 2)" "$(cell failures ffn_g_ctr 4 %.0f "" 2)"
 says '%s and %s times at step %s |' "$(cell scream attention_g_mean 4 %.0f)" "$(cell scream ffn_g_mean 4 %.0f)" "$event"
 says '%s and %s times; at the onset, step %s, %s and %s times, where G_mean rises %s times' \
   "$(cell scream attention_g_ctr 4 %.0f)" "$(cell scream ffn_g_ctr 4 %.0f)" "$onset" \
@@ -89,7 +107,7 @@ says '%s and %s times; at the onset, step %s, %s and %s times, where G_mean rise
 says 'At step %s the gradients of all writers rise' "$onset"
 says 'at %s their mean part' "$event"
 says '| %s orders |' "$(cell scream q_grad_rms 5 %.1f -1)"
-says 'median TCS %s to %s, rho %s to %s |' "$(cell scream attention_tcs 2 %.2f)" "$(cell scream attention_tcs 3 %.2f)" \
+says 'median TCS %s to %s, rho %s to %s.' "$(cell scream attention_tcs 2 %.2f)" "$(cell scream attention_tcs 3 %.2f)" \
   "$(cell scream attention_rho 2 %.2f)" "$(cell scream attention_rho 3)"
 says '| %s for good' "$(of scream postnorm_1e-3 loss %.2f)"
 attained=$(awk -F' *[|] *' '/^[|] step [|] 3/ { split($0, s, / *[|] */) }
@@ -152,6 +170,8 @@ says 'stopped at step %s.' "$(of size 1000-mvsplit steps)"
 # --- Settings, definitions, and what is known otherwise -------------------------------------------------
 
 while read -r text; do given "$text"; done <<'END'
+at from step 270 on
+a threshold of the rate between
 (WRITE=1 writes
 will take about 80 minutes more
 not the 1.76 of the start
@@ -165,7 +185,8 @@ the mean of the 25 losses
 it (padded to 32 x 32, black is -1); the target's noise part alone costs 1.
 the mean of all pixels costs 1.4404, each pixel position's own average 1.2665 (of test images 1.4395 and 1.2653); zero, where training starts, 1.756.
 network ends at 1.44.
-At alpha = 0 the
+At alpha = 0 it is
+(which alpha = 0 leaves
 ± is the 95% interval
 256 + 8 tokens, batch 32, bf16, warm-up 300,
 of 4 of the batch's 32 samples
@@ -194,7 +215,7 @@ numbers=$(sed -E 's/`[^`]*`//g; s/\]\([^)]*\)//g; s/(Fig\.|App\.|Table) [0-9.]+/
   s/[0-9,]+ (layers|steps|seeds|heads|blocks|times the rate)//g
   s/\b(1|1\.4|2|2\.5|4|5|7|8|1\.56|6\.24)e-[234]//g
   s/\b(D|FFN|batch|batch of|beta|alpha|[Ww]arm-up|warm-up of|[Gg]uidance|seed|s =) [0-9.]+//g
-  s/\b(bf16|fp32|cure1e3)\b|\bR\^2|\bW_?2\b|\bs\^2|\bN\(0, [^)]*\)|\(T - 1\)|A - 1//g' <<<"$prose" | grep -oE '[^ ]* ?[^ ]* ?[^ ]* ?[0-9][^ ]* ?[^ ]*' || true)
+  s/\b(bf16|fp32|fp32event|cure1e3)\b|\bR\^2|\bW_?2\b|\bs\^2|\bN\(0, [^)]*\)|\(T - 1\)|A - 1//g' <<<"$prose" | grep -oE '[^ ]* ?[^ ]* ?[^ ]* ?[0-9][^ ]* ?[^ ]*' || true)
 [ -z "$numbers" ] || fault "numbers that no csv gives:"$'\n'"$numbers"
 echo "results: the tables of $(grep -c 'by make results -->$' $results) sections and $said sentences agree with $csv; $faults faults"
 [ $faults = 0 ]
