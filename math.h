@@ -1105,7 +1105,7 @@ void map_rows_by_sum(const Device& device, Groups groups, size_t D, const Make& 
 }
 
 // Rows that a team of sum_over_rows_by_sum() adds up, and how many sums all leave in `partial`.
-inline size_t rows_of_a_piece(size_t D) { return D < 512 ? 4 : 16; }
+inline size_t rows_of_a_piece(size_t D) { return std::clamp<size_t>(D / 128 * 4, 4, 16); }
 template <class Groups>
 size_t partial_sums(Groups groups, size_t D) {
   return groups.pieces(rows_of_a_piece(D)).rows() * D / 4;
