@@ -11,6 +11,8 @@
 
 #include "png.h"
 
+#include <sstream>
+
 // What text there is: M captions, as numbers and, where they were words, as those.
 struct Captions {
   size_t captions = 0, text_tokens = 0, text_dim = 0;
@@ -47,24 +49,30 @@ inline Dataset without_images(const Dataset& data) {
 
 // Add images of `from` to `to`, which has the same captions.
 inline void append_images(Dataset& to, const Dataset& from, const std::vector<size_t>& which) {
-  bool pixels = !from.pixels.empty();
-  if (pixels) to.pixels.reserve(to.pixels.size() + which.size() * from.image_size());
+  size_t size = from.pixels.empty() ? 0 : from.image_size();
+  to.pixels.reserve(to.pixels.size() + which.size() * size);
   for (size_t n : which) {
-    if (pixels) {
-      auto image = from.pixels.begin() + ptrdiff_t(n * from.image_size());
-      to.pixels.insert(to.pixels.end(), image, image + ptrdiff_t(from.image_size()));
-    }
+    const float* image = from.pixels.data() + n * size;
+    to.pixels.insert(to.pixels.end(), image, image + size);
     to.caption.push_back(from.caption[n]);
   }
   to.images += which.size();
 }
 
-// 64-bit FNV-1a: the same on every machine and in every build.
-struct Fnv1a {
+// 64-bit FNV-1a of values of up to four bytes: the same on every machine and in every build.
+template <class... Values>
+uint64_t fnv1a(const Values&... values) {
   uint64_t hash = 0xcbf29ce484222325u;
-
-  void mix(uint32_t x) { hash = (hash ^ x) * 0x100000001b3u; }
-};
+  auto mix = [&](const auto& all) {
+    for (auto value : all) {
+      uint32_t bits = 0;
+      std::memcpy(&bits, &value, sizeof value);
+      hash = (hash ^ bits) * 0x100000001b3u;
+    }
+  };
+  (mix(values), ...);
+  return hash;
+}
 
 // V images at an even stride: a folder's images are sorted by caption.
 inline Dataset every_nth(const Dataset& from, size_t V) {
@@ -77,16 +85,7 @@ inline Dataset every_nth(const Dataset& from, size_t V) {
 
 // What a resumed run knows its data by.
 inline uint64_t hash_data(const Dataset& data) {
-  Fnv1a fnv;
-  auto mix = [&](const auto& values) {
-    for (auto value : values) {
-      uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      fnv.mix(bits);
-    }
-  };
-  mix(data.pixels), mix(data.text), mix(data.empty_text), mix(data.caption);
-  return fnv.hash;
+  return fnv1a(data.pixels, data.text, data.empty_text, data.caption);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -96,23 +95,12 @@ inline uint64_t hash_data(const Dataset& data) {
 // words nearly orthogonal ones, and that is all a network needs to tell ten captions apart.
 
 // The word decides its vector.
-inline uint64_t hash_word(const std::string& word) {
-  Fnv1a fnv;
-  for (unsigned char c : word) fnv.mix(c);
-  return fnv.hash;
-}
+inline uint64_t hash_word(const std::string& word) { return fnv1a(word); }
 
 // The words of a text between white space, in lower case.
 inline std::vector<std::string> words_of(const std::string& text) {
-  std::vector<std::string> words;
-  bool inside = false;
-  for (unsigned char c : text) {
-    bool space = std::isspace(c);
-    if (!space && !inside) words.emplace_back();
-    if (!space) words.back() += static_cast<char>(std::tolower(c));
-    inside = !space;
-  }
-  return words;
+  std::istringstream lower(in_lower_case(text));
+  return {std::istream_iterator<std::string>(lower), {}};
 }
 
 // A caption as (tokens, dim): a fixed N(0,1) vector a word, then padding; "" is all padding.
@@ -144,12 +132,14 @@ inline std::string caption_of(const std::string& prompt) {
   return (vowel ? "a photo of an " : "a photo of a ") + prompt;
 }
 
-// Fails unless `copies` of the images, and of the text two for each, can be in memory: asked before
-// they are read, as the alternative is to be killed. Two copies: as read, and where a CPU trains.
-inline void require_memory(const std::string& where, const Dataset& data, size_t copies) {
+// Fails unless `copies` of so many images, and of the text two for each, can be in memory: asked
+// before they are read, as the alternative is to be killed. Two copies: as read, and where a CPU
+// trains.
+inline void require_memory(const std::string& where, const Dataset& data, size_t images,
+                           size_t copies) {
   double text = double(data.captions) * double(data.text_tokens) * double(data.text_dim);
-  double images = double(data.images) * double(data.image_size());
-  double need = 4 * (double(copies) * images + 2 * double(std::max<size_t>(copies, 1)) * text);
+  double numbers = double(images) * double(data.image_size());
+  double need = 4 * (double(copies) * numbers + 2 * double(std::max<size_t>(copies, 1)) * text);
   double free = double(Device().available());
   if (need > free)
     fail("%s does not fit into memory: as floats%s it takes %.2f GB, and %.2f GB are free",
@@ -179,22 +169,18 @@ inline std::vector<unsigned char> read_idx(const std::string& path,
   require_regular(path);
   std::unique_ptr<gzFile_s, int (*)(gzFile)> file(gzopen(path.c_str(), "rb"), gzclose);
   if (!file) fail("cannot open %s: %s", path.c_str(), std::strerror(errno));
-  // As much as zlib gives at once, 0 at the end. It tells each read's errors until the next.
-  auto some = [&](unsigned char* to, size_t most) {
-    int got = gzread(file.get(), to, unsigned(std::min<size_t>(most, 1 << 30))), status;
+  // Up to `most` bytes, below 2^31; fails on fewer than `least`.
+  auto read = [&](unsigned char* to, size_t most, size_t least) {
+    int got = gzread(file.get(), to, unsigned(most)), status;
     const char* text = gzerror(file.get(), &status);  // begins with the path
     if (got < 0) fail("cannot read %s: fetch it again", text);
-    if (status == Z_BUF_ERROR) fail("%s is truncated: fetch it again", path.c_str());
+    if (status == Z_BUF_ERROR || size_t(got) < least)
+      fail("%s is truncated: fetch it again", path.c_str());
     return size_t(got);
-  };
-  auto read = [&](unsigned char* to, size_t bytes) {
-    for (size_t done = 0, got; done < bytes; done += got)
-      if ((got = some(to + done, bytes - done)) == 0)
-        fail("%s is truncated: fetch it again", path.c_str());
   };
   auto number = [&] {
     unsigned char b[4];
-    read(b, 4);
+    read(b, 4, 4);
     return size_t(b[0]) << 24 | size_t(b[1]) << 16 | size_t(b[2]) << 8 | b[3];
   };
   size_t rank = sizes.size() + 1, magic = number(), count = number(), bytes = 1;
@@ -211,59 +197,53 @@ inline std::vector<unsigned char> read_idx(const std::string& path,
     bytes *= size;
   }
   std::vector<unsigned char> data(count * bytes);
-  read(data.data(), data.size());
+  read(data.data(), data.size(), data.size());
   // Only at its end does a gzip stream show whether its checksum holds.
   unsigned char extra;
-  if (some(&extra, 1) > 0) fail("%s has bytes after its %zu items", path.c_str(), count);
+  if (read(&extra, 1, 0) > 0) fail("%s has bytes after its %zu items", path.c_str(), count);
   return data;
 }
 
-// The training or the test images of a folder, (N,1,32,32): 28x28 with a black border, so that
-// patches of 2 and of 4 fit. Without captions' text.
-inline Dataset load_idx(const std::string& folder, bool train, size_t copies) {
-  constexpr size_t side = 28, border = 2, padded = side + 2 * border;
-  std::string prefix = folder + (train ? "/train" : "/t10k");
-  auto labels = read_idx(prefix + "-labels-idx1-ubyte.gz", {});
-  Dataset data;
-  data.images = labels.size(), data.channels = 1, data.height = data.width = padded;
-  for (size_t n = 0; n < labels.size(); ++n)
-    if (labels[n] >= 10)
-      fail("%s: label %d of image %zu is not below 10", folder.c_str(), labels[n], n);
-  data.caption.assign(labels.begin(), labels.end());
-  if (copies == 0) return data;
-  auto bytes = read_idx(prefix + "-images-idx3-ubyte.gz", {side, side});
-  if (bytes.size() != data.images * side * side)
-    fail("%s has %zu images but %zu labels", folder.c_str(), bytes.size() / (side * side),
-         data.images);
-  require_memory(folder, data, copies);
-  data.pixels.assign(data.images * padded * padded, -1.0f);
-  for (size_t n = 0; n < data.images; ++n)
-    for (size_t h = 0; h < side; ++h)
-      for (size_t w = 0; w < side; ++w)
-        data.pixels[(n * padded + h + border) * padded + w + border] =
-            bytes[(n * side + h) * side + w] / 127.5f - 1;
-  return data;
-}
-
-// A folder with Fashion-MNIST's four .gz files: 60,000 images to train on, 10,000 to validate on.
-// Others have the same names (MNIST's digits for one): then a caption is its label's number, with a
-// note. Fails on a missing or damaged file.
+// A folder with Fashion-MNIST's four .gz files: 60,000 images to train on, 10,000 to validate on,
+// (N,1,32,32): 28x28 with a black border, so that patches of 2 and of 4 fit. Others have the same
+// names (MNIST's digits for one): then a caption is its label's number, with a note. Fails on a
+// missing or damaged file.
 inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t tokens = 8,
                                 size_t dim = 64) {
-  Split data{load_idx(folder, true, copies), load_idx(folder, false, copies), false};
-  auto is = [](const Dataset& part, uint64_t hash) {
-    Fnv1a labels;
-    for (int32_t label : part.caption) labels.mix(uint32_t(label));
-    return labels.hash == hash;
-  };
+  constexpr size_t side = 28, border = 2, padded = side + 2 * border;
+  Split data;
+  const std::pair<Dataset&, std::string> parts[] = {{data.train, folder + "/train"},
+                                                    {data.held_out, folder + "/t10k"}};
+  for (const auto& [part, prefix] : parts) {
+    auto labels = read_idx(prefix + "-labels-idx1-ubyte.gz", {});
+    for (size_t n = 0; n < labels.size(); ++n)
+      if (labels[n] >= 10)
+        fail("%s: label %d of image %zu is not below 10", folder.c_str(), labels[n], n);
+    part.caption.assign(labels.begin(), labels.end());
+    part.images = labels.size(), part.channels = 1, part.height = part.width = padded;
+  }
+  require_memory(folder, data.train, data.train.images + data.held_out.images, copies);
+  for (const auto& [part, prefix] : parts) {
+    if (copies == 0) break;
+    auto bytes = read_idx(prefix + "-images-idx3-ubyte.gz", {side, side});
+    if (bytes.size() != part.images * side * side)
+      fail("%s has %zu images but %zu labels", folder.c_str(), bytes.size() / (side * side),
+           part.images);
+    part.pixels.assign(part.images * padded * padded, -1.0f);
+    for (size_t i = 0; i < bytes.size(); ++i) {
+      size_t n = i / (side * side), h = i / side % side + border, w = i % side + border;
+      part.pixels[(n * padded + h) * padded + w] = bytes[i] / 127.5f - 1;
+    }
+  }
   std::vector<std::string> names = {"t-shirt", "trouser", "pullover", "dress", "coat",
                                     "sandal",  "shirt",   "sneaker",  "bag",   "ankle boot"};
-  if (!is(data.train, 0xb9f71c71bae5f277u) || !is(data.held_out, 0x25bdf8123f06fac3u)) {
+  if (fnv1a(data.train.caption) != 0xb9f71c71bae5f277u ||
+      fnv1a(data.held_out.caption) != 0x25bdf8123f06fac3u) {
     std::fprintf(stderr, "note: %s has other labels than Fashion-MNIST: its captions are 0 to 9\n",
                  visible(folder).c_str());
     for (size_t i = 0; i < names.size(); ++i) names[i] = std::to_string(i);
   }
-  for (Dataset* part : {&data.train, &data.held_out}) set_captions(*part, names, tokens, dim);
+  for (const auto& part : parts) set_captions(part.first, names, tokens, dim);
   return data;
 }
 
@@ -299,14 +279,14 @@ inline std::vector<size_t> shape_of(const SafetensorsReader& file, const std::st
   return tensor->shape;
 }
 
-// How many captions, and their sizes, by text (M,L,d_text).
-inline void size_text(const SafetensorsReader& file, const std::string& path, Captions& data) {
+// What there is of text (M,L,d_text) and, if it is there, empty (L,d_text), else zeros, once
+// memory holds it and `copies` of the images that `data` has.
+inline void read_text(const SafetensorsReader& file, const std::string& path, Dataset& data,
+                      size_t copies) {
   auto text = shape_of(file, path, "text", "(M,L,d_text)");
   data.captions = text[0], data.text_tokens = text[1], data.text_dim = text[2];
-}
-
-// text (M,L,d_text) and, if it is there, empty (L,d_text), else zeros.
-inline void read_text(const SafetensorsReader& file, const std::string& path, Captions& data) {
+  if (data.captions > INT32_MAX) fail("%s has more than 2^31 - 1 captions", path.c_str());
+  require_memory(path, data, data.images, copies);
   data.text = read_finite<float>(file, path, *file.find("text"));
   data.empty_text.assign(data.text_tokens * data.text_dim, 0);
   if (file.find("empty"))
@@ -324,26 +304,26 @@ inline Dataset load_latents(const std::string& path, size_t copies = 1) {
   Dataset data;
   data.images = latents[0], data.channels = latents[1];
   data.height = latents[2], data.width = latents[3];
-  size_text(file, path, data);
-  if (data.captions > INT32_MAX) fail("%s has more than 2^31 - 1 captions", path.c_str());
-  require_memory(path, data, copies);
+  read_text(file, path, data, copies);
   auto caption = file.read_integers(file.require("caption", {data.images}));
   for (size_t n = 0; n < caption.size(); ++n)
     if (caption[n] < 0 || caption[n] >= int64_t(data.captions))
       fail("%s: caption[%zu] is %lld, expected 0 to %zu", path.c_str(), n,
            static_cast<long long>(caption[n]), data.captions - 1);
   data.caption.assign(caption.begin(), caption.end());
-  read_text(file, path, data);
   if (copies > 0) data.pixels = read_finite<float>(file, path, *file.find("latents"));
   return data;
 }
 
 // Names for a sentence, the first ten.
-inline std::string list_of(const std::vector<std::string>& names) {
-  std::string list;
-  for (size_t i = 0; i < std::min<size_t>(names.size(), 10); ++i)
-    list += (i ? ", " : "") + visible(names[i]);
-  return names.size() > 10 ? list + ", ... (" + std::to_string(names.size()) + " in all)" : list;
+inline std::string list_of(std::vector<std::string> names) {
+  size_t all = names.size();
+  if (all > 10) names.resize(10), names.push_back("... (" + std::to_string(all) + " in all)");
+  return visible(join_list(names, ", "));
+}
+
+inline std::string counted(size_t n, const std::string& what) {
+  return std::to_string(n) + " " + what + (n == 1 ? "" : "s");
 }
 
 // The files that a reader of a folder passes over: how many for each reason, and one of them.
@@ -372,26 +352,22 @@ struct PassedOver {
     for (const auto& [reason, found] : reasons)
       all += (all.empty() ? "" : "; ") + std::to_string(found.first) + " " + reason + ", as " +
              visible(found.second);
-    return all.empty() ? all : ", " + std::to_string(files) + " files passed over (" + all + ")";
+    return all.empty() ? all : ", " + counted(files, "file") + " passed over (" + all + ")";
   }
 };
 
-// The entries of a folder, sorted by name, as if .PNG were .png: the same order on every machine.
-inline std::vector<std::filesystem::path> sorted_entries(const std::filesystem::path& folder) {
-  std::vector<std::pair<std::string, std::filesystem::path>> entries;
+// Name and path of the entries of a folder, as if .PNG were .png: the same order on every machine.
+inline std::set<std::pair<std::string, std::filesystem::path>> sorted_entries(
+    const std::filesystem::path& folder) {
+  namespace fs = std::filesystem;
   std::error_code error;
-  for (std::filesystem::directory_iterator at(folder, error), end; !error && at != end;
-       at.increment(error)) {
-    const std::filesystem::path& path = at->path();
-    entries.emplace_back(
-        has_extension(path, ".png") ? path.stem().string() + ".png" : path.filename().string(),
-        path);
+  std::set<std::pair<std::string, fs::path>> entries;
+  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) {
+    bool png = has_extension(at->path(), ".png");
+    entries.emplace((png ? at->path().stem() += ".png" : at->path().filename()), at->path());
   }
   if (error) fail("cannot read the folder %s: %s", folder.c_str(), error.message().c_str());
-  std::sort(entries.begin(), entries.end());
-  std::vector<std::filesystem::path> sorted;
-  for (auto& entry : entries) sorted.push_back(std::move(entry.second));
-  return sorted;
+  return entries;
 }
 
 // PNG images of one size in sub-folders named by their captions, as in sneaker/1.png; what else
@@ -405,17 +381,16 @@ inline Dataset load_folder(const std::string& path, std::string* passed_over, si
   std::vector<std::string> names, without;
   Dataset data;
   std::error_code ignored;
-  auto hidden = [](const fs::path& p) { return p.filename().string()[0] == '.'; };
-  for (const fs::path& folder : sorted_entries(path)) {
+  for (const auto& [name, folder] : sorted_entries(path)) {
     fs::path to = fs::canonical(folder, ignored), from = fs::canonical(path, ignored);
     bool circle = std::mismatch(to.begin(), to.end(), from.begin(), from.end()).first == to.end();
-    if (hidden(folder) || circle || !fs::is_directory(folder, ignored)) {
-      passed.add(folder, hidden(folder) ? "hidden" : "at the top, outside the captions' folders");
+    if (name[0] == '.' || circle || !fs::is_directory(folder, ignored)) {
+      passed.add(folder, name[0] == '.' ? "hidden" : "at the top, outside the captions' folders");
       continue;
     }
     size_t before = files.size();
-    for (const fs::path& file : sorted_entries(folder)) {
-      const char* reason = hidden(file)                          ? "hidden"
+    for (const auto& [key, file] : sorted_entries(folder)) {
+      const char* reason = key[0] == '.'                         ? "hidden"
                            : fs::is_directory(file, ignored)     ? "deeper than a caption's folder"
                            : !has_extension(file, ".png")        ? "not PNG"
                            : !fs::is_regular_file(file, ignored) ? "not a regular file"
@@ -444,9 +419,7 @@ inline Dataset load_folder(const std::string& path, std::string* passed_over, si
     std::vector<float> image = read_png(file, &C, &H, &W);
     if (data.images++ == 0) {
       data.channels = C, data.height = H, data.width = W;
-      Dataset all = without_images(data);
-      all.images = files.size();
-      require_memory(path, all, copies);
+      require_memory(path, data, files.size(), copies);
       if (copies == 0) break;
       data.pixels.reserve(files.size() * data.image_size());
     }
@@ -586,16 +559,16 @@ inline Split load_dataset(const std::string& where, size_t copies) {
     fail("%s does not fit into the memory that this process may take", where.c_str());
   }
   const Dataset &train = data.train, &held_out = data.held_out;
-  std::vector<bool> trained(train.captions), unseen(train.captions);
-  for (int32_t c : train.caption) trained[size_t(c)] = true;
-  for (int32_t c : held_out.caption) unseen[size_t(c)] = !trained[size_t(c)];
-  auto count = size_t(std::count(unseen.begin(), unseen.end(), true));
+  std::set<int32_t> unseen(held_out.caption.begin(), held_out.caption.end());
+  for (int32_t c : train.caption) unseen.erase(c);
   size_t held = data.shared ? 0 : held_out.images;
   std::string remark;
   if (data.shared) remark = " (none can be spared: it is validated on images that it trains on)";
-  if (count) remark = " (captions that have no other image: " + std::to_string(count) + ")";
-  std::printf("%zu images of %zux%zux%zu, %zu captions, %zu held out%s%s\n", train.images + held,
-              train.channels, train.height, train.width, train.captions, held, remark.c_str(),
+  if (!unseen.empty())
+    remark = " (captions that have no other image: " + std::to_string(unseen.size()) + ")";
+  std::printf("%s of %zux%zux%zu, %s, %zu held out%s%s\n",
+              counted(train.images + held, "image").c_str(), train.channels, train.height,
+              train.width, counted(train.captions, "caption").c_str(), held, remark.c_str(),
               passed_over.c_str());
   return data;
 }
@@ -608,11 +581,9 @@ inline Dataset load_captions(const std::string& where) {
   SafetensorsReader file(where);
   file.require_only({"text", "empty"});
   Dataset data;
-  size_text(file, where, data);
-  require_memory(where, data, 0);
-  read_text(file, where, data);
-  std::printf("%zu captions of %zu tokens of %zu numbers\n", data.captions, data.text_tokens,
-              data.text_dim);
+  read_text(file, where, data, 0);
+  std::printf("%s of %s of %s\n", counted(data.captions, "caption").c_str(),
+              counted(data.text_tokens, "token").c_str(), counted(data.text_dim, "number").c_str());
   if (!file.find("empty"))
     std::fprintf(stderr, "note: %s has no empty (%zu, %zu): guidance takes zeros for it\n",
                  visible(where).c_str(), data.text_tokens, data.text_dim);

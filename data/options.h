@@ -244,12 +244,6 @@ inline Words split_list(const Words& texts) {
   words.pop_back();
   return words;
 }
-template <class Container>
-std::string join_list(const Container& words, const char* between = ",") {
-  std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : between) + word;
-  return text;
-}
 
 // A subcommand's options, with their help.
 class Subcommand {

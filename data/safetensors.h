@@ -29,6 +29,8 @@
 // ---------------------------------------------------------------------------------------------
 // 1. Whole files or none
 
+using File = std::unique_ptr<FILE, int (*)(FILE*)>;  // open
+
 // A lock on an open file or folder, held until the descriptor is closed: it dies with its process.
 // False if another process holds it. A file system that has no locks grants every one.
 inline bool lock_file(int descriptor) {
@@ -67,16 +69,15 @@ class SafeFile {
   // Appends `bytes` bytes; fails if the disk does not take them.
   void write(const void* data, size_t bytes) {
     if (!file_) fail("cannot write %s: it is closed already", path_.c_str());
-    if (bytes && std::fwrite(data, 1, bytes, file_) != bytes) give_up(errno);
+    if (bytes && std::fwrite(data, 1, bytes, file_.get()) != bytes) give_up(errno);
   }
   void write(const std::string& text) { write(text.data(), text.size()); }
 
   // Makes the file appear under its name, after its bytes have reached the disk.
   void commit() {
     if (!file_) fail("cannot write %s: it is closed already", path_.c_str());
-    if (std::fflush(file_) != 0 || fsync(fileno(file_)) != 0) give_up(errno);
-    FILE* file = std::exchange(file_, nullptr);
-    if (std::fclose(file) != 0 || std::rename(temporary_.c_str(), path_.c_str()) != 0) {
+    if (std::fflush(file_.get()) != 0 || fsync(fileno(file_.get())) != 0) give_up(errno);
+    if (std::fclose(file_.release()) != 0 || std::rename(temporary_.c_str(), path_.c_str()) != 0) {
       int reason = errno;
       std::remove(temporary_.c_str());
       give_up(reason);
@@ -87,7 +88,7 @@ class SafeFile {
   // Gives the new contents up and leaves PATH as it was; nothing to do after a commit.
   void abandon() {
     if (!file_) return;
-    std::fclose(std::exchange(file_, nullptr));
+    file_.reset();
     std::remove(temporary_.c_str());
   }
 
@@ -102,21 +103,16 @@ class SafeFile {
       if (descriptor < 0 && errno == ELOOP)
         fail("cannot write %s: the link %s is in the way", path_.c_str(), temporary_.c_str());
       if (descriptor < 0) give_up(errno);
-      if (file_) std::fclose(file_);
-      file_ = fdopen(descriptor, "wb");
-      if (!lock_file(descriptor)) {
-        std::fclose(std::exchange(file_, nullptr));
+      file_.reset(fdopen(descriptor, "wb"));
+      if (!lock_file(descriptor))
         fail("cannot write %s: another process is writing it; wait for it, or choose another name",
              path_.c_str());
-      }
       if (fstat(descriptor, &locked) != 0) give_up(errno);
-      if (!S_ISREG(locked.st_mode)) {
-        std::fclose(std::exchange(file_, nullptr));
+      if (!S_ISREG(locked.st_mode))
         fail("cannot write %s: %s is in the way and is no regular file", path_.c_str(),
              temporary_.c_str());
-      }
     } while (stat(temporary_.c_str(), &named) != 0 || named.st_ino != locked.st_ino);
-    if (locked.st_size > 0 && ftruncate(fileno(file_), 0) != 0) give_up(errno);
+    if (locked.st_size > 0 && ftruncate(fileno(file_.get()), 0) != 0) give_up(errno);
   }
   [[noreturn]] void give_up(int reason) {
     abandon();
@@ -140,7 +136,7 @@ class SafeFile {
   }
 
   std::string path_, temporary_;
-  FILE* file_ = nullptr;
+  File file_{nullptr, std::fclose};
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -190,6 +186,13 @@ inline size_t dtype_bytes(const std::string& dtype) {
   return 0;
 }
 
+template <class Container>
+std::string join_list(const Container& words, const char* between = ",") {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : between) + word;
+  return text;
+}
+
 // "[2, 3]"
 inline std::string shape_text(const std::vector<size_t>& shape) {
   std::string text;
@@ -234,19 +237,22 @@ struct TensorInfo {
   size_t count() const { return (end - begin) / dtype_bytes(dtype); }
 };
 
+inline std::string in_lower_case(std::string text) {
+  for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return text;
+}
+
 // Does the name end so, in small letters or capitals?
 inline bool has_extension(const std::filesystem::path& path, const std::string& extension) {
-  std::string found = path.extension();
-  for (char& c : found) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  return found == extension;
+  return in_lower_case(path.extension()) == extension;
+}
+
+inline bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
 // Does the name end as that of an index, {"weight_map": {tensor: file beside the index}}?
-inline bool is_index(const std::string& path) {
-  const std::string end = ".safetensors.index.json";
-  return path.size() >= end.size() &&
-         path.compare(path.size() - end.size(), std::string::npos, end) == 0;
-}
+inline bool is_index(const std::string& path) { return ends_with(path, ".safetensors.index.json"); }
 
 class SafetensorsReader {
  public:
@@ -511,7 +517,7 @@ class SafetensorsReader {
   }
 
   std::string path_;
-  std::unique_ptr<FILE, int (*)(FILE*)> file_{nullptr, std::fclose};
+  File file_{nullptr, std::fclose};
   size_t data_start_ = 0;
   std::vector<TensorInfo> tensors_;
   std::map<std::string, size_t> index_;

@@ -983,6 +983,14 @@ TEST_F(IdxTest, DamagedFilesAreRefused) {
   EXPECT_ERROR(load_fashion_mnist(at("idx"), 1), "t10k-images-idx3-ubyte.gz: No such file");
 }
 
+// Refused by the labels, before an image is read.
+TEST_F(IdxTest, WhatMemoryCannotHoldIsRefusedUnread) {
+  std::string path = folder("no images", labels_);
+  EXPECT_ERROR(load(path, size_t(1) << 40), path + " does not fit into memory: as floats");
+  EXPECT_ERROR(load(path, 1), "not a gzip file");
+  EXPECT_EQ(load(path, 0).data.train.images, 2u);
+}
+
 TEST(FashionMnist, HasTheKnownImages) {
   Loaded loaded;
   try {
@@ -1285,7 +1293,7 @@ TEST_F(FolderTest, ExtensionsMayBeInCapitals) {
                              : ".Png"),
               level(i));
   Loaded lower = load(at("lower")), upper = load(at("upper"));
-  EXPECT_EQ(lower.out, "8 images of 1x4x4, 1 captions, 1 held out\n");
+  EXPECT_EQ(lower.out, "8 images of 1x4x4, 1 caption, 1 held out\n");
   EXPECT_EQ(upper.out, lower.out);
   EXPECT_EQ(upper.data.train.pixels, lower.data.train.pixels);
   EXPECT_EQ(upper.data.held_out.pixels, lower.data.held_out.pixels);
@@ -1318,11 +1326,11 @@ TEST_F(FolderTest, WhatIsPassedOverIsSaid) {
        },
        ", 2 files passed over (2 not a regular file, as cat/pipe.png)"},
       {[&] { fs::create_symlink("nowhere", at("x/cat/2b.png")); },
-       ", 1 files passed over (1 not a regular file, as cat/2b.png)"},
+       ", 1 file passed over (1 not a regular file, as cat/2b.png)"},
       {[&] { fs::create_directories(at("x/bird")), fs::create_directories(at("x/axe/one")); },
        ", folders without images: axe, bird"},
       {[&] { put("x/bird/1.jpeg", ""); },
-       ", folders without images: bird, 1 files passed over (1 not PNG, as bird/1.jpeg)"},
+       ", folders without images: bird, 1 file passed over (1 not PNG, as bird/1.jpeg)"},
       {[&] { fs::create_symlink(".", at("x/self")), fs::create_symlink("loop", at("x/loop")); },
        ", 2 files passed over (2 at the top, outside the captions' folders, as loop)"},
       {[&] {
@@ -1330,7 +1338,7 @@ TEST_F(FolderTest, WhatIsPassedOverIsSaid) {
        },
        ", 2 files passed over (2 deeper than a caption's folder, as cat/up)"},
       {[&] { put("x/cat/\x1b[2J\n", ""); },
-       ", 1 files passed over (1 not PNG, as cat/\\x1b[2J\\x0a)"},
+       ", 1 file passed over (1 not PNG, as cat/\\x1b[2J\\x0a)"},
       {[&] { put("x/cat/notes.txt", ""), put("x/.hidden", ""), put("x/dog/a.gif", ""); },
        ", 3 files passed over (1 hidden, as .hidden; 2 not PNG, as cat/notes.txt)"},
   };
