@@ -15,51 +15,63 @@
 
 using Metadata = std::map<std::string, std::string>;
 
+inline std::string swapped(std::string name, char from, char to) {
+  std::replace(name.begin(), name.end(), from, to);
+  return name;
+}
+
 inline std::string exact(double x) { return text_of("%.17g", x); }
 inline std::string exact(size_t x) { return std::to_string(x); }
 
+// A size of a network: its name in a file (and, with dashes, of its flag) and what it is; whether
+// the data has it, and whether the tensors' shapes show it.
+struct Size {
+  const char *name, *about;
+  size_t& value;
+  bool of_data, shown;
+};
+inline std::vector<Size> sizes_of(Config& c) {
+  return {{"depth", "blocks", c.depth, false, true},
+          {"width", "channels D of a token", c.width, false, true},
+          {"heads", "attention heads", c.heads, false, false},
+          {"ffn", "width of the FFN", c.ffn, false, true},
+          {"patch", "pixels along a patch", c.patch, false, true},
+          {"channels", "channels of the image", c.channels, true, true},
+          {"height", "pixels", c.height, true, false},
+          {"image_width", "pixels", c.image_width, true, false},
+          {"text_tokens", "tokens of a caption", c.text_tokens, true, false},
+          {"text_dim", "numbers of a text token", c.text_dim, true, true}};
+}
+
 // What a file says about the network in it.
-inline Metadata describe(const Config& c, double time_shift) {
-  return {{"depth", std::to_string(c.depth)},
-          {"width", std::to_string(c.width)},
-          {"heads", std::to_string(c.heads)},
-          {"ffn", std::to_string(c.ffn)},
-          {"channels", std::to_string(c.channels)},
-          {"patch", std::to_string(c.patch)},
-          {"residual", c.residual},
-          {"means", c.means},
-          {"height", std::to_string(c.height)},
-          {"image_width", std::to_string(c.image_width)},
-          {"text_tokens", std::to_string(c.text_tokens)},
-          {"text_dim", std::to_string(c.text_dim)},
-          {"norm_eps", exact(c.norm_eps)},
-          {"time_shift", exact(time_shift)}};
+inline Metadata describe(Config c, double time_shift) {
+  Metadata m = {{"residual", c.residual},
+                {"means", c.means},
+                {"norm_eps", exact(c.norm_eps)},
+                {"time_shift", exact(time_shift)}};
+  for (const Size& size : sizes_of(c)) m[size.name] = exact(size.value);
+  return m;
 }
 
 // The number that a text is; nothing where it is anything else. Decimal digits alone, that fit:
 // no sign before a whole number, no blanks, no separators, a point in every locale.
-inline std::optional<size_t> whole_number(const std::string& text) {
-  size_t value = 0;
+template <class Number>
+std::optional<Number> number_in(const std::string& text) {
+  Number value = 0;
   const char* end = text.data() + text.size();
   auto [at, error] = std::from_chars(text.data(), end, value);
-  return error == std::errc() && at == end ? std::optional(value) : std::nullopt;
-}
-inline std::optional<double> decimal_number(const std::string& text) {
-  double value = 0;
-  const char* end = text.data() + text.size();
-  auto [at, error] = std::from_chars(text.data(), end, value);
-  return error == std::errc() && at == end && std::isfinite(value) ? std::optional(value)
-                                                                   : std::nullopt;
+  bool good = error == std::errc() && at == end && std::isfinite(double(value));
+  return good ? std::optional(value) : std::nullopt;
 }
 
 inline size_t positive_integer(const std::string& text, const std::string& what) {
-  size_t value = whole_number(text).value_or(0);
+  size_t value = number_in<size_t>(text).value_or(0);
   if (value == 0) fail("%s is '%s', expected a positive integer", what.c_str(), text.c_str());
   return value;
 }
 
 inline double finite_number(const std::string& text, const std::string& what) {
-  std::optional<double> value = decimal_number(text);
+  std::optional<double> value = number_in<double>(text);
   if (!value) fail("%s is '%s', expected a number", what.c_str(), text.c_str());
   return *value;
 }
@@ -112,28 +124,20 @@ inline Assumed read_config(const SafetensorsReader& file, const std::string& pat
       c.residual = mode.name, most = gates;
   }
   const Metadata& m = file.metadata();
-  auto integer = [&](const char* key, size_t& value) {
-    auto at = m.find(key);
-    if (at != m.end()) value = positive_integer(at->second, path + ": metadata " + key);
-  };
-  const std::pair<const char*, size_t> shapes[] = {{"depth", c.depth}, {"width", c.width},
-                                                   {"ffn", c.ffn},     {"channels", c.channels},
-                                                   {"patch", c.patch}, {"text_dim", c.text_dim}};
-  for (const auto& [key, held] : shapes) {
-    size_t said = held;
-    integer(key, said);
-    if (said != held)
-      fail("%s: metadata says %s %zu, but its tensors have %zu", path.c_str(), key, said, held);
-  }
-  integer("height", c.height), integer("image_width", c.image_width);
-  integer("text_tokens", c.text_tokens);
   if (!heads && !m.count("heads"))
     fail(
         "%s does not say how many attention heads it has: give --heads (the author's released "
         "model has 8)",
         path.c_str());
   c.heads = heads.value_or(1);
-  integer("heads", c.heads);
+  for (const Size& size : sizes_of(c)) {
+    size_t held = size.value;
+    if (m.count(size.name))
+      size.value = positive_integer(m.at(size.name), path + ": metadata " + size.name);
+    if (size.shown && size.value != held)
+      fail("%s: metadata says %s %zu, but its tensors have %zu", path.c_str(), size.name,
+           size.value, held);
+  }
   if (heads && *heads != c.heads)
     fail("--heads %zu: %s says that it has %zu", *heads, path.c_str(), c.heads);
   if (m.count("residual")) c.residual = m.at("residual");
@@ -203,12 +207,9 @@ void save_tensors(const std::string& path, const Metadata& metadata, const Devic
 
 // The gains of norms that this model does not have are welcome if they are all ones.
 inline bool is_norm_gain(const std::string& name) {
-  auto ends = [&](const std::string& with) {
-    return name.size() >= with.size() &&
-           name.compare(name.size() - with.size(), with.size(), with) == 0;
-  };
   return name == "norm_img_input.weight" || name == "norm_text_input.weight" ||
-         ends("fused_mvsplit_norm1.weight") || ends("fused_mvsplit_norm2.weight") ||
+         ends_with(name, "fused_mvsplit_norm1.weight") ||
+         ends_with(name, "fused_mvsplit_norm2.weight") ||
          name.find(".qk_norm.") != std::string::npos;
 }
 

@@ -8,7 +8,10 @@
 #include <chrono>
 #include <csignal>
 #include <fstream>
+#include <numeric>
 #include <sstream>
+
+#include <fnmatch.h>
 
 // The end of a console ends no run: not that of the reader behind a pipe (SIGPIPE), nor that of a
 // terminal (SIGHUP). What is printed after it is lost.
@@ -79,12 +82,10 @@ inline std::vector<std::string> logs_in(const std::string& folder) {
   std::vector<std::string> logs;
   if (!std::filesystem::is_directory(folder)) return logs;
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    std::string name = entry.path().filename(), extension = entry.path().extension();
-    bool numbered = name.rfind("spike_", 0) == 0 || name.rfind("samples_", 0) == 0;
-    if (name == "log.csv" || name == "validation.csv" || name == "diagnostics.csv" ||
-        name == "config.ini" ||
-        (numbered && (extension == ".txt" || extension == ".png" || extension == ".safetensors")))
-      logs.push_back(entry.path());
+    std::string name = entry.path().filename();
+    for (const char* pattern : {"log.csv", "validation.csv", "diagnostics.csv", "config.ini",
+                                "spike_*.txt", "samples_*.png", "samples_*.safetensors"})
+      if (fnmatch(pattern, name.c_str(), 0) == 0) logs.push_back(entry.path());
   }
   std::sort(logs.begin(), logs.end());
   return logs;
@@ -148,34 +149,32 @@ class CsvLog {
     file.write(kept);
     file.commit();
     file_.reset(std::fopen(path.c_str(), "a"));
-    if (!file_) fail("cannot write %s: %s", path.c_str(), std::strerror(errno));
+    require(file_ != nullptr);
   }
   // The row or rows of `step`, unless they are there.
   void row(uint64_t step, const std::string& text) {
     if (step <= last_) return;
     last_ = step;
-    if (std::fprintf(file_.get(), "%s\n", text.c_str()) < 0 || std::fflush(file_.get()) != 0)
-      fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
+    require(std::fprintf(file_.get(), "%s\n", text.c_str()) >= 0 && std::fflush(file_.get()) == 0);
   }
   uint64_t last() const { return last_; }  // step
   // Flush to the disk, before a state is there that says these steps are done: a run that resumes
   // does not do them again.
-  void sync() {
-    if (fsync(fileno(file_.get())) != 0)
-      fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
-  }
+  void sync() { require(fsync(fileno(file_.get())) == 0); }
 
  private:
-  struct Close {
-    void operator()(FILE* f) const { std::fclose(f); }
-  };
+  void require(bool done) const {
+    if (!done) fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
+  }
+
   std::string path_;
   uint64_t last_ = 0;
-  std::unique_ptr<FILE, Close> file_;
+  File file_{nullptr, std::fclose};
 };
 
+// Up to 2047 bytes.
 __attribute__((format(printf, 1, 2))) inline std::string text_of(const char* format, ...) {
-  char text[512];
+  char text[2048];
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(text, sizeof text, format, arguments);
@@ -281,6 +280,16 @@ inline std::string verdict(const Spike& s) {
                  kind, worst->writer ? "W2" : "W_O", worst->layer, mean, centered);
 }
 
+// The `most` of all whose keys are largest, largest first and NaN before that.
+template <class Any, class Key>
+std::vector<Any> largest(std::vector<Any> all, const Key& key, size_t most = 15) {
+  auto rank = [&](const Any& x) { return std::isnan(key(x)) ? HUGE_VAL : key(x); };
+  std::stable_sort(all.begin(), all.end(),
+                   [&](const Any& a, const Any& b) { return rank(a) > rank(b); });
+  all.resize(std::min(all.size(), most));
+  return all;
+}
+
 inline std::string spike_report(const Spike& s) {
   std::string text = text_of(
       "Spike at step %zu: gradient norm %.4g is %.3g times %.4g, the median of the %zu steps "
@@ -288,22 +297,13 @@ inline std::string spike_report(const Spike& s) {
       size_t(s.step), s.norm, s.norm / s.median, s.median, s.window, s.factor);
   text += "Verdict: " + verdict(s) + ".\n\n";
 
-  auto largest = s.gradients;
-  auto key = [](double x) { return std::isnan(x) ? HUGE_VAL : x; };
-  std::stable_sort(largest.begin(), largest.end(),
-                   [&](auto& a, auto& b) { return key(a.second) > key(b.second); });
-  largest.resize(std::min<size_t>(largest.size(), 15));
   text += "Largest gradients, layer by layer: norm, share of the squared total\n";
-  for (const auto& [name, norm] : largest)
+  for (const auto& [name, norm] : largest(s.gradients, [](const auto& g) { return g.second; }))
     text += text_of("  %-44s %12.4g %6.1f%%\n", name.c_str(), norm,
                     100 * (norm / s.norm) * (norm / s.norm));
 
-  auto modes = s.modes;
-  std::stable_sort(modes.begin(), modes.end(),
-                   [&](auto& a, auto& b) { return key(a.mean) > key(b.mean); });
-  modes.resize(std::min<size_t>(modes.size(), 15));
   text += "\nWriters, largest G_mean first: G_mean (times its median), G_ctr (times its median)\n";
-  for (const Spike::Mode& m : modes)
+  for (const Spike::Mode& m : largest(s.modes, [](const Spike::Mode& m) { return m.mean; }))
     text += text_of("  layer %5zu %-4s %12.4g (%8.3g) %12.4g (%8.3g)\n", m.layer,
                     m.writer ? "W2" : "W_O", m.mean, m.mean / m.usual_mean, m.centered,
                     m.centered / m.usual_centered);
@@ -317,12 +317,12 @@ inline std::string spike_report(const Spike& s) {
 
   text += text_of("\ndL/dvelocity, last pass: mean %.4g, root mean square %.4g, largest %.4g\n",
                   s.mean, s.rms, s.largest);
-  std::vector<size_t> order(s.losses.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return key(s.losses[a]) > key(s.losses[b]); });
+  std::vector<size_t> samples(s.losses.size());
+  std::iota(samples.begin(), samples.end(), 0);
   text += "\nLosses, largest first: sample, loss\n";
-  for (size_t i : order) text += text_of("  %6zu %10.4g\n", i, s.losses[i]);
+  for (size_t i : largest(
+           samples, [&](size_t i) { return s.losses[i]; }, samples.size()))
+    text += text_of("  %6zu %10.4g\n", i, s.losses[i]);
   return text;
 }
 
@@ -336,26 +336,21 @@ struct ProbeRow {
 // probe.csv: a comment that says what the numbers are of, the names, a row a layer and kind.
 inline std::string probe_csv(const std::vector<ProbeRow>& rows, const Config& m, size_t fit,
                              size_t choose, size_t test) {
-  std::string text =
-      "# The time t, uniform in [0, 1] (0: data, 1: noise), read off a state by ridge "
-      "regression.\n";
-  text += text_of(
-      "# Images, one sample each: %zu to fit, %zu to choose the penalty, then all of them "
-      "to fit; %zu held-out ones to test.\n",
-      fit, choose, test);
-  text += text_of("# layer: the input of this block; %zu: the trunk's output; z: the noisy image\n",
-                  m.depth);
-  text += text_of(
-      "# image_mean (%zu): of the %zu image tokens, by channel; image_rms (%zu): root mean "
-      "square about it\n# text_mean (%zu): of the %zu text tokens\n",
-      m.width, m.image_tokens(), m.width, m.width, m.text_tokens);
-  text +=
+  std::string text = text_of(
+      "# The time t, uniform in [0, 1] (0: data, 1: noise), read off a state by ridge regression.\n"
+      "# Images, one sample each: %zu to fit, %zu to choose the penalty, then all of them to fit; "
+      "%zu held-out ones to test.\n"
+      "# layer: the input of this block; %zu: the trunk's output; z: the noisy image\n"
+      "# image_mean (%zu): of the %zu image tokens, by channel; image_rms (%zu): root mean square "
+      "about it\n"
+      "# text_mean (%zu): of the %zu text tokens\n"
       "# scalars (5): mean, root mean square, standard deviation, smallest, largest number of z\n"
       "# r2: 1 - (squares of what is left of t) / (squares of t - its mean), of the held-out "
       "images\n"
       "# r2_shuffled: the same with t permuted among all samples\n"
       "# penalty: of squared weights beside the mean squared error, features standardised\n"
-      "layer,features,r2,r2_shuffled,penalty\n";
+      "layer,features,r2,r2_shuffled,penalty\n",
+      fit, choose, test, m.depth, m.width, m.image_tokens(), m.width, m.width, m.text_tokens);
   for (const ProbeRow& r : rows)
     text += text_of("%s,%s,%.6g,%.6g,%g\n", r.layer.c_str(), r.features.c_str(), r.r2,
                     r.shuffled_r2, r.penalty);

@@ -145,7 +145,7 @@ inline std::vector<size_t> chosen_layers(const char* flag, const std::vector<std
   if (words.empty())
     for (size_t i = 0; i < 5; ++i) layers.insert((i * last + 2) / 4);
   for (const std::string& word : words) {
-    std::optional<size_t> layer = whole_number(word);
+    auto layer = number_in<size_t>(word);
     if (word == "all")
       for (size_t i = 0; i <= last; ++i) layers.insert(i);
     else if (!layer || *layer > last)
@@ -198,6 +198,20 @@ inline void check_options(const TrainOptions& o) {
 
 using Words = std::vector<std::string>;
 
+// The one of that name, or null; and all names.
+template <class Named>
+const Named* find(const std::vector<Named>& all, const std::string& name) {
+  for (const Named& one : all)
+    if (one.name == name) return &one;
+  return nullptr;
+}
+template <class Named>
+Words names_of(const std::vector<Named>& all) {
+  Words names;
+  for (const Named& one : all) names.push_back(one.name);
+  return names;
+}
+
 struct Option {
   enum Kind { flag, value, list, many };  // flag: alone it is true; many: each time one more
   std::string name;
@@ -208,27 +222,50 @@ struct Option {
   bool required = false;
 };
 
-// The shortest text that is read as x.
+// The shortest text that take() reads as x.
 inline std::string shortest(double x) {
   char text[32];
   return {text, std::to_chars(text, text + sizeof text, x).ptr};
 }
-
 inline std::string shortest(size_t x) { return std::to_string(x); }
+inline std::string shortest(const std::string& x) { return x; }
+template <class Number>
+std::string shortest(const std::optional<Number>& x) {
+  return x ? shortest(*x) : "";
+}
 
-// Take the number that a text is. Returns what was expected where it is none.
+// x becomes what a text says. Returns what was expected where that is something else.
 inline std::string take(const std::string& text, double& x) {
-  std::optional<double> number = decimal_number(text);
+  auto number = number_in<double>(text);
   if (number) x = *number;
   return number ? "" : "a decimal number that a double holds, such as 0.001 or 1e-3";
 }
 inline std::string take(const std::string& text, size_t& x, size_t least = 0,
                         size_t most = SIZE_MAX) {
-  std::optional<size_t> number = whole_number(text);
+  auto number = number_in<size_t>(text);
   if (number && *number >= least && *number <= most) return x = *number, "";
   return "a whole number in decimal digits, " +
          (most < SIZE_MAX ? text_of("from %zu to %zu", least, most) : "below 2^64");
 }
+inline std::string take(const std::string& text, std::string& x, const Words& choices = {}) {
+  x = text;
+  bool known = choices.empty() || std::count(choices.begin(), choices.end(), x);
+  return known ? "" : "one of " + join_list(choices, ", ");
+}
+template <class Number>
+std::string take(const std::string& text, std::optional<Number>& x) {
+  return take(text, x.emplace());
+}
+
+// What the help calls it.
+template <class Value>
+constexpr const char* type_name = "TEXT";
+template <>
+constexpr const char* type_name<size_t> = "UINT";
+template <>
+constexpr const char* type_name<double> = "FLOAT";
+template <class Number>
+constexpr const char* type_name<std::optional<Number>> = type_name<Number>;
 
 // The words of a list, which may have been written with brackets, quotes or blanks.
 inline Words split_list(const Words& texts) {
@@ -250,44 +287,20 @@ class Subcommand {
  public:
   Subcommand(CLI::App& program, const std::string& name, const std::string& about)
       : name(name), app_(program.add_subcommand(name, about)) {
-    add({"config", Option::value, [](const Words&) { return ""; }, [] { return ""; }}, "FILE",
-        "options from a file: [" + name + "], then depth = 400 and so on");
+    keep({"config", Option::value, [](const Words&) { return ""; }, [] { return ""; }}, "FILE",
+         "options from a file: [" + name + "], then depth = 400 and so on");
   }
   std::string name;
   std::vector<Option> options;
 
   std::string help() const { return app_->help("mvsplit"); }
-  const Option* find(const std::string& option) const {
-    for (const Option& o : options)
-      if (o.name == option) return &o;
-    return nullptr;
-  }
+  const Option* find(const std::string& option) const { return ::find(options, option); }
 
-  void add(const char* option, size_t& x, const char* about = "", size_t least = 0,
-           size_t most = SIZE_MAX) {
-    auto read = [=, &x](const Words& texts) { return take(texts[0], x, least, most); };
-    add({option, Option::value, read, [&] { return std::to_string(x); }}, "UINT", about);
-  }
-  void add(const char* option, double& x, const char* about) {
-    auto read = [&](const Words& texts) { return take(texts[0], x); };
-    add({option, Option::value, read, [&] { return shortest(x); }}, "FLOAT", about);
-  }
-  // `otherwise`: what it is where nobody says, for the help.
-  template <class Number>
-  void add(const char* option, std::optional<Number>& x, const char* about,
-           const char* otherwise = "") {
-    auto read = [&](const Words& texts) { return take(texts[0], x.emplace()); };
-    auto write = [&] { return x ? shortest(*x) : ""; };
-    add({option, Option::value, read, write}, std::is_same_v<Number, size_t> ? "UINT" : "FLOAT",
-        about, otherwise);
-  }
-  void add(const char* option, std::string& x, const char* about, const Words& choices = {}) {
-    auto read = [=, &x](const Words& texts) -> std::string {
-      x = texts[0];
-      bool known = choices.empty() || std::count(choices.begin(), choices.end(), x);
-      return known ? "" : "one of " + join_list(choices, ", ");
-    };
-    add({option, Option::value, read, [&] { return x; }}, "TEXT", about);
+  // A number, within limits, or a text, one of some.
+  template <class Value, class... Limits>
+  void add(const std::string& option, Value& x, const std::string& about, Limits... limits) {
+    auto read = [=, &x](const Words& texts) { return take(texts[0], x, limits...); };
+    keep({option, Option::value, read, [&] { return shortest(x); }}, type_name<Value>, about);
   }
   // A size or, by its name, what is chosen for one.
   void add_or_auto(const char* option, size_t& x, const char* about) {
@@ -297,7 +310,7 @@ class Subcommand {
       return expected.empty() ? expected : expected + ", or auto";
     };
     auto write = [&] { return x == automatic ? "auto" : std::to_string(x); };
-    add({option, Option::value, read, write}, "UINT|auto", about);
+    keep({option, Option::value, read, write}, "UINT|auto", about);
   }
   // x becomes `meaning` where the flag is set.
   void add_flag(const char* option, bool& x, const char* about, bool meaning = true) {
@@ -311,18 +324,18 @@ class Subcommand {
   }
   // A list: set or vector of words.
   template <class Container>
-  void add_list(const char* option, Container& x, const char* about) {
+  void add_list(const char* option, Container& x, const std::string& about) {
     auto read = [&](const Words& texts) {
       Words words = split_list(texts);
       x = Container(words.begin(), words.end());
       return "";
     };
-    add({option, Option::list, read, [&] { return join_list(x); }}, "TEXT,...", about);
+    keep({option, Option::list, read, [&] { return join_list(x); }}, "TEXT,...", about);
   }
   // A text each time that it is given.
   void add_many(const char* option, Words& x, const char* about) {
     auto read = [&](const Words& texts) { return x = texts, ""; };
-    add({option, Option::many, read, [] { return ""; }}, "TEXT ...", about);
+    keep({option, Option::many, read, [] { return ""; }}, "TEXT ...", about);
   }
   void require(const std::set<std::string>& names) {
     for (Option& o : options)
@@ -332,12 +345,9 @@ class Subcommand {
  private:
   CLI::App* app_;
 
-  void add(const Option& o, const char* type, const std::string& about,
-           const std::string& otherwise = "") {
-    std::string now = o.write();
-    app_->add_option("--" + o.name, CLI::callback_t(), about)
-        ->type_name(type)
-        ->default_str(now.empty() ? otherwise : now);
+  void keep(const Option& o, const char* type, const std::string& about) {
+    auto* shown = app_->add_option("--" + o.name, CLI::callback_t(), about);
+    shown->type_name(type)->default_str(o.write());
     options.push_back(o);
   }
 };
@@ -372,29 +382,17 @@ inline std::string like(const std::string& word, const Words& names,
   return best.empty() ? "" : "; did you mean " + dashes + best + "?";
 }
 
-inline Words names_of(const std::vector<Subcommand>& all) {
-  Words names;
-  for (const Subcommand& sub : all) names.push_back(sub.name);
-  return names;
-}
-inline const Subcommand* find(const std::vector<Subcommand>& all, const std::string& name) {
-  for (const Subcommand& sub : all)
-    if (sub.name == name) return &sub;
-  return nullptr;
-}
-
 // The option `name` of `sub`. Fails where there is none, and says which it may have been; `place`:
 // where it stands in a file, or empty.
 inline const Option* known(const Subcommand& sub, const std::vector<Subcommand>& all,
                            const std::string& name, const std::string& place) {
   if (const Option* o = sub.find(name)) return o;
   const char* dashes = place.empty() ? "--" : "";
-  Words others, names;
+  Words others;
   for (const Subcommand& other : all)
     if (other.find(name)) others.push_back(other.name);
-  for (const Option& o : sub.options) names.push_back(o.name);
-  std::string hint =
-      others.empty() ? like(name, names, dashes) : ", but of " + join_list(others, ", ");
+  std::string hint = others.empty() ? like(name, names_of(sub.options), dashes)
+                                    : ", but of " + join_list(others, ", ");
   if (hint.empty()) hint = " (mvsplit " + sub.name + " --help lists them)";
   fail("%s'%s%s' is no option of %s%s", place.c_str(), dashes, name.c_str(), sub.name.c_str(),
        hint.c_str());
@@ -647,38 +645,30 @@ inline std::string starts_of(const std::string& name) {
   return text;
 }
 
+// The sizes of a network; those of the data are for the subcommands that have none.
+inline void add_sizes(Subcommand& sub, Config& m, bool of_data) {
+  for (const Size& size : sizes_of(m))
+    if (size.of_data == of_data) sub.add(swapped(size.name, '_', '-'), size.value, size.about);
+}
+
 inline void add_model_options(Subcommand& sub, Config& m) {
-  sub.add("depth", m.depth, "blocks");
-  sub.add("width", m.width, "channels D of a token");
-  sub.add("heads", m.heads, "attention heads");
-  sub.add("ffn", m.ffn, "width of the FFN");
-  sub.add("patch", m.patch, "pixels along a patch");
+  add_sizes(sub, m, false);
   Words modes;
   for (const Residual& residual : residuals) modes.push_back(residual.name);
-  sub.add("residual", m.residual, join_list(modes).c_str());
+  sub.add("residual", m.residual, join_list(modes));
   sub.add("means", m.means,
           "that MV-Split takes: segment, of image and of text tokens; global, of all");
   for (const std::string& name : gate_names())
-    sub.add(name.c_str(), m.gates[name], ("where this gate starts: " + starts_of(name)).c_str());
+    sub.add(name, m.gates[name], "where this gate starts: " + starts_of(name));
   sub.add("writer-std", m.writer_std, "W_O and W2 start as N(0, std^2); -1: the mode's own");
   sub.add("final-std", m.final_std, "so does the final projection");
   sub.add_flag("no-patch-bias", m.patch_bias, "no bias in the patch embedding", false);
   sub.add("norm-eps", m.norm_eps, "epsilon of the RMSNorms");
 }
 
-// Sizes that train reads off the data; for the subcommands that have none.
-inline void add_data_sizes(Subcommand& sub, Config& m) {
-  sub.add("channels", m.channels, "channels of the image");
-  sub.add("height", m.height, "pixels");
-  sub.add("image-width", m.image_width, "pixels");
-  sub.add("text-tokens", m.text_tokens, "tokens of a caption");
-  sub.add("text-dim", m.text_dim, "numbers of a text token");
-}
-
 inline void add_train_options(Subcommand& sub, TrainOptions& o) {
   add_model_options(sub, o.model);
-  sub.add_list("fix", o.model.fix,
-               ("gates that are not trained: " + join_list(gate_names())).c_str());
+  sub.add_list("fix", o.model.fix, "gates that are not trained: " + join_list(gate_names()));
   sub.add("batch", o.batch, "images of a forward pass");
   sub.add("accumulate", o.accumulate, "passes of a step");
   sub.add("steps", o.steps, "steps, from the start of the run");
@@ -690,13 +680,13 @@ inline void add_train_options(Subcommand& sub, TrainOptions& o) {
       "0: keep all activations; k: a checkpoint every k blocks; auto: as memory allows");
   sub.add("state", o.state,
           "of the optimiser: fp32; lean, 10 bytes a parameter; auto: as memory allows",
-          {"auto", "fp32", "lean"});
+          Words{"auto", "fp32", "lean"});
   sub.add("memory", o.memory, "GB that may be taken; 0: what is free");
   sub.add("dropout", o.dropout, "share of captions left out");
   sub.add("time-shift", o.time_shift, "a in t' = a t / (1 + (a-1) t)");
   sub.add("ema", o.ema, "decay of the weights' average; 0: none");
   sub.add("seed", o.seed, "of everything random");
-  sub.add("data", o.data, about_data().c_str());
+  sub.add("data", o.data, about_data());
   sub.add("diagnose-every", o.diagnose_every, "steps a row of diagnostics.csv; 0: none");
   sub.add_list("diagnose-layers", o.diagnose_layers,
                "0,99,199 or all; default: five, from the first to the last");
@@ -706,13 +696,13 @@ inline void add_train_options(Subcommand& sub, TrainOptions& o) {
 }
 
 inline void add_device(Subcommand& sub, Machine& machine) {
-  sub.add("device", machine.device, "where: auto, cpu, gpu", {"auto", "cpu", "gpu"});
+  sub.add("device", machine.device, "where: auto, cpu, gpu", Words{"auto", "cpu", "gpu"});
 }
 inline void add_machine_options(Subcommand& sub, Machine& machine) {
   add_device(sub, machine);
   sub.add("precision", machine.precision,
           "of storage: fp64, fp32, bf16; auto: bf16 on a GPU from 8.0 on, else fp32",
-          {"auto", "fp64", "fp32", "bf16"});
+          Words{"auto", "fp64", "fp32", "bf16"});
 }
 
 inline Subcommand add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
@@ -726,7 +716,7 @@ inline Subcommand add_train(CLI::App& app, TrainOptions& o, Machine& machine) {
   sub.add("log-every", o.log_every, "steps a line");
   sub.add("val-every", o.val_every, "steps; 0: at the end");
   sub.add("save-every", o.save_every, "steps; 0: at the end");
-  sub.add("save", o.save, "all; weights: without what --resume needs", {"all", "weights"});
+  sub.add("save", o.save, "all; weights: without what --resume needs", Words{"all", "weights"});
   sub.add("sample-every", o.sample_every, "steps; 0: at the end");
   sub.add("columns", o.columns, "images of a row", 1, 1000);
   add_machine_options(sub, machine);
@@ -772,10 +762,11 @@ inline Subcommand add_forward(CLI::App& app, ForwardOptions& o, Machine& machine
 inline Subcommand add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
   Subcommand sub(app, "probe", "how well the time can be read off the states");
   add_weights(sub, o);
-  sub.add("data", o.data, about_data().c_str());
+  sub.add("data", o.data, about_data());
   sub.add("out", o.out, "a csv, a row a layer and kind of features");
-  sub.add("images", o.images, "one sample each; a quarter of them held out, to test on",
-          "4096, or as many as there are");
+  sub.add("images", o.images,
+          "one sample each; a quarter of them held out, to test on; default: 4096, or as many as "
+          "there are");
   sub.add_list("layers", o.layers,
                "0,99,199 or all: block inputs, and as layer DEPTH the trunk's output; default: "
                "five, from the first to the last");
@@ -796,7 +787,7 @@ inline Subcommand add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& mac
                  "gradients of the whole network, by dual numbers and differences");
   sub.add("weights", o.weights, "trained ones; a small --height and --image-width save memory");
   add_model_options(sub, o.model);
-  add_data_sizes(sub, o.model);
+  add_sizes(sub, o.model, true);
   sub.add("batch", o.batch, "images", 1, 1024);
   sub.add("recompute", o.recompute, "a checkpoint every k blocks");
   sub.add("step", o.step, "of the differences, relative to the values; 0: no differences");
@@ -809,7 +800,7 @@ inline Subcommand add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& mac
 inline Subcommand add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Machine& machine) {
   Subcommand sub(app, "plan", "bytes and FLOP of a step, without taking them");
   add_train_options(sub, o);
-  add_data_sizes(sub, o.model);
+  add_sizes(sub, o.model, true);
   sub.add("images", sizes.images, "training images");
   sub.add("captions", sizes.captions, "different captions");
   sub.add("val-images", o.val_images, "held-out images");

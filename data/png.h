@@ -162,26 +162,22 @@ inline void check_png(const std::string& path, const std::vector<unsigned char>&
   auto number = [&](size_t at) {
     return uint32_t(bytes[at]) << 24 | bytes[at + 1] << 16 | bytes[at + 2] << 8 | bytes[at + 3];
   };
-  z_stream stream{};
-  if (inflateInit(&stream) != Z_OK) fail("cannot read %s: out of memory", path.c_str());
-  std::unique_ptr<z_stream, int (*)(z_stream*)> owner(&stream, inflateEnd);
-  int status = Z_OK;
   std::string type;
+  std::vector<unsigned char> packed;
   for (size_t at = 8, length; type != "IEND"; at += 12 + length) {
     if (at + 12 > bytes.size() || (length = number(at)) > bytes.size() - at - 12) cut();
     type.assign(&bytes[at + 4], &bytes[at + 8]);
     if (crc32(0, &bytes[at + 4], uInt(4 + length)) != number(at + 8 + length))
       fail("cannot read %s: it is damaged: a checksum does not hold", path.c_str());
-    if (type != "IDAT" || status != Z_OK) continue;
-    stream.next_in = const_cast<unsigned char*>(&bytes[at + 8]), stream.avail_in = uInt(length);
-    unsigned char unused[4096];
-    do {
-      stream.next_out = unused, stream.avail_out = sizeof unused;
-      status = inflate(&stream, Z_NO_FLUSH);
-      if (stream.total_out > most) cut();
-    } while (status == Z_OK && stream.avail_out == 0);
-    if (status == Z_BUF_ERROR) status = Z_OK;  // all of this chunk is used
+    if (type == "IDAT") packed.insert(packed.end(), &bytes[at + 8], &bytes[at + 8] + length);
   }
+  std::unique_ptr<unsigned char[]> unused(new unsigned char[most]);
+  z_stream stream{};
+  stream.next_in = packed.data(), stream.avail_in = uInt(packed.size());
+  stream.next_out = unused.get(), stream.avail_out = uInt(most);
+  if (inflateInit(&stream) != Z_OK) fail("cannot read %s: out of memory", path.c_str());
+  int status = inflate(&stream, Z_FINISH);
+  inflateEnd(&stream);
   if (status == Z_DATA_ERROR) fail("cannot read %s: it is damaged: %s", path.c_str(), stream.msg);
   if (status != Z_STREAM_END) cut();
 }

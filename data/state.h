@@ -41,12 +41,6 @@ Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, si
   for (const Gate& gate : o.model.gates_of_mode()) m[gate.name] = exact(o.model.start(gate));
   return m;
 }
-template <class Trainer>
-Metadata describe_state(const Trainer& t) {
-  return describe_state<typename Trainer::Number>(t.o, t.lean, t.data_hash, t.held_out.images,
-                                                  t.validated_hash);
-}
-
 // The entry `key` of a state's metadata. Throws Error where there is none.
 inline std::string described(const SafetensorsReader& file, const std::string& path,
                              const std::string& key) {
@@ -70,7 +64,9 @@ void with_state(Trainer& t, const F& f) {
 template <class Trainer>
 void save_run(Trainer& t) {
   std::string dir = t.o.out + "/";
-  Metadata about = describe(t.o.model, t.o.time_shift), state = describe_state(t);
+  Metadata about = describe(t.o.model, t.o.time_shift),
+           state = describe_state<typename Trainer::Number>(t.o, t.lean, t.data_hash,
+                                                            t.held_out.images, t.validated_hash);
   about["step"] = state["step"] = std::to_string(t.step);
   about["captions"] = t.words ? "words" : "file";
   Optimizer::each(t.o.optimizer, [&](auto s) { state[s.name] = exact(s.value); });
@@ -93,12 +89,8 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
                       const Dataset& data, const Dataset& validation) {
   // A number as it was typed, not with all the digits that a double has.
   auto typed = [](const std::string& text) {
-    std::optional<double> number = decimal_number(text);
-    return number && !whole_number(text) ? shortest(*number) : visible(text);
-  };
-  auto swapped = [](std::string name, char from, char to) {
-    std::replace(name.begin(), name.end(), from, to);
-    return name;
+    auto number = number_in<double>(text);
+    return number && !number_in<size_t>(text) ? shortest(*number) : visible(text);
   };
   size_t V = std::min(o.val_images, validation.images);
   bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
