@@ -237,9 +237,7 @@ void load_tensors(const SafetensorsReader& file, const std::string& path, const 
                tensor.name.c_str());
       known.insert(tensor.name);
     }
-  auto name = [&](const std::string& tensor, const Parameter&, const void*) {
-    known.insert(tensor);
-  };
+  auto name = [&](const std::string& tensor, const Parameter&, void*) { known.insert(tensor); };
   auto require = [&](const std::string& tensor, const Parameter& p, const void*) {
     file.require(tensor, p.shape);
   };

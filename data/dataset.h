@@ -5,13 +5,10 @@
 // What it is not: a loader that streams: a data set lives in memory whole, as floats.
 //
 // How to read it: the structs, then encode_text(), then the list of kinds at the end, from which
-// load_dataset() picks one. Bad data is an Error (see math.h): one sentence that names the file and
-// what is wrong.
+// load_dataset() picks one.
 #pragma once
 
 #include "png.h"
-
-#include <sstream>
 
 // What text there is: M captions, as numbers and, where they were words, as those.
 struct Captions {
@@ -99,8 +96,7 @@ inline uint64_t hash_word(const std::string& word) { return fnv1a(word); }
 
 // The words of a text between white space, in lower case.
 inline std::vector<std::string> words_of(const std::string& text) {
-  std::istringstream lower(in_lower_case(text));
-  return {std::istream_iterator<std::string>(lower), {}};
+  return words_in(in_lower_case(text));
 }
 
 // A caption as (tokens, dim): a fixed N(0,1) vector a word, then padding; "" is all padding.
@@ -124,11 +120,9 @@ inline std::vector<float> encode_text(const std::string& caption, size_t tokens,
 // What is encoded for a prompt: "sneaker" becomes "a photo of a sneaker". A prompt that begins with
 // "a photo of", or is empty, stays as it is.
 inline std::string caption_of(const std::string& prompt) {
-  std::vector<std::string> words = words_of(prompt);
-  if (words.empty() ||
-      (words.size() > 2 && words[0] == "a" && words[1] == "photo" && words[2] == "of"))
-    return prompt;
-  bool vowel = std::string("aeiou").find(words[0][0]) != std::string::npos;
+  const std::string words = join_list(words_of(prompt), " ") + " ";
+  if (words == " " || words.rfind("a photo of ", 0) == 0) return prompt;
+  bool vowel = std::string("aeiou").find(words[0]) != std::string::npos;
   return (vowel ? "a photo of an " : "a photo of a ") + prompt;
 }
 
@@ -439,16 +433,15 @@ inline Dataset load_folder(const std::string& path, std::string* passed_over, si
 inline Dataset hold_out(Dataset& data) {
   size_t stride = std::min<size_t>(16, data.images), size = data.image_size(), kept = 0;
   Dataset held_out = without_images(data);
-  std::vector<size_t> left(data.names.size()), taken, every;
-  if (!left.empty())
-    for (int32_t c : data.caption) ++left[size_t(c)];
+  std::vector<size_t> taken, every;
+  std::map<int32_t, size_t> left;
+  for (int32_t c : data.caption) ++left[c];
   for (size_t n = stride - 1; n < data.images; n += stride) {
     every.push_back(n);
     for (size_t k = n; k + stride > n && data.images > 1; --k) {
-      size_t* others = left.empty() ? nullptr : &left[size_t(data.caption[k])];
-      if (others && *others == 1) continue;
-      if (others) --*others;
-      taken.push_back(k);
+      size_t& others = left[data.caption[k]];
+      if (others == 1 && !data.names.empty()) continue;
+      --others, taken.push_back(k);
       break;
     }
   }

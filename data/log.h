@@ -9,7 +9,6 @@
 #include <csignal>
 #include <fstream>
 #include <numeric>
-#include <sstream>
 
 #include <fnmatch.h>
 

@@ -269,24 +269,18 @@ constexpr const char* type_name<std::optional<Number>> = type_name<Number>;
 
 // The words of a list, which may have been written with brackets, quotes or blanks.
 inline Words split_list(const Words& texts) {
-  Words words(1);
-  for (const std::string& text : texts) {
-    for (char c : text)
-      if (!std::strchr(",[]\"' \t", c))
-        words.back() += c;
-      else if (!words.back().empty())
-        words.emplace_back();
-    if (!words.back().empty()) words.emplace_back();
-  }
-  words.pop_back();
-  return words;
+  std::string all = join_list(texts, " ");
+  for (char& c : all)
+    if (std::strchr(",[]\"'", c)) c = ' ';
+  return words_in(all);
 }
 
 // A subcommand's options, with their help.
 class Subcommand {
  public:
-  Subcommand(CLI::App& program, const std::string& name, const std::string& about)
-      : name(name), app_(program.add_subcommand(name, about)) {
+  Subcommand(CLI::App& program, const std::string& name, const std::string& about,
+             const std::set<std::string>& required = {})
+      : name(name), app_(program.add_subcommand(name, about)), required_(required) {
     keep({"config", Option::value, [](const Words&) { return ""; }, [] { return ""; }}, "FILE",
          "options from a file: [" + name + "], then depth = 400 and so on");
   }
@@ -337,17 +331,15 @@ class Subcommand {
     auto read = [&](const Words& texts) { return x = texts, ""; };
     keep({option, Option::many, read, [] { return ""; }}, "TEXT ...", about);
   }
-  void require(const std::set<std::string>& names) {
-    for (Option& o : options)
-      if (names.count(o.name)) o.required = true, app_->get_option("--" + o.name)->required();
-  }
 
  private:
   CLI::App* app_;
+  std::set<std::string> required_;
 
-  void keep(const Option& o, const char* type, const std::string& about) {
+  void keep(Option o, const char* type, const std::string& about) {
+    o.required = required_.count(o.name);
     auto* shown = app_->add_option("--" + o.name, CLI::callback_t(), about);
-    shown->type_name(type)->default_str(o.write());
+    shown->type_name(type)->default_str(o.write())->required(o.required);
     options.push_back(o);
   }
 };
@@ -695,11 +687,9 @@ inline void add_train_options(Subcommand& sub, TrainOptions& o) {
           "report a gradient norm this many times its running median; 0: never");
 }
 
-inline void add_device(Subcommand& sub, Machine& machine) {
+inline void add_machine_options(Subcommand& sub, Machine& machine, bool precision = true) {
   sub.add("device", machine.device, "where: auto, cpu, gpu", Words{"auto", "cpu", "gpu"});
-}
-inline void add_machine_options(Subcommand& sub, Machine& machine) {
-  add_device(sub, machine);
+  if (!precision) return;
   sub.add("precision", machine.precision,
           "of storage: fp64, fp32, bf16; auto: bf16 on a GPU from 8.0 on, else fp32",
           Words{"auto", "fp64", "fp32", "bf16"});
@@ -730,7 +720,7 @@ inline void add_weights(Subcommand& sub, WeightsOptions& o) {
 }
 
 inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
-  Subcommand sub(app, "sample", "draw images, a row a prompt");
+  Subcommand sub(app, "sample", "draw images, a row a prompt", {"weights", "prompt"});
   add_weights(sub, o);
   sub.add_many("prompt", o.prompts, "what to draw; with --data, a caption's words or number");
   sub.add("data", o.data, "captions' data set, or a .safetensors that holds only text");
@@ -744,23 +734,22 @@ inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) 
   sub.add("size", o.size, "pixels a side, if the file does not say");
   sub.add("text-tokens", o.text_tokens, "if the file does not say");
   add_machine_options(sub, machine);
-  sub.require({"weights", "prompt"});
   return sub;
 }
 
 inline Subcommand add_forward(CLI::App& app, ForwardOptions& o, Machine& machine) {
-  Subcommand sub(app, "forward", "velocity and gradients for given inputs");
+  Subcommand sub(app, "forward", "velocity and gradients for given inputs",
+                 {"weights", "inputs", "out"});
   add_weights(sub, o);
   sub.add("inputs", o.inputs, "z, text and optionally cotangent");
   sub.add("out", o.out, "velocity, grad.*");
   sub.add("recompute", o.recompute, "a checkpoint every k blocks; 0: keep all");
   add_machine_options(sub, machine);
-  sub.require({"weights", "inputs", "out"});
   return sub;
 }
 
 inline Subcommand add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
-  Subcommand sub(app, "probe", "how well the time can be read off the states");
+  Subcommand sub(app, "probe", "how well the time can be read off the states", {"weights"});
   add_weights(sub, o);
   sub.add("data", o.data, about_data());
   sub.add("out", o.out, "a csv, a row a layer and kind of features");
@@ -773,7 +762,6 @@ inline Subcommand add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
   sub.add("seed", o.seed, "of the choice of images, the times and the noise");
   sub.add("batch", o.batch, "images at once", 1, 100000);
   add_machine_options(sub, machine);
-  sub.require({"weights"});
   return sub;
 }
 
@@ -793,7 +781,7 @@ inline Subcommand add_gradcheck(CLI::App& app, GradcheckOptions& o, Machine& mac
   sub.add("step", o.step, "of the differences, relative to the values; 0: no differences");
   sub.add("tolerance", o.tolerance, "largest relative error against dual numbers");
   sub.add("seed", o.seed, "of everything random");
-  add_device(sub, machine);
+  add_machine_options(sub, machine, false);
   return sub;
 }
 

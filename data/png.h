@@ -9,7 +9,6 @@
 #include "safetensors.h"
 
 #include <fstream>
-#include <iterator>
 
 #include <zlib.h>
 

@@ -42,9 +42,7 @@ struct Line {
 
   template <class Acc>
   double at(const Acc* x) const {
-    double t = intercept;
-    for (size_t d = 0; d < weights.size(); ++d) t += weights[d] * double(x[d]);
-    return t;
+    return std::inner_product(weights.begin(), weights.end(), x, intercept);
   }
 };
 
@@ -103,10 +101,8 @@ class Ridge {
     std::vector<Line> lines;
     for (size_t k = 0; k < products_.size(); ++k) {
       std::vector<double> w = products_[k];
-      for (size_t i = 0; i < D; ++i) {  // L u = product
-        for (size_t j = 0; j < i; ++j) w[i] -= L[i * D + j] * w[j];
-        w[i] /= L[i * D + i];
-      }
+      for (size_t i = 0; i < D; ++i)  // L u = product
+        w[i] = (w[i] - std::inner_product(&L[i * D], &L[i * D + i], &w[0], 0.0)) / L[i * D + i];
       for (size_t i = D; i-- > 0;) {  // L^T w = u
         w[i] /= L[i * D + i];
         for (size_t j = 0; j < i; ++j) w[j] -= L[i * D + j] * w[i];

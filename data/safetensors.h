@@ -16,8 +16,10 @@
 #include <cerrno>
 #include <filesystem>
 #include <map>
+#include <iterator>
 #include <optional>
 #include <set>
+#include <sstream>
 #include <utility>
 
 #include <fcntl.h>
@@ -156,34 +158,34 @@ struct f16 {
 };
 enum class bool8 : uint8_t {};  // a bool may hold 0 and 1 only; a byte of a file may hold anything
 
-// clang-format off
-#define FOR_EACH_DTYPE(X)                                          \
-  X(F64, double)   X(F32, float)    X(F16, f16)      X(BF16, bf16) \
-  X(I64, int64_t)  X(I32, int32_t)  X(I16, int16_t)  X(I8, int8_t) \
-  X(U64, uint64_t) X(U32, uint32_t) X(U16, uint16_t) X(U8, uint8_t) X(BOOL, bool8)
-// clang-format on
-
 template <class Number>
 constexpr bool is_floating =
     std::is_floating_point_v<Number> || std::is_same_v<Number, f16> || std::is_same_v<Number, bf16>;
 
+// Call f(name, number) for the dtypes until it returns true.
+template <class F>
+void each_dtype(const F& f) {
+  f("F64", double()) || f("F32", float()) || f("F16", f16()) || f("BF16", bf16()) ||
+      f("I64", int64_t()) || f("I32", int32_t()) || f("I16", int16_t()) || f("I8", int8_t()) ||
+      f("U64", uint64_t()) || f("U32", uint32_t()) || f("U16", uint16_t()) || f("U8", uint8_t()) ||
+      f("BOOL", bool8());
+}
+
 // The safetensors name of Number: dtype_name<float>() is "F32".
 template <class Number>
 const char* dtype_name() {
-#define X(NAME, Type) \
-  if (std::is_same_v<Number, Type>) return #NAME;
-  FOR_EACH_DTYPE(X)
-#undef X
-  return "none";
+  const char* found = "none";
+  each_dtype([&](const char* name, auto x) {
+    return std::is_same_v<Number, decltype(x)> && (found = name);
+  });
+  return found;
 }
 
 // Bytes of one number of that dtype; 0 if there is no such dtype.
 inline size_t dtype_bytes(const std::string& dtype) {
-#define X(NAME, Type) \
-  if (dtype == #NAME) return sizeof(Type);
-  FOR_EACH_DTYPE(X)
-#undef X
-  return 0;
+  size_t bytes = 0;
+  each_dtype([&](const char* name, auto x) { return dtype == name && (bytes = sizeof x); });
+  return bytes;
 }
 
 template <class Container>
@@ -236,6 +238,12 @@ struct TensorInfo {
 
   size_t count() const { return (end - begin) / dtype_bytes(dtype); }
 };
+
+// The words of a text between white space.
+inline std::vector<std::string> words_in(const std::string& text) {
+  std::istringstream stream(text);
+  return {std::istream_iterator<std::string>(stream), {}};
+}
 
 inline std::string in_lower_case(std::string text) {
   for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
@@ -309,10 +317,11 @@ class SafetensorsReader {
       reject("numbers " + std::to_string(first) + " to " + std::to_string(first + count) +
              " of tensor " + printable(tensor.name) + " lie outside it");
     if (!shards_.empty()) return shard_of_.at(tensor.name)->read(tensor, out, first, count);
-#define X(NAME, Source) \
-  if (tensor.dtype == #NAME) return read_as<Source>(tensor, out, first, count);
-    FOR_EACH_DTYPE(X)
-#undef X
+    each_dtype([&](const char* name, auto source) {
+      bool found = tensor.dtype == name;
+      if (found) read_as<decltype(source)>(tensor, out, first, count);
+      return found;
+    });
   }
 
   // All of an integer tensor; fails if it is not one.
@@ -341,20 +350,17 @@ class SafetensorsReader {
 
   template <class Source, class Number>
   void read_as(const TensorInfo& tensor, Number* out, size_t first, size_t count) const {
-    static_assert(
-        std::is_same_v<Number, int64_t> || std::is_same_v<Number, int16_t> || is_floating<Number>,
-        "read double, float, bf16, int64_t, int16_t");
-    constexpr bool narrows = std::is_same_v<Number, int16_t> && !std::is_same_v<Source, Number>;
-    if constexpr (is_floating<Source> != is_floating<Number> || narrows) {
+    constexpr bool same = std::is_same_v<Source, Number>, wide = std::is_same_v<Number, int64_t>;
+    size_t offset = data_start_ + tensor.begin + first * sizeof(Source);
+    if constexpr (same) {
+      read_bytes(offset, out, count * sizeof(Number));
+    } else if constexpr (is_floating<Source> != is_floating<Number> ||
+                         !(is_floating<Number> || wide)) {
       reject("tensor " + printable(tensor.name) + " is " + tensor.dtype + ", expected " +
-             (is_floating<Number> ? "a floating"
-              : narrows           ? "the I16"
-                                  : "an integer") +
-             " dtype");
+             (is_floating<Number> ? "a floating dtype"
+              : wide              ? "an integer dtype"
+                                  : "the I16 dtype"));
     } else {
-      size_t offset = data_start_ + tensor.begin + first * sizeof(Source);
-      if constexpr (std::is_same_v<Source, Number>)
-        return read_bytes(offset, out, count * sizeof(Number));
       std::vector<Source> buffer(std::min<size_t>(count, (1 << 20) / sizeof(Source)));
       for (size_t n; count > 0; count -= n, out += n, offset += n * sizeof(Source)) {
         n = std::min(count, buffer.size());
