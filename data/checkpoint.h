@@ -163,8 +163,7 @@ inline double read_time_shift(const SafetensorsReader& file, const std::string& 
   return 1;
 }
 
-// One slab of numbers, one for each parameter, and what goes before their names in a file. A null
-// slab is left out.
+// A slab of numbers, one for each parameter (null: none), and what goes before their names in a file.
 template <class Number>
 struct Stored {
   std::string prefix;
@@ -237,17 +236,15 @@ void load_tensors(const SafetensorsReader& file, const std::string& path, const 
                tensor.name.c_str());
       known.insert(tensor.name);
     }
-  auto name = [&](const std::string& tensor, const Parameter&, void*) { known.insert(tensor); };
   auto require = [&](const std::string& tensor, const Parameter& p, const void*) {
-    file.require(tensor, p.shape);
+    known.insert(file.require(tensor, p.shape).name);
   };
   auto load = [&](const std::string& tensor, const Parameter&, auto* to) {
     std::vector<std::remove_pointer_t<decltype(to)>> host;
     read(*file.find(tensor), host);
     device.upload(to, host.data(), host.size() * sizeof(host[0]));
   };
-  (slabs.each(table, name), ...);
-  file.require_only(known);
   (slabs.each(table, require), ...);
+  file.require_only(known);
   (slabs.each(table, load), ...);
 }

@@ -13,9 +13,9 @@
 // What text there is: M captions, as numbers and, where they were words, as those.
 struct Captions {
   size_t captions = 0, text_tokens = 0, text_dim = 0;
-  std::vector<float> text;         // (M,L,d_text)
-  std::vector<float> empty_text;   // (L,d_text), what guidance calls unconditional
-  std::vector<std::string> names;  // (M), or none
+  std::vector<float> text;        // (M,L,d_text)
+  std::vector<float> empty_text;  // (L,d_text), what guidance calls unconditional
+  Words names;                    // (M), or none
 
   std::string name_of(size_t i) const {
     return names.empty() ? "caption " + std::to_string(i) : names[i];
@@ -95,14 +95,12 @@ inline uint64_t hash_data(const Dataset& data) {
 inline uint64_t hash_word(const std::string& word) { return fnv1a(word); }
 
 // The words of a text between white space, in lower case.
-inline std::vector<std::string> words_of(const std::string& text) {
-  return words_in(in_lower_case(text));
-}
+inline Words words_of(const std::string& text) { return words_in(in_lower_case(text)); }
 
 // A caption as (tokens, dim): a fixed N(0,1) vector a word, then padding; "" is all padding.
 // Fails if the caption has more words than `tokens`.
 inline std::vector<float> encode_text(const std::string& caption, size_t tokens, size_t dim) {
-  std::vector<std::string> words = words_of(caption);
+  Words words = words_of(caption);
   if (words.size() > tokens)
     fail("the caption %s has %zu words, but there are %zu text tokens: use fewer words",
          printable(caption).c_str(), words.size(), tokens);
@@ -126,9 +124,8 @@ inline std::string caption_of(const std::string& prompt) {
   return (vowel ? "a photo of an " : "a photo of a ") + prompt;
 }
 
-// Fails unless `copies` of so many images, and of the text two for each, can be in memory: asked
-// before they are read, as the alternative is to be killed. Two copies: as read, and where a CPU
-// trains.
+// Fails unless `copies` of so many images, and of the text two for each, fit into memory: asked
+// before they are read, or the process is killed. Two copies: as read, and where a CPU trains.
 inline void require_memory(const std::string& where, const Dataset& data, size_t images,
                            size_t copies) {
   double text = double(data.captions) * double(data.text_tokens) * double(data.text_dim);
@@ -142,8 +139,7 @@ inline void require_memory(const std::string& where, const Dataset& data, size_t
 }
 
 // Fills in all that concerns text, one caption a name; see encode_text() for errors.
-inline void set_captions(Captions& data, const std::vector<std::string>& names, size_t tokens,
-                         size_t dim) {
+inline void set_captions(Captions& data, const Words& names, size_t tokens, size_t dim) {
   data.captions = names.size(), data.text_tokens = tokens, data.text_dim = dim;
   data.names = names;
   for (const std::string& name : names) {
@@ -199,9 +195,8 @@ inline std::vector<unsigned char> read_idx(const std::string& path,
 }
 
 // A folder with Fashion-MNIST's four .gz files: 60,000 images to train on, 10,000 to validate on,
-// (N,1,32,32): 28x28 with a black border, so that patches of 2 and of 4 fit. Others have the same
-// names (MNIST's digits for one): then a caption is its label's number, with a note. Fails on a
-// missing or damaged file.
+// (N,1,32,32): 28x28 with a black border, so that patches of 2 and of 4 fit. Of others with these
+// names (MNIST's digits) a caption is its label's number, with a note. Fails on a damaged file.
 inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t tokens = 8,
                                 size_t dim = 64) {
   constexpr size_t side = 28, border = 2, padded = side + 2 * border;
@@ -229,8 +224,8 @@ inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t
       part.pixels[(n * padded + h) * padded + w] = bytes[i] / 127.5f - 1;
     }
   }
-  std::vector<std::string> names = {"t-shirt", "trouser", "pullover", "dress", "coat",
-                                    "sandal",  "shirt",   "sneaker",  "bag",   "ankle boot"};
+  Words names = {"t-shirt", "trouser", "pullover", "dress", "coat",
+                 "sandal",  "shirt",   "sneaker",  "bag",   "ankle boot"};
   if (fnv1a(data.train.caption) != 0xb9f71c71bae5f277u ||
       fnv1a(data.held_out.caption) != 0x25bdf8123f06fac3u) {
     std::fprintf(stderr, "note: %s has other labels than Fashion-MNIST: its captions are 0 to 9\n",
@@ -310,7 +305,7 @@ inline Dataset load_latents(const std::string& path, size_t copies = 1) {
 }
 
 // Names for a sentence, the first ten.
-inline std::string list_of(std::vector<std::string> names) {
+inline std::string list_of(Words names) {
   size_t all = names.size();
   if (all > 10) names.resize(10), names.push_back("... (" + std::to_string(all) + " in all)");
   return visible(join_list(names, ", "));
@@ -322,16 +317,15 @@ inline std::string counted(size_t n, const std::string& what) {
 
 // The files that a reader of a folder passes over: how many for each reason, and one of them.
 struct PassedOver {
-  std::filesystem::path folder;
+  fs::path folder;
   size_t files = 0;
   std::map<std::string, std::pair<size_t, std::string>> reasons;
 
   // A file; or all files in a folder, but not behind links in it, which may lead anywhere.
-  void add(const std::filesystem::path& path, const char* reason) {
-    using namespace std::filesystem;
+  void add(const fs::path& path, const char* reason) {
     std::error_code error;
-    if (!is_symlink(path, error) && is_directory(path, error)) {
-      for (const auto& entry : directory_iterator(path, error)) add(entry.path(), reason);
+    if (!fs::is_symlink(path, error) && fs::is_directory(path, error)) {
+      for (const auto& entry : fs::directory_iterator(path, error)) add(entry.path(), reason);
       return;
     }
     auto& [count, first] = reasons[reason];
@@ -351,9 +345,7 @@ struct PassedOver {
 };
 
 // Name and path of the entries of a folder, as if .PNG were .png: the same order on every machine.
-inline std::set<std::pair<std::string, std::filesystem::path>> sorted_entries(
-    const std::filesystem::path& folder) {
-  namespace fs = std::filesystem;
+inline std::set<std::pair<std::string, fs::path>> sorted_entries(const fs::path& folder) {
   std::error_code error;
   std::set<std::pair<std::string, fs::path>> entries;
   for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) {
@@ -364,15 +356,13 @@ inline std::set<std::pair<std::string, std::filesystem::path>> sorted_entries(
   return entries;
 }
 
-// PNG images of one size in sub-folders named by their captions, as in sneaker/1.png; what else
-// there is is passed over, and `passed_over` says so. Fails if there are no images, or if they
-// differ in size or channels.
+// PNG images of one size in sub-folders named by their captions, as in sneaker/1.png; `passed_over`
+// says what else there is. Fails if there are no images, or if they differ in size or channels.
 inline Dataset load_folder(const std::string& path, std::string* passed_over, size_t copies = 1,
                            size_t tokens = 8, size_t dim = 64) {
-  namespace fs = std::filesystem;
   PassedOver passed{path, 0, {}};
   std::vector<fs::path> files;
-  std::vector<std::string> names, without;
+  Words names, without;
   Dataset data;
   std::error_code ignored;
   for (const auto& [name, folder] : sorted_entries(path)) {
@@ -401,7 +391,7 @@ inline Dataset load_folder(const std::string& path, std::string* passed_over, si
     fail("%s holds no PNG images in sub-folders named by their captions, as in %s/sneaker/1.png%s",
          path.c_str(), path.c_str(), passed_over->c_str());
   set_captions(data, names, tokens, dim);
-  std::map<std::vector<std::string>, std::string> known = {{{}, "no caption"}};
+  std::map<Words, std::string> known = {{{}, "no caption"}};
   for (const std::string& name : names) {
     auto [other, is_new] = known.emplace(words_of(caption_of(name)), name);
     if (!is_new)
@@ -480,7 +470,7 @@ struct FashionMnist {  // by its name, or any folder with files of its names
 
   static bool is_in(const std::string& folder) {
     std::error_code ignored;
-    return std::filesystem::exists(folder + "/train-images-idx3-ubyte.gz", ignored);
+    return fs::exists(folder + "/train-images-idx3-ubyte.gz", ignored);
   }
   static std::string folder(const std::string& where) {
     const std::string fetched = "data/downloads", installed = "/usr/share/datasets/fashion-mnist";
@@ -510,7 +500,7 @@ struct Pictures {
 
   static bool matches(const std::string& where) {
     std::error_code ignored;
-    return std::filesystem::is_directory(where, ignored);
+    return fs::is_directory(where, ignored);
   }
   static Split load(const std::string& where, size_t copies, std::string& remark) {
     return split_off(load_folder(where, &remark, copies));
@@ -541,8 +531,7 @@ inline const DataKind& data_kind(const std::string& where) {
 }
 
 // Loads what is there, and prints a line that says what that is. `copies`: how many of the images
-// memory must hold; 0: none, and all but the pixels is loaded. Fails if there is nothing, or no
-// room.
+// memory must hold; 0: all but the pixels is loaded. Fails if there is nothing, or no room.
 inline Split load_dataset(const std::string& where, size_t copies) {
   Split data;
   std::string passed_over;

@@ -62,25 +62,21 @@ class OwnFolder {
  public:
   // Fails if there is no folder, or if another process owns it.
   explicit OwnFolder(const std::string& path)
-      : descriptor_(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
-    if (descriptor_ < 0) fail("cannot use the folder %s: %s", path.c_str(), std::strerror(errno));
-    if (lock_file(descriptor_)) return;
-    close(descriptor_);
-    fail("another process trains in %s: wait for it, or choose another --out", path.c_str());
+      : folder_(std::fopen(path.c_str(), "re"), std::fclose) {
+    if (!folder_) fail("cannot use the folder %s: %s", path.c_str(), std::strerror(errno));
+    if (!lock_file(fileno(folder_.get())))
+      fail("another process trains in %s: wait for it, or choose another --out", path.c_str());
   }
-  ~OwnFolder() { close(descriptor_); }
-  OwnFolder(const OwnFolder&) = delete;
-  OwnFolder& operator=(const OwnFolder&) = delete;
 
  private:
-  int descriptor_;
+  File folder_;
 };
 
 // The files in a folder that a run which begins there would write over, or add to as its own.
-inline std::vector<std::string> logs_in(const std::string& folder) {
-  std::vector<std::string> logs;
-  if (!std::filesystem::is_directory(folder)) return logs;
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+inline Words logs_in(const std::string& folder) {
+  Words logs;
+  if (!fs::is_directory(folder)) return logs;
+  for (const auto& entry : fs::directory_iterator(folder)) {
     std::string name = entry.path().filename();
     for (const char* pattern : {"log.csv", "validation.csv", "diagnostics.csv", "config.ini",
                                 "spike_*.txt", "samples_*.png", "samples_*.safetensors"})
@@ -91,13 +87,13 @@ inline std::vector<std::string> logs_in(const std::string& folder) {
 }
 
 // Rename them all to NAME.1, or to the first number that is free for each of them.
-inline void set_aside(const std::vector<std::string>& logs) {
+inline void set_aside(const Words& logs) {
   size_t number = 1;
   auto aside = [&](const std::string& log) { return log + "." + std::to_string(number); };
-  auto taken = [&](const std::string& log) { return std::filesystem::exists(aside(log)); };
+  auto taken = [&](const std::string& log) { return fs::exists(aside(log)); };
   while (std::any_of(logs.begin(), logs.end(), taken)) ++number;
   for (const std::string& log : logs) {
-    std::filesystem::rename(log, aside(log));
+    fs::rename(log, aside(log));
     std::printf("%s, of a run without a state, is %s now\n", visible(log).c_str(),
                 visible(aside(log)).c_str());
   }
@@ -157,8 +153,7 @@ class CsvLog {
     require(std::fprintf(file_.get(), "%s\n", text.c_str()) >= 0 && std::fflush(file_.get()) == 0);
   }
   uint64_t last() const { return last_; }  // step
-  // Flush to the disk, before a state is there that says these steps are done: a run that resumes
-  // does not do them again.
+  // Flush to the disk, before a state says these steps are done: no run does them again.
   void sync() { require(fsync(fileno(file_.get())) == 0); }
 
  private:
@@ -199,10 +194,8 @@ double peak_flops(const std::string& name) {
   } cards[] = {{"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100 80GB HBM3", 989, 67},
                {"H200 NVL", 836, 60},  {"H200", 989, 67},     {"A100", 312, 19.5}};
   for (const auto& c : cards)
-    if (name.find(c.card) != std::string::npos)
-      return std::is_same_v<Real, bf16>    ? 1e12 * c.bf16_tera
-             : std::is_same_v<Real, float> ? 1e12 * c.fp32_tera
-                                           : 0;
+    if (name.find(c.card) != std::string::npos && sizeof(Real) <= 4)
+      return 1e12 * (sizeof(Real) == 2 ? c.bf16_tera : c.fp32_tera);
   return 0;
 }
 
@@ -235,7 +228,7 @@ inline std::string diagnostics_rows(uint64_t step, const std::vector<size_t>& la
 
 // A run on one page, RUN/page.html, if the program runs where its source is: a script makes it.
 inline void make_page(const std::string& run) {
-  if (!std::filesystem::exists("data/page.sh")) return;
+  if (!fs::exists("data/page.sh")) return;
   setenv("RUN", run.c_str(), 1);
   if (std::system("bash data/page.sh \"$RUN\" >/dev/null") == 0)
     std::printf("page %s/page.html\n", visible(run).c_str());
@@ -255,7 +248,7 @@ struct Spike {
   size_t window;  // how many steps before it the medians are over
   double norm, median, factor;
   std::vector<std::pair<std::string, double>> gradients;  // each parameter's name and norm
-  std::vector<std::string> bad_gradients, bad_weights;    // those that hold NaN or infinity
+  Words bad_gradients, bad_weights;                       // those that hold NaN or infinity
   std::vector<double> losses;                             // each sample's
   double mean, rms, largest;                              // of dL/dvelocity, over the last pass
   std::vector<Mode> modes;
@@ -307,7 +300,7 @@ inline std::string spike_report(const Spike& s) {
                     m.writer ? "W2" : "W_O", m.mean, m.mean / m.usual_mean, m.centered,
                     m.centered / m.usual_centered);
 
-  auto list = [&](const char* what, const std::vector<std::string>& bad) {
+  auto list = [&](const char* what, const Words& bad) {
     text += text_of("%s with NaN or infinity: %zu\n", what, bad.size());
     for (size_t i = 0; i < std::min<size_t>(bad.size(), 15); ++i) text += "  " + bad[i] + "\n";
   };
@@ -325,8 +318,7 @@ inline std::string spike_report(const Spike& s) {
   return text;
 }
 
-// What a probe of one kind of features at one layer found, with the labels as they are and
-// shuffled.
+// What a probe of one kind of features at one layer found, with the labels and with shuffled ones.
 struct ProbeRow {
   std::string layer, features;
   double r2, shuffled_r2, penalty;

@@ -4,9 +4,8 @@
 // under which they are given; and the readers of a command line and of a file, which say what was
 // wrong. What it is not: what the subcommands do (train.cu).
 //
-// How to read it: section 4 lists the options. CLI11 keeps their help. It does not read them: what
-// it takes for a number, a list or a second subcommand, and what it says, is another thing in each
-// of its versions.
+// How to read it: section 4 lists the options. CLI11 keeps their help, but does not read them: what
+// it takes for a number or a list, and what it says, is another thing in each of its versions.
 #pragma once
 
 #include "../dit.cu"
@@ -64,7 +63,7 @@ struct TrainOptions {
   size_t val_images = 256, log_every = 10, val_every = 0, save_every = 0, sample_every = 0;
   size_t columns = 8;  // of a sample grid
   size_t diagnose_every = 0, diagnose_samples = 4;
-  std::vector<std::string> diagnose_layers;
+  Words diagnose_layers;
   double spike_factor = 5;  // 0: no watch for spikes
   double dropout = 0.1, time_shift = 1, ema = 0;
   std::string data = FashionMnist::about, out = "run", save = "all";
@@ -107,7 +106,7 @@ struct WeightsOptions {
 
 struct SampleOptions : WeightsOptions {
   std::string out = "grid.png", data;
-  std::vector<std::string> prompts;
+  Words prompts;
   size_t steps = 25, columns = 8, seed = 1, batch = 64;
   std::optional<size_t> size, text_tokens;
   double guidance = 2;
@@ -132,15 +131,14 @@ struct ProbeOptions : WeightsOptions {
   std::string data = FashionMnist::about, out = "probe.csv";
   size_t seed = 1, batch = 64;
   std::optional<size_t> images;
-  std::vector<std::string> layers;
+  Words layers;
 };
 
 // ---------------------------------------------------------------------------------------------
 // 2. What they may be
 
 // The layers that a flag's words name; by default five, spread from the first to the last.
-inline std::vector<size_t> chosen_layers(const char* flag, const std::vector<std::string>& words,
-                                         size_t last) {
+inline std::vector<size_t> chosen_layers(const char* flag, const Words& words, size_t last) {
   std::set<size_t> layers;
   if (words.empty())
     for (size_t i = 0; i < 5; ++i) layers.insert((i * last + 2) / 4);
@@ -193,10 +191,7 @@ inline void check_options(const TrainOptions& o) {
 // 3. Reading them
 //
 // An option has one name, `depth`: --depth 48 or --depth=48 among the words, depth = 48 in a file.
-// What stands there is taken as it is; nothing is split, joined or abbreviated but lists, at their
-// commas.
-
-using Words = std::vector<std::string>;
+// What stands there is taken as it is: nothing is abbreviated, and lists alone are split.
 
 // The one of that name, or null; and all names.
 template <class Named>
@@ -257,16 +252,6 @@ std::string take(const std::string& text, std::optional<Number>& x) {
   return take(text, x.emplace());
 }
 
-// What the help calls it.
-template <class Value>
-constexpr const char* type_name = "TEXT";
-template <>
-constexpr const char* type_name<size_t> = "UINT";
-template <>
-constexpr const char* type_name<double> = "FLOAT";
-template <class Number>
-constexpr const char* type_name<std::optional<Number>> = type_name<Number>;
-
 // The words of a list, which may have been written with brackets, quotes or blanks.
 inline Words split_list(const Words& texts) {
   std::string all = join_list(texts, " ");
@@ -293,8 +278,11 @@ class Subcommand {
   // A number, within limits, or a text, one of some.
   template <class Value, class... Limits>
   void add(const std::string& option, Value& x, const std::string& about, Limits... limits) {
+    const bool text = std::is_same_v<Value, std::string>;
+    const bool real = std::is_same_v<Value, double> || std::is_same_v<Value, std::optional<double>>;
+    const char* type = text ? "TEXT" : real ? "FLOAT" : "UINT";
     auto read = [=, &x](const Words& texts) { return take(texts[0], x, limits...); };
-    keep({option, Option::value, read, [&] { return shortest(x); }}, type_name<Value>, about);
+    keep({option, Option::value, read, [&] { return shortest(x); }}, type, about);
   }
   // A size or, by its name, what is chosen for one.
   void add_or_auto(const char* option, size_t& x, const char* about) {
@@ -374,8 +362,7 @@ inline std::string like(const std::string& word, const Words& names,
   return best.empty() ? "" : "; did you mean " + dashes + best + "?";
 }
 
-// The option `name` of `sub`. Fails where there is none, and says which it may have been; `place`:
-// where it stands in a file, or empty.
+// The option `name` of `sub`; fails where there is none. `place`: where it stands in a file, or "".
 inline const Option* known(const Subcommand& sub, const std::vector<Subcommand>& all,
                            const std::string& name, const std::string& place) {
   if (const Option* o = sub.find(name)) return o;
@@ -520,12 +507,11 @@ inline std::map<std::string, GivenOptions> read_ini(const std::string& path,
                                                     const std::vector<Subcommand>& all) {
   if (path.empty()) fail("--config must name a file");
   require_regular(path);
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail("cannot read %s: %s", path.c_str(), std::strerror(errno));
-  std::string text(1 << 20, 0);
-  file.read(text.data(), std::streamsize(text.size()));
-  text.resize(size_t(file.gcount()));
-  if (text.size() == 1 << 20) fail("%s is too large for a configuration file", path.c_str());
+  if (access(path.c_str(), R_OK) != 0)
+    fail("cannot read %s: %s", path.c_str(), std::strerror(errno));
+  if (fs::file_size(path) >= 1 << 20)
+    fail("%s is too large for a configuration file", path.c_str());
+  std::string text = read_text(path);
   if (text.rfind("\xff\xfe", 0) == 0 || text.rfind("\xfe\xff", 0) == 0)
     fail("%s is UTF-16: save it as UTF-8", path.c_str());
   if (text.rfind("\xef\xbb\xbf", 0) == 0) text.erase(0, 3);  // a byte-order mark
@@ -575,7 +561,6 @@ inline std::map<std::string, GivenOptions> read_ini(const std::string& path,
 
 // Is it the same file by another name, or does it lie in that folder?
 inline bool is_or_lies_in(const std::string& file, const std::string& input) {
-  namespace fs = std::filesystem;
   std::error_code error;
   if (fs::equivalent(file, input, error)) return true;
   auto canonical = [&](const std::string& path) {
@@ -805,16 +790,14 @@ inline bool is_start(const std::string& option) {
          option == "final-std";
 }
 
-// Is an option of train kept with the run? All are but where the run is, and starts that it has
-// not.
+// Is an option of train kept with the run? All but where the run is, and starts that it has not.
 inline bool is_kept(const std::string& option, const TrainOptions& o) {
   if (is_start(option))
     return o.weights.empty() && (option.find("-std") != option.npos || o.model.has_gate(option));
   return option != "config" && option != "out" && option != "resume";
 }
 
-// The text of DIR/config.ini, by which `mvsplit train --config` repeats the run: all that is
-// kept.
+// The text of DIR/config.ini, all that is kept: `mvsplit train --config` repeats the run by it.
 inline std::string ini_of(TrainOptions o, Machine machine, const char* state) {
   o.state = state, machine.precision = machine.chosen_precision();
   for (const Gate& gate : o.model.gates_of_mode()) o.model.gates[gate.name] = o.model.start(gate);

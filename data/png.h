@@ -18,9 +18,6 @@
 #pragma nv_diagnostic push
 #pragma nv_diag_suppress 177, 550
 #endif
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunused-function"
-#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
 #define STB_IMAGE_STATIC
 #define STB_IMAGE_IMPLEMENTATION
 #define STBI_ONLY_PNG
@@ -32,13 +29,11 @@
 #define STB_IMAGE_WRITE_IMPLEMENTATION
 #define STBI_WRITE_NO_STDIO
 #include <stb/stb_image_write.h>
-#pragma GCC diagnostic pop
 #if defined(__CUDACC__)
 #pragma nv_diagnostic pop
 #endif
 
-// A caption as a grid shows it: one line of ASCII, which is all that the font has, and not too
-// long.
+// A caption as a grid shows it: one line of ASCII, all that the font has, and not too long.
 inline std::string grid_label(const std::string& caption) {
   constexpr size_t longest = 32;
   std::string label;
@@ -52,13 +47,13 @@ inline std::string grid_label(const std::string& caption) {
 // A grid of images, each drawn at `scale`, and the captions of its rows, or none.
 struct Grid {
   size_t rows, columns, C, H, W, scale = 2;
-  std::vector<std::string> captions = {};
+  Words captions = {};
 };
 
 // Where things lie in it, in pixels.
 struct GridLayout {
   static constexpr size_t gap = 2, margin = 6, line = 12, limit = 16384;
-  std::vector<std::string> labels;  // to the left of each row; or none at all
+  Words labels;  // to the left of each row; or none at all
   size_t letter, left, step_y, step_x, height, width;
 };
 
@@ -94,8 +89,7 @@ inline size_t grid_scale(size_t H, size_t W) { return std::max(H, W) > 256 ? 1 :
 
 // Writes images (rows * columns, C,H,W) in [-1,1], row by row, on white, each row beside its
 // caption if there are any. C = 1 and 2 give the first channel in grey, 3 are red, green and blue.
-// Values outside are clamped, NaN is black. Fails as grid_layout() does, or if the file cannot be
-// written.
+// Values outside are clamped, NaN is black. Fails as grid_layout() and SafeFile do.
 inline void write_png_grid(const std::string& path, const float* images, const Grid& grid) {
   const auto& [rows, columns, C, H, W, scale, captions] = grid;
   GridLayout g = grid_layout(path, grid);

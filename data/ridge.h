@@ -119,8 +119,7 @@ class Ridge {
   Labels products_;
 };
 
-// How many samples are to fit with, then to choose the penalty with, then to test with. An image is
-// one sample.
+// How many samples (images) to fit with, then to choose the penalty with, then to test with.
 struct ProbeSplit {
   size_t fit, choose, test;
 

@@ -28,6 +28,9 @@
 
 #include <nlohmann/json.hpp>
 
+namespace fs = std::filesystem;
+using Words = std::vector<std::string>;  // or names, or other texts
+
 // ---------------------------------------------------------------------------------------------
 // 1. Whole files or none
 
@@ -44,20 +47,19 @@ inline bool lock_file(int descriptor) {
 // was and PATH.tmp is gone. One process at a time writes to PATH.
 class SafeFile {
  public:
-  // Opens PATH.tmp; fails if it cannot, if another process writes there, or if fewer than `bytes`
-  // are free.
+  // Opens PATH.tmp; fails if another process writes there, or if fewer than `bytes` are free.
   explicit SafeFile(const std::string& path, uint64_t bytes = 0)
       : path_(path), temporary_(path + ".tmp") {
     // A rename would replace a device such as /dev/null by a plain file.
     std::error_code error;
-    if (std::filesystem::is_symlink(path, error)) {  // the link stays, what it leads to is replaced
-      path_ = std::filesystem::weakly_canonical(path, error);
+    if (fs::is_symlink(path, error)) {  // the link stays, what it leads to is replaced
+      path_ = fs::weakly_canonical(path, error);
       temporary_ = path_ + ".tmp";
     }
-    if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error))
+    if (fs::exists(path, error) && !fs::is_regular_file(path, error))
       fail("cannot write %s: it exists and is not a regular file", path.c_str());
     open_temporary();
-    auto available = std::filesystem::space(temporary_, error).available;
+    auto available = fs::space(temporary_, error).available;
     if (!error && available < bytes) {
       abandon();
       fail("cannot write %s: it needs %llu bytes and the disk has %llu available", path.c_str(),
@@ -127,14 +129,11 @@ class SafeFile {
   // The new name lives in the directory: a power cut could undo it until that is flushed as well.
   // Where a directory cannot be opened or flushed there is nothing more that we could do.
   void flush_directory() const {
-    auto parent = std::filesystem::path(path_).parent_path();
-    int directory = open(parent.empty() ? "." : parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (directory < 0) return;
-    int reason = fsync(directory) == 0 ? 0 : errno;
-    close(directory);
-    if (reason == EIO || reason == ENOSPC)
+    auto parent = fs::path(path_).parent_path();
+    File directory(std::fopen(parent.empty() ? "." : parent.c_str(), "re"), std::fclose);
+    if (directory && fsync(fileno(directory.get())) != 0 && (errno == EIO || errno == ENOSPC))
       fail("%s was written, but its directory did not reach the disk: %s", path_.c_str(),
-           std::strerror(reason));
+           std::strerror(errno));
   }
 
   std::string path_, temporary_;
@@ -227,7 +226,7 @@ constexpr size_t largest_header = 100'000'000;  // bytes, as the authors of the 
 // Fails on what is there and is no file: a pipe may wait for ever, a device go on for ever.
 inline void require_regular(const std::string& path) {
   std::error_code error;
-  if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error))
+  if (fs::exists(path, error) && !fs::is_regular_file(path, error))
     fail("cannot read %s: it is not a regular file", path.c_str());
 }
 
@@ -240,7 +239,7 @@ struct TensorInfo {
 };
 
 // The words of a text between white space.
-inline std::vector<std::string> words_in(const std::string& text) {
+inline Words words_in(const std::string& text) {
   std::istringstream stream(text);
   return {std::istream_iterator<std::string>(stream), {}};
 }
@@ -251,7 +250,7 @@ inline std::string in_lower_case(std::string text) {
 }
 
 // Does the name end so, in small letters or capitals?
-inline bool has_extension(const std::filesystem::path& path, const std::string& extension) {
+inline bool has_extension(const fs::path& path, const std::string& extension) {
   return in_lower_case(path.extension()) == extension;
 }
 
@@ -263,6 +262,8 @@ inline bool ends_with(const std::string& text, const std::string& end) {
 inline bool is_index(const std::string& path) { return ends_with(path, ".safetensors.index.json"); }
 
 class SafetensorsReader {
+  using Json = nlohmann::json;
+
  public:
   // Opens and validates a file, or all that an index names; fails unless every byte of a file, and
   // every tensor of an index, is accounted for.
@@ -270,11 +271,16 @@ class SafetensorsReader {
     require_regular(path);
     file_.reset(std::fopen(path.c_str(), "rb"));
     if (!file_) fail("cannot open %s: %s", path.c_str(), std::strerror(errno));
-    size_t size = std::filesystem::file_size(path);
+    size_t size = fs::file_size(path);
     if (is_index(path)) {
       open_shards(size);
     } else {
-      parse(read_header(size));
+      const Json header = parse_object(read_header(size), "the header");
+      for (const auto& [name, entry] : header.items())
+        if (name == "__metadata__")
+          parse_metadata(entry);
+        else
+          tensors_.push_back(parse_tensor(name, entry));
       check_layout(size - data_start_);
     }
     for (size_t i = 0; i < tensors_.size(); ++i) index_[tensors_[i].name] = i;
@@ -309,14 +315,14 @@ class SafetensorsReader {
   }
 
   // Numbers [first, first + count) of a tensor into out: double, float and bf16 take every floating
-  // dtype (rounding to nearest), int64_t every integer one, int16_t its own. Fails on the wrong
-  // kind.
+  // dtype (rounding to nearest), int64_t every integer one, int16_t its own. Fails on other ones.
   template <class Number>
   void read(const TensorInfo& tensor, Number* out, size_t first, size_t count) const {
     if (first > tensor.count() || count > tensor.count() - first)
       reject("numbers " + std::to_string(first) + " to " + std::to_string(first + count) +
              " of tensor " + printable(tensor.name) + " lie outside it");
-    if (!shards_.empty()) return shard_of_.at(tensor.name)->read(tensor, out, first, count);
+    for (const auto& [file, shard] : shards_)
+      if (shard->find(tensor.name)) return shard->read(tensor, out, first, count);
     each_dtype([&](const char* name, auto source) {
       bool found = tensor.dtype == name;
       if (found) read_as<decltype(source)>(tensor, out, first, count);
@@ -332,8 +338,6 @@ class SafetensorsReader {
   }
 
  private:
-  using Json = nlohmann::json;
-
   [[noreturn]] void reject(const std::string& what) const {
     fail("%s: %s", path_.c_str(), what.c_str());
   }
@@ -425,15 +429,6 @@ class SafetensorsReader {
     return object;
   }
 
-  void parse(const std::string& text) {
-    const Json header = parse_object(text, "the header");
-    for (const auto& [name, entry] : header.items())
-      if (name == "__metadata__")
-        parse_metadata(entry);
-      else
-        tensors_.push_back(parse_tensor(name, entry));
-  }
-
   // Opens the files of an index of `size` bytes. What each says of itself must not contradict.
   void open_shards(size_t size) {
     if (size > largest_header) reject("the index has more than 100 MB");
@@ -446,20 +441,17 @@ class SafetensorsReader {
       const std::string shard = file;
       // Beside the index, nowhere else; and no index, which may name itself.
       if (shard.find('/') != std::string::npos || shard.find('\0') != std::string::npos ||
-          std::filesystem::path(shard).extension() != ".safetensors")
+          fs::path(shard).extension() != ".safetensors")
         reject("tensor " + printable(name) + " is said to be in " + printable(shard) +
                ", expected the name of a .safetensors beside the index");
       auto& reader = shards_[shard];
       if (!reader)
-        reader = std::make_unique<SafetensorsReader>(
-            std::filesystem::path(path_).replace_filename(shard));
+        reader = std::make_unique<SafetensorsReader>(fs::path(path_).replace_filename(shard));
       if (!reader->find(name)) reject("tensor " + printable(name) + " is not in " + shard);
-      shard_of_[name] = reader.get();
     }
     for (const auto& [shard, reader] : shards_) {
       for (const TensorInfo& tensor : reader->tensors()) {
-        auto at = shard_of_.find(tensor.name);
-        if (at == shard_of_.end() || at->second != reader.get())
+        if (map.value(tensor.name, "") != shard)
           reject(shard + " holds tensor " + printable(tensor.name) +
                  ", which the index does not place there");
         tensors_.push_back(tensor);
@@ -529,7 +521,6 @@ class SafetensorsReader {
   std::map<std::string, size_t> index_;
   std::map<std::string, std::string> metadata_;
   std::map<std::string, std::unique_ptr<SafetensorsReader>> shards_;  // of an index, by file
-  std::map<std::string, const SafetensorsReader*> shard_of_;          // by tensor
 };
 
 // ---------------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ constexpr const char* precision_name = std::is_same_v<Real, double>  ? "fp64"
                                        : std::is_same_v<Real, float> ? "fp32"
                                                                      : "bf16";
 
-// What must be the same for a resumed run to be the same run. The optimiser's settings are not
-// among them: a run may go on at another learning rate, but its bits are then not those of an
-// unbroken one.
+// What must be the same for a resumed run to be the same run. Not the optimiser's settings: a run
+// may go on at another learning rate, with bits that are not those of an unbroken one.
 template <class Real>
 Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, size_t val_images,
                         uint64_t val_images_hash) {
@@ -59,8 +58,8 @@ void with_state(Trainer& t, const F& f) {
   std::apply([&](auto... slot) { f(average, own, weights, slot...); }, t.slots());
 }
 
-// Write DIR/state.safetensors (unless only weights are wanted), weights.safetensors and
-// ema.safetensors (if any).
+// Write state.safetensors (unless only weights are wanted), weights.safetensors and, if there is an
+// average, ema.safetensors.
 template <class Trainer>
 void save_run(Trainer& t) {
   std::string dir = t.o.out + "/";
