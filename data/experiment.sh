@@ -548,11 +548,21 @@ main() {
   [ -n "$REDRAW" ] || [ ! -s "$root/failed" ] || die "these runs failed: $(xargs <"$root/failed")"
 }
 
+# Markdown with its paragraphs filled up to 100 columns; tables, headings, figures as they are.
+wrapped() {
+  awk 'function flush() { if (line != "") print line; line = "" }
+    /^([|#!].*)?$/ { flush(); print; next }
+    { for (i = 1; i <= NF; i++) {
+        if (line != "" && length(line) + 1 + length($i) > 100) flush()
+        line = line (line == "" ? "" : " ") $i } }
+    END { flush() }'
+}
+
 # The figures and the Markdown of an experiment, the latter also into $root/NAME.md.
 draw_all() {
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
-  { echo "### $experiment"; echo; draw; } | tee "$root/$experiment.md.tmp"
+  { echo "### $experiment"; echo; draw; } | wrapped | tee "$root/$experiment.md.tmp"
   mv "$root/$experiment.md"{.tmp,}
   rm -rf "$work"
 }

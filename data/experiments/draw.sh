@@ -274,7 +274,7 @@ spike_report() {
     on { sub(/^blocks\.[0-9]+\./, "", $1); if (!n[$1]++) name[++k] = $1; all++ }
     END { printf "[The report](%s) that %s left nearest to it. %s. %s Of the %d largest gradients", file, run, spike, verdict, all
       for (i = 1; i <= k; i++) printf "%s %d %s of %s", (i > 1 ? "," : ""), n[name[i]], (n[name[i]] > 1 ? "are" : "is"), name[i]
-      print "." }' "$file" | fold -s -w 115 | sed 's/ *$//'
+      print "." }' "$file"
   echo
 }
 
@@ -490,6 +490,6 @@ set key at screen 0.5,0.965 center top maxrows 2 samplen 1.5
 $panels
 unset multiplot
 G
-  echo "![$title]($figures/$out.png)"
+  echo "![gradients of the writers]($figures/$out.png)"
   echo
 }
