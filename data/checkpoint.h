@@ -236,15 +236,17 @@ void load_tensors(const SafetensorsReader& file, const std::string& path, const 
                tensor.name.c_str());
       known.insert(tensor.name);
     }
+  auto name = [&](const std::string& tensor, const Parameter&, void*) { known.insert(tensor); };
   auto require = [&](const std::string& tensor, const Parameter& p, const void*) {
-    known.insert(file.require(tensor, p.shape).name);
+    file.require(tensor, p.shape);
   };
   auto load = [&](const std::string& tensor, const Parameter&, auto* to) {
     std::vector<std::remove_pointer_t<decltype(to)>> host;
     read(*file.find(tensor), host);
     device.upload(to, host.data(), host.size() * sizeof(host[0]));
   };
-  (slabs.each(table, require), ...);
+  (slabs.each(table, name), ...);
   file.require_only(known);
+  (slabs.each(table, require), ...);
   (slabs.each(table, load), ...);
 }
