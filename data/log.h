@@ -127,15 +127,14 @@ class CsvLog {
     std::istringstream old(text);
     std::string line, kept = header + "\n", names = header.substr(header.rfind('\n') + 1);
     auto fields = [](const std::string& s) { return std::count(s.begin(), s.end(), ','); };
-    std::pair<uint64_t, uint64_t> last{0, ~uint64_t(0)};
+    std::pair<unsigned long long, unsigned long long> last{0, ~0ull};  // step, key
     // A line without its end was cut off, and so may be its last number.
     while (std::getline(old, line) && !old.eof()) {
-      char* end = nullptr;
-      uint64_t step = std::strtoull(line.c_str(), &end, 10);
-      uint64_t key = keys > 1 && *end ? std::strtoull(end + 1, nullptr, 10) : ~uint64_t(0);
-      std::pair<uint64_t, uint64_t> now{step, key};
-      bool row = end != line.c_str() && fields(line) == fields(names);
-      if (!row || step > steps_done || !(last < now)) continue;
+      std::pair<unsigned long long, unsigned long long> now;
+      int numbers = std::sscanf(line.c_str(), "%llu,%llu", &now.first, &now.second);
+      if (keys == 1) now.second = 0;
+      bool row = numbers >= keys && fields(line) == fields(names);
+      if (!row || now.first > steps_done || !(last < now)) continue;
       kept += line + "\n";
       last = now;
     }

@@ -786,14 +786,13 @@ inline Subcommand add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Mac
 // Does an option say where drawn parameters start?
 inline bool is_start(const std::string& option) {
   const Words gates = gate_names();
-  return std::count(gates.begin(), gates.end(), option) || option == "writer-std" ||
-         option == "final-std";
+  return std::count(gates.begin(), gates.end(), option) || ends_with(option, "-std");
 }
 
 // Is an option of train kept with the run? All but where the run is, and starts that it has not.
 inline bool is_kept(const std::string& option, const TrainOptions& o) {
   if (is_start(option))
-    return o.weights.empty() && (option.find("-std") != option.npos || o.model.has_gate(option));
+    return o.weights.empty() && (ends_with(option, "-std") || o.model.has_gate(option));
   return option != "config" && option != "out" && option != "resume";
 }
 
