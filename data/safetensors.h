@@ -163,11 +163,11 @@ constexpr bool is_floating =
 
 // Call f(name, number) for the dtypes until it returns true.
 template <class F>
-void each_dtype(const F& f) {
-  f("F64", double()) || f("F32", float()) || f("F16", f16()) || f("BF16", bf16()) ||
-      f("I64", int64_t()) || f("I32", int32_t()) || f("I16", int16_t()) || f("I8", int8_t()) ||
-      f("U64", uint64_t()) || f("U32", uint32_t()) || f("U16", uint16_t()) || f("U8", uint8_t()) ||
-      f("BOOL", bool8());
+bool each_dtype(const F& f) {
+  return f("F64", double()) || f("F32", float()) || f("F16", f16()) || f("BF16", bf16()) ||
+         f("I64", int64_t()) || f("I32", int32_t()) || f("I16", int16_t()) || f("I8", int8_t()) ||
+         f("U64", uint64_t()) || f("U32", uint32_t()) || f("U16", uint16_t()) ||
+         f("U8", uint8_t()) || f("BOOL", bool8());
 }
 
 // The safetensors name of Number: dtype_name<float>() is "F32".
@@ -354,16 +354,15 @@ class SafetensorsReader {
 
   template <class Source, class Number>
   void read_as(const TensorInfo& tensor, Number* out, size_t first, size_t count) const {
-    constexpr bool same = std::is_same_v<Source, Number>, wide = std::is_same_v<Number, int64_t>;
     size_t offset = data_start_ + tensor.begin + first * sizeof(Source);
-    if constexpr (same) {
+    if constexpr (std::is_same_v<Source, Number>) {
       read_bytes(offset, out, count * sizeof(Number));
     } else if constexpr (is_floating<Source> != is_floating<Number> ||
-                         !(is_floating<Number> || wide)) {
+                         std::is_same_v<Number, int16_t>) {
       reject("tensor " + printable(tensor.name) + " is " + tensor.dtype + ", expected " +
-             (is_floating<Number> ? "a floating dtype"
-              : wide              ? "an integer dtype"
-                                  : "the I16 dtype"));
+             (is_floating<Number>               ? "a floating dtype"
+              : std::is_same_v<Number, int16_t> ? "the I16 dtype"
+                                                : "an integer dtype"));
     } else {
       std::vector<Source> buffer(std::min<size_t>(count, (1 << 20) / sizeof(Source)));
       for (size_t n; count > 0; count -= n, out += n, offset += n * sizeof(Source)) {
