@@ -229,11 +229,12 @@ def train(network, tensors, data, o, metadata, dtype):
         loss, norm = loss.item(), norm.item()
         if not math.isfinite(loss + norm):
             sys.exit(f"step {step}: loss {loss}, norm {norm}: training has diverged, and stops")
-        seconds, tokens = time.perf_counter() - start, o.batch * o.accumulate * network.tokens
+        seconds = time.perf_counter() - start
+        rate = o.batch * o.accumulate * network.tokens / seconds
         taken = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if rank == 0:
-            print(f"step {step:6}/{o.steps}  loss {loss:.7g}  norm {norm:.7g}  lr {lr:.2e}  {1e3 * seconds:.1f} ms/step  "
-                  f"{tokens / seconds:.2e} tokens/s  {taken / 1e9:.2f} GB a {'GPU' if GPU else 'process'}", flush=True)
+            print(f"step {step:6}/{o.steps}  loss {loss:.7g}  norm {norm:.7g}  lr {lr:.2e}  {1e3 * seconds:.1f} ms/step"
+                  f"  {rate:.2e} tokens/s  {taken / 1e9:.2f} GB a {'GPU' if GPU else 'process'}", flush=True)
         if step == o.steps or o.save_every and step % o.save_every == 0:
             save(network, o.out, o.weights, tensors, {**metadata, "step": str(step)})
 
