@@ -47,8 +47,8 @@ same 1 one "$start" "${flags[@]}"
 same 2 two "$start" "${flags[@]}" --accumulate 2 --seed 2
 ! agree one two || fault "another seed makes no difference"
 
-# Latents, of which each 16th is held out; text as wide as the trunk; gates of one number, which two processes
-# cannot share; weights in fp64, with a gain of ones, which stays.
+# Latents, of which each 16th is held out; text as wide as the trunk; three rows and one, which two processes
+# cannot share alike; weights in fp64, with a gain of ones, which stays.
 "$python" - "$work" "$start" <<'DATA' || fault "no latents"
 import json, sys, torch
 sys.path.insert(0, "tests")
@@ -60,10 +60,10 @@ x = {name: t.double() for name, t in x.items()}
 save(sys.argv[1] + "/data.safetensors", x | {"caption": torch.arange(37) % 5}, {})
 w = {name: t.double() for name, t in mapped(sys.argv[2]).items() if "mvsplit" not in name and "context" not in name}
 w |= {f"blocks.{b}.rezero{i}": torch.tensor([0.3]).double() for b in range(3) for i in (1, 2)}
-w |= {"patch_embed.patch_proj.weight": torch.randn(32, 3, 2, 2).double(), "final_proj.bias": torch.randn(12).double(),
-      "final_proj.weight": torch.randn(12, 32).double() / 4, "norm_img_input.weight": torch.ones(32).double()}
+w |= {"patch_embed.patch_proj.weight": torch.randn(32, 3, 1, 1).double(), "final_proj.bias": torch.randn(3).double(),
+      "final_proj.weight": torch.randn(3, 32).double() / 4, "norm_img_input.weight": torch.ones(32).double()}
 save(sys.argv[1] + "/wide.safetensors", w, {"residual": "rezero", "depth": 3, "width": 32, "heads": 2, "ffn": 48,
-     "channels": 3, "height": 4, "image_width": 6, "patch": 2, "text_dim": 32, "norm_eps": 1e-5})
+     "channels": 3, "height": 4, "image_width": 6, "patch": 1, "text_dim": 32, "norm_eps": 1e-5})
 DATA
 data=(--data "$work/data.safetensors")
 same 2 latents "$work/wide.safetensors" "${data[@]}" "${flags[@]}"

@@ -207,8 +207,10 @@ def read_config(path, data):
 def train(network, tensors, data, o, metadata, dtype):
     """o.steps steps, a line each: train.cu, sections 2 and 3."""
     rank, processes, parameters = dist.get_rank(), dist.get_world_size(), [p for _, p in network.named()]
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": o.weight_decay},  # matrices only
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    # AdamW moves each process's rows, as plain tensors: with thousands of DTensors its first step takes minutes.
+    mine = [torch.nn.Parameter(p.detach().to_local()) for p in parameters]
+    groups = [{"params": [x for x in mine if x.ndim > 1], "weight_decay": o.weight_decay},  # matrices only
+              {"params": [x for x in mine if x.ndim < 2], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=o.lr, fused=GPU)
     share = o.batch // processes
     for step in range(1, o.steps + 1):
@@ -219,8 +221,12 @@ def train(network, tensors, data, o, metadata, dtype):
             part = (wide(network(z.to(dtype), text.to(dtype))) - target).square().mean() / o.accumulate
             part.backward()  # FSDP's gradient is the mean over processes
             loss += part.detach() / processes
-        dist.all_reduce(loss)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, o.clip or math.inf).full_tensor()
+        for x, p in zip(mine, parameters):
+            x.data, x.grad, p.grad = p.detach().to_local(), p.grad.to_local(), None
+        squares = torch.nn.utils.get_total_norm([x.grad for x in mine if x.numel()]).square()
+        dist.all_reduce(loss), dist.all_reduce(squares)
+        norm = squares.sqrt()
+        torch.nn.utils.clip_grads_with_norm_(mine, o.clip or math.inf, norm)
         lr = o.lr * min(1, step / max(o.warmup, 1))
         for group in groups:
             group["lr"] = lr
