@@ -96,6 +96,7 @@ refused() {  # refused WORDS ARGUMENT...
   grep -qF -- "$1" "$work/log" || fault "no '$1' but: $(last)"
 }
 refused 'is shared by 2 processes' --batch 3
+refused 'cannot be written' --out /dev/null
 refused 'is for 1 x 32 x 32 and text of 64 numbers, the data have 3 x 4 x 6 and 32' "${data[@]}"
 echo "fsdp_check: $faults faults"
 [ $faults = 0 ]

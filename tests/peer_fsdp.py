@@ -271,6 +271,9 @@ def main(arguments):
         sys.exit(f"--batch {o.batch} is shared by {processes} processes: take a multiple of it, and at least one step")
     if GPU and rank >= torch.cuda.device_count():
         sys.exit(f"there are {torch.cuda.device_count()} GPUs: take no more for --nproc-per-node")
+    out = pathlib.Path(o.out).absolute()
+    if not out.parent.is_dir() or out.exists() and not out.is_file():
+        sys.exit(f"--out {out} cannot be written: name a file in a folder that is there")
     if o.data != "fashion-mnist" and not o.data.endswith(".safetensors"):
         sys.exit(f"no data at {o.data}: expected fashion-mnist, a .safetensors of latents")
     try:
