@@ -4,7 +4,7 @@
 # looks like. Exit status 1 and a line a fault otherwise; 77 where there is no Python.
 set -uo pipefail
 export LC_ALL=C.UTF-8  # decimal points, not commas
-export CUDA_VISIBLE_DEVICES= STEPS=10
+export STEPS=10 CUDA_VISIBLE_DEVICES=
 command -v python3 >/dev/null || {
   echo "notebook_check: skipped: there is no python3"
   exit 77
