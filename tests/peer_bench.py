@@ -8,7 +8,8 @@ import torch
 import torch._functorch.config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from peer_torch import BFLOAT, DEVICE, config, layers, make_block, merge, random_weights, rope_table, velocity, wide
+from peer_torch import (BFLOAT, DEVICE, chain, config, layers, make_block, merge, random_weights, rope_table, velocity,
+                        wide)
 
 GPU = DEVICE == "cuda"
 
@@ -136,7 +137,7 @@ def bench_step(depth, residual, tiny):
         pick = torch.randint(len(images), (B,), device=DEVICE)
         x0, t = images[pick], torch.rand(B, 1, 1, 1, device=DEVICE)
         x1 = torch.randn_like(x0)
-        v = velocity(((1 - t) * x0 + t * x1).to(BFLOAT), captions[pick % 10], weights, c, block)
+        v = velocity(((1 - t) * x0 + t * x1).to(BFLOAT), captions[pick % 10], weights, c, chain(weights, c, block))
         loss = (wide(v) - (x0 - x1)).square().mean()
         for x, gradient in zip(master.values(), torch.autograd.grad(loss, list(weights.values()))):
             x.grad = gradient.float()

@@ -1,10 +1,11 @@
 """The model in PyTorch: does the same work give the same numbers, and what does it cost with the usual tools?
 
-What it is: a twin of dit.cu, autograd for its backward, and three jobs, which `make bench-peer` does in turn:
+What it is: a twin of dit.cu, autograd for its backward, and four jobs, three of which `make bench-peer` does in turn:
     check build/mvsplit [--precision bf16]     are outputs and gradients those of fp64?
     bench [merge step400 step1000 block]       name<TAB>milliseconds, a line each; in peer_bench.py, as is
     compare ours.tsv theirs.tsv                both side by side
-What it is not: the tests' oracle (oracle.py: slower, nearer to the definitions), or a trainer.
+    fsdp --weights W --data D --out OUT        goes on from weights, on several GPUs; in peer_fsdp.py
+What it is not: the tests' oracle (oracle.py: slower, nearer to the definitions).
 
 X, F (B, T, D): T = N image tokens, then text tokens. Weights have the checkpoint's names with the blocks' stacked:
 "blocks.*.ffn.w2.weight" is (depth, D, FFN).
@@ -101,15 +102,24 @@ def make_block(c):
     return block
 
 
+def block_names(c):
+    """What a block's weights are called, in the order in which `block` takes them."""
+    names = [f"operator.{x}.weight" for x in ("q_proj", "k_proj", "v_proj", "proj")]
+    return names + ["ffn.w13.weight", "ffn.w2.weight"] + [name % i for i in (1, 2) for name in GATES[c.residual]]
+
+
 def layers(w, c):
     """Each block's weights as `block` takes them, W_Q, W_K, W_V as one (3D, D) matrix."""
-    names = ["operator.proj.weight", "ffn.w13.weight", "ffn.w2.weight"]
-    names += [name % i for i in (1, 2) for name in GATES[c.residual]]
-    qkv = torch.cat([w[f"blocks.*.operator.{x}_proj.weight"] for x in "qkv"], 1)
-    return zip(*(stack.unbind() for stack in [qkv, *(w["blocks.*." + name] for name in names)]))
+    q, k, v, *others = (w["blocks.*." + name] for name in block_names(c))
+    return zip(*(stack.unbind() for stack in [torch.cat([q, k, v], 1), *others]))
 
 
-def velocity(z, text, w, c, block):
+def chain(w, c, block):
+    """The blocks, each a function of X, cos and sin."""
+    return [lambda *inputs, weights=weights: block(*inputs, *weights) for weights in layers(w, c)]
+
+
+def velocity(z, text, w, c, blocks):
     """(B, C, H, W) from z (B, C, H, W) and text (B, L, d_text)."""
     (B, C, H, W), p = z.shape, c.patch
     patches = z.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
@@ -117,8 +127,8 @@ def velocity(z, text, w, c, block):
     text = linear(text, w["context_proj.weight"]) if "context_proj.weight" in w else text
     X = torch.cat([rms_norm(image, c.norm_eps), rms_norm(text, c.norm_eps)], 1).to(z.dtype)
     cos, sin = rope_table(c, wide(X).dtype)
-    for weights in layers(w, c):
-        X = block(X, cos, sin, *weights)
+    for block in blocks:
+        X = block(X, cos, sin)
     y = linear(X[:, :image.shape[1]], w["final_proj.weight"], w["final_proj.bias"])
     return y.reshape(B, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
 
@@ -141,7 +151,8 @@ def save(path, tensors, metadata):
     for name, stack in tensors.items():
         for i, x in enumerate(stack.cpu().numpy() if "*" in name else [stack.cpu().numpy()]):
             place = [len(numbers), len(numbers) + x.nbytes]
-            header[name.replace("*", str(i))] = {"dtype": "F64", "shape": x.shape, "data_offsets": place}
+            dtype = f"{x.dtype.kind}{8 * x.itemsize}".upper()  # F64, I64
+            header[name.replace("*", str(i))] = {"dtype": dtype, "shape": x.shape, "data_offsets": place}
             numbers += x.tobytes()
     text = json.dumps(header).encode()
     pathlib.Path(path).write_bytes(len(text).to_bytes(8, "little") + text + numbers)
@@ -151,7 +162,7 @@ def evaluate(tensors, c, dtype):
     """velocity and each grad.NAME of <cotangent, velocity>, computed in dtype."""
     x = {name: t.to(DEVICE, dtype, copy=True).requires_grad_() for name, t in tensors.items()}
     cotangent = x.pop("cotangent")
-    v = velocity(x["z"], x["text"], x, c, make_block(c))
+    v = velocity(x["z"], x["text"], x, c, chain(x, c, make_block(c)))
     results = [v, *torch.autograd.grad(v, list(x.values()), cotangent)]
     return dict(zip(["velocity", *("grad." + name for name in x)], (r.detach().double().cpu() for r in results)))
 
@@ -185,8 +196,11 @@ def check(program, o):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["fsdp"]:
+        import peer_fsdp
+        sys.exit(peer_fsdp.main(sys.argv[2:]))
     parser = argparse.ArgumentParser(description="The jobs are described at the top of this file.")
-    parser.add_argument("job", choices=["check", "bench", "compare"])
+    parser.add_argument("job", choices=["check", "bench", "compare", "fsdp"])
     parser.add_argument("names", nargs="*", help="the program to check, the parts to time, two files to compare")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of check")
     parser.add_argument("--residual", choices=GATES, nargs="+", default=list(GATES), help="of check; default: all")
