@@ -339,7 +339,7 @@ TEST(Teams, ARowIsFourQuadsAThreadUpToTheLargestTeam) {
 }
 
 // Each thread writes what it was told: sums (teams, 2, 256), the largest and its rank. Reductions
-// follow each other without a pause, so a missing barrier between them shows.
+// follow each other without a pause, two of a kind first: a missing barrier between them shows.
 template <class Acc>
 void reduce_kernel(const Device& device, Acc* sums, Acc* largest, const Acc* x, size_t teams,
                    size_t n, int threads) {
@@ -348,7 +348,7 @@ void reduce_kernel(const Device& device, Acc* sums, Acc* largest, const Acc* x, 
     Acc sum = 0, top = mine[0], squares = 0;
     for (size_t i = team.rank; i < n; i += team.size)
       sum += mine[i], top = max_(top, mine[i]), squares += mine[i] * mine[i];
-    sum = team.sum(sum), top = team.max(top), squares = team.sum(squares);
+    sum = team.sum(sum), squares = team.sum(squares), top = team.max(top);
     size_t at = team.index * 512 + team.rank;
     sums[at] = sum, sums[at + 256] = squares, largest[at] = top;
   });
