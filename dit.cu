@@ -11,8 +11,8 @@
 //
 // Shapes: B sequences of T tokens (N image tokens, then L text tokens) of D channels; H heads of hd
 // = D/H channels; an FFN of width ffn. Rows (B T) of any array are its tokens; every weight is
-// (out, in) and acts as y = x W^T. The letters of the mathematics are those of mvsplit.cu; here
-// also Q, K, V, the attention matrix A and its scores S.
+// (out, in) and acts as y = x W^T. The letters of the mathematics are those of mvsplit.cu, but G is
+// the cotangent of what an operation puts out; here also Q, K, V, the scores S, and A, attention's.
 #pragma once
 
 #include "mvsplit.cu"
@@ -230,9 +230,9 @@ void rope_qk_norm_backward(const Device& device, Real* dqkv, const Real* qkv, co
 // could tell tokens apart, stand still. (MV-Split at alpha = 0 has dbar = 0: then the writer gets
 // nothing either.) On the way there dS is linear in V - J V: it falls in proportion to the spread
 // of the values. Image and text collapsed each to a mean of its own are not Lemma 1's case: a row
-// of dA then has two values, and dS still moves weight from one segment to the other. (Its test:
-// dit_test Statement.Lemma1_EqualValuesStopQueriesAndKeys. Its picture: q_grad_rms and k_grad_rms
-// in data/figures/scream.html from step 317 on.)
+// of dA then has two values, and dS still moves weight from one segment to the other. (Its test, in
+// fp64: dit_test Statement.Lemma1_EqualValuesStopQueriesAndKeys; in bf16 and on tensor cores:
+// Attention.IsExactInBf16*. Its picture: q_grad_rms, data/figures/scream.html from step 317 on.)
 //
 // Finally S = Q K^T / sqrt(hd) gives
 //     dQ = dS K / sqrt(hd),     dK = dS^T Q / sqrt(hd).
@@ -401,8 +401,8 @@ struct BlockSaved {
 // `inner` in place of scores and dS.
 template <class Real>
 struct BlockScratch {
-  AccOf<Real>*scores, *inner;           // (B, H, T, T), in the backward dA; (B, H, T)
-  Real* dF[2];                          // (B T, D), of both branches
+  AccOf<Real>*scores, *inner;  // S, or in the backward dA, (B, H, T, T); c of D.2, (B, H, T)
+  Real* dF[2];                 // (B T, D), of both branches
   Real *dhidden, *du, *dY, *dqkv, *dS;  // (B T, ffn), (, 2 ffn), (, D), (, 3D), (B, H, T, T)
   MergeScratch<AccOf<Real>> merge[2];
 };
@@ -522,10 +522,10 @@ struct Parameters {
 // has room for what else k blocks save; each span overwrites the one before. The backward takes the
 // spans from the last to the first and replays each from its checkpoint before it goes back through
 // it. The same kernels on the same inputs give the same bits, so gradients do not depend on k. (A
-// merge is made again from the saved numbers in one pass, also where the kernel of mvsplit.cu's
-// appendix B made it first: both evaluate its Z on the same inputs, by fused multiply-adds; a test
-// holds them to it.) What the forward left of the last span is still there and needs no replay, so
-// "keep everything" is one span of all the blocks, not a special case.
+// merge's replay alone is another kernel, which has r and the means already: its Z is the same
+// function of the same inputs. Tests: Merge.AReplayHasTheSameBits, Network.RecomputeDoesNot*.) What
+// the forward left of the last span is still there and needs no replay, so "keep everything" is one
+// span of all the blocks, not a special case.
 //
 // Memory is depth / k checkpoints, k blocks' activations and 2 B (T + 4 D) numbers a block for what
 // its merges save (2 B T where they do not split); the price is one more forward, less the last
@@ -2150,7 +2150,7 @@ struct Measurement {
   void after(Device&, double*, const BlockParameters<Kept>&, const MeasuredSizes&) {}
 };
 
-// The two parts of the writers' gradients, and their alignment (mvsplit.cu, appendix D).
+// The two parts of the writers' gradients, and their alignment (mvsplit.cu, appendix C).
 template <class Real>
 struct WritersMeasured : Measurement {
   static constexpr bool of_writers = true, of_spikes = true;

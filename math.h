@@ -450,7 +450,7 @@ struct Team {
 // Threads for a team whose loop has n independent items: whole warps, at most eight.
 inline int threads_for(size_t n) { return int(std::clamp<size_t>(round_up(n, 32), 32, 256)); }
 
-// Threads for a row of D channels: four quads each, or so many, while they are enough.
+// Threads for a row of D channels: as few as cover it with four quads each, or so many.
 inline int threads_for_row(size_t D, size_t quads = 4) {
   int threads = 1;
   while (threads < Team::max_size && 4 * quads * size_t(threads) < D) threads *= 2;
@@ -515,19 +515,22 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
   for_each(device, n, [=] HD(size_t i) { out[i] = Out(in[i]); });
 }
 
-// Formulas over arrays of rows are not written as loops over a Team, but given to a schedule, which
-// knows how many rows and channels a thread takes at once and when it loads them (appendix B):
+// Formulas whose speed hangs on how rows are walked are given to a schedule, which knows how many
+// rows and channels a thread takes at once and when it loads them (appendix B):
 //
+//     for_each_quad(device, rows, D, f)                  f(row, d)
 //     map_rows(device, groups, D, make, put)             put(row, d, make(group, row, d))
 //     map_rows_by_sum(..., make, weigh, find, put)       put(row, d, v, found)
-//         with v = make(group, row, d) and found = find(row, sum of weigh(v) over channels, mine);
-//         of the threads that call, one is `mine`
+//         with v = make(group, row, d) and found = find(row, sum of weigh(v) over channels, mine):
+//         what becomes of a row's sum; the thread that is `mine` may store it
 //     sum_over_rows(..., zero, term, finish)      finish(group, d, sum of term(group, row, d))
-//     sum_over_rows_by_sum(..., term, finish)     finish(group, d, sum of term(..., v, found))
+//     sum_over_rows_by_sum(..., zero, partial, weigh, find, term, finish)   the same, but first
+//         find(row, sum of weigh(row, d)) for each row, which stores what term will read
 //     sum_over_channels(device, rows, D, term, finish)   finish(row, sum of term(row, d))
 //     sum_over_groups(...)                               finish(d, sum of term(group, d))
 //
-// d is the first of four channels; groups are runs of rows, such as a sequence's image tokens.
+// d is the first of four channels, in the last line one; groups are runs of rows, such as a
+// sequence's image tokens; a Piece is rows of one, a Pair two sums.
 
 // ---------------------------------------------------------------------------------------------
 // 5. The matrix product

@@ -10,7 +10,7 @@
 //
 // Words. The trunk X is passed from block to block. A branch (attention or FFN) computes F from it;
 // its last matrix (W_O, W2) is the residual writer. A merge joins F to X. The adjoint of an array
-// is the gradient of the loss by it; where a backward begins, and it is given, it is the cotangent.
+// is the gradient of the loss by it; that of its output, which a backward is given, its cotangent.
 // <U, V> = tr(U^T V), the inner product of all numbers. Mean mode screaming is the paper's name for
 // the collapse: the mean part of the writers' gradients bursts, and all tokens become alike.
 //
@@ -65,7 +65,7 @@ struct Tokens {
     return Acc(1) / Acc(max_<size_t>(count(segment % 2), 1));
   }
 
-  // The groups of rows that math.h's schedules walk over are the segments.
+  // What math.h's schedules ask of groups of rows, which are the segments.
   HD size_t groups() const { return 2 * batch; }
   HD size_t longest() const { return max_(image, text); }
   HD size_t begin(size_t segment) const { return segment / 2 * length() + first(segment % 2); }
@@ -190,8 +190,8 @@ HD Acc inverse_rms(Acc sum_of_squares, size_t D, Acc eps) {
   return rsqrt_(sum_of_squares / Acc(D) + eps);
 }
 
-// (B, n, D) rows, packed; in another array their sequences are `stride` elements apart, so that
-// image and text tokens have their places in one (B, T, D) array.
+// (B, n, D) rows, packed; or `apart`, their sequences `stride` elements from each other, as image
+// and text tokens lie in one (B, T, D) array.
 struct Packed {
   size_t batch, n, D, stride;
 
@@ -309,7 +309,8 @@ struct Gate {
 constexpr int most_gates = 2;
 
 // At four channels: the values of a merge's gates, in the order in which it lists them; and of a
-// token, X and F and their means over its segment, zero unless the merge needs `means`.
+// token, X and F and their means over its segment, zero unless the merge needs `means` (and xbar is
+// zero for token_factor(), which has had no use for it).
 template <class Acc>
 struct Gains {
   Quad<Acc> of[most_gates];
@@ -417,9 +418,9 @@ struct MvSplit : MergeBase {
 //     Delta = r (G - h X_next),      h = <G, X_next> / D,     for each token            (Delta')
 //
 // A walk over the rows makes h, and with it Delta, for their sums over tokens: Dbar and the gates.
-// A second walk makes Delta again, from h, and the outputs of section 4; a merge that has neither
-// means nor gates needs no other. (To store Delta would cost a write, a (B, T, D) array and a
-// rounding.) The walks' schedules are listed in math.h (end of section 4).
+// A second walk makes Delta, not stored, again from h, and (dX), (dF). A merge with neither means
+// nor gates needs one walk. So (B, T, D) arrays are read or written: forward 5 with means, 3
+// without; backward 7 with means or gates, 4 with neither. (Schedules: math.h, end of section 4.)
 
 // Which merge, and its gates (Number = const Real) or their gradients, as it lists them.
 struct Merge {
@@ -514,8 +515,7 @@ struct MergeBackwardInputs {
   const Real *G, *X_next, *X, *F;  // (B, T, D)
   Gates<const Real> gates;
   MergeSaved<AccOf<Real>> saved;
-  const Real* dF_next =
-      nullptr;  // dF of the merge after, for Pre-Norm alone; zeros if there is none
+  const Real* dF_next = nullptr;  // for Pre-Norm alone: dF of the merge after, zeros after the last
 };
 
 // dX (=), dF (=) (B, T, D), and in scratch what the gates' gradients are made of. dX may be G

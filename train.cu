@@ -83,9 +83,8 @@ void flow_loss(const Device& device, Acc* losses, Acc* dvelocity, const Acc* vel
 // A pass's batch: net.arrays.z and text, and a.target, from images and captions drawn at random,
 // with replacement; a share `dropout` of the captions is left out, so that guidance has something
 // to hold against. `a` are the arrays of a run (appendix C).
-template <class Real, class Kept, class RunArrays>
-void draw_training_batch(Network<Real, Kept>& net, RunArrays a, DeviceData data,
-                         const TrainOptions& o) {
+template <class Network, class TrainArrays>
+void draw_training_batch(Network& net, TrainArrays a, DeviceData data, const TrainOptions& o) {
   uint64_t seed = o.seed, batch = o.batch;
   double dropout = o.dropout, shift = o.time_shift;
   auto draw = [=] HD(size_t i) {
@@ -274,7 +273,8 @@ void end_step(const Device& device, Clock* clock, Record* history, const Acc* lo
 //
 // `accumulate` passes, each the gradients of a batch, then one update. `t` is the Trainer of
 // appendix D: the network, the arrays of the run and its options. The host only enqueues all this:
-// on a GPU it is captured once and replayed, so what changes from step to step is in t.a.clock.
+// on a GPU it is captured once and replayed, so what changes from step to step is in t.a.clock. It
+// draws batches (section 1) and the bits of stochastic rounding; the network draws nothing.
 //
 //     begin_step                              learning rate, bias corrections
 //     training_pass, `accumulate` times       gradients

@@ -647,7 +647,7 @@ TEST(Network, RecomputeDoesNotChangeABit) {
     recompute_keeps_bits<float>(*device, small(33, residual));
     recompute_keeps_bits<bf16>(*device, small(33, residual));
   }
-  // Wide enough for the GPU's own kernels: a merge's first kernel is then not the replay's.
+  // Wide enough for attention on tensor cores.
   for (Device* device : devices())
     for (const char* residual : {"mvsplit", "mvsplit-noleak", "layerscale"}) {
       SCOPED_TRACE(device->name + ", wide, " + residual);
