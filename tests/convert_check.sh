@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # convert_check.sh PROGRAM: tests/convert.py on a small model of the author's kind: PROGRAM draws with it, from
-# prompt features in a file of text alone, and what comes back to PyTorch is what was there. Exit status
-# 77 where there is no PyTorch; 1 and a line a fault otherwise.
+# prompt features in a file of text alone, and what comes back to PyTorch is what was there. AUTHOR=FOLDER, a
+# clone of the author's repository: his classes and sampler get the same numbers from it. Exit status 77
+# where there is no PyTorch; 1 and a line a fault otherwise.
 set -uo pipefail
 export LC_ALL=C.UTF-8  # decimal points, not commas
 python=${PYTHON:-python3} faults=0
@@ -87,5 +88,55 @@ refused 'not the weights of this model' "$work/other.pt" "$work/new.safetensors"
 refused 'cannot make' "$work/absent.pt" "$work/new.safetensors"
 refused 'cannot make' "$work/absent.safetensors" "$work/new.pt"
 refused 'or the other way round' "$work/model.pt" "$work/new.pt"
+
+# The author's own classes, with what they fall back on where Triton is missing: the same velocities, after the way
+# back too, and from the same noise the same latents.
+if [ -z "${AUTHOR:-}" ]; then
+  echo "convert_check: skipped: the author's classes (AUTHOR= names his repository; PYTHON= with einops)"
+else
+  "$python" - "$work" "$1" "$AUTHOR" >"$work/log" <<'CLASSES' || fault "the author's classes: see above"
+import subprocess, sys, types, unittest.mock
+folder, program, author = sys.argv[1:]
+sys.modules |= {name: unittest.mock.MagicMock() for name in ("PIL", "tqdm", "text_encoder", "vae")}
+sys.modules["kernels"] = None  # cannot be imported
+sys.path[:0] = ["tests", author]
+import torch, dit, peer_torch, sample
+torch.manual_seed(1)
+run = lambda *arguments: subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+def model(patch, text_dim):
+    m = dit.DiT(in_channels=6, patch_size=patch, hidden_size=64, depth=3, num_heads=8, num_kv_heads=8,
+                mlp_hidden_dim=192, qkv_bias=False, context_dim=text_dim).requires_grad_(False)
+    [torch.nn.init.uniform_(x) for name, x in m.named_parameters() if name.endswith(("alpha", "beta"))]
+    return m
+def mvsplit(job, weights, result, *arguments):
+    out = f"{folder}/{result}.safetensors"
+    run(program, job, "--device", "cpu", "--precision", "fp32", "--weights", weights, "--out", out, *arguments)
+    return peer_torch.load(out)[0][result]
+def check(what, ours, his):
+    error = float((ours - his).norm() / his.norm())
+    print(f"convert_check: {what}: ours {error:.1e} from the author's", file=sys.stderr)
+    assert error <= 1e-6
+for patch, text_dim in ((1, 64), (2, 40)):  # text as wide as the trunk, as released, and not
+    (m, again), name = (model(patch, text_dim) for _ in range(2)), f"{folder}/author{patch}"
+    torch.save({"model": {"_orig_mod." + key: x for key, x in m.state_dict().items()}}, name + ".pt")
+    run(sys.executable, "tests/convert.py", name + ".pt", name + ".safetensors", "--size", "8")
+    z, text = torch.randn(2, 6, 8, 12), torch.randn(2, 5, text_dim)
+    peer_torch.save(name + ".in", {"z": z.double(), "text": text.double()}, {})
+    check(f"patch {patch}, velocity", mvsplit("forward", name + ".safetensors", "velocity", "--inputs", name + ".in"),
+          m(z, text).double())
+    run(sys.executable, "tests/convert.py", name + ".safetensors", name + ".back.pt")
+    again.load_state_dict(torch.load(name + ".back.pt", weights_only=True), strict=True)
+    assert torch.equal(again(z, text), m(z, text))
+    peer_torch.save(name + ".text.safetensors", {"text": text[:1].double(), "empty": text[1].double()}, {})
+    w, metadata = peer_torch.load(name + ".safetensors")
+    silent = {key: 0 * x if key.startswith("final_proj") else x for key, x in w.items()}  # their samples are the noise
+    peer_torch.save(name + ".silent.safetensors", silent, metadata)
+    draw = ("--data", name + ".text.safetensors", "--prompt", "0", "--columns", "2", "--steps", "35", "--cfg", "2")
+    noise, ours = (mvsplit("sample", name + x + ".safetensors", "samples", *draw) for x in (".silent", ""))
+    encoder = types.SimpleNamespace(encode=lambda prompts: (text.repeat_interleave(2, 0), None))
+    check(f"patch {patch}, 35 steps", ours, sample.perform_multi_step_sampling(
+        m, noise, [""] * 2, 2.0, torch.float32, "cpu", encoder, num_inference_steps=35, alpha=4.0).double())
+CLASSES
+fi
 echo "convert_check: $faults faults"
 [ $faults = 0 ]
