@@ -359,33 +359,23 @@ inline std::string probe_table(const std::vector<ProbeRow>& rows) {
   return text + "\n";
 }
 
-// What `mvsplit validate` found of an image.
-struct ValidatedImage {
-  double t, loss;
+// Losses in a bin of t: how many, their sum, that of their squares.
+struct LossBin {
+  double n = 0, sum = 0, squares = 0;
 };
 
-inline std::string validation_csv(const std::vector<ValidatedImage>& images) {
-  std::string text = "t,loss\n";
-  for (const ValidatedImage& i : images) text += text_of("%.6f,%.9g\n", i.t, i.loss);
-  return text;
-}
-
-// The mean loss by bins of t, with its standard error; those of all images follow from the bins'.
-inline std::string validation_table(const std::vector<ValidatedImage>& images, size_t bins) {
-  std::vector<double> n(bins), sum(bins), squares(bins);
-  for (const ValidatedImage& i : images) {
-    size_t k = std::min(size_t(i.t * double(bins)), bins - 1);
-    ++n[k], sum[k] += i.loss, squares[k] += i.loss * i.loss;
-  }
+// The mean loss of each bin, with its standard error; those of all images follow from the bins'.
+inline std::string validation_table(const std::vector<LossBin>& bins, double images) {
   std::string text = "t               images     loss  standard error\n";
-  double N = double(images.size()), all = 0, variance = 0;
-  for (size_t k = 0; k < bins; ++k) {
-    if (n[k] == 0) continue;
-    double mean = sum[k] / n[k], rest = std::max(squares[k] / n[k] - mean * mean, 0.0);
-    double error = n[k] > 1 ? std::sqrt(rest / (n[k] - 1)) : NAN;
-    all += sum[k] / N, variance += std::pow(error * n[k] / N, 2);
-    text += text_of("%.3f to %.3f %8.0f  %7.5f  %.5f\n", double(k) / double(bins),
-                    double(k + 1) / double(bins), n[k], mean, error);
+  double all = 0, variance = 0, width = 1 / double(bins.size());
+  for (size_t k = 0; k < bins.size(); ++k) {
+    auto [n, sum, squares] = bins[k];
+    if (n == 0) continue;
+    double mean = sum / n, rest = std::max(squares / n - mean * mean, 0.0);
+    double error = n > 1 ? std::sqrt(rest / (n - 1)) : NAN;
+    all += sum / images, variance += std::pow(error * n / images, 2);
+    text += text_of("%.3f to %.3f %8.0f  %7.5f  %.5f\n", double(k) * width, double(k + 1) * width,
+                    n, mean, error);
   }
-  return text + text_of("all            %8.0f  %7.5f  %.5f\n", N, all, std::sqrt(variance));
+  return text + text_of("all            %8.0f  %7.5f  %.5f\n", images, all, std::sqrt(variance));
 }
