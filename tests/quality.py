@@ -7,7 +7,7 @@ and the share in which the classifier sees the class that was asked for. Behind 
 training images, and of the test images (their distance is that of one half from the other).
 
 What it is: the classifier of tests/classifier.safetensors in numpy, and two numbers. What it is not: comparable with
-anybody's FID, which is of Inception's features; or without bias: fewer images are further away, so compare equal numbers.
+anybody's FID, which is of Inception's features; or free of bias: fewer images are further away, so compare equal numbers.
 """
 import gzip, json, pathlib, re, sys
 try:
@@ -51,7 +51,7 @@ def real_images(part):
 
 
 def samples(path):
-    """Images (N, 32, 32) of a file of samples, and the classes (N) that were asked for, a row of images a caption."""
+    """Images (N, 32, 32) of a file of samples, clipped as a picture of them is, and the classes (N) that were asked for."""
     tensors, metadata = read_safetensors(path)
     images = tensors.get("samples")
     if images is None or images.ndim != 4 or images.shape[1:] != (1, 32, 32) or not len(images):
@@ -62,13 +62,13 @@ def samples(path):
     if not captions or not set(captions) <= set(NAMES) or len(images) % len(captions):
         sys.exit(f"{path} does not say of which classes its rows are: its captions are {captions}, "
                  f"expected some of {', '.join(NAMES)}")
-    return images[:, 0], np.repeat([NAMES.index(c) for c in captions], len(images) // len(captions))
+    return images[:, 0].clip(-1, 1), np.repeat([NAMES.index(c) for c in captions], len(images) // len(captions))
 
 
 # --- The classifier --------------------------------------------------------------------------------
 
 def convolved(x, weight, bias):
-    """ReLU of a 3x3 convolution with zeros around, then the larger of 2x2: x (N,H,W,I), weight (3,3,I,O) -> (N,H/2,W/2,O)."""
+    """ReLU of a 3x3 convolution, zeros around, then the largest of 2x2: x (N,H,W,I), weight (3,3,I,O) -> (N,H/2,W/2,O)."""
     n, h, w, i = x.shape
     x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     patches = np.concatenate([x[:, a:a + h, b:b + w] for a in range(3) for b in range(3)], axis=3)

@@ -52,9 +52,9 @@ draw() {
 }
 
 quality_table() {
-  echo "The distance is Frechet's between the features of the images and those of the test images (tests/quality.py);"
-  echo "the accuracy, how many are seen as the class that was asked for. In the last rows real images stand for"
-  echo "the samples; of the test images one half against the other."
+  echo "Fréchet distance from the 10,000 test images in the classifier's features, and the share of images that it sees"
+  echo "as the class that was asked for (tests/quality.py). In the last rows real images stand for samples; of the test"
+  echo "images the distance is that of one half from the other."
   echo
   echo "| images | number | distance | accuracy |"
   echo "|---|---|---|---|"
