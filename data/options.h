@@ -761,7 +761,7 @@ inline Subcommand add_validate(CLI::App& app, ValidateOptions& o, Machine& machi
   Subcommand sub(app, "validate", "the loss on held-out images by time, with the noise of train's");
   add_weights(sub, o);
   sub.add("data", o.data, about_data().c_str());
-  sub.add("out", o.out, "a csv, a row an image: its time and loss, the same of every network");
+  sub.add("out", o.out, "a csv, a row an image: its time and its loss");
   sub.add("images", o.images, "held-out images", "all");
   sub.add("bins", o.bins, "of the time from 0 to 1, a row of the table each", 1, 1000);
   sub.add("time-shift", o.time_shift, "default: as trained");

@@ -82,10 +82,13 @@ judged() { "$PYTHON" -B tests/quality.py "$@" >"$work/out" 2>"$work/log"; }
 field() { awk -F, -v row="$1" -v n="$2" '$1 == row { print $n }' "$work/out"; }
 judged "$work/real.safetensors" "$work/turned.safetensors" || fault "real images: $(tail -n 1 "$work/log")"
 cp "$work/out" "$work/first"
-[ "$(field "$work/real.safetensors" 4)" = "$(cat "$work/seen")" ] || fault "real images are not seen as the classes they are"
-awk -v x="$(field "$work/turned.safetensors" 4)" 'BEGIN { exit !(x < 0.1) }' || fault "exchanged rows are not seen"
-[ "$(field "$work/real.safetensors" 3)" = "$(field "$work/turned.safetensors" 3)" ] || fault "the captions change the distance"
-judged "$work/real.safetensors" "$work/turned.safetensors" && cmp -s "$work/out" "$work/first" || fault "it is not the same twice"
+accuracy() { field "$work/$1.safetensors" 4; }
+distance() { field "$work/$1.safetensors" 3; }
+[ "$(accuracy real)" = "$(cat "$work/seen")" ] || fault "real images are not seen as the classes they are"
+awk -v x="$(accuracy turned)" 'BEGIN { exit !(x < 0.1) }' || fault "exchanged rows are not seen"
+[ "$(distance real)" = "$(distance turned)" ] || fault "the captions change the distance"
+judged "$work/real.safetensors" "$work/turned.safetensors"
+cmp -s "$work/out" "$work/first" || fault "it is not the same twice"
 
 refused() {  # refused WORDS FILE
   judged "$2" && fault "not refused: $1"
@@ -103,7 +106,8 @@ mkdir -p "$work/copy/build" "$work/copy/tests"
 cp -r data "$work/copy"
 cp tests/quality.py tests/classifier.safetensors "$work/copy/tests"
 ln -s "$(realpath "$1")" "$work/copy/build/mvsplit"
-(cd "$work/copy" && SCALE=tiny bash data/experiment.sh quality) >"$work/log" 2>&1 || fault "the recipe: $(tail -n 1 "$work/log")"
+(cd "$work/copy" && SCALE=tiny bash data/experiment.sh quality) >"$work/log" 2>&1 ||
+  fault "the recipe: $(tail -n 1 "$work/log")"
 for line in '^| [a-z].* | 200 | [0-9.]* | 0\.' '^| all | .* ± .* | .* ± .* |'; do
   grep -q "$line" "$work/log" || fault "the recipe's tables have no line $line"
 done
