@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # quality: what six networks draw and how well they predict, in place of FID. The merges of cure1e3, one seed,
-# Post-Norm at a rate at which it trains; with the bias of the patch embedding, without which samples stay noisy.
-# A network then draws 1,000 samples at guidance 2, 100 a class, in 15 steps, for tests/quality.py, and predicts all
+# Post-Norm at a rate at which it trains; with the paper's bias of the patch embedding, unlike there. A
+# network then draws 1,000 samples at guidance 2, 100 a class, in 15 steps, for tests/quality.py, and predicts all
 # held-out images, with the same times and noise as the others: 30,000 and 10,000 forward passes of an image, where
 # its training has 22,400 of them and as many backward. It needs Python with numpy.
 columns="" tables="quality bins"
