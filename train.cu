@@ -864,19 +864,38 @@ Choice choose(const Job& job, double limit, bool must_fit) {
 // ---------------------------------------------------------------------------------------------
 // D. The trainer: a run's network and arrays, and the step as captured graphs
 
-// Held-out images with fixed noise and times.
-template <class Real, class Kept>
-void draw_validation_batch(Network<Real, Kept>& net, TrainArrays<Real, Kept> a, DeviceData data,
-                           const TrainOptions& o, size_t first, size_t b) {
-  double shift = o.time_shift;
+// The time of the n-th held-out image. Steps of the golden ratio spread evenly, in an order that has
+// nothing to do with the images'.
+HD inline double validation_time(size_t n, double shift) {
+  return shift_time(fmod((double(n) + 0.5) * 0.6180339887498949, 1.0), shift);
+}
+
+// Held-out images [first, first + b) with fixed noise and times.
+template <class Net, class Acc>
+void draw_validation_batch(const Net& net, Acc* target, DeviceData data, double shift, size_t first,
+                           size_t b) {
   auto draw = [=] HD(size_t i) {
     size_t n = first + i;
-    // Steps of the golden ratio spread evenly, in an order that has nothing to do with the images'.
-    double t = shift_time(fmod((double(n) + 0.5) * 0.6180339887498949, 1.0), shift);
-    return Draw{n, size_t(data.caption[n]), t, n};
+    return Draw{n, size_t(data.caption[n]), validation_time(n, shift), n};
   };
-  constexpr uint64_t fixed_seed = 1;  // every run is validated on the same noise
-  noisy_batch(net, a.target, data, b, fixed_seed, streams::validation_noise, draw);
+  constexpr uint64_t fixed_seed = 1;  // every network is validated on the same noise
+  noisy_batch(net, target, data, b, fixed_seed, streams::validation_noise, draw);
+}
+
+// Each held-out image's loss (N), on the host; losses (N) and target (B, C, H, W) are scratch.
+template <class Real, class Kept, class Acc = AccOf<Real>>
+std::vector<Acc> validation_losses(Network<Real, Kept>& net, Acc* losses, Acc* target,
+                                   DeviceData data, double shift) {
+  Progress progress("validating", data.images);
+  for (size_t first = 0; first < data.images; first += net.batch) {
+    size_t b = std::min(net.batch, data.images - first);
+    draw_validation_batch(net, target, data, shift, first, b);
+    net.forward(b);
+    flow_loss<Acc>(net.device, losses + first, nullptr, net.arrays.velocity, target, b,
+                   net.config.pixels(), 0);
+    progress.advance(b);
+  }
+  return downloaded(net.device, losses, data.images);
 }
 
 // Real: what the network computes with; Kept: what its gradients and AdamW's moments are kept as.
@@ -996,17 +1015,9 @@ class Trainer : public RunArrays<Real, Kept> {
   // Mean loss over the held-out images, with the averaged weights if there are any.
   double validate() {
     return with_average([&] {
-      Progress progress("validating", held_out.images);
-      for (size_t first = 0; first < held_out.images; first += o.batch) {
-        size_t b = std::min(o.batch, held_out.images - first);
-        draw_validation_batch(net, a, held_out, o, first, b);
-        net.forward(b);
-        flow_loss<Acc>(device, a.losses + first, nullptr, net.arrays.velocity, a.target, b,
-                       o.model.pixels(), 0);
-        progress.advance(b);
-      }
       double sum = 0;
-      for (Acc loss : downloaded(device, a.losses, held_out.images)) sum += double(loss);
+      for (Acc loss : validation_losses(net, a.losses, a.target, held_out, o.time_shift))
+        sum += double(loss);
       return sum / double(held_out.images);
     });
   }
@@ -1640,6 +1651,48 @@ int forward(Device& device, const ForwardOptions& o) {
   return 0;
 }
 
+// `mvsplit validate`: what validates a run, for every held-out image, by time.
+template <class Real>
+int validate(Device& device, const ValidateOptions& o) {
+  using Acc = AccOf<Real>;
+  SafetensorsReader file(o.weights);
+  Dataset held_out = load_dataset(o.data, 2).held_out;
+  size_t N = o.images.value_or(held_out.images);
+  if (N < 1 || N > held_out.images)
+    fail("--images %zu: %s has %zu held-out images", N, o.data.c_str(), held_out.images);
+  Config m;
+  fit_to_data(m, held_out);
+  Assumed assumed = read_config(file, o.weights, m, o.heads, o.norm_eps);
+  double shift = read_time_shift(file, o.weights, o.time_shift, assumed);
+  if (!(shift > 0)) fail("the time shift must be positive, not %g", shift);
+  assumed.note(o.weights);
+  require_fit(o.data, held_out, o.weights, m);
+  SafeFile out(o.out);  // better refused now than after the work
+  Network<Real> net(device, m, std::min(N, o.batch), 0, false);
+  load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
+  DeviceData data;
+  Acc *losses, *target;
+  Slabs slabs;
+  slabs.add(device, [&](Carver& c) {
+    data = lay_data(c, m, N, held_out.captions);
+    losses = c.take<Acc>(N), target = c.take<Acc>(net.batch * m.pixels());
+  });
+  upload_data(device, data, every_nth(held_out, N));
+  std::vector<LossBin> bins(o.bins);
+  out.write("t,loss\n");
+  size_t image = 0;
+  for (double loss : validation_losses(net, losses, target, data, shift)) {
+    if (!std::isfinite(loss)) fail("the loss is NaN or infinity: are these trained weights?");
+    double t = validation_time(image++, shift);
+    LossBin& bin = bins[std::min(size_t(t * double(o.bins)), o.bins - 1)];
+    ++bin.n, bin.sum += loss, bin.squares += loss * loss;
+    out.write(text_of("%.6f,%.9g\n", t, loss));
+  }
+  std::printf("%s%s\n", validation_table(bins, double(N)).c_str(), visible(o.out).c_str());
+  out.commit();
+  return 0;
+}
+
 // ---------------------------------------------------------------------------------------------
 // H. Gradients of the whole network
 //
@@ -2039,13 +2092,15 @@ inline int command(int argc, const char* const* argv) {
   SampleOptions sample_options;
   ForwardOptions forward_options;
   ProbeOptions probe_options;
+  ValidateOptions validate_options;
   GradcheckOptions gradcheck_options;
   DataSizes sizes{60000, 256, 10};
   Machine machine;
   const std::vector<Subcommand> all = {
-      add_train(app, train_options, machine),         add_sample(app, sample_options, machine),
-      add_forward(app, forward_options, machine),     add_probe(app, probe_options, machine),
-      add_gradcheck(app, gradcheck_options, machine), add_plan(app, plan_options, sizes, machine)};
+      add_train(app, train_options, machine),       add_sample(app, sample_options, machine),
+      add_forward(app, forward_options, machine),   add_probe(app, probe_options, machine),
+      add_validate(app, validate_options, machine), add_gradcheck(app, gradcheck_options, machine),
+      add_plan(app, plan_options, sizes, machine)};
   try {
     CommandLine line = read_words(Words(argv + std::min(argc, 1), argv + argc), all);
     if (!line.sub || line.help) {
@@ -2122,6 +2177,7 @@ inline int command(int argc, const char* const* argv) {
     }
     return machine.with_precision([&](auto t) {
       if (is("probe")) return probe<decltype(t)>(device, probe_options);
+      if (is("validate")) return validate<decltype(t)>(device, validate_options);
       return is("sample") ? sample<decltype(t)>(device, sample_options)
                           : forward<decltype(t)>(device, forward_options);
     });

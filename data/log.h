@@ -358,3 +358,24 @@ inline std::string probe_table(const std::vector<ProbeRow>& rows) {
   }
   return text + "\n";
 }
+
+// Losses in a bin of t: how many, their sum, that of their squares.
+struct LossBin {
+  double n = 0, sum = 0, squares = 0;
+};
+
+// The mean loss of each bin, with its standard error; those of all images follow from the bins'.
+inline std::string validation_table(const std::vector<LossBin>& bins, double images) {
+  std::string text = "t               images     loss  standard error\n";
+  double all = 0, variance = 0, width = 1 / double(bins.size());
+  for (size_t k = 0; k < bins.size(); ++k) {
+    auto [n, sum, squares] = bins[k];
+    if (n == 0) continue;
+    double mean = sum / n, rest = std::max(squares / n - mean * mean, 0.0);
+    double error = n > 1 ? std::sqrt(rest / (n - 1)) : NAN;
+    all += sum / images, variance += std::pow(error * n / images, 2);
+    text += text_of("%.3f to %.3f %8.0f  %7.5f  %.5f\n", double(k) * width, double(k + 1) * width,
+                    n, mean, error);
+  }
+  return text + text_of("all            %8.0f  %7.5f  %.5f\n", images, all, std::sqrt(variance));
+}

@@ -136,11 +136,13 @@ inline void write_png_grid(const std::string& path, const float* images, const G
 }
 
 // Writes images as write_png_grid() does or, if the name ends in .safetensors, as they are, as the
-// tensor `samples`.
+// tensor `samples`, rows one behind the other; `captions` in the metadata says of what they are.
 inline void write_samples(const std::string& path, const std::vector<float>& images,
                           const Grid& grid) {
   if (!has_extension(path, ".safetensors")) return write_png_grid(path, images.data(), grid);
-  SafetensorsWriter file(path);
+  constexpr auto replace = nlohmann::json::error_handler_t::replace;  // what is not UTF-8
+  SafetensorsWriter file(
+      path, {{"captions", nlohmann::json(grid.captions).dump(-1, ' ', false, replace)}});
   file.declare("samples", "F32", {grid.rows * grid.columns, grid.C, grid.H, grid.W});
   file.write(images.data(), images.size());
   file.finish();

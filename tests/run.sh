@@ -17,7 +17,7 @@ for test in ${@/%//*_test}; do
 done
 [ $((passed + failed)) -gt 0 ] || failed=1
 # Each of these counts as one test: NOTES.md's table of equations, the scripts, runs that are killed, a
-# run's page, the way to PyTorch and back, training over several processes there, the notebook.
+# run's page, the way to PyTorch and back, training over several processes there, the notebook, samples.
 check() {
   bash "tests/$1_check.sh" "${@:2}"
   case $? in
@@ -33,5 +33,6 @@ check page "$1/mvsplit"
 check convert "$1/mvsplit"
 check fsdp "$1/mvsplit"
 check notebook "$1/mvsplit"
+check quality "$1/mvsplit"
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]

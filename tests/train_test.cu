@@ -320,7 +320,7 @@ TEST_F(TrainTest, ValidationIsOnImagesAndTimesSpreadEvenly) {
     o.val_images = o.batch = 32, o.time_shift = 4, o.seed = 5, o.model.final_std = 0;
     Trainer<Real> t(device, o, data_, all_);
     double squares = 0;
-    draw_validation_batch(t.net, t.a, t.held_out, o, 0, o.batch);
+    draw_validation_batch(t.net, t.a.target, t.held_out, o.time_shift, 0, o.batch);
     auto z = from(device, t.net.arrays.z, o.batch * 64);
     auto target = from(device, t.a.target, o.batch * 64);
     std::vector<double> times;
@@ -2090,7 +2090,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"probe", "--weights --seed", "--seed needs a value"},
       {"trian", "",
        "'trian' is not a subcommand: choose one of train, sample, forward, probe, "
-       "gradcheck, plan; did you mean train?"},
+       "validate, gradcheck, plan; did you mean train?"},
       {"bare forward", "", "forward needs --weights and --inputs and --out\n"},
       {"magic", "", "'magic' is not a subcommand: choose one of train, sample"},
       {"train", "--batch -4", "--batch"},
@@ -2275,6 +2275,18 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"probe", huge_weights, "the states at layer 0 hold NaN or infinity"},
       {"probe", "--out " + at("none/probe.csv"), "create its directory"},
       {"probe", "--out " + at("run"), "it exists and is not a regular file"},
+      {"bare validate", "", "validate needs --weights"},
+      {"validate", "--weights " + at("data.safetensors"), "not the weights of this model"},
+      {"validate", "--images 5",
+       "--images 5: " + at("data.safetensors") + " has 4 held-out images"},
+      {"validate", "--images 0",
+       "--images 0: " + at("data.safetensors") + " has 4 held-out images"},
+      {"validate", "--bins 0",
+       "--bins 0: expected a whole number in decimal digits, from 1 to 1000"},
+      {"validate", "--time-shift 0", "the time shift must be positive, not 0"},
+      {"validate", dim, "captions of 3 x 4 numbers, the model takes 1 x 8 x 8 and 3 x 5"},
+      {"validate", huge_weights, "the loss is NaN or infinity"},
+      {"validate", "--out " + at("run"), "it exists and is not a regular file"},
   };
   {
     SafetensorsWriter textless(at("textless.safetensors"));
@@ -2295,6 +2307,8 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   std::map<std::string, std::string> flags = {
       {"train", train_}, {"sample", sample_}, {"probe", probe_}, {"plan", huge}};
   flags["forward"] = "--device cpu --inputs " + at("in.safetensors") + " --out " + at("out");
+  flags["validate"] = "--device cpu --data " + at("data.safetensors") + " --weights " +
+                      at("run/weights.safetensors") + " --out " + at("losses.csv");
   flags["bare train"] = "--device cpu --data " + at("data.safetensors") + " --out " + at("new");
   flags["bare sample"] = "--device cpu --prompt 3 --weights " + at("run/weights.safetensors") +
                          " --out " + at("out.png");
@@ -2906,9 +2920,9 @@ TEST(Options, HelpSaysWhatThereIsAndTheDefaults) {
   for (int argc : {0, 1}) {
     testing::internal::CaptureStderr();
     EXPECT_EQ(command(argc, words), 2);
-    EXPECT_EQ(
-        testing::internal::GetCapturedStderr(),
-        "mvsplit: no subcommand: choose one of train, sample, forward, probe, gradcheck, plan\n");
+    EXPECT_EQ(testing::internal::GetCapturedStderr(),
+              "mvsplit: no subcommand: choose one of train, sample, forward, probe, validate, "
+              "gradcheck, plan\n");
   }
 }
 
@@ -3148,6 +3162,9 @@ TEST_F(CommandTest, WhatIsReadIsNotWrittenOver) {
       {"probe", probe_, "--out " + weights, "over --weights"},
       {"probe", probe_, "--out " + at("many.safetensors"), "over --data"},
       {"probe", probe_, "--out " + data, "holds other tensors"},
+      {"validate", "--data " + data, "--weights " + weights + " --out " + weights,
+       "over --weights"},
+      {"validate", "--weights " + weights, "--data " + data + " --out " + data, "over --data"},
       {"probe", probe_, "--out " + at("sample.ini") + " --config " + at("sample.ini"),
        "over --config"},
       {"train", train_, "--out " + at("held") + " --weights " + weights, "over --weights"},
@@ -3543,6 +3560,7 @@ TEST_F(CommandTest, SamplesAreTheSameForTheSameSeed) {
     SafetensorsReader file(at("out.safetensors"));
     std::vector<float> images(2 * 64);
     file.read(file.require("samples", {2, 1, 8, 8}), images.data(), 0, images.size());
+    EXPECT_EQ(file.metadata().at("captions"), "[\"caption 3\"]");
     return images;
   };
   auto first = samples("");
@@ -3834,6 +3852,64 @@ TEST_F(CommandTest, ProbeReadsTimeOffTheStates) {
     EXPECT_EQ(std::count(all.begin(), all.end(), '\n'),
               std::count(csv.begin(), csv.end(), '\n') + 3 * 3);
   }
+}
+
+// The loss that train ends with, for each image: whatever the batch, the same bits on the same
+// images. The table's rows are the images' of their bin, and make up that loss.
+TEST_F(CommandTest, ValidateIsTrainsValidationByTime) {
+  const std::string flags = "--device cpu --precision fp32 --data " + at("data.safetensors") +
+                            " --weights " + at("run/weights.safetensors") + " --out " +
+                            at("losses.csv");
+  auto validated = [&](const std::string& changes, std::string* table = nullptr) {
+    Outcome outcome = run("validate", flags, changes);
+    EXPECT_EQ(outcome.status, 0) << outcome.err;
+    if (table) *table = outcome.out;
+    return read_text(at("losses.csv"));
+  };
+  std::string train = read_text(at("run/validation.csv"));
+  double expected = std::stod(train.substr(train.rfind(',') + 1));
+  auto mean_of = [](const std::string& csv, const std::string& bounds = "0 1.1") {
+    std::istringstream lines(csv), ends(bounds);
+    double from = 0, to = 0, t = 0, loss = 0, sum = 0, squares = 0, n = 0;
+    ends >> from >> to;
+    std::string line;
+    EXPECT_TRUE(std::getline(lines, line) && line == "t,loss");
+    for (char comma; lines >> t >> comma >> loss;)
+      if (t >= from && t < to) sum += loss, squares += loss * loss, ++n;
+    double mean = sum / n;
+    return std::array<double, 3>{n, mean, std::sqrt((squares / n - mean * mean) / (n - 1))};
+  };
+  std::string csv = validated("");
+  EXPECT_EQ(mean_of(csv)[0], 4);
+  EXPECT_NEAR(mean_of(csv)[1], expected, 1e-7);
+  EXPECT_EQ(validated("--batch 3"), csv);
+
+  const std::string many = "--data " + at("many.safetensors") + " --bins 4";
+  std::string table;
+  csv = validated(many, &table);
+  EXPECT_EQ(validated(many), csv);
+  std::istringstream lines(csv);
+  std::string line;
+  std::getline(lines, line);
+  for (size_t i = 0; std::getline(lines, line); ++i)
+    EXPECT_NEAR(std::stod(line), std::fmod((double(i) + 0.5) * 0.6180339887498949, 1), 1e-6);
+  double total = 0, variance = 0;
+  for (const char* bounds : {"0.000 0.250", "0.250 0.500", "0.500 0.750", "0.750 1.000"}) {
+    auto [n, mean, error] = mean_of(csv, bounds);
+    EXPECT_GT(error, 1e-3);
+    std::string row = text_of("%.5s to %s %8.0f  %.5f  ", bounds, bounds + 6, n, mean);
+    size_t found = table.find(row);
+    ASSERT_NE(found, table.npos) << row << "\n" << table;
+    EXPECT_NEAR(std::stod(table.substr(found + row.size())), error, 2e-5);
+    total += n / 64 * mean, variance += std::pow(n / 64 * error, 2);
+  }
+  std::string row = text_of("all            %8d  %.5f  %.5f\n", 64, total, std::sqrt(variance));
+  EXPECT_PRED_FORMAT2(testing::IsSubstring, row, table);
+  EXPECT_EQ(mean_of(validated(many + " --images 16"))[0], 16);
+  EXPECT_NEAR(mean_of(csv)[1], total, 1e-7);
+  EXPECT_GT(std::stod(validated(many + " --time-shift 4").substr(7)), 0.4) << "0.309 shifted";
+  for (const std::string& device : device_flags())
+    EXPECT_NEAR(mean_of(validated(many + " " + device))[1], total, 1e-3);
 }
 
 // By itself bf16 is for tensor cores: of a GPU from 8.0 on, by a binary that has code for them.
