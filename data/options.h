@@ -758,16 +758,16 @@ inline Subcommand add_probe(CLI::App& app, ProbeOptions& o, Machine& machine) {
 }
 
 inline Subcommand add_validate(CLI::App& app, ValidateOptions& o, Machine& machine) {
-  Subcommand sub(app, "validate", "the loss on held-out images by time, with the noise of train's");
+  Subcommand sub(app, "validate", "the loss on held-out images by time, with the noise of train's",
+                 {"weights"});
   add_weights(sub, o);
-  sub.add("data", o.data, about_data().c_str());
+  sub.add("data", o.data, about_data());
   sub.add("out", o.out, "a csv, a row an image: its time and its loss");
-  sub.add("images", o.images, "held-out images", "all");
+  sub.add("images", o.images, "held-out images; default: all");
   sub.add("bins", o.bins, "of the time from 0 to 1, a row of the table each", 1, 1000);
   sub.add("time-shift", o.time_shift, "default: as trained");
   sub.add("batch", o.batch, "images at once", 1, 100000);
   add_machine_options(sub, machine);
-  sub.require({"weights"});
   return sub;
 }
 
