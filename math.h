@@ -933,9 +933,8 @@ HD void each_quad(Team team, size_t D, const F& f) {
   for (; d < D; d += step) f(d, true);
 }
 
-// Neighbouring rows of one group. A thread takes four at a time, so that it reads what belongs to
-// the group and the channel once for all of them: row(k), k < 4, past the last row the last one
-// again.
+// Neighbouring rows of one group. A thread takes several at a time, so that it reads what belongs to
+// the group and the channel once for all of them: row(k), past the last row the last one again.
 struct Piece {
   size_t group, first, last;
 

@@ -63,6 +63,7 @@ uint64_t fnv1a(const Values&... values) {
   auto mix = [&](const auto& all) {
     for (auto value : all) {
       uint32_t bits = 0;
+      static_assert(sizeof value <= sizeof bits);
       std::memcpy(&bits, &value, sizeof value);
       hash = (hash ^ bits) * 0x100000001b3u;
     }

@@ -166,6 +166,7 @@ inline void check_png(const std::string& path, const std::vector<unsigned char>&
       fail("cannot read %s: it is damaged: a checksum does not hold", path.c_str());
     if (type == "IDAT") packed.insert(packed.end(), &bytes[at + 8], &bytes[at + 8] + length);
   }
+  if (most > UINT32_MAX) fail("cannot read %s: it is too large a picture", path.c_str());
   std::unique_ptr<unsigned char[]> unused(new unsigned char[most]);
   z_stream stream{};
   stream.next_in = packed.data(), stream.avail_in = uInt(packed.size());

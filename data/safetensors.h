@@ -354,6 +354,7 @@ class SafetensorsReader {
 
   template <class Source, class Number>
   void read_as(const TensorInfo& tensor, Number* out, size_t first, size_t count) const {
+    static_assert(sizeof(Number) == 8 || std::is_same_v<Number, int16_t> || is_floating<Number>);
     size_t offset = data_start_ + tensor.begin + first * sizeof(Source);
     if constexpr (std::is_same_v<Source, Number>) {
       read_bytes(offset, out, count * sizeof(Number));

@@ -2,9 +2,9 @@
 //
 // Everything is timed as replays of a CUDA graph between events, on random data, and the median is
 // taken. Kernels rotate among several sets of arrays so that they read from memory, not from a
-// cache that the run before filled. A row's floor is the longer of two times: that in which the copy
-// moves its bytes (each input once, each output once), and that of its operations in the largest
-// product.
+// cache that the run before filled. Where a row's bytes are known, its floor is the longer of two
+// times: that in which the copy moves them (each input once, each output once), and that of its
+// operations in the largest product.
 //
 //   build/bench [--tsv FILE] [PART...]
 #define MVSPLIT_NO_MAIN
@@ -51,22 +51,18 @@ double seconds(Device& device, const Sequence& sequence, int count = 1, int repl
 void report(const std::string& name, double s, double bytes, double flops) {
   std::printf("%-30s %9.4f ms", name.c_str(), 1e3 * s);
   if (bytes > 0) std::printf("  %8.1f MB  %6.0f GB/s", 1e-6 * bytes, 1e-9 * bytes / s);
-  if (flops > 0) std::printf("  %8.1f TFLOP/s", 1e-12 * flops / s);
-  if (copy_ceiling > 0 && gemm_ceiling > 0) {
+  if (flops > 0) {
+    std::printf("  %8.1f TFLOP/s", 1e-12 * flops / s);
+    if (gemm_ceiling > 0)
+      std::printf("  %3.0f%% of the largest product", 100 * flops / s / gemm_ceiling);
+  }
+  if (bytes > 0 && copy_ceiling > 0 && gemm_ceiling > 0) {
     double floor = std::max(bytes / copy_ceiling, flops / gemm_ceiling);
     std::printf("  floor %9.4f ms, %5.2f times it", 1e3 * floor, s / floor);
   }
   std::printf("\n");
   std::fflush(stdout);
   if (tsv) std::fprintf(tsv, "%s\t%.6f\n", name.c_str(), 1e3 * s);
-}
-
-// The card's clocks, power and temperature now, by nvidia-smi.
-void print_state() {
-  std::fflush(stdout);
-  if (std::system("nvidia-smi -i ${CUDA_VISIBLE_DEVICES:-0} --format=csv,noheader --query-gpu="
-                  "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu") != 0)
-    std::printf("(nvidia-smi does not tell the clocks)\n");
 }
 
 // Random numbers in an array of X: N(0, scale^2).
@@ -91,6 +87,16 @@ void ceilings(Device& device) {
   s = seconds(device, [&](int) { linear_forward(device, y, x, w, n, n, n); });
   gemm_ceiling = 2 * double(n) * double(n) * double(n) / s;
   report("product of 8192 x 8192", s, 0, 2 * double(n) * double(n) * double(n));
+  // The card's clocks, power and temperature at this work, by nvidia-smi: over a second of it.
+  for (int i = 0; i < int(1.5 / s); ++i) linear_forward(device, y, x, w, n, n, n);
+  char card[32] = "";
+  CUDA_CHECK(cudaDeviceGetPCIBusId(card, sizeof card, 0));
+  std::printf("meanwhile, clocks (now, at most), power (now, limit), degrees C: ");
+  std::fflush(stdout);
+  std::string ask =
+      "sleep 0.5; nvidia-smi --format=csv,noheader --query-gpu=clocks.sm,clocks.max.sm,"
+      "power.draw,power.limit,temperature.gpu -i ";
+  if (std::system((ask + card).c_str()) != 0) std::printf("not known\n");
 }
 
 Config model(size_t depth, size_t width, size_t heads, size_t ffn, size_t text,
@@ -352,9 +358,7 @@ void bench(const std::vector<std::string>& parts) {
     return parts.empty() || std::find(parts.begin(), parts.end(), name) != parts.end();
   };
   Device device(true);
-  std::printf("%s; clocks now, memory's, at most; power now, at most; degrees C:\n",
-              device.name.c_str());
-  print_state();
+  std::printf("%s\n", device.name.c_str());
   if (!parts.empty() && wanted("profile")) {  // for a profiler: one pass of three blocks, twice
     Subject thin(device, narrow(3), 32, 0);
     Subject wide(device, model(3, 1024, 8, 3072, 64), 32, 0);
@@ -380,8 +384,6 @@ void bench(const std::vector<std::string>& parts) {
     if (asked("paper400")) step(device, model(400, 1024, 8, 3072, 8), accumulate, 3);
     if (asked("paper1000")) step<Real>(device, model(1000, 1024, 8, 3072, 8), accumulate, 3);
   }
-  std::printf("and at the end:\n");
-  print_state();
 }
 
 }  // namespace

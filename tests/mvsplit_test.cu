@@ -9,8 +9,9 @@ struct Shape {
   Tokens tokens;
   size_t D;
 };
-// (By row a GPU's threads have one quad at most up to D = 1024.)
-const Shape shapes[] = {{{2, 5, 3}, 8}, {{2, 37, 11}, 136}, {{1, 6, 0}, 12}, {{1, 21, 3}, 516}};
+// From D 512 on other schedules walk; beyond 4096 a GPU's threads cannot keep a row.
+const Shape shapes[] = {
+    {{2, 5, 3}, 8}, {{2, 37, 11}, 136}, {{1, 6, 0}, 12}, {{1, 21, 3}, 516}, {{1, 3, 2}, 4100}};
 const Shape wide_shapes[] = {{{3, 300, 7}, 128},   {{2, 70, 65}, 256}, {{2, 130, 0}, 512},
                              {{3, 256, 64}, 1024}, {{1, 67, 9}, 1028}, {{140, 5, 3}, 1024}};
 
@@ -164,8 +165,10 @@ TEST(Merge, GradientsAgreeWithDifferences) {
 TEST(Merge, AgreesOnBothDevices) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
   for (Merge merge : all_merges) {
-    SCOPED_TRACE(about(merge).name);
-    check_devices([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shapes[1]); });
+    for (const Shape& shape : {shapes[1], shapes[3], shapes[4]}) {
+      SCOPED_TRACE(testing::Message() << about(merge).name << " D " << shape.D);
+      check_devices([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shape); });
+    }
   }
   for (Merge merge : {merge_of<MvSplit>, merge_of<MvSplitNoLeak>})
     for (const Shape& shape : wide_shapes) {

@@ -56,7 +56,8 @@ def bench_merge(tiny):
 
 
 def bench_attention(tiny):
-    """The best attention that a user can call, cuDNN's or PyTorch's own, on Q, K and V inside one array; eight in turn."""
+    """The best attention that a user can call, cuDNN's or PyTorch's own, on Q, K and V inside one array; eight in turn.
+    (Ours does more: its backward goes on through QK-norm and RoPE, its forward keeps what rounding takes from Y.)"""
     B, T, H, hd = (2, 12, 2, 64) if tiny else (32, 320, 8, 128)
     kinds = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION] if GPU else [SDPBackend.MATH]
     sets = [normal(B, T, 3, H, hd).requires_grad_() for _ in range(8)]
@@ -64,7 +65,7 @@ def bench_attention(tiny):
 
     def attention(qkv):
         return torch.nn.functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
-    best = {}
+    best = []
     for kind in kinds:
         with sdpa_kernel(kind):
             try:
@@ -77,8 +78,8 @@ def bench_attention(tiny):
                 continue
         for name, ms in times.items():
             print(f"{name}, {kind.name}: {ms:.4f} ms", file=sys.stderr)
-            best[name] = min(ms, best.get(name, math.inf))
-    yield from best.items()
+        best.append(times)
+    yield from min(best, key=lambda times: sum(times.values())).items()
 
 
 def bench_block(tiny):

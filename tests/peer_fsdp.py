@@ -79,11 +79,15 @@ def latents(path):
     for name in ("latents", "text", "caption"):
         if name not in x:
             sys.exit(f"{path}: tensor {name} is missing")
-    images, stride = x["latents"], min(16, len(x["latents"]))
-    kept = [i for i in range(len(images)) if i % stride != stride - 1] or [0]
+    images, caption, stride = x["latents"], x["caption"].long(), min(16, len(x["latents"]))
+    if len(caption) != len(images) or caption.min() < 0 or caption.max() >= len(x["text"]):
+        sys.exit(f"{path}: caption holds something else than {len(images)} numbers from 0 to {len(x['text']) - 1}")
+    if not all(torch.isfinite(x[name]).all() for name in ("latents", "text")):
+        sys.exit(f"{path}: latents or text hold numbers that are not finite")
+    kept = torch.tensor([i for i in range(len(images)) if i % stride != stride - 1] or [0])
     empty = x.get("empty", torch.zeros(x["text"].shape[1:]))
-    return types.SimpleNamespace(caption=x["caption"].long()[kept], words="file", shape=images.shape[1:],
-                                 pixels=lambda i: images[torch.tensor(kept)[i]].float(),
+    return types.SimpleNamespace(caption=caption[kept], words="file", shape=images.shape[1:],
+                                 pixels=lambda i: images[kept[i]].float(),
                                  text=torch.cat([x["text"].float(), empty.float()[None]]))
 
 

@@ -2,7 +2,7 @@
 
 What it is: a twin of dit.cu, autograd for its backward, and four jobs, three of which `make bench-peer` does in turn:
     check build/mvsplit [--precision bf16]     are outputs and gradients those of fp64?
-    bench [merge step400 step1000 block]       name<TAB>milliseconds, a line each; in peer_bench.py, as is
+    bench [merge attention step400 step1000 block]       name<TAB>milliseconds, a line each; in peer_bench.py, as is
     compare ours.tsv theirs.tsv                both side by side
     fsdp --weights W --data D --out OUT        goes on from weights, on several GPUs; in peer_fsdp.py
 What it is not: the tests' oracle (oracle.py: slower, nearer to the definitions).
@@ -200,7 +200,7 @@ if __name__ == "__main__":
         import peer_fsdp
         sys.exit(peer_fsdp.main(sys.argv[2:]))
     parser = argparse.ArgumentParser(description="The jobs are described at the top of this file.")
-    parser.add_argument("job", choices=["check", "bench", "compare", "fsdp"])
+    parser.add_argument("job", choices=["check", "bench", "compare"])
     parser.add_argument("names", nargs="*", help="the program to check, the parts to time, two files to compare")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of check")
     parser.add_argument("--residual", choices=GATES, nargs="+", default=list(GATES), help="of check; default: all")
