@@ -175,7 +175,7 @@ says 'stopped at step %s.' "$(of size 1000-mvsplit steps)"
 
 while read -r text; do given "$text"; done <<'END'
 at from step 270 on
-with today's code, seed 1,
+with the present code, seed 1,
 seed, 1, does not
 its loss ends at 1.76)
 its norms stay above 500
