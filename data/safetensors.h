@@ -183,7 +183,10 @@ const char* dtype_name() {
 // Bytes of one number of that dtype; 0 if there is no such dtype.
 inline size_t dtype_bytes(const std::string& dtype) {
   size_t bytes = 0;
-  each_dtype([&](const char* name, auto x) { return dtype == name && (bytes = sizeof x); });
+  each_dtype([&](const char* name, auto x) {
+    if (dtype == name) bytes = sizeof x;
+    return bytes > 0;
+  });
   return bytes;
 }
 
