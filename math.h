@@ -487,8 +487,8 @@ void for_each_team(const Device& device, size_t teams, int threads, const Body& 
     return;
   }
 #endif
-  (void)device, (void)threads;
-#pragma omp parallel for schedule(static) if (teams > 1)
+  (void)device;
+#pragma omp parallel for schedule(static) if (teams * size_t(threads) >= 1024)  // else not worth it
   for (size_t i = 0; i < teams; ++i) body(Team{i, 0, 1});
 }
 
@@ -933,8 +933,8 @@ HD void each_quad(Team team, size_t D, const F& f) {
   for (; d < D; d += step) f(d, true);
 }
 
-// Neighbouring rows of one group. A thread takes several at a time, so that it reads what belongs to
-// the group and the channel once for all of them: row(k), past the last row the last one again.
+// Neighbouring rows of one group. A thread takes several at a time, so that it reads what belongs
+// to the group and the channel once for all of them: row(k), past the last row the last one again.
 struct Piece {
   size_t group, first, last;
 
