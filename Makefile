@@ -123,8 +123,9 @@ experiment: build/mvsplit data
 results:
 	@bash data/experiments/results.sh
 
-test: data $(foreach d,$(TESTED) $(if $(no_gpu_build),,$(gpu)),$(TESTS:%=$d/%_test) $d/mvsplit) \
-      $(if $(no_gpu_build),,$(gpu)/bench)
+# Where no GPU runs it, the GPU build is that of all kernels: the program's are in train_test and bench.
+compiled := $(if $(no_gpu_build),,$(gpu)/bench $(patsubst %,$(gpu)/%_test,$(filter-out data,$(TESTS))))
+test: data $(foreach d,$(TESTED),$(TESTS:%=$d/%_test) $d/mvsplit) $(compiled)
 	$(info the GPU build was $(if $(no_gpu_build),not compiled: $(no_gpu_build),compiled for $(ARCH)))
 	@bash tests/run.sh $(TESTED)
 test-gpu: $(if $(filter gpu,$(MACHINE)),test)

@@ -864,8 +864,8 @@ Choice choose(const Job& job, double limit, bool must_fit) {
 // ---------------------------------------------------------------------------------------------
 // D. The trainer: a run's network and arrays, and the step as captured graphs
 
-// The time of the n-th held-out image. Steps of the golden ratio spread evenly, in an order that has
-// nothing to do with the images'.
+// The time of the n-th held-out image. Steps of the golden ratio spread evenly, in an order that
+// has nothing to do with the images'.
 HD inline double validation_time(size_t n, double shift) {
   return shift_time(fmod((double(n) + 0.5) * 0.6180339887498949, 1.0), shift);
 }
