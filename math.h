@@ -487,7 +487,7 @@ void for_each_team(const Device& device, size_t teams, int threads, const Body& 
     return;
   }
 #endif
-  (void)device;
+  (void)device, (void)threads;
 #pragma omp parallel for schedule(static) if (teams * size_t(threads) >= 1024)  // else not worth it
   for (size_t i = 0; i < teams; ++i) body(Team{i, 0, 1});
 }
