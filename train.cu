@@ -145,19 +145,20 @@ inline std::vector<Chunk> chunks_of(const Table& table) {
   return chunks;
 }
 
-// Start of a step: learning rate with linear warm-up, Adam's bias corrections, and `follow`, how
-// far the average of the weights goes towards them. With a decay e it looks back over the last 1 /
-// (1 - e) steps or so; where a run is young, over the last tenth of it:
+// Start of a step: the learning rate, which rises over the first `warmup` steps and falls over the
+// last `decay_steps` of all, both in equal parts; Adam's bias corrections; and `follow`, how far the
+// average of the weights goes towards them. With a decay e it looks back over the last 1 / (1 - e)
+// steps or so; where a run is young, over the last tenth of it:
 //
 //     avg_s = avg_(s-1) + follow (w_s - avg_(s-1)),   follow = max(1 - e, 10 / (s + 9)).
 //
-// So avg_1 = w_1, and what was before has no part in it. While 10 / (s + 9) is the larger, w_k has
-// the weight follow_k prod_(k < j <= s) (1 - follow_j) = 10 / (k + 9) prod (j - 1) / (j + 9). All
-// but ten factors cancel: 10 k (k + 1) ... (k + 8) / (s (s + 1) ... (s + 9)), about 10 k^9 / s^10.
-inline void begin_step(const Device& device, Clock* clock, Optimizer o, double ema) {
+// So avg_1 = w_1. While 10 / (s + 9) is the larger, w_k has the weight follow_k prod_(k < j <= s) (1
+// - follow_j) = 10 / (k + 9) prod (j - 1) / (j + 9), about 10 k^9 / s^10.
+inline void begin_step(const Device& device, Clock* clock, Optimizer o, size_t steps, double ema) {
   for_each(device, 1, [=] HD(size_t) {
-    double s = double(clock->step + 1);
+    double s = double(clock->step + 1), left = double(steps) + 1 - s;
     clock->lr = o.lr * min_(1.0, s / double(max_<size_t>(o.warmup, 1)));
+    if (o.decay_steps) clock->lr *= min_(1.0, left / double(o.decay_steps));
     clock->correction1 = 1 - pow(o.beta1, s);
     clock->correction2 = 1 - pow(o.beta2, s);
     clock->follow = max_(1 - ema, 10 / (s + 9));
@@ -1047,7 +1048,7 @@ class Trainer : public RunArrays<Real, Kept> {
     for (size_t micro = 0; micro < o.accumulate; ++micro) {
       bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
       act(graphs_[observe][last][first], [&] {
-        if (first) begin_step(device, a.clock, o.optimizer, o.ema);
+        if (first) begin_step(device, a.clock, o.optimizer, o.steps, o.ema);
         training_pass(*this, first, last ? observer(diagnose) : Observer<Real>());
         if (last) update_weights(*this, diagnose);
       });

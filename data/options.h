@@ -31,14 +31,15 @@ Setting(const char*, const char*, const char*, Number&, Rest...) -> Setting<Numb
 
 struct Optimizer {
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, decay = 0.1, clip = 1;
-  size_t warmup = 100;
+  size_t warmup = 100, decay_steps = 0;
 
   // f(setting) for each: flags, limits, and what a state says follow from this list.
   template <class Self, class F>
   static void each(Self& o, const F& f) {
     const char *none = nullptr, *not_negative = "must be at least 0";
     f(Setting{"lr", "lr", "learning rate after warm-up", o.lr, o.lr > 0, "must be positive"});
-    f(Setting{"warmup", "warmup", "steps of warm-up", o.warmup});
+    f(Setting{"warmup", "warmup", "first steps, in which the rate rises", o.warmup});
+    f(Setting{"decay_steps", "decay-steps", "last steps, in which it falls", o.decay_steps});
     f(Setting{"decay", "weight-decay", "of matrices", o.decay, o.decay >= 0, not_negative});
     f(Setting{"clip", "clip", "largest gradient norm; 0: none", o.clip, o.clip >= 0, not_negative});
     f(Setting{"beta1", "beta1", none, o.beta1}), f(Setting{"beta2", "beta2", none, o.beta2});
@@ -177,6 +178,7 @@ inline void check_options(const TrainOptions& o) {
       {o.batch >= 1 && o.accumulate >= 1 && o.batch < 1 << 20 && o.accumulate < 1 << 20,
        "--batch and --accumulate must be from 1 to 1,048,575"},
       {o.log_every >= 1 && o.log_every <= longest_log_every, "--log-every must be from 1 to 924"},
+      {o.optimizer.decay_steps <= o.steps, "--decay-steps must be at most --steps"},
       {!o.out.empty(), "--out must name a folder"},
       {o.dropout >= 0 && o.dropout <= 1, "--dropout must be a probability, from 0 to 1"},
       {o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1"},

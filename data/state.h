@@ -121,7 +121,7 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
   };
   std::set<std::string> settings;
   Optimizer::each(o.optimizer, [&](auto s) {
-    note(s.flag, described(file, path, s.name), exact(s.value));
+    if (file.metadata().count(s.name)) note(s.flag, described(file, path, s.name), exact(s.value));
     settings.insert(s.flag);
   });
   for (const Change& c : o.changes)

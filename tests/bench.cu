@@ -283,7 +283,7 @@ void optimizer(Device& device, const char* name) {
   a.dither = {1, streams::moment_rounding, &a.clock->pass};
   Optimizer o;
   double s = seconds(device, [&](int) {
-    begin_step(device, a.clock, o, 0);
+    begin_step(device, a.clock, o, 0, 0);
     gradient_norm(device, a.clock, a.partial, a.gradients, a.chunks, count, o.clip);
     AdamW::update<decltype(a.master)>(device, a, o);
   });

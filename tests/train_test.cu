@@ -440,15 +440,16 @@ using MovedBy = Moved<AdamW, Master<Real, Kept>, Kept>;
 struct PlainAdam {
   std::vector<long double> w, m, v, average;
 
-  // One step with gradients g, as the formula above Optimizer says; returns the gradient's norm.
-  double step(const Table& table, const std::vector<double>& g, int s, const Optimizer& o,
-              double ema) {
+  // Step s of `steps`, with gradients g, as the formula above AdamW says; returns the gradient's norm.
+  double step(const Table& table, const std::vector<double>& g, int s, int steps,
+              const Optimizer& o, double ema) {
     long double norm = 0;
     for (const Parameter& p : table.parameters)
       for (size_t i = p.offset; i < p.offset + p.count(); ++i) norm += (long double)g[i] * g[i];
     norm = std::sqrt(norm);
     long double clip = o.clip > 0 ? std::min(1.0L, o.clip / (norm + 1e-6L)) : 1;  // as PyTorch's
     long double lr = s < int(o.warmup) ? o.lr * s / (long double)o.warmup : o.lr;
+    if (s > steps - int(o.decay_steps)) lr *= (steps + 1 - s) / (long double)o.decay_steps;
     for (const Parameter& p : table.parameters)
       for (size_t i = p.offset; i < p.offset + p.count(); ++i) {
         m[i] = o.beta1 * m[i] + (1 - (long double)o.beta1) * clip * g[i];
@@ -472,7 +473,8 @@ void check_adamw(Device& device, double clip) {
   ASSERT_EQ(chunks.size(), 3u);
   size_t n = table.size, count = chunks.size();
   Optimizer o;
-  o.warmup = 7, o.clip = clip, o.lr = 0.01;
+  o.warmup = 7, o.decay_steps = 6, o.clip = clip, o.lr = 0.01;
+  constexpr int steps = 20;
   constexpr double ema = 0.4;  // of more than the last tenth of the steps from step 8 on
   // Lean moments are rounded stochastically by up to a gap of bf16, 0.8%, and remember some ten
   // roundings: a step of lr is off by a few percent of itself, and twenty of them by a fifth of
@@ -508,14 +510,14 @@ void check_adamw(Device& device, double clip) {
   Chunk* dchunks = put(device, ch, chunks);
   Clock* clock = put(device, cl, std::vector<Clock>(1));
   Record* history = reinterpret_cast<Record*>(hi.data);
-  for (int s = 1; s <= 20; ++s) {
+  for (int s = 1; s <= steps; ++s) {
     std::vector<G> gradient(n, G(NAN));
     for (const Parameter& p : table.parameters)
       for (size_t i = 0; i < round_up(p.count(), 4); ++i)  // of norm 0.26 to 4.2
         gradient[p.offset + i] =
             i < p.count() ? G(std::exp2(s % 5 - 9) * gaussian(2, uint64_t(s), p.offset + i)) : G(0);
     const G* dg = put(device, g, gradient);
-    begin_step(device, clock, o, ema);
+    begin_step(device, clock, o, steps, ema);
     gradient_norm(device, clock, reinterpret_cast<double*>(pa.data), dg, dchunks, count, o.clip);
     AdamW::update(device,
                   MovedBy<Real, G>{master,
@@ -529,10 +531,10 @@ void check_adamw(Device& device, double clip) {
                                    {1, streams::average_rounding, &clock->step}},
                   o);
     end_step(device, clock, history, losses, 4);
-    double norm = plain.step(table, {gradient.begin(), gradient.end()}, s, o, ema);
+    double norm = plain.step(table, {gradient.begin(), gradient.end()}, s, steps, o, ema);
     Record r = from(device, history, records)[size_t(s - 1)];
     EXPECT_NEAR(r.norm, norm, 1e-5 * norm) << "step " << s;
-    EXPECT_NEAR(r.lr, s < 7 ? 0.01 * s / 7 : 0.01, 1e-16);
+    EXPECT_NEAR(r.lr, s < 7 ? 0.01 * s / 7 : s < 15 ? 0.01 : 0.01 * (21 - s) / 6, 1e-16);
     EXPECT_EQ(r.loss, 3);
     EXPECT_EQ(from(device, clock, 1)[0].step, uint64_t(s));
     auto got_e = from(device, average, n);
@@ -592,7 +594,7 @@ TEST(AdamW, TheAverageDoesNotFreeze) {
     constexpr double ema = 0.99999;
     constexpr int count = 2000;
     for (int s = 0; s < count; ++s) {
-      begin_step(*device, clock, o, ema);
+      begin_step(*device, clock, o, 0, ema);
       AdamW::update(*device,
                     MovedBy<float, float>{{weights, weights},
                                           {dm, dv},
@@ -886,7 +888,7 @@ TEST(Statement, AppJ_ClippingKeepsTheRatio) {
     Chunk* dchunks = put(*device, ch, chunks);
     Clock* clock = put(*device, cl, std::vector<Clock>(1));
     Optimizer o;
-    begin_step(*device, clock, o, 0);
+    begin_step(*device, clock, o, 0, 0);
     gradient_norm(*device, clock, reinterpret_cast<double*>(pa.data), gradient, dchunks,
                   chunks.size(), o.clip);
     Master<double, double> master{put(*device, ws, g), put(*device, xs, g)};
@@ -1114,7 +1116,7 @@ TEST_F(TrainTest, TheGpusOwnKernelsTrainAndGoOn) {
       o.recompute = 0;
       T enqueued(*device, o, data_, held_out_);
       for (; enqueued.step < 3; ++enqueued.step) {
-        begin_step(*device, enqueued.a.clock, o.optimizer, o.ema);
+        begin_step(*device, enqueued.a.clock, o.optimizer, o.steps, o.ema);
         for (size_t pass = 0; pass < o.accumulate; ++pass)
           training_pass(enqueued, pass == 0, Observer<bf16>());
         update_weights(enqueued, false);
@@ -2116,6 +2118,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--steps -5", "--steps -5: expected a whole number in decimal digits"},
       {"train", "--weight-decay nan", "--weight-decay nan: expected a decimal number"},
       {"train", "--clip -1", "--clip must be"},
+      {"train", "--steps 4 --decay-steps 5", "--decay-steps must be at most --steps"},
       {"train", "--beta nan", "--beta nan: expected a decimal number"},
       {"train", "--warmup -5", "--warmup -5: expected"},
       {"train", "--recompute -1",
