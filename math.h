@@ -450,7 +450,7 @@ struct Team {
 // Threads for a team whose loop has n independent items: whole warps, at most eight.
 inline int threads_for(size_t n) { return int(std::clamp<size_t>(round_up(n, 32), 32, 256)); }
 
-// Threads for a row of D channels: as few as cover it with four quads each, or so many.
+// Threads for a row of D channels: the least power of two for `quads` quads each, at most 256.
 inline int threads_for_row(size_t D, size_t quads = 4) {
   int threads = 1;
   while (threads < Team::max_size && 4 * quads * size_t(threads) < D) threads *= 2;
@@ -1378,9 +1378,9 @@ void device_gemm(Device& device, Matrix<TC> C, Matrix<const Real> A, Matrix<cons
 //
 // A sum kept in bf16 has 8 bits. What is added to it is lost, under rounding to nearest, if it is
 // below half a gap, a 512th to a 256th of the sum. So v = 0.999 v + 0.001 g^2 never falls, and
-// rises only where g^2 is above about 3 v: it freezes. Rounding up with a probability that is the
+// rises only where g^2 is above 3 to 5 v: it freezes. Rounding up with a probability that is the
 // distance from the lower neighbour (in units of the gap) is right on average: E[rounded] = x. The
-// errors of different steps are independent, so over n steps they add up like sqrt(n), not like n.
+// errors of different steps are uncorrelated, so over n steps they add up like sqrt(n), not like n.
 
 // x to bf16, up or down by 16 random bits: they carry into the bits that stay with the probability
 // that is wanted. (On magnitudes: the sign is a bit of its own.)

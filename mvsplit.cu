@@ -137,7 +137,7 @@ void segment_means(const Device& device, AccOf<Real>* xbar, AccOf<Real>* fbar, c
 // as sum_(s != t) w_t w_s = (sum w)^2 - sum w^2 and, by Cauchy-Schwarz, (sum w)^2 <= T sum w^2.
 // (The weights matter: two tokens that agree and outweigh the others give A = 2 for every T, while
 // the plain mean of |M_ts|, if no other pair agrees, falls like 1/T^2.) Hence two limits, for w_t
-// of a given size:
+// all of one size:
 //
 //     kappa ~ 0:    A ~ 1,   ||dW|| = |w| = O(sqrt T)        tokens that differ
 //     kappa -> 1:   A -> T,  ||dW|| = sqrt(T) |w| = O(T)     tokens alike
@@ -182,7 +182,7 @@ void segment_means(const Device& device, AccOf<Real>* xbar, AccOf<Real>* fbar, c
 //
 // Delta has, up to eps, no component along z, since y does not change when z is scaled: <Delta, z>
 // = r <g, z> (1 - r^2 |z|^2 / D) = eps r^3 <g, z>. A consequence for very deep networks: y has
-// length sqrt(D) whatever z's is, so all that a layer can do to a token is to turn it.
+// length sqrt(D), up to eps, whatever z's is: all that a layer can do to a token is to turn it.
 
 // r for one row, given the sum of its squares.
 template <class Acc>
@@ -254,7 +254,7 @@ void rmsnorm_backward(const Device& device, Real* dX, const Real* dY, const Real
 //
 // while the mean is a leaky integrator: for 0 < alpha < 2 the old mean decays, and what the
 // branches write into it comes in with gain alpha. (-alpha * J X is the leaky term.) Over depth,
-// with F = 0 and each Z the next X, J Z_L = prod_l (1 - alpha_l) * J X_0 while P Z_L = P X_0. At
+// with F = 0 and each Z the next X, J Z = prod_l (1 - alpha_l) * J X_0 while P Z = P X_0. At
 // alpha = 0, the start, J Z = J X: no branch can write into the mean at all.
 //
 // All this is exact for Z, with J and P of the segments. The global mean obeys (9) too (J J_seg =
@@ -419,8 +419,8 @@ struct MvSplit : MergeBase {
 //
 // A walk over the rows makes h, and with it Delta, for their sums over tokens: Dbar and the gates.
 // A second walk makes Delta, not stored, again from h, and (dX), (dF). A merge with neither means
-// nor gates needs one walk. So (B, T, D) arrays are read or written: forward 5 with means, 3
-// without; backward 7 with means or gates, 4 with neither. (Schedules: math.h, end of section 4.)
+// nor gates needs one walk. So a merge of section 4 reads or writes (B, T, D) arrays: forward 5
+// with means, 3 without; backward 7 with gates, 4 without. (Schedules: math.h, end of section 4.)
 
 // Which merge, and its gates (Number = const Real) or their gradients, as it lists them.
 struct Merge {
@@ -646,7 +646,7 @@ struct PreNorm : PostNorm {
 
 // Z = X + lambda F, lambda a number. DeepNorm is a ReZero whose lambda stays at 1 / a: a X + F = a
 // (X + F / a), and RMSNorm takes the factor away (and divides its eps by a^2). DeepNet has a = (2
-// L)^(1/4) for L blocks. ReZero's writers do not start at zero: with lambda = 0 and W = 0, dlambda
+// depth)^(1/4). ReZero's writers do not start at zero: with lambda = 0 and W = 0, dlambda
 // = sum Delta * F and dF = lambda Delta would both be zero for ever.
 struct ReZero : LayerScale {
   static constexpr const char* name = "rezero";
@@ -867,8 +867,8 @@ void matrix_energies(const Device& device, double* energies, const Real* x, size
 }
 
 // Of one sequence. |dW_mu| and |dW_c| with the mean over all tokens; A; khat. And of its image
-// tokens alone A, and kappa, the plain mean of |M_ts| over s != t. A, khat and kappa are NaN where
-// delta or y is zero, khat also where all but one token are.
+// tokens alone A, and the plain mean of |M_ts| over s != t, the author's kappa. All but the norms
+// are NaN where delta or y is zero, khat also where all but one token are.
 struct WriterModes {
   double g_mean, g_ctr, amplification, khat, image_amplification, image_kappa;
 };

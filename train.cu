@@ -24,7 +24,7 @@
 // Data x0 and noise x1 ~ N(0, I) are joined by a straight line, z_t = (1 - t) x0 + t x1, and the
 // network learns the velocity along it from noise to data, v = x0 - x1  (2). t = 1 is noise. (Much
 // other code has the opposite sign.) The loss is the mean square of the error, over all numbers of
-// a batch. On Fashion-MNIST v = 0, where training starts, costs 1.75; a network that knows nothing
+// a batch. On Fashion-MNIST v = 0, where training starts, costs 1.76; a network that knows nothing
 // but the average pixel gets 1.44, which is where a collapsed one stays.
 
 // Sampling and training must agree on the spacing of t. A shift a > 1 spends more of it near noise.
@@ -543,7 +543,7 @@ struct EventArrays {
 // The events, and the writers' modes of every step.
 struct SpikeArrays {
   SpikeWatch* watch;
-  double* modes;  // (records, L, 2, 2): G_mean and G_ctr of W_O and W2
+  double* modes;  // (records, layers, 2, 2): G_mean and G_ctr of W_O and W2
   EventArrays events[kept_events];
 
   void lay(Carver& c, size_t layers, size_t chunks, size_t samples) {
@@ -552,7 +552,7 @@ struct SpikeArrays {
   }
 };
 
-// Keep this step's writer modes, means over S samples, and decide whether its norm stands out.
+// Keep this step's writer modes, means over the samples, and decide whether its norm stands out.
 inline void watch_step(const Device& device, SpikeArrays a, const Clock* clock,
                        const Record* history, const WriterModes* modes, size_t layers,
                        size_t samples, double factor) {
