@@ -239,7 +239,7 @@ void rope_qk_norm_backward(const Device& device, Real* dqkv, const Real* qkv, co
 //
 // Rounding to bf16 breaks the null space, just where tokens are alike. A row of A then sums to 1 +
 // e, and dA_j = <g, vbar> gives dS_j = -e a_j <g, vbar> where Lemma 1 has zero: so <a, dA> is
-// divided by the sum of the a that are there. Nor do rows of the rounded dS sum to zero, which adds
+// divided by the row's actual sum. Nor do rows of the rounded dS sum to zero, which adds
 // (dS 1) kbar^T to dQ, kbar the mean key. But dS 1 = 0 is dS = dS P: keys may be taken less their
 // mean, dQ = dS P K / sqrt(hd). (Columns of dS need not sum to zero: dK has nothing to restore.)
 // With Q, K and V alike to 1%, dQ is off by 0.35%, 15% with the divisor alone, 540% with neither.
@@ -453,8 +453,7 @@ void block_forward(Device& device, const Block<Real>& block, bool again = false)
 // two, its weight's and its input's. X1 and X are read twice, by the merge and by the branch: so
 // the merge replaces G, and the branch's first linear map adds its part. Nothing in a backward
 // waits for the gradient of a weight or a gate: they run beside, and end with this function, as the
-// next block overwrites scratch. (For Pre-Norm alone a merge is told the dF of the merge after it,
-// which dF1 and dF2 still hold.)
+// next block overwrites scratch. (What a merge gets last, the other's dF, is for Pre-Norm alone.)
 //
 // `observe(i)`, if any, is called when scratch.dF[i] is the adjoint of writer i: 1 (W2), then 0
 // (W_O).
@@ -486,7 +485,7 @@ void block_backward(Device& device, Real* G, BlockParameters<Number> dw, const B
   if (observe) observe(0);
   weight_gradient(dw.proj, dF1, s.Y, D, D);
   linear_backward_input(device, scratch.dY, dF1, w.proj, rows, D, D);
-  if (!fused_attention_backward(device, block)) {
+  if (!fused_attention_backward(device, block)) {  // which turns back as well
     attention_backward(device, scratch.dqkv, scratch.dY, s.probs, s.qkv, scratch.scores, scratch.dS,
                        shape.heads);
     rope_qk_norm_backward(device, scratch.dqkv, s.qkv, s.r_qk, shape.rope, shape.heads);

@@ -49,7 +49,7 @@ inline int omp_get_max_threads() { return 1; }
 #ifdef __CUDACC__
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
-#define HD __host__ __device__
+#define HD __host__ __device__  // for both machines
 #else
 #define HD
 #endif
@@ -264,8 +264,8 @@ struct Device {
   void download(void* to, const void* from, size_t bytes) const;  // device to host; waits
 };
 
-// What f enqueues by beside(f) may run beside what is enqueued after it, until the end of the scope
-// that holds `beside`. It starts after all that was enqueued before. Weight gradients are for this:
+// What f enqueues by beside(f) starts after all that was enqueued before, and may overlap what is
+// enqueued later, until `beside` goes out of scope. Weight gradients are for this:
 // nothing in a backward waits for them, and they fill the multiprocessors that a narrow network's
 // kernels leave idle. (An object, so that nobody can forget to wait.)
 class Beside {
@@ -515,22 +515,21 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
   for_each(device, n, [=] HD(size_t i) { out[i] = Out(in[i]); });
 }
 
-// Formulas whose speed hangs on how rows are walked are given to a schedule, which knows how many
-// rows and channels a thread takes at once and when it loads them (appendix B):
+// Formulas whose speed hangs on how rows are walked go through a schedule, which knows how many
+// rows and channels a thread takes at once and when it loads them (appendix B). Each is a loop over
+// rows or groups of them, such as a sequence's image tokens, and over channels d, by fours:
 //
-//     for_each_quad(device, rows, D, f)                  f(row, d)
-//     map_rows(device, groups, D, make, put)             put(row, d, make(group, row, d))
-//     map_rows_by_sum(..., make, weigh, find, put)       put(row, d, v, found)
-//         with v = make(group, row, d) and found = find(row, sum of weigh(v) over channels, mine):
-//         what becomes of a row's sum; the thread that is `mine` may store it
-//     sum_over_rows(..., zero, term, finish)      finish(group, d, sum of term(group, row, d))
-//     sum_over_rows_by_sum(..., zero, partial, weigh, find, term, finish)   the same, but first
-//         find(row, sum of weigh(row, d)) for each row, which stores what term will read
-//     sum_over_channels(device, rows, D, term, finish)   finish(row, sum of term(row, d))
-//     sum_over_groups(...)                               finish(d, sum of term(group, d))
+//     for_each_quad         each row, d:    f(row, d)
+//     map_rows              each row, d:    put(row, d, make(group, row, d))
+//     map_rows_by_sum       each row:       v_d = make(group, row, d) for all d,
+//                                           c = find(row, sum of weigh(v_d), mine),
+//                                           put(row, d, v_d, c) for all d
+//     sum_over_rows         each group, d:  finish(group, d, sum over rows of term(group, row, d))
+//     sum_over_rows_by_sum  each row:       find(row, sum of weigh(row, d)); then as sum_over_rows
+//     sum_over_channels     each row:       finish(row, sum of term(row, d))
+//     sum_over_groups       each d, singly: finish(d, sum over groups of term(group, d))
 //
-// d is the first of four channels, in the last line one; groups are runs of rows, such as a
-// sequence's image tokens; a Piece is rows of one, a Pair two sums.
+// `mine`: of the threads that call find, this one may store. A Pair {a, b} is two sums at once.
 
 // ---------------------------------------------------------------------------------------------
 // 5. The matrix product

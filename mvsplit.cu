@@ -14,10 +14,10 @@
 // <U, V> = tr(U^T V), the inner product of all numbers. Mean mode screaming is the paper's name for
 // the collapse: the mean part of the writers' gradients bursts, and all tokens become alike.
 //
-// Letters. T tokens of a sequence, N of image and L of text; D channels of a token; B sequences.
-// J the mean over tokens, P = I - J; X, F, Z, X_next the arrays of a merge, G = dL/dX_next, and
-// Delta = dL/dZ, dZ in the code. W a writer, y its input, delta the adjoint of its output. (n) is
-// the equation's number in the paper.
+// Letters. T tokens of a sequence, N of image and L of text; D channels of a token; B sequences. J
+// the mean over tokens, P = I - J; X, F, Z, X_next the arrays of a merge, G = dL/dX_next, and Delta
+// = dL/dZ, dZ in the code (in derivations dZ is a differential). W a writer, y its input, delta the
+// adjoint of its output. (n) is the equation's number in the paper.
 //
 // How to read it: straight through to the appendix. Geometry (1), mechanism (2), method (3 to 5).
 #pragma once
@@ -44,7 +44,7 @@
 // A sequence has two segments, image tokens then text tokens, and the merges average within each
 // one: J_seg = blkdiag(J_image, J_text), P_seg = I - J_seg.  (43)  Both projectors stay projectors.
 // The global mean is a weighted sum of the segment means, J J_seg = J, so J P_seg = 0  (44)-(45):
-// what is centered in each segment is centered globally, and a gate on the segment means reaches
+// what is centered in each segment is centered globally, and a gain on the segment means reaches
 // the global mean as well. (For comparison, --means global takes a sequence for one segment.)
 
 // How tokens lie in memory: `batch` sequences of `image` then `text` rows. A kind is 0, image, or
@@ -111,7 +111,9 @@ void segment_means(const Device& device, AccOf<Real>* xbar, AccOf<Real>* fbar, c
 // as the cross terms delta^T J P y and delta^T P J y are zero. Each of the T rows of J delta is
 // dbar^T and each of J y is ybar^T, the means; dtil_t and ytil_t are the rows of P delta and P y.
 // G_mean = ||dW_mu||_F, G_ctr = ||dW_c||_F. (As matrices the two are not orthogonal: G_mean^2 +
-// G_ctr^2 is not ||dW||^2.) dW_mu has rank one, and grows like T when tokens agree in delta and y.
+// G_ctr^2 is not ||dW||^2.) dW_mu has rank one. The mean of independent tokens has 1/sqrt(T) of a
+// token's length, that of equal ones all of it: when tokens come to agree, in delta and in y,
+// G_mean = T |dbar| |ybar| grows up to T times.
 //
 // How large is dW? Square it, and what remains are pairs of tokens:
 //
@@ -145,16 +147,16 @@ void segment_means(const Device& device, AccOf<Real>* xbar, AccOf<Real>* fbar, c
 // and in the second, where the delta_t agree and the y_t do (not only the products of their
 // cosines), dW = dW_mu.
 //
-// That is the lever of the collapse. When tokens become alike, each writer's gradient grows by up
-// to sqrt(T), 16 for 256 tokens, and points in one direction. A step against dW_mu, -eta dW_mu,
-// changes F_t = W y_t by -eta T <ybar, y_t> dbar: every token along the same vector, and by nearly
-// the same amount when the y_t are alike. So nearly all of the step goes into the mean of F; and
-// where that makes the mean larger against the rest, tokens become more alike still. (Clipping and
-// AdamW limit how long a step is; divided by its size number by number, dbar ybar^T has rank one.)
+// That is the lever of the collapse. When tokens become alike, a writer's gradient grows up to
+// sqrt(T) times, its G_mean up to T times (16 and 256 for 256 tokens). A step -eta dW_mu moves F_t
+// = W y_t by -eta T <ybar, y_t> dbar: every token along the same vector, and by nearly the same
+// amount when the y_t are alike. So nearly all of the step goes into the mean of F; and where that
+// makes the mean larger against the rest, tokens become more alike still. (Clipping and AdamW limit
+// how long a step is; AdamW's first, sign(dbar) sign(ybar)^T, has rank one too.)
 //
 // Which mean? (17) holds for any such pair of projectors. With J_seg, dW_mu is one rank-one term a
 // segment. Let dbar_N and dbar_L be the means over the N image and the L text tokens. J J_seg = J:
-// the global mean of what J_seg left, N rows dbar_N and L rows dbar_L, is dbar, and (17) splits it
+// the global mean of what J_seg gives, N rows dbar_N and L rows dbar_L, is dbar, and (17) splits it
 // again. As dbar_N - dbar = (L/T) (dbar_N - dbar_L) and dbar_L - dbar = -(N/T) (dbar_N - dbar_L),
 // and so for y, and N (L/T)^2 + L (N/T)^2 = N L / T,
 //
@@ -162,10 +164,10 @@ void segment_means(const Device& device, AccOf<Real>* xbar, AccOf<Real>* fbar, c
 //         = T dbar ybar^T + (N L / T) (dbar_N - dbar_L) (ybar_N - ybar_L)^T.
 //
 // Diagnostics take the global J, as the paper does: they count the second term as centered, though
-// alpha governs it and it grows like T. At alpha = 0 the question is moot: J_seg delta = 0, hence J
-// delta = J J_seg delta = 0, and G_mean = 0 by both counts, up to the rounding of delta. (Were the
-// merge to use the global mean instead, the segment means of delta would only have to cancel, and
-// each segment's own mean-coherent gradient would be free.)
+// alpha (section 4) governs it and it grows like T. At alpha = 0 the question is moot: J_seg delta
+// = 0, hence J delta = J J_seg delta = 0, and G_mean = 0 by both counts, up to the rounding of
+// delta. (Were the merge to use the global mean instead, the segment means of delta would only have
+// to cancel, and each segment's own mean-coherent gradient would be free.)
 
 // ---------------------------------------------------------------------------------------------
 // 3. RMSNorm
@@ -190,8 +192,7 @@ HD Acc inverse_rms(Acc sum_of_squares, size_t D, Acc eps) {
   return rsqrt_(sum_of_squares / Acc(D) + eps);
 }
 
-// (B, n, D) rows, packed; or `apart`, their sequences `stride` elements from each other, as image
-// and text tokens lie in one (B, T, D) array.
+// Image or text tokens alone, (B, n, D), packed; `apart`: where they lie in a (B, T, D) array.
 struct Packed {
   size_t batch, n, D, stride;
 
@@ -308,9 +309,8 @@ struct Gate {
 };
 constexpr int most_gates = 2;
 
-// At four channels: the values of a merge's gates, in the order in which it lists them; and of a
-// token, X and F and their means over its segment, zero unless the merge needs `means` (and xbar is
-// zero for token_factor(), which has had no use for it).
+// At four channels: the values of a merge's gates, as it lists them; and a token's X and F, and
+// their means over its segment (zero without `means`; for token_factor() xbar is always zero).
 template <class Acc>
 struct Gains {
   Quad<Acc> of[most_gates];
@@ -341,7 +341,7 @@ struct MergeBase {
   static constexpr bool means = false;        // does it need them, on the way forward or back?
   static constexpr bool trunk_apart = false;  // a matter of Pre-Norm alone (appendix A)
   static constexpr bool one_number = false;   // is its gate one for all channels?
-  static constexpr double writer_std = 0;     // where writers start, N(0, std^2)
+  static constexpr double writer_std = 0;     // writers start as N(0, std^2); at 0, F = 0
 };
 
 struct PostNorm : MergeBase {
@@ -361,7 +361,7 @@ struct LayerScale : MergeBase {
   static constexpr const char* name = "layerscale";
   static constexpr std::array gates = {Gate{"lambda", "layerscale#", 1e-2}};
   static constexpr double writer_std = 0.02;  // the paper's choice (Table 3)
-  enum { lambda, by_token = lambda };
+  enum { lambda, by_token = lambda };         // hides the base's
 
   template <class Acc>
   HD static Quad<Acc> Z(Gains<Acc> g, Joined<Acc> in) {

@@ -24,8 +24,8 @@
 // Data x0 and noise x1 ~ N(0, I) are joined by a straight line, z_t = (1 - t) x0 + t x1, and the
 // network learns the velocity along it from noise to data, v = x0 - x1  (2). t = 1 is noise. (Much
 // other code has the opposite sign.) The loss is the mean square of the error, over all numbers of
-// a batch. On Fashion-MNIST v = 0, where training starts, costs 1.76; a network that knows nothing
-// but the average pixel gets 1.44, which is where a collapsed one stays.
+// a batch. On Fashion-MNIST v = 0, where training starts (the final projection is 0), costs 1.76; a
+// network that knows nothing but the average pixel gets 1.44, which is where a collapsed one stays.
 
 // Sampling and training must agree on the spacing of t. A shift a > 1 spends more of it near noise.
 HD inline double shift_time(double t, double a) { return a * t / (1 + (a - 1) * t); }
@@ -105,7 +105,9 @@ void draw_training_batch(Network& net, TrainArrays a, DeviceData data, const Tra
 //
 // with g = g0 min(1, clip / (|g0| + 1e-6)), g0 the gradient, |g0| over all parameters (clip = 0: g
 // = g0), and decay on matrices only. A weight is kept in Acc ("master") and rounded to Real for the
-// network. (Appendix A has the two ways to keep it and the moments, 18 and 10 bytes a parameter.)
+// network. The moments are in Acc too, or all this is lean, 10 bytes a parameter for 18 (appendix
+// A): then they are bf16, where v's largest fall in a step, 1 - b2 = 0.1%, is under half a last
+// place and would be lost. So there they are rounded at random (`dither`; math.h, appendix E).
 
 // All that changes from step to step, in device memory, so that a captured step can be replayed. A
 // step is `accumulate` passes; both count from the start of the run.
@@ -146,14 +148,13 @@ inline std::vector<Chunk> chunks_of(const Table& table) {
 }
 
 // Start of a step: the learning rate, which rises over the first `warmup` steps and falls over the
-// last `decay_steps` of all, both in equal parts; Adam's bias corrections; and `follow`, how far the
-// average of the weights goes towards them. With a decay e it looks back over the last 1 / (1 - e)
-// steps or so; where a run is young, over the last tenth of it:
+// last `decay_steps` of all, both in equal parts; Adam's bias corrections; and `follow`, how far
+// the average of the weights goes towards them. With a decay e it looks back over the last 1 / (1 -
+// e) steps or so; where a run is young, over the last tenth of it:
 //
 //     avg_s = avg_(s-1) + follow (w_s - avg_(s-1)),   follow = max(1 - e, 10 / (s + 9)).
 //
-// So avg_1 = w_1. While 10 / (s + 9) is the larger, w_k has the weight follow_k prod_(k < j <= s) (1
-// - follow_j) = 10 / (k + 9) prod (j - 1) / (j + 9), about 10 k^9 / s^10.
+// So avg_1 = w_1, and while 10 / (s + 9) is the larger, w_k has a weight of about 10 k^9 / s^10.
 inline void begin_step(const Device& device, Clock* clock, Optimizer o, size_t steps, double ema) {
   for_each(device, 1, [=] HD(size_t) {
     double s = double(clock->step + 1), left = double(steps) + 1 - s;
@@ -275,7 +276,7 @@ void end_step(const Device& device, Clock* clock, Record* history, const Acc* lo
 // `accumulate` passes, each the gradients of a batch, then one update. `t` is the Trainer of
 // appendix D: the network, the arrays of the run and its options. The host only enqueues all this:
 // on a GPU it is captured once and replayed, so what changes from step to step is in t.a.clock. It
-// draws batches (section 1) and the bits of stochastic rounding; the network draws nothing.
+// draws batches (section 1) and the bits by which gradients are rounded; a forward draws nothing.
 //
 //     begin_step                              learning rate, bias corrections
 //     training_pass, `accumulate` times       gradients
