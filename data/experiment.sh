@@ -26,7 +26,7 @@ cd "$(dirname "$0")/.."
 recipes=data/experiments
 program=build/mvsplit
 all="scream cure frontier thousand law front one-branch probe ablations pictures lean size failures \
-fp32event appendixj survival leak cure1e3 deep quality demo"
+fp32event appendixj survival leak cure1e3 deep quality demo table1 size32"
 quick="scream cure law"  # those that have a quick version
 
 die() { echo "experiment: $*" >&2; exit 2; }

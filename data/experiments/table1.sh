@@ -1,0 +1,77 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# table1: does MV-Split's lead last (the paper's Table 1)? Two parts, the second of which needs the first:
+#   scan-MERGE-RATE   four rates for LayerScale 1e-2, MV-Split with beta 1/sqrt(400), Keel (norm(2 L X + F)) and
+#                     DeepNorm (norm((2 L)^(1/4) X + F)): 400 steps, warm-up 100, one seed
+#   MERGE_SEED        MV-Split and the best of the others, each at its best rate by the scan: 5,000 steps, warm-up
+#                     300, seeds 1 to 3; the rate falls to zero over the last 1,000
+# The same command, again, goes on with the second when the first is over.
+columns=""
+merges="mvsplit layerscale keel deepnorm" rates="1e-3 2.5e-3 6.3e-3 1.6e-2"
+
+runs() {
+  local merge lr seed seeds=3 shared="save-every=0 save=weights columns=1 val-images=256"
+  local short="steps=400 warmup=100" long="steps=5000 decay-steps=1000"
+  if [ "$SCALE" = tiny ]; then seeds=1 short="steps=40" long="steps=60 decay-steps=20"; fi
+  for merge in $merges; do
+    for lr in $rates; do scanned "scan-$merge-$lr" "$merge" "lr=$lr" $short; done
+  done
+  best_rates >"$root/table1.best" || return 0
+  while read -r merge lr _; do
+    for ((seed = 1; seed <= seeds; seed++)); do scanned "${merge}_$seed" "$merge" "lr=$lr" $long "seed=$seed"; done
+  done <"$root/table1.best"
+}
+# shellcheck disable=SC2086
+scanned() {
+  case $2 in
+    mvsplit) run "$1" $shared beta=0.05 "${@:3}" ;;
+    layerscale) run "$1" $shared residual=layerscale lambda=1e-2 "${@:3}" ;;
+    keel) run "$1" $shared residual=rezero lambda=1.25e-3 fix=lambda writer-std=0 "${@:3}" ;;
+    deepnorm) run "$1" $shared residual=rezero lambda=0.188 fix=lambda writer-std=0 "${@:3}" ;;
+  esac
+}
+
+# "MERGE RATE LOSS" of MV-Split's best run of the scan, and of the best other's. Fails while the scan is not over.
+best_rates() {
+  local merge lr verdict dir
+  for merge in $merges; do
+    for lr in $rates; do
+      dir=$root/table1/scan-$merge-$lr
+      [ -s "$dir/result" ] || return 1
+      verdict=$(judge "$dir/log.csv")
+      case $verdict in trained,*) echo "$merge $lr $(cut -d, -f2 <<<"$verdict")" ;; esac
+    done
+  done | sort -k3 -g | awk '{ kind = $1 == "mvsplit" } !n[kind]++'
+}
+
+draw() {
+  local others
+  scan_table
+  others=$(unpacked runs | awk -F, "$group"'NR > 1 && $1 !~ /^(scan|mvsplit)/ && !n[group($1)]++ { print group($1) }')
+  [ -n "$others" ] || return 0
+  results_table
+  draw_losses table1_loss "MV-Split and the best of the others, each at its best rate" 300
+  leads mvsplit "$others"
+  draw_leads table1_difference mvsplit "$others"
+}
+
+# The scan: loss of the last 25 steps by merge and rate, or what became of the run; the lowest of a merge in bold.
+scan_table() {
+  local lr
+  echo "The scan: loss of the last 25 of 400 steps, one seed."
+  echo
+  echo "| merge |$(for lr in $rates; do printf ' %s |' "$lr"; done)"
+  echo "|---|$(for lr in $rates; do printf -- '---|'; done)"
+  unpacked runs | awk -F, -v merges="$merges" -v rates="$rates" '
+    $1 ~ /^scan-/ { outcome[$1] = $5; loss[$1] = $6 }
+    END {
+      m = split(merges, merge, " "); n = split(rates, rate, " ")
+      for (i = 1; i <= m; i++) {
+        best = ""
+        for (j = 1; j <= n; j++) { run = "scan-" merge[i] "-" rate[j]
+          if (outcome[run] == "trained" && (best == "" || loss[run] < loss[best])) best = run }
+        printf "| %s |", merge[i]
+        for (j = 1; j <= n; j++) { run = "scan-" merge[i] "-" rate[j]; mark = run == best ? "**" : ""
+          printf " %s%s%s |", mark, (outcome[run] == "trained" ? sprintf("%.3f", loss[run]) : outcome[run] == "" ? "-" : outcome[run]), mark }
+        print "" } }'
+  echo
+}
