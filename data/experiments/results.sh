@@ -94,6 +94,7 @@ says 'ends at %s in bf16 and at %s in fp32.' "$(rho bf16)" "$(rho fp32)"
 fails() { unpacked runs appendixj | awk -F, -v of="$1_" 'index($1, of) == 1 && $5 != "trained" { n++ } END { print n == 1 ? "one" : n == 2 ? "both" : "none" }'; }
 says 'at 1e-3 %s fails with Post-Norm as it is, %s with hard centering, %s with a clip of 0.1, and %s without' \
   "$(fails postnorm)" "$(fails centered)" "$(fails clip0.1)" "$(fails noclip)"
+says 'its norms reach %s, its loss ends at %s)' "$(of appendixj centered_1 norm)" "$(of appendixj centered_1 loss %.2f)"
 [ "$(unpacked runs failures | grep -c '^held-.*,trained,')" = 4 ] || fault "a held rate has failed"
 says '%s of %s seeds have gone by step 700, at %s and %s (`survival`)' $(awk -F' *[|] *' '$2 == "postnorm-200" {
   gsub(",", "", $9); print $5, $4, $9 }' "$work/survival")
@@ -104,13 +105,43 @@ says 'The median TCS falls from %s to %s.' "$(cell failures attention_tcs 2 %.2f
 says 'rises by %s to %s times in all' "$(cell failures attention_g_mean 4 %.0f "" 2)" "$(cell failures ffn_g_ctr 4 %.0f "" 2)"
 for at in 271 122; do grep -q "Spike at step $at:" "$work/failures" || fault "no report of step $at"; done
 says 'ends on the plateau, the other at %s' "$(of failures mvsplit-warmup50_1 loss %.2f)"
-says '%s and %s times at step %s |' "$(cell scream attention_g_mean 4 %.0f)" "$(cell scream ffn_g_mean 4 %.0f)" "$event"
+says '%s and %s times at step %s of seed 1' "$(cell scream attention_g_mean 4 %.0f)" "$(cell scream ffn_g_mean 4 %.0f)" "$event"
+# Column $2 of run $1 of fp32event, all layers together: the largest, in times the median of steps 401 to 412.
+rise() {
+  unpacked diagnostics fp32event | awk -F, -v run="$1" -v want="$2" '
+    NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i } $1 == run { s[$2] += $c ^ 2 }
+    END { for (step in s) print step, sqrt(s[step]) }' | sort -k 2 -g |
+    awk '{ most = $2 } $1 <= 412 { a[++n] = $2 } END { printf "%.0f", most / ((a[int((n + 1) / 2)] + a[int(n / 2) + 1]) / 2) }'
+}
+says '%s and %s times in bf16, %s and %s in fp32 in seed 2' "$(rise bf16 attention_g_mean)" "$(rise bf16 ffn_g_mean)" \
+  "$(rise fp32 attention_g_mean)" "$(rise fp32 ffn_g_mean)"
+says 'up to %s and %s times in bf16, up to %s and %s in fp32 |' "$(rise bf16 attention_g_ctr)" "$(rise bf16 ffn_g_ctr)" \
+  "$(rise fp32 attention_g_ctr)" "$(rise fp32 ffn_g_ctr)"
 says '%s and %s times; at the onset, step %s, %s and %s times, where G_mean rises %s times' \
   "$(cell scream attention_g_ctr 4 %.0f)" "$(cell scream ffn_g_ctr 4 %.0f)" "$onset" \
   "$(cell scream "$onset" 5)" "$(cell scream "$onset" 7)" "$(cell scream "$onset" 4)"
 says 'At step %s the gradients of all writers rise' "$onset"
 says 'at %s their mean part' "$event"
-says '| %s orders |' "$(cell scream q_grad_rms 5 %.1f -1)"
+says '| %s orders, all diagnosed layers' "$(cell scream q_grad_rms 5 %.1f -1)"
+# By how many orders q_grad_rms falls in run $3 of $1, from the median of steps $4 to $5 to that of the steps after
+# $6: of all layers together ($2 is all) or of the median layer.
+falls() {
+  unpacked diagnostics "$1" | awk -F, -v how="$2" -v run="$3" -v from="$4" -v to="$5" -v end="$6" '
+    function median(a, n,  i, j, x) {
+      for (i = 2; i <= n; i++) { x = a[i]; for (j = i - 1; j > 0 && a[j] > x; j--) a[j + 1] = a[j]; a[j + 1] = x }
+      return (a[int((n + 1) / 2)] + a[int(n / 2) + 1]) / 2 }
+    NR == 1 { for (i = 1; i <= NF; i++) if ($i == "q_grad_rms") c = i; next }
+    $1 == run { m = ++k[$2]; v[$2, m] = $c; s[$2] += $c ^ 2 }
+    END {
+      for (step in k) {
+        if (how == "all") x = sqrt(s[step])
+        else { for (i = 1; i <= k[step]; i++) b[i] = v[step, i] + 0; x = median(b, k[step]) }
+        if (step + 0 >= from && step + 0 <= to) before[++n] = x
+        if (step + 0 > end) after[++l] = x }
+      printf "%.1f", log(median(before, n) / median(after, l)) / log(10) }'
+}
+says 'the last one'"'"'s; %s in the median layer' "$(falls scream median postnorm_1e-3 256 296 500)"
+says 'together, %s orders in bf16 and %s in fp32 |' "$(falls fp32event all bf16 401 412 470)" "$(falls fp32event all fp32 401 412 470)"
 says 'median TCS %s to %s, rho %s to %s.' "$(cell scream attention_tcs 2 %.2f)" "$(cell scream attention_tcs 3 %.2f)" \
   "$(cell scream attention_rho 2 %.2f)" "$(cell scream attention_rho 3)"
 says '| %s for good' "$(of scream postnorm_1e-3 loss %.2f)"
@@ -177,8 +208,7 @@ while read -r text; do given "$text"; done <<'END'
 at from step 270 on
 with the present code, seed 1,
 seed, 1, does not
-its loss ends at 1.76)
-its norms stay above 500
+the text from layer 50, the first measured
 (WRITE=1 writes
 will take about 100 minutes more
 not the 1.76 of the start
@@ -219,7 +249,7 @@ with 10 bytes of state a parameter as with 18?
 behind one of 50
 95% intervals
 starts near 1/sqrt(depth)
-The paper's own 1000 layers, 13.6 billion parameters, train on one H200
+1000 layers of the paper's size, 13.6 billion parameters, train on one H200
 END
 numbers=$(sed -E 's/`[^`]*`//g; s/\]\([^)]*\)//g; s/(Fig\.|App\.|Table) [0-9.]+//g
   s/[0-9,]+ (layers|steps|seeds|heads|blocks|times the rate)//g
