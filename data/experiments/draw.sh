@@ -385,7 +385,7 @@ draw_leads() {
 $style
 set terminal pngcairo size 1000,560 font "sans,11" noenhanced
 set output "$figures/$out.png"
-set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" "$@")\n(means of 50 steps; line: mean of the seeds, band: all seeds)"
+set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" "$@")\n(means of 50 steps; line: mean of the seeds, band: all seeds; what is above 0.16 is not shown)"
 set ylabel "difference of training losses"
 set key outside right top samplen 1.5
 set xrange [150:*]

@@ -34,7 +34,7 @@ after() {
 draw() {
   local one at
   results_table
-  draw_losses failures_loss "Failures of MV-Split, and Post-Norm at held rates" "50, 100, 300"
+  draw_losses failures_loss "Failures of MV-Split, and Post-Norm at held rates" "100 (alpha 0), 50, 300 (Post-Norm)"
   for one in $failing; do
     unpacked runs | awk -F, -v run="$one" '$1 == run && $5 != "trained" { f = 1 } END { exit !f }' || continue
     at=$(event "$one")

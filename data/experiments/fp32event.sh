@@ -49,8 +49,11 @@ draw_both() {
 $style
 set terminal pngcairo size 1000,820 font "sans,11"
 set output "$figures/fp32event.png"
-set multiplot layout 3,1 title "The scream in bf16 and in fp32, from one state: $(about)" font ",13"
+set multiplot layout 3,1 margins 0.085,0.97,0.065,0.915 spacing 0.02,0.06 \\
+  title "Post-Norm, seed 2, in bf16 and in fp32 from one state: $(about)" font ",13"
 set key left top
+unset xlabel
+set format x ""
 set ylabel "loss"
 plot "$work/bf16" using 1:2 with lines ls 4 title "bf16", "$work/fp32" using 1:2 with lines ls 1 title "fp32"
 unset key
@@ -61,6 +64,8 @@ plot "$work/bf16" using 1:4 with lines ls 4, "$work/fp32" using 1:4 with lines l
 unset logscale y
 set format y "%g"
 set ylabel "TCS, median over depth"
+set xlabel "step"
+set format x "%g"
 set yrange [0:1]
 plot "$work/bf16" using 1:5 with lines ls 4, "$work/fp32" using 1:5 with lines ls 1
 unset multiplot

@@ -153,6 +153,7 @@ says 'slopes through the origin %s; before, %s and %s.' "$origin" \
   "$(cell law 'attention | before' 8 %.2f)" "$(cell law 'ffn | before' 8 %.2f)"
 from=$(cell cure layerscale-1e-2 3 %s "" 2) to=$(cell cure layerscale-1e-2 8 %s "" 2)
 says 'by %s at step 200, by %s at 700' "$from" "$to"
+says 'in 200 layers at 1e-3 by %s and %s.' "$(cell survival layerscale-200 3 %s "" 2)" "$(cell survival layerscale-200 8 %s "" 2)"
 says 'shrinks from %s at step 200 to %s at 700 (three seeds' "$from" "$to"
 says 'shrinks from %s at step 200 to %s at 700' "${from% ±*}" "${to% ±*}"
 post() { cell cure postnorm "$1" %s "" 3; }
@@ -173,7 +174,7 @@ says '%s of its runs end at 1.27, a floor' "$(grep -cE '^[|] (front|abl|size).*m
 
 # What stands here.
 last=$(for run in mvsplit-beta=0.05 mvsplit-global deepnorm prenorm; do of ablations ${run}_1 loss '%s\n'; done | sort -g)
-says 'end between %s and %s after 500 steps, MV-Split at %s.' "$(head -n 1 <<<"$last" | awk '{ printf "%.3f", $1 }')" \
+says 'end between %s and %s after 500 steps, MV-Split at %s' "$(head -n 1 <<<"$last" | awk '{ printf "%.3f", $1 }')" \
   "$(tail -n 1 <<<"$last" | awk '{ printf "%.3f", $1 }')" "$(cell ablations mvsplit 5 %.3f)"
 says 'never learns (warm-up 50), or goes at %s and %s (100), or at %s (300).' \
   "$(of ablations postnorm_1 collapse)" "$(of ablations postnorm_2 collapse)" "$collapse"
@@ -246,7 +247,7 @@ a batch of 4 for 1024, a warm-up of 100 steps for 1000,
 With beta near 1/sqrt(400)
 model of 13.64 billion
 with 10 bytes of state a parameter as with 18?
-behind one of 50
+(Fisher's p is 0.33)
 95% intervals
 starts near 1/sqrt(depth)
 1000 layers of the paper's size, 13.6 billion parameters, train on one H200
