@@ -29,6 +29,7 @@ after() {
 draw() {
   local at
   results_table
+  failures_table mvsplit
   draw_losses demo_loss "Without a GPU: 48 layers while the rate rises to 9e-3" 500
   at=$(event postnorm_1)
   [ -n "$at" ] || return 0

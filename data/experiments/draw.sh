@@ -135,6 +135,20 @@ results_table() {
   made_by
 }
 
+# Failures of each group, with the exact interval of their share, and Fisher's p against group $1.
+failures_table() {
+  echo "| runs | failed | share, with its exact 95% interval | Fisher's p against $(label "$1"), two-sided |"
+  echo "|---|---|---|---|"
+  unpacked runs | awk -F, -v of="$1" "$group$exact"'
+    NR == 1 { next }
+    { g = group($1); if (!(g in n)) order[++groups] = g
+      n[g]++; k[g] += $5 != "trained" && $5 != "relapsed" }
+    END { for (i = 1; i <= groups; i++) { g = order[i]
+      printf "| %s | %d of %d | %.2f (%.2f to %.2f) | %s |\n", g, k[g], n[g], k[g] / n[g], low(k[g], n[g]), high(k[g], n[g]),
+        (g == of || !(of in n) ? "-" : sprintf("%.3f", fisher(k[g], n[g], k[of], n[of]))) } }'
+  echo
+}
+
 # Where, in what time and by which commit the runs were made. (Runs from before the driver have no time.)
 made_by() {
   unpacked runs | awk -F, 'NR > 1 { s += $12; if ($12 == "") untimed = 1; n++

@@ -20,17 +20,3 @@ draw() {
   failures_table mvsplit
   draw_losses leak_loss "MV-Split, without its leak, with alpha fixed" 100
 }
-
-# Failures of each group, with the exact interval of their share, and Fisher's p against group $1.
-failures_table() {
-  echo "| runs | failed | share, with its exact 95% interval | Fisher's p against $(label "$1"), two-sided |"
-  echo "|---|---|---|---|"
-  unpacked runs | awk -F, -v of="$1" "$group$exact"'
-    NR == 1 { next }
-    { g = group($1); if (!(g in n)) order[++groups] = g
-      n[g]++; k[g] += $5 != "trained" && $5 != "relapsed" }
-    END { for (i = 1; i <= groups; i++) { g = order[i]
-      printf "| %s | %d of %d | %.2f (%.2f to %.2f) | %s |\n", g, k[g], n[g], k[g] / n[g], low(k[g], n[g]), high(k[g], n[g]),
-        (g == of || !(of in n) ? "-" : sprintf("%.3f", fisher(k[g], n[g], k[of], n[of]))) } }'
-  echo
-}
