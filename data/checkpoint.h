@@ -217,20 +217,18 @@ template <class... Number>
 void load_tensors(const SafetensorsReader& file, const std::string& path, const Device& device,
                   const Table& table, const Stored<Number>&... slabs) {
   Progress progress("reading " + visible(path), file.tensors().size());
-  auto read = [&](const TensorInfo& tensor, auto& host) {
+  auto read = [&](const TensorInfo& tensor, auto number) {
     progress.advance(1);
-    host.resize(tensor.count());
-    file.read(tensor, host.data(), 0, host.size());
+    auto host = file.read<decltype(number)>(tensor);
     for (auto x : host)
       if (!std::isfinite(double(x)))
         fail("%s: tensor %s holds NaN or infinity", path.c_str(), tensor.name.c_str());
+    return host;
   };
   std::set<std::string> known;
   for (const TensorInfo& tensor : file.tensors())
     if (is_norm_gain(tensor.name)) {
-      std::vector<double> gains;
-      read(tensor, gains);
-      for (double x : gains)
+      for (double x : read(tensor, double()))
         if (x != 1)
           fail("%s: %s is not all ones, but the norms of this model have no gain", path.c_str(),
                tensor.name.c_str());
@@ -241,8 +239,7 @@ void load_tensors(const SafetensorsReader& file, const std::string& path, const 
     file.require(tensor, p.shape);
   };
   auto load = [&](const std::string& tensor, const Parameter&, auto* to) {
-    std::vector<std::remove_pointer_t<decltype(to)>> host;
-    read(*file.find(tensor), host);
+    auto host = read(*file.find(tensor), std::remove_pointer_t<decltype(to)>());
     device.upload(to, host.data(), host.size() * sizeof(host[0]));
   };
   (slabs.each(table, name), ...);

@@ -244,8 +244,7 @@ inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t
 template <class Real>
 std::vector<Real> read_finite(const SafetensorsReader& file, const std::string& path,
                               const TensorInfo& tensor) {
-  std::vector<Real> values(tensor.count());
-  file.read(tensor, values.data(), 0, values.size());
+  std::vector<Real> values = file.read<Real>(tensor);
   for (size_t i = 0; i < values.size(); ++i)
     if (!std::isfinite(double(values[i]))) {
       std::vector<size_t> at(tensor.shape.size());
@@ -295,7 +294,7 @@ inline Dataset load_latents(const std::string& path, size_t copies = 1) {
   data.images = latents[0], data.channels = latents[1];
   data.height = latents[2], data.width = latents[3];
   read_text(file, path, data, copies);
-  auto caption = file.read_integers(file.require("caption", {data.images}));
+  auto caption = file.read<int64_t>(file.require("caption", {data.images}));
   for (size_t n = 0; n < caption.size(); ++n)
     if (caption[n] < 0 || caption[n] >= int64_t(data.captions))
       fail("%s: caption[%zu] is %lld, expected 0 to %zu", path.c_str(), n,

@@ -48,22 +48,20 @@ inline bool lock_file(int descriptor) {
 class SafeFile {
  public:
   // Opens PATH.tmp; fails if another process writes there, or if fewer than `bytes` are free.
-  explicit SafeFile(const std::string& path, uint64_t bytes = 0)
-      : path_(path), temporary_(path + ".tmp") {
-    // A rename would replace a device such as /dev/null by a plain file.
+  explicit SafeFile(const std::string& path, uint64_t bytes = 0) : path_(path) {
     std::error_code error;
-    if (fs::is_symlink(path, error)) {  // the link stays, what it leads to is replaced
-      path_ = fs::weakly_canonical(path, error);
-      temporary_ = path_ + ".tmp";
-    }
+    // The link stays, what it leads to is replaced.
+    if (fs::is_symlink(path, error)) path_ = fs::weakly_canonical(path, error);
+    temporary_ = path_ + ".tmp";
+    // A rename would replace a device such as /dev/null by a plain file.
     if (fs::exists(path, error) && !fs::is_regular_file(path, error))
       fail("cannot write %s: it exists and is not a regular file", path.c_str());
     open_temporary();
     auto available = fs::space(temporary_, error).available;
     if (!error && available < bytes) {
       abandon();
-      fail("cannot write %s: it needs %llu bytes and the disk has %llu available", path.c_str(),
-           static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(available));
+      fail("cannot write %s: it needs %zu bytes and the disk has %zu available", path.c_str(),
+           size_t(bytes), size_t(available));
     }
   }
   ~SafeFile() { abandon(); }
@@ -80,12 +78,10 @@ class SafeFile {
   // Makes the file appear under its name, after its bytes have reached the disk.
   void commit() {
     if (!file_) fail("cannot write %s: it is closed already", path_.c_str());
-    if (std::fflush(file_.get()) != 0 || fsync(fileno(file_.get())) != 0) give_up(errno);
-    if (std::fclose(file_.release()) != 0 || std::rename(temporary_.c_str(), path_.c_str()) != 0) {
-      int reason = errno;
-      std::remove(temporary_.c_str());
-      give_up(reason);
-    }
+    if (std::fflush(file_.get()) != 0 || fsync(fileno(file_.get())) != 0 ||
+        std::rename(temporary_.c_str(), path_.c_str()) != 0)
+      give_up(errno);
+    file_.reset();
     flush_directory();
   }
 
@@ -161,13 +157,13 @@ template <class Number>
 constexpr bool is_floating =
     std::is_floating_point_v<Number> || std::is_same_v<Number, f16> || std::is_same_v<Number, bf16>;
 
-// Call f(name, number) for the dtypes until it returns true.
+// Call f(name, number) for each dtype.
 template <class F>
-bool each_dtype(const F& f) {
-  return f("F64", double()) || f("F32", float()) || f("F16", f16()) || f("BF16", bf16()) ||
-         f("I64", int64_t()) || f("I32", int32_t()) || f("I16", int16_t()) || f("I8", int8_t()) ||
-         f("U64", uint64_t()) || f("U32", uint32_t()) || f("U16", uint16_t()) ||
-         f("U8", uint8_t()) || f("BOOL", bool8());
+void each_dtype(const F& f) {
+  f("F64", double()), f("F32", float()), f("F16", f16()), f("BF16", bf16());
+  f("I64", int64_t()), f("I32", int32_t()), f("I16", int16_t()), f("I8", int8_t());
+  f("U64", uint64_t()), f("U32", uint32_t()), f("U16", uint16_t()), f("U8", uint8_t());
+  f("BOOL", bool8());
 }
 
 // The safetensors name of Number: dtype_name<float>() is "F32".
@@ -175,7 +171,7 @@ template <class Number>
 const char* dtype_name() {
   const char* found = "none";
   each_dtype([&](const char* name, auto x) {
-    return std::is_same_v<Number, decltype(x)> && (found = name);
+    if (std::is_same_v<Number, decltype(x)>) found = name;
   });
   return found;
 }
@@ -185,7 +181,6 @@ inline size_t dtype_bytes(const std::string& dtype) {
   size_t bytes = 0;
   each_dtype([&](const char* name, auto x) {
     if (dtype == name) bytes = sizeof x;
-    return bytes > 0;
   });
   return bytes;
 }
@@ -327,15 +322,14 @@ class SafetensorsReader {
     for (const auto& [file, shard] : shards_)
       if (shard->find(tensor.name)) return shard->read(tensor, out, first, count);
     each_dtype([&](const char* name, auto source) {
-      bool found = tensor.dtype == name;
-      if (found) read_as<decltype(source)>(tensor, out, first, count);
-      return found;
+      if (tensor.dtype == name) read_as<decltype(source)>(tensor, out, first, count);
     });
   }
 
-  // All of an integer tensor; fails if it is not one.
-  std::vector<int64_t> read_integers(const TensorInfo& tensor) const {
-    std::vector<int64_t> out(tensor.count());
+  // All of them.
+  template <class Number>
+  std::vector<Number> read(const TensorInfo& tensor) const {
+    std::vector<Number> out(tensor.count());
     read(tensor, out.data(), 0, out.size());
     return out;
   }

@@ -251,7 +251,7 @@ TEST_F(DataTest, NamesShapesKindsAndRangesAreChecked) {
   EXPECT_ERROR(reader.require("a", {1, 2}), "has shape [2], expected [1, 2]");
   EXPECT_ERROR(reader.require_only({"b"}), "unknown tensor \"a\"");
   EXPECT_ERROR(reader.require_only({"a", "b"}), "no error");
-  EXPECT_ERROR(reader.read_integers(a), "is F32, expected an integer dtype");
+  EXPECT_ERROR(reader.read<int64_t>(a), "is F32, expected an integer dtype");
   EXPECT_ERROR(reader.read(a, out, 1, 2), "lie outside it");
   EXPECT_ERROR(reader.read(a, out, 3, 0), "lie outside it");
   EXPECT_ERROR(reader.read(a, out, 1, SIZE_MAX), "lie outside it");
@@ -441,7 +441,7 @@ TEST_F(DataTest, StreamsInPieces) {
   std::vector<std::string> names;
   for (const auto& tensor : reader.tensors()) names.push_back(tensor.name);
   EXPECT_EQ(names, (std::vector<std::string>{"steps", "nothing", "big", "scalar"}));
-  EXPECT_EQ(reader.read_integers(reader.require("steps", {2})), steps);
+  EXPECT_EQ(reader.read<int64_t>(reader.require("steps", {2})), steps);
   EXPECT_EQ(reader.require("nothing", {0, 5}).count(), 0u);
   std::vector<double> read(big.size() - 5);
   reader.read(*reader.find("big"), read.data(), 5, read.size());
