@@ -76,18 +76,13 @@ inline double finite_number(const std::string& text, const std::string& what) {
   return *value;
 }
 
-// What neither a file nor a flag says, and what it is taken to be.
-struct Assumed {
-  std::string list;
-
-  void add(const std::string& what) { list += (list.empty() ? "" : ", ") + what; }
-  // On stderr, for a wrong guess would go unnoticed.
-  void note(const std::string& path) const {
-    if (!list.empty())
-      std::fprintf(stderr, "note: the metadata of %s does not say all: taken are %s\n",
-                   visible(path).c_str(), list.c_str());
-  }
-};
+// Tell what neither a file nor a flag says, and what it is taken to be. On stderr, for a wrong guess
+// would go unnoticed.
+inline void note_assumed(const std::string& path, const Words& assumed) {
+  if (!assumed.empty())
+    std::fprintf(stderr, "note: the metadata of %s does not say all: taken are %s\n",
+                 visible(path).c_str(), join_list(assumed, ", ").c_str());
+}
 
 // The configuration of a weights file: sizes from the shapes, the rest from its metadata where it
 // has any. Image and text tokens stay as in `c` if the file is silent. So do means and norm_eps,
@@ -95,8 +90,8 @@ struct Assumed {
 // answer tells. `heads`, which change what is computed and no shape, are never guessed: fails if
 // the file is silent too, or says otherwise.
 // `norm_eps`, if any, is taken whatever the file says.
-inline Assumed read_config(const SafetensorsReader& file, const std::string& path, Config& c,
-                           std::optional<size_t> heads = {}, std::optional<double> norm_eps = {}) {
+inline Words read_config(const SafetensorsReader& file, const std::string& path, Config& c,
+                         std::optional<size_t> heads = {}, std::optional<double> norm_eps = {}) {
   auto shape = [&](const std::string& name, size_t rank) {
     const TensorInfo* t = file.find(name);
     if (!t || t->shape.size() != rank)
@@ -146,20 +141,20 @@ inline Assumed read_config(const SafetensorsReader& file, const std::string& pat
     c.norm_eps = finite_number(m.at("norm_eps"), path + ": metadata norm_eps");
   if (norm_eps) c.norm_eps = *norm_eps;
   c.check();
-  Assumed assumed;
-  if (!m.count("residual")) assumed.add("residual " + c.residual);
-  if (!m.count("means")) assumed.add("means " + c.means);
-  if (!norm_eps && !m.count("norm_eps")) assumed.add(text_of("norm_eps %g", c.norm_eps));
+  Words assumed;
+  if (!m.count("residual")) assumed.push_back("residual " + c.residual);
+  if (!m.count("means")) assumed.push_back("means " + c.means);
+  if (!norm_eps && !m.count("norm_eps")) assumed.push_back(text_of("norm_eps %g", c.norm_eps));
   return assumed;
 }
 
 // The time shift that is asked for, else what the network of the file was trained with.
 inline double read_time_shift(const SafetensorsReader& file, const std::string& path,
-                              std::optional<double> asked, Assumed& assumed) {
+                              std::optional<double> asked, Words& assumed) {
   if (asked) return *asked;
   auto at = file.metadata().find("time_shift");
   if (at != file.metadata().end()) return finite_number(at->second, path + ": metadata time_shift");
-  assumed.add("time shift 1 (the author's released model has 4: --time-shift)");
+  assumed.push_back("time shift 1 (the author's released model has 4: --time-shift)");
   return 1;
 }
 

@@ -1569,7 +1569,7 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
                      "give --heads (the author's released model has 8)");
         heads = 3;
       }
-      EXPECT_EQ(read_config(file, path, read, heads).list.empty(), !silent);
+      EXPECT_EQ(read_config(file, path, read, heads).empty(), !silent);
       // Some have the same tensors: only the metadata can tell.
       std::string looks_like = c.residual == "mvsplit-noleak" ? "mvsplit"
                                : c.residual == "prenorm"      ? "postnorm"
@@ -1668,7 +1668,7 @@ TEST_F(TrainTest, ConfigurationsThatContradictTheirFileAreRefused) {
   SafetensorsReader file(at("w.safetensors"));
   Config read;
   EXPECT_ERROR(read_config(file, "w", read, 4), "--heads 4: w says that it has 2");
-  EXPECT_EQ(read_config(file, "w", read, 2).list, "");
+  EXPECT_EQ(read_config(file, "w", read, 2), Words());
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -3499,7 +3499,7 @@ TEST_F(CommandTest, SmallTroubleCostsNoWork) {
 TEST_F(CommandTest, AFolderAndAFileHaveOneOwner) {
   auto before = files();
   {
-    OwnFolder own(at("run"));
+    File own = own_folder(at("run"));
     for (const char* changes : {"--resume --steps 4", ""})
       expect_refused(run("train", train_, changes), "another process trains in " + at("run"));
     SafeFile file(at("out.safetensors"));
