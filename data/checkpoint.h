@@ -76,7 +76,7 @@ inline double finite_number(const std::string& text, const std::string& what) {
   return *value;
 }
 
-// Tell what neither a file nor a flag says, and what it is taken to be. On stderr, for a wrong guess
+// Tells what neither a file nor a flag says, and what it is taken to be. On stderr: a wrong guess
 // would go unnoticed.
 inline void note_assumed(const std::string& path, const Words& assumed) {
   if (!assumed.empty())
@@ -88,8 +88,7 @@ inline void note_assumed(const std::string& path, const Words& assumed) {
 // has any. Image and text tokens stay as in `c` if the file is silent. So do means and norm_eps,
 // and the residual is guessed from the tensors' names, where they leave it open as in `c`; the
 // answer tells. `heads`, which change what is computed and no shape, are never guessed: fails if
-// the file is silent too, or says otherwise.
-// `norm_eps`, if any, is taken whatever the file says.
+// the file is silent too, or says otherwise. `norm_eps`, if any, is taken whatever the file says.
 inline Words read_config(const SafetensorsReader& file, const std::string& path, Config& c,
                          std::optional<size_t> heads = {}, std::optional<double> norm_eps = {}) {
   auto shape = [&](const std::string& name, size_t rank) {

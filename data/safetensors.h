@@ -65,8 +65,6 @@ class SafeFile {
     }
   }
   ~SafeFile() { abandon(); }
-  SafeFile(const SafeFile&) = delete;
-  SafeFile& operator=(const SafeFile&) = delete;
 
   // Appends `bytes` bytes; fails if the disk does not take them.
   void write(const void* data, size_t bytes) {

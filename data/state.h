@@ -13,12 +13,6 @@
 #include "dataset.h"
 #include "options.h"
 
-// Real as --precision names it.
-template <class Real>
-constexpr const char* precision_name = std::is_same_v<Real, double>  ? "fp64"
-                                       : std::is_same_v<Real, float> ? "fp32"
-                                                                     : "bf16";
-
 // What must be the same for a resumed run to be the same run. Not the optimiser's settings: a run
 // may go on at another learning rate, with bits that are not those of an unbroken one.
 template <class Real>
@@ -29,7 +23,8 @@ Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, si
   m["seed"] = std::to_string(o.seed), m["data_hash"] = std::to_string(data_hash);
   m["val_images"] = std::to_string(val_images);
   m["val_images_hash"] = std::to_string(val_images_hash);
-  m["precision"] = precision_name<Real>, m["state"] = lean ? "lean" : "fp32";
+  m["precision"] = sizeof(Real) == 8 ? "fp64" : sizeof(Real) == 4 ? "fp32" : "bf16";
+  m["state"] = lean ? "lean" : "fp32";
   m["dropout"] = exact(o.dropout), m["ema"] = exact(o.ema);
   m["fix"] = o.model.fix.empty() ? "nothing" : join_list(o.model.fix);
   // Where it began: what has been learned since then hides it.

@@ -839,8 +839,8 @@ TEST_F(DataTest, CaptionsStandBesideTheRowsOfAGrid) {
 
 TEST(Text, TheEncoderIsFrozen) {
   // Trained weights mean nothing with another encoder: these numbers must never change.
-  EXPECT_EQ(hash_word(""), 0xcbf29ce484222325u);
-  EXPECT_EQ(hash_word("foobar"), 0x85944171f73967e8u);  // from the authors of FNV
+  EXPECT_EQ(fnv1a(std::string()), 0xcbf29ce484222325u);
+  EXPECT_EQ(fnv1a(std::string("foobar")), 0x85944171f73967e8u);  // from the authors of FNV
   struct {
     const char* word;
     float vector[4];
@@ -1434,10 +1434,11 @@ TEST(Split, EveryImageIsTrainedOnOrHeldOutAndEveryWordIsTrainedOn) {
       {{0, 1, 2, 3, 4}, 5, {4}, true},
   };
   for (const auto& row : table) {
-    Dataset data = numbered(row.captions, row.names), held_out = hold_out(data);
-    std::vector<size_t> seen = numbers_of(data, row.captions),
-                        out = numbers_of(held_out, row.captions);
+    Split data = split_off(numbered(row.captions, row.names));
+    std::vector<size_t> seen = numbers_of(data.train, row.captions),
+                        out = numbers_of(data.held_out, row.captions);
     EXPECT_EQ(out, row.held_out);
+    EXPECT_EQ(data.shared, row.both);
     if (!row.both) seen.insert(seen.end(), out.begin(), out.end());
     std::sort(seen.begin(), seen.end());
     std::vector<size_t> all(row.captions.size());

@@ -100,7 +100,8 @@ void save_latents(const std::string& path, const Dataset& d) {
 // A test with the data set, as it is and split as a file of it would be, and an empty folder.
 class TrainTest : public testing::Test {
  protected:
-  TrainTest() : all_(synthetic()), data_(all_), held_out_(hold_out(data_)) {
+  TrainTest()
+      : all_(synthetic()), data_(split_off(all_).train), held_out_(split_off(all_).held_out) {
     std::string pattern = testing::TempDir() + "/train_test.XXXXXX";
     folder_ = mkdtemp(pattern.data());
   }
