@@ -106,7 +106,6 @@ inline std::vector<float> encode_text(const std::string& caption, size_t tokens,
   // 1/sqrt(eps), a thousandfold gain.
   words.resize(tokens, "<pad>");
   std::vector<float> text;
-  text.reserve(tokens * dim);
   for (const std::string& word : words)  // which decides its vector
     for (size_t i = 0; i < dim; ++i)
       text.push_back(static_cast<float>(gaussian(fnv1a(word), 0, i)));
@@ -321,11 +320,10 @@ struct PassedOver {
   // A file; or all files in a folder, but not behind links in it, which may lead anywhere.
   void add(const fs::path& path, const char* reason) {
     std::error_code error;
-    if (!fs::is_symlink(path, error) && fs::is_directory(path, error)) {
+    if (fs::is_directory(fs::symlink_status(path, error)))
       for (const auto& entry : fs::directory_iterator(path, error)) add(entry.path(), reason);
-      return;
-    }
-    files += reasons[reason].insert(path.lexically_relative(folder)).second;
+    else
+      files += reasons[reason].insert(path.lexically_relative(folder)).second;
   }
 
   // ", 3 files passed over (2 not PNG, as cat/notes.txt; 1 hidden, as .DS_Store)", or nothing.

@@ -605,21 +605,19 @@ inline void check_output(const Subcommand& sub, const GivenOptions& given) {
 // ---------------------------------------------------------------------------------------------
 // 4. The options
 
-// The names of all merges' gates, each once; and where the gates of a name start, by merge.
-inline std::set<std::string> gate_names() {
-  std::set<std::string> names;
-  for (const Residual& residual : residuals)
-    for (const Gate& gate : about(residual.ffn).gates) names.insert(gate.name);
-  return names;
-}
-inline std::string starts_of(const std::string& name) {
-  std::string text;
+// Where the gates of a name start, by merge; and the names.
+inline std::map<std::string, Words> gate_starts() {
+  std::map<std::string, Words> starts;
   Merges::each([&](auto m) {
     for (const Gate& gate : decltype(m)::gates)
-      if (gate.name == name)
-        text += (text.empty() ? "" : ", ") + (decltype(m)::name + (" " + shortest(gate.start)));
+      starts[gate.name].push_back(decltype(m)::name + (" " + shortest(gate.start)));
   });
-  return text;
+  return starts;
+}
+inline std::set<std::string> gate_names() {
+  std::set<std::string> names;
+  for (const auto& gate : gate_starts()) names.insert(gate.first);
+  return names;
 }
 
 // The sizes of a network; those of the data are for the subcommands that have none.
@@ -633,8 +631,8 @@ inline void add_model_options(Subcommand& sub, Config& m) {
   sub.add("residual", m.residual, join_list(names_of(residuals)));
   sub.add("means", m.means,
           "that MV-Split takes: segment, of image and of text tokens; global, of all");
-  for (const std::string& name : gate_names())
-    sub.add(name, m.gates[name], "where this gate starts: " + starts_of(name));
+  for (const auto& [name, starts] : gate_starts())
+    sub.add(name, m.gates[name], "where this gate starts: " + join_list(starts, ", "));
   sub.add("writer-std", m.writer_std, "W_O and W2 start as N(0, std^2); -1: the mode's own");
   sub.add("final-std", m.final_std, "so does the final projection");
   sub.add_flag("no-patch-bias", m.patch_bias, "no bias in the patch embedding", false);

@@ -174,12 +174,17 @@ const char* dtype_name() {
   return found;
 }
 
-// Bytes of one number of that dtype; 0 if there is no such dtype.
-inline size_t dtype_bytes(const std::string& dtype) {
+// Bytes of a tensor, by default of one number; nothing if 64 bits do not count them, or if there is
+// no such dtype.
+inline std::optional<size_t> tensor_bytes(const std::string& dtype,
+                                          const std::vector<size_t>& shape = {}) {
   size_t bytes = 0;
   each_dtype([&](const char* name, auto x) {
     if (dtype == name) bytes = sizeof x;
   });
+  if (bytes == 0) return {};
+  for (size_t n : shape)
+    if (__builtin_mul_overflow(bytes, n, &bytes)) return {};
   return bytes;
 }
 
@@ -204,16 +209,6 @@ inline std::string printable(const std::string& name) {
                      .dump(-1, ' ', false, json::error_handler_t::replace));
 }
 
-// dtype x shape in bytes, or nothing if that overflows or the dtype is unknown.
-inline std::optional<size_t> tensor_bytes(const std::string& dtype,
-                                          const std::vector<size_t>& shape) {
-  size_t bytes = dtype_bytes(dtype);
-  if (bytes == 0) return {};
-  for (size_t n : shape)
-    if (__builtin_mul_overflow(bytes, n, &bytes)) return {};
-  return bytes;
-}
-
 // ---------------------------------------------------------------------------------------------
 // 3. Reading
 
@@ -231,7 +226,7 @@ struct TensorInfo {
   std::vector<size_t> shape;
   size_t begin, end;  // bytes, from the end of the header
 
-  size_t count() const { return (end - begin) / dtype_bytes(dtype); }
+  size_t count() const { return (end - begin) / *tensor_bytes(dtype); }
 };
 
 // The words of a text between white space.
@@ -477,7 +472,7 @@ class SafetensorsReader {
       if (!good) reject(tensor + ": " + key + " is not a list of non-negative integers");
       return entry[key].get<std::vector<size_t>>();
     };
-    if (!entry["dtype"].is_string() || dtype_bytes(entry["dtype"]) == 0)
+    if (!entry["dtype"].is_string() || !tensor_bytes(entry["dtype"]))
       reject(tensor + " has an unknown dtype, expected F64, F32, F16, BF16, an integer or BOOL");
     std::vector<size_t> shape = sizes("shape"), offsets = sizes("data_offsets");
     if (offsets.size() != 2 || offsets[0] > offsets[1])
