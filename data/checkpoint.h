@@ -179,8 +179,7 @@ void save_tensors(const std::string& path, const Metadata& metadata, const Devic
                   const Table& table, const Stored<Number>&... slabs) {
   SafetensorsWriter file(path, metadata);
   auto declare = [&](const std::string& name, const Parameter& p, auto* from) {
-    file.declare(name, dtype_name<std::remove_const_t<std::remove_pointer_t<decltype(from)>>>(),
-                 p.shape);
+    file.declare(name, dtype_name<std::remove_pointer_t<decltype(from)>>(), p.shape);
   };
   size_t written = ((slabs.slab != nullptr) + ... + 0);
   Progress progress("writing " + visible(path), written * table.parameters.size());

@@ -93,7 +93,10 @@ inline uint64_t hash_data(const Dataset& data) {
 // words nearly orthogonal ones, and that is all a network needs to tell ten captions apart.
 
 // The words of a text between white space, in lower case.
-inline Words words_of(const std::string& text) { return words_in(in_lower_case(text)); }
+inline Words words_of(std::string text) {
+  for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return words_in(text);
+}
 
 // A caption as (tokens, dim): a fixed N(0,1) vector a word, then padding; "" is all padding.
 // Fails if the caption has more words than `tokens`.

@@ -96,8 +96,8 @@ inline void set_aside(const Words& logs) {
 
 // A copy of n numbers of a device.
 template <class Number>
-std::vector<std::remove_const_t<Number>> downloaded(const Device& device, Number* from, size_t n) {
-  std::vector<std::remove_const_t<Number>> host(n);
+std::vector<Number> downloaded(const Device& device, const Number* from, size_t n) {
+  std::vector<Number> host(n);
   device.download(host.data(), from, n * sizeof(Number));
   return host;
 }
@@ -122,10 +122,9 @@ class CsvLog {
     std::istringstream old(text);
     std::string line, kept = header + "\n", names = header.substr(header.rfind('\n') + 1);
     auto fields = [](const std::string& s) { return std::count(s.begin(), s.end(), ','); };
-    std::pair<unsigned long long, unsigned long long> last{0, ~0ull};  // step, key
+    std::pair<unsigned long long, unsigned long long> last{0, ~0ull}, now;  // step, key
     // A line without its end was cut off, and so may be its last number.
     while (std::getline(old, line) && !old.eof()) {
-      std::pair<unsigned long long, unsigned long long> now;
       int numbers = std::sscanf(line.c_str(), "%llu,%llu", &now.first, &now.second);
       if (keys == 1) now.second = 0;
       bool row = numbers >= keys && fields(line) == fields(names);

@@ -221,11 +221,11 @@ struct Option {
 };
 
 // The shortest text that take() reads as x.
-inline std::string shortest(double x) {
+template <class Number>
+std::string shortest(Number x) {
   char text[32];
   return {text, std::to_chars(text, text + sizeof text, x).ptr};
 }
-inline std::string shortest(size_t x) { return std::to_string(x); }
 inline std::string shortest(const std::string& x) { return x; }
 template <class Number>
 std::string shortest(const std::optional<Number>& x) {

@@ -169,7 +169,7 @@ template <class Number>
 const char* dtype_name() {
   const char* found = "none";
   each_dtype([&](const char* name, auto x) {
-    if (std::is_same_v<Number, decltype(x)>) found = name;
+    if (std::is_same_v<std::remove_const_t<Number>, decltype(x)>) found = name;
   });
   return found;
 }
@@ -235,14 +235,9 @@ inline Words words_in(const std::string& text) {
   return {std::istream_iterator<std::string>(stream), {}};
 }
 
-inline std::string in_lower_case(std::string text) {
-  for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  return text;
-}
-
 // Does the name end so, in small letters or capitals?
-inline bool has_extension(const fs::path& path, const std::string& extension) {
-  return in_lower_case(path.extension()) == extension;
+inline bool has_extension(const fs::path& path, const char* extension) {
+  return strcasecmp(path.extension().c_str(), extension) == 0;
 }
 
 inline bool ends_with(const std::string& text, const std::string& end) {
@@ -414,8 +409,7 @@ class SafetensorsReader {
     } catch (const Json::exception&) {
       reject(what + " is not valid JSON: a number in it is out of range");
     }
-    if (!object.is_object() || text[0] != '{')
-      reject(what + " is not a JSON object that begins with {");
+    if (text[0] != '{') reject(what + " is not a JSON object that begins with {");
     return object;
   }
 
