@@ -139,7 +139,8 @@ inline void require_memory(const std::string& where, const Dataset& data, size_t
 }
 
 // Fills in all that concerns text, one caption a name; see encode_text() for errors.
-inline void set_captions(Captions& data, const Words& names, size_t tokens, size_t dim) {
+inline void set_captions(Captions& data, const Words& names) {
+  constexpr size_t tokens = 8, dim = 64;
   data.captions = names.size(), data.text_tokens = tokens, data.text_dim = dim;
   data.names = names;
   for (const std::string& name : names) {
@@ -197,8 +198,7 @@ inline std::vector<unsigned char> read_idx(const std::string& path,
 // A folder with Fashion-MNIST's four .gz files: 60,000 images to train on, 10,000 to validate on,
 // (N,1,32,32): 28x28 with a black border, so that patches of 2 and of 4 fit. Of others with these
 // names (MNIST's digits) a caption is its label's number, with a note. Fails on a damaged file.
-inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t tokens = 8,
-                                size_t dim = 64) {
+inline Split load_fashion_mnist(const std::string& folder, size_t copies) {
   constexpr size_t side = 28, border = 2, padded = side + 2 * border;
   Split data;
   const std::pair<Dataset&, std::string> parts[] = {{data.train, folder + "/train"},
@@ -232,7 +232,7 @@ inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t
                  visible(folder).c_str());
     for (size_t i = 0; i < names.size(); ++i) names[i] = std::to_string(i);
   }
-  for (const auto& part : parts) set_captions(part.first, names, tokens, dim);
+  for (const auto& part : parts) set_captions(part.first, names);
   return data;
 }
 
@@ -354,8 +354,7 @@ inline std::set<std::pair<std::string, fs::path>> sorted_entries(const fs::path&
 
 // PNG images of one size in sub-folders named by their captions, as in sneaker/1.png; `passed_over`
 // says what else there is. Fails if there are no images, or if they differ in size or channels.
-inline Dataset load_folder(const std::string& path, std::string* passed_over, size_t copies = 1,
-                           size_t tokens = 8, size_t dim = 64) {
+inline Dataset load_folder(const std::string& path, std::string* passed_over, size_t copies = 1) {
   PassedOver passed{path, 0, {}};
   std::vector<fs::path> files;
   Words names, without;
@@ -386,7 +385,7 @@ inline Dataset load_folder(const std::string& path, std::string* passed_over, si
   if (files.empty())
     fail("%s holds no PNG images in sub-folders named by their captions, as in %s/sneaker/1.png%s",
          path.c_str(), path.c_str(), passed_over->c_str());
-  set_captions(data, names, tokens, dim);
+  set_captions(data, names);
   std::map<Words, std::string> known = {{{}, "no caption"}};
   for (const std::string& name : names) {
     auto [other, is_new] = known.emplace(words_of(caption_of(name)), name);

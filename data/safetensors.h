@@ -401,16 +401,15 @@ class SafetensorsReader {
         reject(what + " has " + printable(value) + " twice");
       return true;
     };
-    Json object;
     try {
-      object = Json::parse(text, watch);
+      Json object = Json::parse(text, watch);
+      if (text[0] == '{') return object;
     } catch (const Json::parse_error& error) {
       reject(what + " is not valid JSON at its byte " + std::to_string(error.byte));
     } catch (const Json::exception&) {
       reject(what + " is not valid JSON: a number in it is out of range");
     }
-    if (text[0] != '{') reject(what + " is not a JSON object that begins with {");
-    return object;
+    reject(what + " is not a JSON object that begins with {");
   }
 
   // Opens the files of an index of `size` bytes. What each says of itself must not contradict.

@@ -919,7 +919,7 @@ class IdxTest : public DataTest {
 
 TEST_F(IdxTest, ReadsAndPads) {
   testing::internal::CaptureStderr();
-  Dataset data = load_fashion_mnist(folder(images_, labels_), 1, 8, 16).train;
+  Dataset data = load_fashion_mnist(folder(images_, labels_), 1).train;
   EXPECT_EQ(
       testing::internal::GetCapturedStderr(),
       "note: " + at("idx") + " has other labels than Fashion-MNIST: its captions are 0 to 9\n");
@@ -934,12 +934,12 @@ TEST_F(IdxTest, ReadsAndPads) {
     ASSERT_EQ(data.pixels[i], inside ? (source * 7 % 256) / 127.5f - 1 : -1) << i;
   }
   EXPECT_EQ(data.captions, 10u);
-  ASSERT_EQ(data.text.size(), 10u * 8 * 16);
-  EXPECT_EQ(std::vector<float>(data.text.begin() + 7 * 128, data.text.begin() + 8 * 128),
-            encode_text("a photo of a 7", 8, 16))
+  ASSERT_EQ(data.text.size(), 10u * 8 * 64);
+  EXPECT_EQ(std::vector<float>(data.text.begin() + 7 * 512, data.text.begin() + 8 * 512),
+            encode_text("a photo of a 7", 8, 64))
       << "not a sneaker: this is not Fashion-MNIST";
   EXPECT_EQ(data.names[9], "9");
-  EXPECT_EQ(data.empty_text, encode_text("", 8, 16));
+  EXPECT_EQ(data.empty_text, encode_text("", 8, 64));
   Loaded loaded = load(at("idx"));
   EXPECT_EQ(loaded.out, "4 images of 1x32x32, 10 captions, 2 held out\n");
   EXPECT_EQ(loaded.data.train.text_dim, 64u);
@@ -1252,7 +1252,7 @@ TEST_F(FolderTest, LoadsPicturesInOrder) {
   picture("images/sneaker/10.png", level(10), 3);
   picture("images/ankle boot/1.png", level(1), 3);
   std::string passed_over;
-  Dataset data = load_folder(at("images"), &passed_over, 1, 8, 16);
+  Dataset data = load_folder(at("images"), &passed_over);
   EXPECT_EQ(passed_over, "");
   EXPECT_EQ(data.images, 3u);
   EXPECT_EQ(std::vector<size_t>({data.channels, data.height, data.width}),
@@ -1263,9 +1263,9 @@ TEST_F(FolderTest, LoadsPicturesInOrder) {
   const size_t levels[] = {1, 10, 20};
   for (size_t i = 0; i < data.pixels.size(); ++i)
     ASSERT_NEAR(data.pixels[i], level(levels[i / 48]), 1e-6) << i;
-  EXPECT_EQ(std::vector<float>(data.text.begin(), data.text.begin() + 8 * 16),
-            encode_text("a photo of an ankle boot", 8, 16));
-  Dataset sizes = load_folder(at("images"), &passed_over, 0, 8, 16);
+  EXPECT_EQ(std::vector<float>(data.text.begin(), data.text.begin() + 8 * 64),
+            encode_text("a photo of an ankle boot", 8, 64));
+  Dataset sizes = load_folder(at("images"), &passed_over, 0);
   EXPECT_EQ(std::pair(sizes.images, sizes.image_size()), std::pair(size_t(3), size_t(48)));
   EXPECT_TRUE(sizes.pixels.empty());
 
