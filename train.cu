@@ -1466,9 +1466,9 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   double limit = memory_limit(device);
   if (o.memory > 0) limit = std::min(limit, 1e9 * o.memory);
   std::string saved = o.out + "/state.safetensors";
-  std::unique_ptr<OwnFolder> own;  // from before its state is looked at
+  File own{nullptr, std::fclose};  // from before its state is looked at
   std::error_code error;
-  if (std::filesystem::is_directory(o.out, error)) own = std::make_unique<OwnFolder>(o.out);
+  if (std::filesystem::is_directory(o.out, error)) own = own_folder(o.out);
   bool resumed = o.resume && std::filesystem::exists(saved);
   if (resumed) {
     SafetensorsReader file(saved);
@@ -1481,7 +1481,7 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
     o.ini = ini_of(asked, machine, choice.state());
   std::filesystem::create_directories(o.out, error);
   if (error) fail("cannot create %s: %s", o.out.c_str(), error.message().c_str());
-  if (!own) own = std::make_unique<OwnFolder>(o.out);
+  if (!own) own = own_folder(o.out);
   refuse_to_overwrite(o);
   print_plan<Real>(job, choice);
   if constexpr (std::is_same_v<Real, bf16>)
@@ -1549,7 +1549,7 @@ int sample(Device& device, const SampleOptions& o) {
   auto said = [&](const char* key) { return file.metadata().count(key) > 0; };
   Config m;
   m.height = m.image_width = o.size.value_or(32), m.text_tokens = o.text_tokens.value_or(8);
-  Assumed assumed = read_config(file, o.weights, m, o.heads, o.norm_eps);
+  Words assumed = read_config(file, o.weights, m, o.heads, o.norm_eps);
   if (o.size && (*o.size != m.height || *o.size != m.image_width))
     fail("--size %zu: %s says that its images are %zux%zu", *o.size, o.weights.c_str(), m.height,
          m.image_width);
@@ -1560,21 +1560,21 @@ int sample(Device& device, const SampleOptions& o) {
   if (!(shift > 0) || !std::isfinite(shift) || !std::isfinite(o.guidance))
     fail("the time shift must be positive and --cfg finite, not %g and %g", shift, o.guidance);
   if (!o.size && !(said("height") && said("image_width")))
-    assumed.add("images of " + std::to_string(m.height) + "x" + std::to_string(m.image_width) +
-                " (--size)");
+    assumed.push_back("images of " + std::to_string(m.height) + "x" +
+                      std::to_string(m.image_width) + " (--size)");
   Dataset data;
   if (!o.data.empty()) data = load_captions(o.data);
   bool text_alone = !o.data.empty() && data.images == 0;  // of any length
   if (!o.data.empty() && !o.text_tokens && (text_alone || !said("text_tokens")))
     m.text_tokens = data.text_tokens, m.check();
   else if (!o.text_tokens && !said("text_tokens"))
-    assumed.add(std::to_string(m.text_tokens) + " text tokens (--text-tokens)");
+    assumed.push_back(std::to_string(m.text_tokens) + " text tokens (--text-tokens)");
   auto captions = file.metadata().find("captions");
   if (o.data.empty() && captions != file.metadata().end() && captions->second == "file")
     fail("%s was trained on captions from a file: name it with --data, and give --prompt a number",
          o.weights.c_str());
   Captions prompts = prompt_text(o, m, std::move(data));
-  assumed.note(o.weights);
+  note_assumed(o.weights, assumed);
   size_t rows = o.prompts.size(), n = rows * o.columns, scale = grid_scale(m.height, m.image_width);
   // Better refused now than after the work.
   Grid grid{rows, o.columns, m.channels, m.height, m.image_width, scale, prompts.names};
@@ -1618,7 +1618,7 @@ int forward(Device& device, const ForwardOptions& o) {
     m.height = z->shape[2], m.image_width = z->shape[3], m.text_tokens = text->shape[1];
   };
   fit_to_inputs();
-  read_config(weights, o.weights, m, o.heads, o.norm_eps).note(o.weights);
+  note_assumed(o.weights, read_config(weights, o.weights, m, o.heads, o.norm_eps));
   fit_to_inputs();  // whatever the weights were trained on
   m.check();
   std::vector<size_t> image{b, m.channels, m.height, m.image_width};
@@ -1664,10 +1664,10 @@ int validate(Device& device, const ValidateOptions& o) {
     fail("--images %zu: %s has %zu held-out images", N, o.data.c_str(), held_out.images);
   Config m;
   fit_to_data(m, held_out);
-  Assumed assumed = read_config(file, o.weights, m, o.heads, o.norm_eps);
+  Words assumed = read_config(file, o.weights, m, o.heads, o.norm_eps);
   double shift = read_time_shift(file, o.weights, o.time_shift, assumed);
   if (!(shift > 0)) fail("the time shift must be positive, not %g", shift);
-  assumed.note(o.weights);
+  note_assumed(o.weights, assumed);
   require_fit(o.data, held_out, o.weights, m);
   SafeFile out(o.out);  // better refused now than after the work
   Network<Real> net(device, m, std::min(N, o.batch), 0, false);
@@ -2047,7 +2047,7 @@ int probe(Device& device, const ProbeOptions& o) {
   Dataset data = probe_images(o);
   Config m;
   fit_to_data(m, data);
-  read_config(file, o.weights, m, o.heads, o.norm_eps).note(o.weights);
+  note_assumed(o.weights, read_config(file, o.weights, m, o.heads, o.norm_eps));
   require_fit(o.data, data, o.weights, m);
   std::vector<size_t> layers = chosen_layers("--layers", o.layers, m.depth);
   double bytes = double(layers.size() * 3 * data.images * m.width * sizeof(AccOf<Real>));
@@ -2114,8 +2114,8 @@ inline int command(int argc, const char* const* argv) {
     GivenOptions given = line.given;  // the words win
     if (given.count("config")) given.merge(read_ini(given["config"].texts[0], all)[line.sub->name]);
     Words missing;
-    for (const Option& o : line.sub->options)
-      if (o.required && !given.count(o.name)) missing.push_back("--" + o.name);
+    for (const std::string& name : line.sub->required)
+      if (!given.count(name)) missing.push_back("--" + name);
     if (!missing.empty())
       fail("%s needs %s", line.sub->name.c_str(), join_list(missing, " and ").c_str());
     set_options(*line.sub, given);
@@ -2153,7 +2153,8 @@ inline int command(int argc, const char* const* argv) {
       if (!o.weights.empty()) {
         std::optional<size_t> heads;
         if (given.count("heads")) heads = o.model.heads;
-        read_config(SafetensorsReader(o.weights), o.weights, o.model, heads).note(o.weights);
+        note_assumed(o.weights,
+                     read_config(SafetensorsReader(o.weights), o.weights, o.model, heads));
         set_options(*line.sub, given);  // a smaller image, say
       }
       return gradcheck(device, o);

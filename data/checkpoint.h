@@ -76,27 +76,21 @@ inline double finite_number(const std::string& text, const std::string& what) {
   return *value;
 }
 
-// What neither a file nor a flag says, and what it is taken to be.
-struct Assumed {
-  std::string list;
-
-  void add(const std::string& what) { list += (list.empty() ? "" : ", ") + what; }
-  // On stderr, for a wrong guess would go unnoticed.
-  void note(const std::string& path) const {
-    if (!list.empty())
-      std::fprintf(stderr, "note: the metadata of %s does not say all: taken are %s\n",
-                   visible(path).c_str(), list.c_str());
-  }
-};
+// Tells what neither a file nor a flag says, and what it is taken to be. On stderr: a wrong guess
+// would go unnoticed.
+inline void note_assumed(const std::string& path, const Words& assumed) {
+  if (!assumed.empty())
+    std::fprintf(stderr, "note: the metadata of %s does not say all: taken are %s\n",
+                 visible(path).c_str(), join_list(assumed, ", ").c_str());
+}
 
 // The configuration of a weights file: sizes from the shapes, the rest from its metadata where it
 // has any. Image and text tokens stay as in `c` if the file is silent. So do means and norm_eps,
 // and the residual is guessed from the tensors' names, where they leave it open as in `c`; the
 // answer tells. `heads`, which change what is computed and no shape, are never guessed: fails if
-// the file is silent too, or says otherwise.
-// `norm_eps`, if any, is taken whatever the file says.
-inline Assumed read_config(const SafetensorsReader& file, const std::string& path, Config& c,
-                           std::optional<size_t> heads = {}, std::optional<double> norm_eps = {}) {
+// the file is silent too, or says otherwise. `norm_eps`, if any, is taken whatever the file says.
+inline Words read_config(const SafetensorsReader& file, const std::string& path, Config& c,
+                         std::optional<size_t> heads = {}, std::optional<double> norm_eps = {}) {
   auto shape = [&](const std::string& name, size_t rank) {
     const TensorInfo* t = file.find(name);
     if (!t || t->shape.size() != rank)
@@ -146,20 +140,20 @@ inline Assumed read_config(const SafetensorsReader& file, const std::string& pat
     c.norm_eps = finite_number(m.at("norm_eps"), path + ": metadata norm_eps");
   if (norm_eps) c.norm_eps = *norm_eps;
   c.check();
-  Assumed assumed;
-  if (!m.count("residual")) assumed.add("residual " + c.residual);
-  if (!m.count("means")) assumed.add("means " + c.means);
-  if (!norm_eps && !m.count("norm_eps")) assumed.add(text_of("norm_eps %g", c.norm_eps));
+  Words assumed;
+  if (!m.count("residual")) assumed.push_back("residual " + c.residual);
+  if (!m.count("means")) assumed.push_back("means " + c.means);
+  if (!norm_eps && !m.count("norm_eps")) assumed.push_back(text_of("norm_eps %g", c.norm_eps));
   return assumed;
 }
 
 // The time shift that is asked for, else what the network of the file was trained with.
 inline double read_time_shift(const SafetensorsReader& file, const std::string& path,
-                              std::optional<double> asked, Assumed& assumed) {
+                              std::optional<double> asked, Words& assumed) {
   if (asked) return *asked;
   auto at = file.metadata().find("time_shift");
   if (at != file.metadata().end()) return finite_number(at->second, path + ": metadata time_shift");
-  assumed.add("time shift 1 (the author's released model has 4: --time-shift)");
+  assumed.push_back("time shift 1 (the author's released model has 4: --time-shift)");
   return 1;
 }
 
@@ -185,8 +179,7 @@ void save_tensors(const std::string& path, const Metadata& metadata, const Devic
                   const Table& table, const Stored<Number>&... slabs) {
   SafetensorsWriter file(path, metadata);
   auto declare = [&](const std::string& name, const Parameter& p, auto* from) {
-    file.declare(name, dtype_name<std::remove_const_t<std::remove_pointer_t<decltype(from)>>>(),
-                 p.shape);
+    file.declare(name, dtype_name<std::remove_pointer_t<decltype(from)>>(), p.shape);
   };
   size_t written = ((slabs.slab != nullptr) + ... + 0);
   Progress progress("writing " + visible(path), written * table.parameters.size());
@@ -217,20 +210,18 @@ template <class... Number>
 void load_tensors(const SafetensorsReader& file, const std::string& path, const Device& device,
                   const Table& table, const Stored<Number>&... slabs) {
   Progress progress("reading " + visible(path), file.tensors().size());
-  auto read = [&](const TensorInfo& tensor, auto& host) {
+  auto read = [&](const TensorInfo& tensor, auto number) {
     progress.advance(1);
-    host.resize(tensor.count());
-    file.read(tensor, host.data(), 0, host.size());
+    auto host = file.read<decltype(number)>(tensor);
     for (auto x : host)
       if (!std::isfinite(double(x)))
         fail("%s: tensor %s holds NaN or infinity", path.c_str(), tensor.name.c_str());
+    return host;
   };
   std::set<std::string> known;
   for (const TensorInfo& tensor : file.tensors())
     if (is_norm_gain(tensor.name)) {
-      std::vector<double> gains;
-      read(tensor, gains);
-      for (double x : gains)
+      for (double x : read(tensor, double()))
         if (x != 1)
           fail("%s: %s is not all ones, but the norms of this model have no gain", path.c_str(),
                tensor.name.c_str());
@@ -241,8 +232,7 @@ void load_tensors(const SafetensorsReader& file, const std::string& path, const 
     file.require(tensor, p.shape);
   };
   auto load = [&](const std::string& tensor, const Parameter&, auto* to) {
-    std::vector<std::remove_pointer_t<decltype(to)>> host;
-    read(*file.find(tensor), host);
+    auto host = read(*file.find(tensor), std::remove_pointer_t<decltype(to)>());
     device.upload(to, host.data(), host.size() * sizeof(host[0]));
   };
   (slabs.each(table, name), ...);

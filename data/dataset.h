@@ -92,11 +92,11 @@ inline uint64_t hash_data(const Dataset& data) {
 // A stand-in for a large frozen one: it knows nothing, but equal words get equal vectors, different
 // words nearly orthogonal ones, and that is all a network needs to tell ten captions apart.
 
-// The word decides its vector.
-inline uint64_t hash_word(const std::string& word) { return fnv1a(word); }
-
 // The words of a text between white space, in lower case.
-inline Words words_of(const std::string& text) { return words_in(in_lower_case(text)); }
+inline Words words_of(std::string text) {
+  for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return words_in(text);
+}
 
 // A caption as (tokens, dim): a fixed N(0,1) vector a word, then padding; "" is all padding.
 // Fails if the caption has more words than `tokens`.
@@ -109,10 +109,9 @@ inline std::vector<float> encode_text(const std::string& caption, size_t tokens,
   // 1/sqrt(eps), a thousandfold gain.
   words.resize(tokens, "<pad>");
   std::vector<float> text;
-  text.reserve(tokens * dim);
-  for (const std::string& word : words)
+  for (const std::string& word : words)  // which decides its vector
     for (size_t i = 0; i < dim; ++i)
-      text.push_back(static_cast<float>(gaussian(hash_word(word), 0, i)));
+      text.push_back(static_cast<float>(gaussian(fnv1a(word), 0, i)));
   return text;
 }
 
@@ -140,7 +139,8 @@ inline void require_memory(const std::string& where, const Dataset& data, size_t
 }
 
 // Fills in all that concerns text, one caption a name; see encode_text() for errors.
-inline void set_captions(Captions& data, const Words& names, size_t tokens, size_t dim) {
+inline void set_captions(Captions& data, const Words& names) {
+  constexpr size_t tokens = 8, dim = 64;
   data.captions = names.size(), data.text_tokens = tokens, data.text_dim = dim;
   data.names = names;
   for (const std::string& name : names) {
@@ -198,8 +198,7 @@ inline std::vector<unsigned char> read_idx(const std::string& path,
 // A folder with Fashion-MNIST's four .gz files: 60,000 images to train on, 10,000 to validate on,
 // (N,1,32,32): 28x28 with a black border, so that patches of 2 and of 4 fit. Of others with these
 // names (MNIST's digits) a caption is its label's number, with a note. Fails on a damaged file.
-inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t tokens = 8,
-                                size_t dim = 64) {
+inline Split load_fashion_mnist(const std::string& folder, size_t copies) {
   constexpr size_t side = 28, border = 2, padded = side + 2 * border;
   Split data;
   const std::pair<Dataset&, std::string> parts[] = {{data.train, folder + "/train"},
@@ -233,7 +232,7 @@ inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t
                  visible(folder).c_str());
     for (size_t i = 0; i < names.size(); ++i) names[i] = std::to_string(i);
   }
-  for (const auto& part : parts) set_captions(part.first, names, tokens, dim);
+  for (const auto& part : parts) set_captions(part.first, names);
   return data;
 }
 
@@ -244,8 +243,7 @@ inline Split load_fashion_mnist(const std::string& folder, size_t copies, size_t
 template <class Real>
 std::vector<Real> read_finite(const SafetensorsReader& file, const std::string& path,
                               const TensorInfo& tensor) {
-  std::vector<Real> values(tensor.count());
-  file.read(tensor, values.data(), 0, values.size());
+  std::vector<Real> values = file.read<Real>(tensor);
   for (size_t i = 0; i < values.size(); ++i)
     if (!std::isfinite(double(values[i]))) {
       std::vector<size_t> at(tensor.shape.size());
@@ -295,7 +293,7 @@ inline Dataset load_latents(const std::string& path, size_t copies = 1) {
   data.images = latents[0], data.channels = latents[1];
   data.height = latents[2], data.width = latents[3];
   read_text(file, path, data, copies);
-  auto caption = file.read_integers(file.require("caption", {data.images}));
+  auto caption = file.read<int64_t>(file.require("caption", {data.images}));
   for (size_t n = 0; n < caption.size(); ++n)
     if (caption[n] < 0 || caption[n] >= int64_t(data.captions))
       fail("%s: caption[%zu] is %lld, expected 0 to %zu", path.c_str(), n,
@@ -316,32 +314,29 @@ inline std::string counted(size_t n, const std::string& what) {
   return std::to_string(n) + " " + what + (n == 1 ? "" : "s");
 }
 
-// The files that a reader of a folder passes over: how many for each reason, and one of them.
+// The files that a reader of a folder passes over, by reason.
 struct PassedOver {
   fs::path folder;
   size_t files = 0;
-  std::map<std::string, std::pair<size_t, std::string>> reasons;
+  std::map<std::string, std::set<std::string>> reasons;
 
   // A file; or all files in a folder, but not behind links in it, which may lead anywhere.
   void add(const fs::path& path, const char* reason) {
     std::error_code error;
-    if (!fs::is_symlink(path, error) && fs::is_directory(path, error)) {
+    if (fs::is_directory(fs::symlink_status(path, error)))
       for (const auto& entry : fs::directory_iterator(path, error)) add(entry.path(), reason);
-      return;
-    }
-    auto& [count, first] = reasons[reason];
-    std::string name = path.lexically_relative(folder);
-    if (count++ == 0 || name < first) first = name;
-    ++files;
+    else
+      files += reasons[reason].insert(path.lexically_relative(folder)).second;
   }
 
   // ", 3 files passed over (2 not PNG, as cat/notes.txt; 1 hidden, as .DS_Store)", or nothing.
   std::string text() const {
-    std::string all;
+    Words all;
     for (const auto& [reason, found] : reasons)
-      all += (all.empty() ? "" : "; ") + std::to_string(found.first) + " " + reason + ", as " +
-             visible(found.second);
-    return all.empty() ? all : ", " + counted(files, "file") + " passed over (" + all + ")";
+      all.push_back(std::to_string(found.size()) + " " + reason + ", as " +
+                    visible(*found.begin()));
+    if (all.empty()) return "";
+    return ", " + counted(files, "file") + " passed over (" + join_list(all, "; ") + ")";
   }
 };
 
@@ -359,8 +354,7 @@ inline std::set<std::pair<std::string, fs::path>> sorted_entries(const fs::path&
 
 // PNG images of one size in sub-folders named by their captions, as in sneaker/1.png; `passed_over`
 // says what else there is. Fails if there are no images, or if they differ in size or channels.
-inline Dataset load_folder(const std::string& path, std::string* passed_over, size_t copies = 1,
-                           size_t tokens = 8, size_t dim = 64) {
+inline Dataset load_folder(const std::string& path, std::string* passed_over, size_t copies = 1) {
   PassedOver passed{path, 0, {}};
   std::vector<fs::path> files;
   Words names, without;
@@ -391,7 +385,7 @@ inline Dataset load_folder(const std::string& path, std::string* passed_over, si
   if (files.empty())
     fail("%s holds no PNG images in sub-folders named by their captions, as in %s/sneaker/1.png%s",
          path.c_str(), path.c_str(), passed_over->c_str());
-  set_captions(data, names, tokens, dim);
+  set_captions(data, names);
   std::map<Words, std::string> known = {{{}, "no caption"}};
   for (const std::string& name : names) {
     auto [other, is_new] = known.emplace(words_of(caption_of(name)), name);
@@ -417,13 +411,13 @@ inline Dataset load_folder(const std::string& path, std::string* passed_over, si
   return data;
 }
 
-// Takes every 16th image (every N-th of N < 16) out of `data`, to validate on. Where that would
-// leave a caption of words without an image, to be never learned, it takes the last one before that
-// can be spared. (Captions that are numbers may be alike.) If there is none, all stay in `data` as
-// well.
-inline Dataset hold_out(Dataset& data) {
+// Holds every 16th image (every N-th of N < 16) out, to validate on. Where that would leave a
+// caption of words without an image, to be never learned, it takes the last one before that can be
+// spared. (Captions that are numbers may be alike.) If there is none, all are trained on as well.
+inline Split split_off(Dataset all) {
+  Split split{std::move(all), {}, false};
+  Dataset& data = split.train;
   size_t stride = std::min<size_t>(16, data.images), size = data.image_size(), kept = 0;
-  Dataset held_out = without_images(data);
   std::vector<size_t> taken, every;
   std::map<int32_t, size_t> left;
   for (int32_t c : data.caption) ++left[c];
@@ -436,8 +430,9 @@ inline Dataset hold_out(Dataset& data) {
       break;
     }
   }
-  append_images(held_out, data, taken.empty() ? every : taken);
-  if (taken.empty()) return held_out;
+  split.held_out = without_images(data);
+  append_images(split.held_out, data, taken.empty() ? every : taken);
+  split.shared = taken.empty();
   for (size_t n = 0; n < data.images; ++n) {
     if (std::binary_search(taken.begin(), taken.end(), n)) continue;
     if (!data.pixels.empty())
@@ -447,15 +442,6 @@ inline Dataset hold_out(Dataset& data) {
   data.images = kept;
   data.pixels.resize(data.pixels.empty() ? 0 : kept * size);
   data.caption.resize(kept);
-  return held_out;
-}
-
-// `data`, some of it held out.
-inline Split split_off(Dataset data) {
-  Split split{std::move(data), {}, false};
-  size_t all = split.train.images;
-  split.held_out = hold_out(split.train);
-  split.shared = split.train.images == all;
   return split;
 }
 
@@ -470,8 +456,7 @@ struct FashionMnist {  // by its name, or any folder with files of its names
   static constexpr const char* about = "fashion-mnist";  // what --data takes
 
   static bool is_in(const std::string& folder) {
-    std::error_code ignored;
-    return fs::exists(folder + "/train-images-idx3-ubyte.gz", ignored);
+    return access((folder + "/train-images-idx3-ubyte.gz").c_str(), F_OK) == 0;
   }
   static std::string folder(const std::string& where) {
     const std::string fetched = "data/downloads", installed = "/usr/share/datasets/fashion-mnist";
@@ -508,27 +493,15 @@ struct Pictures {
   }
 };
 
-struct DataKind {
-  const char* about;
-  bool (*matches)(const std::string&);
-  Split (*load)(const std::string&, size_t, std::string&);
-};
-template <class Kind>
-constexpr DataKind kind = {Kind::about, Kind::matches, Kind::load};
-
-// The first that matches is it.
-constexpr DataKind data_kinds[] = {kind<FashionMnist>, kind<Latents>, kind<Pictures>};
+template <class F>
+void each_data_kind(const F& f) {
+  f(FashionMnist()), f(Latents()), f(Pictures());
+}
 
 inline std::string about_data() {
-  std::string text;
-  for (const DataKind& kind : data_kinds)
-    text += (text.empty() ? "" : ", ") + std::string(kind.about);
-  return text;
-}
-inline const DataKind& data_kind(const std::string& where) {
-  for (const DataKind& kind : data_kinds)
-    if (kind.matches(where)) return kind;
-  fail("no data at %s: expected %s", where.c_str(), about_data().c_str());
+  Words all;
+  each_data_kind([&](auto kind) { all.push_back(kind.about); });
+  return join_list(all, ", ");
 }
 
 // Loads what is there, and prints a line that says what that is. `copies`: how many of the images
@@ -536,8 +509,14 @@ inline const DataKind& data_kind(const std::string& where) {
 inline Split load_dataset(const std::string& where, size_t copies) {
   Split data;
   std::string passed_over;
+  bool found = false;
   try {
-    data = data_kind(where).load(where, copies, passed_over);
+    each_data_kind([&](auto kind) {
+      if (found || !kind.matches(where)) return;  // the first that matches is it
+      data = kind.load(where, copies, passed_over);
+      found = true;
+    });
+    if (!found) fail("no data at %s: expected %s", where.c_str(), about_data().c_str());
   } catch (const std::bad_alloc&) {  // a limit that Device::available() does not know
     fail("%s does not fit into the memory that this process may take", where.c_str());
   }

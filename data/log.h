@@ -57,20 +57,15 @@ class Progress {
       std::chrono::steady_clock::now() + std::chrono::milliseconds(terminal_ ? 500 : 2000);
 };
 
-// A folder that this process alone writes to, for as long as this lives.
-class OwnFolder {
- public:
-  // Fails if there is no folder, or if another process owns it.
-  explicit OwnFolder(const std::string& path)
-      : folder_(std::fopen(path.c_str(), "re"), std::fclose) {
-    if (!folder_) fail("cannot use the folder %s: %s", path.c_str(), std::strerror(errno));
-    if (!lock_file(fileno(folder_.get())))
-      fail("another process trains in %s: wait for it, or choose another --out", path.c_str());
-  }
-
- private:
-  File folder_;
-};
+// A folder that this process alone writes to, for as long as it is open. Fails if there is no
+// folder, or if another process owns it.
+inline File own_folder(const std::string& path) {
+  File folder(std::fopen(path.c_str(), "re"), std::fclose);
+  if (!folder) fail("cannot use the folder %s: %s", path.c_str(), std::strerror(errno));
+  if (!lock_file(fileno(folder.get())))
+    fail("another process trains in %s: wait for it, or choose another --out", path.c_str());
+  return folder;
+}
 
 // The files in a folder that a run which begins there would write over, or add to as its own.
 inline Words logs_in(const std::string& folder) {
@@ -101,8 +96,8 @@ inline void set_aside(const Words& logs) {
 
 // A copy of n numbers of a device.
 template <class Number>
-std::vector<std::remove_const_t<Number>> downloaded(const Device& device, Number* from, size_t n) {
-  std::vector<std::remove_const_t<Number>> host(n);
+std::vector<Number> downloaded(const Device& device, const Number* from, size_t n) {
+  std::vector<Number> host(n);
   device.download(host.data(), from, n * sizeof(Number));
   return host;
 }
@@ -127,16 +122,13 @@ class CsvLog {
     std::istringstream old(text);
     std::string line, kept = header + "\n", names = header.substr(header.rfind('\n') + 1);
     auto fields = [](const std::string& s) { return std::count(s.begin(), s.end(), ','); };
-    std::pair<unsigned long long, unsigned long long> last{0, ~0ull};  // step, key
+    std::pair<unsigned long long, unsigned long long> last{0, ~0ull}, now;  // step, key
     // A line without its end was cut off, and so may be its last number.
     while (std::getline(old, line) && !old.eof()) {
-      std::pair<unsigned long long, unsigned long long> now;
       int numbers = std::sscanf(line.c_str(), "%llu,%llu", &now.first, &now.second);
       if (keys == 1) now.second = 0;
       bool row = numbers >= keys && fields(line) == fields(names);
-      if (!row || now.first > steps_done || !(last < now)) continue;
-      kept += line + "\n";
-      last = now;
+      if (row && now.first <= steps_done && last < now) kept += line + "\n", last = now;
     }
     last_ = last.first;
     SafeFile file(path);
@@ -187,14 +179,12 @@ inline std::string duration(double seconds) {
 // says; 0 for a card or a type that is not in the table. The names are those that its driver gives.
 template <class Real>
 double peak_flops(const std::string& name) {
-  struct {
-    const char* card;
-    double bf16_tera, fp32_tera;
-  } cards[] = {{"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100 80GB HBM3", 989, 67},
-               {"H200 NVL", 836, 60},  {"H200", 989, 67},     {"A100", 312, 19.5}};
-  for (const auto& c : cards)
-    if (name.find(c.card) != std::string::npos && sizeof(Real) <= 4)
-      return 1e12 * (sizeof(Real) == 2 ? c.bf16_tera : c.fp32_tera);
+  const std::tuple<const char*, double, double> cards[] = {
+      {"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100 80GB HBM3", 989, 67},
+      {"H200 NVL", 836, 60},  {"H200", 989, 67},     {"A100", 312, 19.5}};
+  for (auto [card, bf16_tera, fp32_tera] : cards)
+    if (name.find(card) != std::string::npos && sizeof(Real) <= 4)
+      return 1e12 * (sizeof(Real) == 2 ? bf16_tera : fp32_tera);
   return 0;
 }
 

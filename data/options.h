@@ -171,10 +171,7 @@ constexpr size_t longest_log_every = 924;  // the norms of more steps are not ke
 // Fails unless they are in range. (Numbers that are given are finite.)
 inline void check_options(const TrainOptions& o) {
   o.model.check();
-  struct {
-    bool good;
-    const char* what;
-  } rules[] = {
+  const std::pair<bool, const char*> rules[] = {
       {o.batch >= 1 && o.accumulate >= 1 && o.batch < 1 << 20 && o.accumulate < 1 << 20,
        "--batch and --accumulate must be from 1 to 1,048,575"},
       {o.log_every >= 1 && o.log_every <= longest_log_every, "--log-every must be from 1 to 924"},
@@ -188,8 +185,8 @@ inline void check_options(const TrainOptions& o) {
       {o.diagnose_samples >= 1, "--diagnose-samples must be at least 1"},
       {o.spike_factor == 0 || o.spike_factor > 1, "--spike-factor must be 0 (off) or above 1"},
   };
-  for (const auto& rule : rules)
-    if (!rule.good) fail("%s", rule.what);
+  for (auto [good, what] : rules)
+    if (!good) fail("%s", what);
   Optimizer::each(o.optimizer, [](auto s) {
     if (!s.good) fail("--%s %s", s.flag, s.must);
   });
@@ -223,15 +220,14 @@ struct Option {
   // Take the texts that were given. Returns what was expected where they are something else.
   std::function<std::string(const Words&)> read;
   std::function<std::string()> write;  // what read() takes for the value that it has
-  bool required = false;
 };
 
 // The shortest text that take() reads as x.
-inline std::string shortest(double x) {
+template <class Number>
+std::string shortest(Number x) {
   char text[32];
   return {text, std::to_chars(text, text + sizeof text, x).ptr};
 }
-inline std::string shortest(size_t x) { return std::to_string(x); }
 inline std::string shortest(const std::string& x) { return x; }
 template <class Number>
 std::string shortest(const std::optional<Number>& x) {
@@ -273,12 +269,13 @@ inline Words split_list(const Words& texts) {
 class Subcommand {
  public:
   Subcommand(CLI::App& program, const std::string& name, const std::string& about,
-             const std::set<std::string>& required = {})
-      : name(name), app_(program.add_subcommand(name, about)), required_(required) {
+             const Words& required = {})
+      : name(name), required(required), app_(program.add_subcommand(name, about)) {
     keep({"config", Option::value, [](const Words&) { return ""; }, [] { return ""; }}, "FILE",
          "options from a file: [" + name + "], then depth = 400 and so on");
   }
   std::string name;
+  Words required;  // options
   std::vector<Option> options;
 
   std::string help() const { return app_->help("mvsplit"); }
@@ -313,30 +310,26 @@ class Subcommand {
     options.push_back(
         {option, Option::flag, read, [=, &x] { return x == meaning ? "true" : "false"; }});
   }
-  // A list: set or vector of words.
+  // A list of words; of kind `many`, of texts. x is a set or a vector.
   template <class Container>
-  void add_list(const char* option, Container& x, const std::string& about) {
-    auto read = [&](const Words& texts) {
-      Words words = split_list(texts);
-      x = Container(words.begin(), words.end());
+  void add_list(const char* option, Container& x, const std::string& about,
+                Option::Kind kind = Option::list) {
+    auto read = [=, &x](const Words& texts) {
+      const Words all = kind == Option::list ? split_list(texts) : texts;
+      x = Container(all.begin(), all.end());
       return "";
     };
-    keep({option, Option::list, read, [&] { return join_list(x); }}, "TEXT,...", about);
-  }
-  // A text each time that it is given.
-  void add_many(const char* option, Words& x, const char* about) {
-    auto read = [&](const Words& texts) { return x = texts, ""; };
-    keep({option, Option::many, read, [] { return ""; }}, "TEXT ...", about);
+    const char* type = kind == Option::list ? "TEXT,..." : "TEXT ...";
+    keep({option, kind, read, [&] { return join_list(x); }}, type, about);
   }
 
  private:
   CLI::App* app_;
-  std::set<std::string> required_;
 
-  void keep(Option o, const char* type, const std::string& about) {
-    o.required = required_.count(o.name);
+  void keep(const Option& o, const char* type, const std::string& about) {
     auto* shown = app_->add_option("--" + o.name, CLI::callback_t(), about);
-    shown->type_name(type)->default_str(o.write())->required(o.required);
+    shown->type_name(type)->default_str(o.write());
+    shown->required(std::count(required.begin(), required.end(), o.name));
     options.push_back(o);
   }
 };
@@ -614,21 +607,19 @@ inline void check_output(const Subcommand& sub, const GivenOptions& given) {
 // ---------------------------------------------------------------------------------------------
 // 4. The options
 
-// The names of all merges' gates, each once; and where the gates of a name start, by merge.
-inline Words gate_names() {
-  std::set<std::string> names;
-  for (const Residual& residual : residuals)
-    for (const Gate& gate : about(residual.ffn).gates) names.insert(gate.name);
-  return {names.begin(), names.end()};
-}
-inline std::string starts_of(const std::string& name) {
-  std::string text;
+// Where the gates of a name start, by merge; and the names.
+inline std::map<std::string, Words> gate_starts() {
+  std::map<std::string, Words> starts;
   Merges::each([&](auto m) {
     for (const Gate& gate : decltype(m)::gates)
-      if (gate.name == name)
-        text += (text.empty() ? "" : ", ") + (decltype(m)::name + (" " + shortest(gate.start)));
+      starts[gate.name].push_back(decltype(m)::name + (" " + shortest(gate.start)));
   });
-  return text;
+  return starts;
+}
+inline std::set<std::string> gate_names() {
+  std::set<std::string> names;
+  for (const auto& gate : gate_starts()) names.insert(gate.first);
+  return names;
 }
 
 // The sizes of a network; those of the data are for the subcommands that have none.
@@ -639,13 +630,11 @@ inline void add_sizes(Subcommand& sub, Config& m, bool of_data) {
 
 inline void add_model_options(Subcommand& sub, Config& m) {
   add_sizes(sub, m, false);
-  Words modes;
-  for (const Residual& residual : residuals) modes.push_back(residual.name);
-  sub.add("residual", m.residual, join_list(modes));
+  sub.add("residual", m.residual, join_list(names_of(residuals)));
   sub.add("means", m.means,
           "that MV-Split takes: segment, of image and of text tokens; global, of all");
-  for (const std::string& name : gate_names())
-    sub.add(name, m.gates[name], "where this gate starts: " + starts_of(name));
+  for (const auto& [name, starts] : gate_starts())
+    sub.add(name, m.gates[name], "where this gate starts: " + join_list(starts, ", "));
   sub.add("writer-std", m.writer_std, "W_O and W2 start as N(0, std^2); -1: the mode's own");
   sub.add("final-std", m.final_std, "so does the final projection");
   sub.add_flag("no-patch-bias", m.patch_bias, "no bias in the patch embedding", false);
@@ -716,7 +705,8 @@ inline void add_weights(Subcommand& sub, WeightsOptions& o) {
 inline Subcommand add_sample(CLI::App& app, SampleOptions& o, Machine& machine) {
   Subcommand sub(app, "sample", "draw images, a row a prompt", {"weights", "prompt"});
   add_weights(sub, o);
-  sub.add_many("prompt", o.prompts, "what to draw; with --data, a caption's words or number");
+  sub.add_list("prompt", o.prompts, "what to draw; with --data, a caption's words or number",
+               Option::many);
   sub.add("data", o.data, "captions' data set, or a .safetensors that holds only text");
   sub.add("out", o.out, ".png, or .safetensors for raw numbers");
   sub.add("columns", o.columns, "images of a row", 1, 1000);
@@ -808,8 +798,7 @@ inline Subcommand add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Mac
 
 // Does an option say where drawn parameters start?
 inline bool is_start(const std::string& option) {
-  const Words gates = gate_names();
-  return std::count(gates.begin(), gates.end(), option) || ends_with(option, "-std");
+  return gate_names().count(option) || ends_with(option, "-std");
 }
 
 // Is an option of train kept with the run? All but where the run is, and starts that it has not.
@@ -881,7 +870,7 @@ inline void set_by_weights(const Subcommand& train, const GivenOptions& given, T
   const SafetensorsReader file(o.weights);
   std::optional<size_t> heads;
   if (given.count("heads") && !file.metadata().count("heads")) heads = o.model.heads;
-  Assumed assumed = read_config(file, o.weights, o.model, heads);
+  Words assumed = read_config(file, o.weights, o.model, heads);
   if (!given.count("time-shift")) o.time_shift = read_time_shift(file, o.weights, {}, assumed);
   auto tensors = [&](Config c, const std::string& residual) {
     c.depth = 1, c.residual = residual;
@@ -900,5 +889,5 @@ inline void set_by_weights(const Subcommand& train, const GivenOptions& given, T
     option->read({now});
   }
   if (!others.empty()) fail("--weights %s has %s", o.weights.c_str(), others.c_str());
-  assumed.note(o.weights);
+  note_assumed(o.weights, assumed);
 }

@@ -103,8 +103,7 @@ inline void write_png_grid(const std::string& path, const float* images, const G
       for (size_t c = 0; c < colors; ++c) {
         float v = image[(c * H + h) * W + w];
         v = v > -1 ? std::min(v, 1.0f) : -1;
-        picture[y * row_bytes + x * colors + c] =
-            static_cast<unsigned char>((v + 1) * 127.5f + 0.5f);
+        picture[y * row_bytes + x * colors + c] = uint8_t((v + 1) * 127.5f + 0.5f);
       }
     }
   for (size_t row = 0; row < g.labels.size(); ++row) {

@@ -48,27 +48,23 @@ inline bool lock_file(int descriptor) {
 class SafeFile {
  public:
   // Opens PATH.tmp; fails if another process writes there, or if fewer than `bytes` are free.
-  explicit SafeFile(const std::string& path, uint64_t bytes = 0)
-      : path_(path), temporary_(path + ".tmp") {
-    // A rename would replace a device such as /dev/null by a plain file.
+  explicit SafeFile(const std::string& path, uint64_t bytes = 0) : path_(path) {
     std::error_code error;
-    if (fs::is_symlink(path, error)) {  // the link stays, what it leads to is replaced
-      path_ = fs::weakly_canonical(path, error);
-      temporary_ = path_ + ".tmp";
-    }
+    // The link stays, what it leads to is replaced.
+    if (fs::is_symlink(path, error)) path_ = fs::weakly_canonical(path, error);
+    temporary_ = path_ + ".tmp";
+    // A rename would replace a device such as /dev/null by a plain file.
     if (fs::exists(path, error) && !fs::is_regular_file(path, error))
       fail("cannot write %s: it exists and is not a regular file", path.c_str());
     open_temporary();
     auto available = fs::space(temporary_, error).available;
     if (!error && available < bytes) {
       abandon();
-      fail("cannot write %s: it needs %llu bytes and the disk has %llu available", path.c_str(),
-           static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(available));
+      fail("cannot write %s: it needs %zu bytes and the disk has %zu available", path.c_str(),
+           size_t(bytes), size_t(available));
     }
   }
   ~SafeFile() { abandon(); }
-  SafeFile(const SafeFile&) = delete;
-  SafeFile& operator=(const SafeFile&) = delete;
 
   // Appends `bytes` bytes; fails if the disk does not take them.
   void write(const void* data, size_t bytes) {
@@ -80,12 +76,10 @@ class SafeFile {
   // Makes the file appear under its name, after its bytes have reached the disk.
   void commit() {
     if (!file_) fail("cannot write %s: it is closed already", path_.c_str());
-    if (std::fflush(file_.get()) != 0 || fsync(fileno(file_.get())) != 0) give_up(errno);
-    if (std::fclose(file_.release()) != 0 || std::rename(temporary_.c_str(), path_.c_str()) != 0) {
-      int reason = errno;
-      std::remove(temporary_.c_str());
-      give_up(reason);
-    }
+    if (std::fflush(file_.get()) != 0 || fsync(fileno(file_.get())) != 0 ||
+        std::rename(temporary_.c_str(), path_.c_str()) != 0)
+      give_up(errno);
+    file_.reset();
     flush_directory();
   }
 
@@ -161,13 +155,13 @@ template <class Number>
 constexpr bool is_floating =
     std::is_floating_point_v<Number> || std::is_same_v<Number, f16> || std::is_same_v<Number, bf16>;
 
-// Call f(name, number) for the dtypes until it returns true.
+// Call f(name, number) for each dtype.
 template <class F>
-bool each_dtype(const F& f) {
-  return f("F64", double()) || f("F32", float()) || f("F16", f16()) || f("BF16", bf16()) ||
-         f("I64", int64_t()) || f("I32", int32_t()) || f("I16", int16_t()) || f("I8", int8_t()) ||
-         f("U64", uint64_t()) || f("U32", uint32_t()) || f("U16", uint16_t()) ||
-         f("U8", uint8_t()) || f("BOOL", bool8());
+void each_dtype(const F& f) {
+  f("F64", double()), f("F32", float()), f("F16", f16()), f("BF16", bf16());
+  f("I64", int64_t()), f("I32", int32_t()), f("I16", int16_t()), f("I8", int8_t());
+  f("U64", uint64_t()), f("U32", uint32_t()), f("U16", uint16_t()), f("U8", uint8_t());
+  f("BOOL", bool8());
 }
 
 // The safetensors name of Number: dtype_name<float>() is "F32".
@@ -175,18 +169,22 @@ template <class Number>
 const char* dtype_name() {
   const char* found = "none";
   each_dtype([&](const char* name, auto x) {
-    return std::is_same_v<Number, decltype(x)> && (found = name);
+    if (std::is_same_v<std::remove_const_t<Number>, decltype(x)>) found = name;
   });
   return found;
 }
 
-// Bytes of one number of that dtype; 0 if there is no such dtype.
-inline size_t dtype_bytes(const std::string& dtype) {
+// Bytes of a tensor, by default of one number; nothing if 64 bits do not count them, or if there is
+// no such dtype.
+inline std::optional<size_t> tensor_bytes(const std::string& dtype,
+                                          const std::vector<size_t>& shape = {}) {
   size_t bytes = 0;
   each_dtype([&](const char* name, auto x) {
     if (dtype == name) bytes = sizeof x;
-    return bytes > 0;
   });
+  if (bytes == 0) return {};
+  for (size_t n : shape)
+    if (__builtin_mul_overflow(bytes, n, &bytes)) return {};
   return bytes;
 }
 
@@ -211,16 +209,6 @@ inline std::string printable(const std::string& name) {
                      .dump(-1, ' ', false, json::error_handler_t::replace));
 }
 
-// dtype x shape in bytes, or nothing if that overflows or the dtype is unknown.
-inline std::optional<size_t> tensor_bytes(const std::string& dtype,
-                                          const std::vector<size_t>& shape) {
-  size_t bytes = dtype_bytes(dtype);
-  if (bytes == 0) return {};
-  for (size_t n : shape)
-    if (__builtin_mul_overflow(bytes, n, &bytes)) return {};
-  return bytes;
-}
-
 // ---------------------------------------------------------------------------------------------
 // 3. Reading
 
@@ -238,7 +226,7 @@ struct TensorInfo {
   std::vector<size_t> shape;
   size_t begin, end;  // bytes, from the end of the header
 
-  size_t count() const { return (end - begin) / dtype_bytes(dtype); }
+  size_t count() const { return (end - begin) / *tensor_bytes(dtype); }
 };
 
 // The words of a text between white space.
@@ -247,14 +235,9 @@ inline Words words_in(const std::string& text) {
   return {std::istream_iterator<std::string>(stream), {}};
 }
 
-inline std::string in_lower_case(std::string text) {
-  for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  return text;
-}
-
 // Does the name end so, in small letters or capitals?
-inline bool has_extension(const fs::path& path, const std::string& extension) {
-  return in_lower_case(path.extension()) == extension;
+inline bool has_extension(const fs::path& path, const char* extension) {
+  return strcasecmp(path.extension().c_str(), extension) == 0;
 }
 
 inline bool ends_with(const std::string& text, const std::string& end) {
@@ -327,15 +310,14 @@ class SafetensorsReader {
     for (const auto& [file, shard] : shards_)
       if (shard->find(tensor.name)) return shard->read(tensor, out, first, count);
     each_dtype([&](const char* name, auto source) {
-      bool found = tensor.dtype == name;
-      if (found) read_as<decltype(source)>(tensor, out, first, count);
-      return found;
+      if (tensor.dtype == name) read_as<decltype(source)>(tensor, out, first, count);
     });
   }
 
-  // All of an integer tensor; fails if it is not one.
-  std::vector<int64_t> read_integers(const TensorInfo& tensor) const {
-    std::vector<int64_t> out(tensor.count());
+  // All of them.
+  template <class Number>
+  std::vector<Number> read(const TensorInfo& tensor) const {
+    std::vector<Number> out(tensor.count());
     read(tensor, out.data(), 0, out.size());
     return out;
   }
@@ -419,17 +401,15 @@ class SafetensorsReader {
         reject(what + " has " + printable(value) + " twice");
       return true;
     };
-    Json object;
     try {
-      object = Json::parse(text, watch);
+      Json object = Json::parse(text, watch);
+      if (text[0] == '{') return object;
     } catch (const Json::parse_error& error) {
       reject(what + " is not valid JSON at its byte " + std::to_string(error.byte));
     } catch (const Json::exception&) {
       reject(what + " is not valid JSON: a number in it is out of range");
     }
-    if (!object.is_object() || text[0] != '{')
-      reject(what + " is not a JSON object that begins with {");
-    return object;
+    reject(what + " is not a JSON object that begins with {");
   }
 
   // Opens the files of an index of `size` bytes. What each says of itself must not contradict.
@@ -485,7 +465,7 @@ class SafetensorsReader {
       if (!good) reject(tensor + ": " + key + " is not a list of non-negative integers");
       return entry[key].get<std::vector<size_t>>();
     };
-    if (!entry["dtype"].is_string() || dtype_bytes(entry["dtype"]) == 0)
+    if (!entry["dtype"].is_string() || !tensor_bytes(entry["dtype"]))
       reject(tensor + " has an unknown dtype, expected F64, F32, F16, BF16, an integer or BOOL");
     std::vector<size_t> shape = sizes("shape"), offsets = sizes("data_offsets");
     if (offsets.size() != 2 || offsets[0] > offsets[1])

@@ -13,12 +13,6 @@
 #include "dataset.h"
 #include "options.h"
 
-// Real as --precision names it.
-template <class Real>
-constexpr const char* precision_name = std::is_same_v<Real, double>  ? "fp64"
-                                       : std::is_same_v<Real, float> ? "fp32"
-                                                                     : "bf16";
-
 // What must be the same for a resumed run to be the same run. Not the optimiser's settings: a run
 // may go on at another learning rate, with bits that are not those of an unbroken one.
 template <class Real>
@@ -29,7 +23,8 @@ Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, si
   m["seed"] = std::to_string(o.seed), m["data_hash"] = std::to_string(data_hash);
   m["val_images"] = std::to_string(val_images);
   m["val_images_hash"] = std::to_string(val_images_hash);
-  m["precision"] = precision_name<Real>, m["state"] = lean ? "lean" : "fp32";
+  m["precision"] = sizeof(Real) == 8 ? "fp64" : sizeof(Real) == 4 ? "fp32" : "bf16";
+  m["state"] = lean ? "lean" : "fp32";
   m["dropout"] = exact(o.dropout), m["ema"] = exact(o.ema);
   m["fix"] = o.model.fix.empty() ? "nothing" : join_list(o.model.fix);
   // Where it began: what has been learned since then hides it.
@@ -62,23 +57,20 @@ void with_state(Trainer& t, const F& f) {
 // average, ema.safetensors.
 template <class Trainer>
 void save_run(Trainer& t) {
-  std::string dir = t.o.out + "/";
   Metadata about = describe(t.o.model, t.o.time_shift),
            state = describe_state<typename Trainer::Number>(t.o, t.lean, t.data_hash,
                                                             t.held_out.images, t.validated_hash);
   about["step"] = state["step"] = std::to_string(t.step);
   about["captions"] = t.words ? "words" : "file";
   Optimizer::each(t.o.optimizer, [&](auto s) { state[s.name] = exact(s.value); });
+  auto save = [&](const char* name, const Metadata& metadata, const auto&... slabs) {
+    save_tensors(t.o.out + name, metadata, t.device, t.net.table, slabs...);
+  };
   // State first: a kill in between leaves old weights, which the resumed run writes anew.
   if (t.o.save == "all")
-    with_state(t, [&](auto... slabs) {
-      save_tensors(dir + "state.safetensors", state, t.device, t.net.table, slabs...);
-    });
-  save_tensors(dir + "weights.safetensors", about, t.device, t.net.table,
-               Stored{"", t.net.weights()});
-  if (t.a.average)
-    save_tensors(dir + "ema.safetensors", about, t.device, t.net.table,
-                 Stored{"", t.evaluated_weights()});
+    with_state(t, [&](auto... slabs) { save("/state.safetensors", state, slabs...); });
+  save("/weights.safetensors", about, Stored{"", t.net.weights()});
+  if (t.a.average) save("/ema.safetensors", about, Stored{"", t.evaluated_weights()});
 }
 
 // Fails, naming all differences, if a run with these options would not be the one whose state is in
@@ -98,22 +90,19 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
   std::set<std::string> optional = {"val_images", "val_images_hash", "no_patch_bias",
                                     "writer_std", "final_std",       "weights"};
   for (const Gate& gate : o.model.gates_of_mode()) optional.insert(gate.name);
-  std::string others;
+  Words others;
   for (const auto& [key, value] : describe_state<Real>(o, lean, hashes[0], V, hashes[1])) {
     std::string was =
         optional.count(key) && !file.metadata().count(key) ? value : described(file, path, key);
     if (was == value) continue;
-    others += others.empty() ? "" : ", ";
-    if (key == "data_hash" || key == "val_images_hash")
-      others +=
-          (key == "data_hash" ? "other images or captions than " : "other held-out images than ") +
-          o.data + " has";
-    else
-      others += swapped(key, '_', '-') + " = " + typed(was) + " (now " + typed(value) + ")";
+    others.push_back(key == "data_hash"         ? "other images or captions than " + o.data + " has"
+                     : key == "val_images_hash" ? "other held-out images than " + o.data + " has"
+                                                : swapped(key, '_', '-') + " = " + typed(was) +
+                                                      " (now " + typed(value) + ")");
   }
   if (!others.empty())
     fail("%s was made with %s: resume with the same, or choose another --out", path.c_str(),
-         others.c_str());
+         join_list(others, ", ").c_str());
   auto note = [&](const std::string& name, const std::string& was, const std::string& now) {
     if (was != now)
       std::printf("note: %s was %s and goes on as %s\n", name.c_str(), typed(was).c_str(),
@@ -135,14 +124,10 @@ void begin_with_weights(Trainer& t) {
   auto master = t.a.master;
   auto* average = t.a.average;
   size_t n = t.net.table.size;
-  auto load = [&](auto* to) {
-    load_tensors(SafetensorsReader(t.o.weights), t.o.weights, t.device, t.net.table,
-                 Stored{"", to});
-  };
-  if constexpr (Trainer::lean)
-    load(master.weights), t.device.fill(master.own, 0, n * sizeof(*master.own));
-  else
-    load(master.own);
+  load_tensors(SafetensorsReader(t.o.weights), t.o.weights, t.device, t.net.table,
+               Stored{"", t.lean ? master.weights : nullptr},
+               Stored{"", t.lean ? nullptr : master.own});
+  if (t.lean) t.device.fill(master.own, 0, n * sizeof(*master.own));
   if (average)
     for_each(t.device, n / 4, [=] HD(size_t i) { store(average + 4 * i, master.get(4 * i)); });
   t.set_step(0);

@@ -251,7 +251,7 @@ TEST_F(DataTest, NamesShapesKindsAndRangesAreChecked) {
   EXPECT_ERROR(reader.require("a", {1, 2}), "has shape [2], expected [1, 2]");
   EXPECT_ERROR(reader.require_only({"b"}), "unknown tensor \"a\"");
   EXPECT_ERROR(reader.require_only({"a", "b"}), "no error");
-  EXPECT_ERROR(reader.read_integers(a), "is F32, expected an integer dtype");
+  EXPECT_ERROR(reader.read<int64_t>(a), "is F32, expected an integer dtype");
   EXPECT_ERROR(reader.read(a, out, 1, 2), "lie outside it");
   EXPECT_ERROR(reader.read(a, out, 3, 0), "lie outside it");
   EXPECT_ERROR(reader.read(a, out, 1, SIZE_MAX), "lie outside it");
@@ -441,7 +441,7 @@ TEST_F(DataTest, StreamsInPieces) {
   std::vector<std::string> names;
   for (const auto& tensor : reader.tensors()) names.push_back(tensor.name);
   EXPECT_EQ(names, (std::vector<std::string>{"steps", "nothing", "big", "scalar"}));
-  EXPECT_EQ(reader.read_integers(reader.require("steps", {2})), steps);
+  EXPECT_EQ(reader.read<int64_t>(reader.require("steps", {2})), steps);
   EXPECT_EQ(reader.require("nothing", {0, 5}).count(), 0u);
   std::vector<double> read(big.size() - 5);
   reader.read(*reader.find("big"), read.data(), 5, read.size());
@@ -839,8 +839,8 @@ TEST_F(DataTest, CaptionsStandBesideTheRowsOfAGrid) {
 
 TEST(Text, TheEncoderIsFrozen) {
   // Trained weights mean nothing with another encoder: these numbers must never change.
-  EXPECT_EQ(hash_word(""), 0xcbf29ce484222325u);
-  EXPECT_EQ(hash_word("foobar"), 0x85944171f73967e8u);  // from the authors of FNV
+  EXPECT_EQ(fnv1a(std::string()), 0xcbf29ce484222325u);
+  EXPECT_EQ(fnv1a(std::string("foobar")), 0x85944171f73967e8u);  // from the authors of FNV
   struct {
     const char* word;
     float vector[4];
@@ -919,7 +919,7 @@ class IdxTest : public DataTest {
 
 TEST_F(IdxTest, ReadsAndPads) {
   testing::internal::CaptureStderr();
-  Dataset data = load_fashion_mnist(folder(images_, labels_), 1, 8, 16).train;
+  Dataset data = load_fashion_mnist(folder(images_, labels_), 1).train;
   EXPECT_EQ(
       testing::internal::GetCapturedStderr(),
       "note: " + at("idx") + " has other labels than Fashion-MNIST: its captions are 0 to 9\n");
@@ -934,12 +934,12 @@ TEST_F(IdxTest, ReadsAndPads) {
     ASSERT_EQ(data.pixels[i], inside ? (source * 7 % 256) / 127.5f - 1 : -1) << i;
   }
   EXPECT_EQ(data.captions, 10u);
-  ASSERT_EQ(data.text.size(), 10u * 8 * 16);
-  EXPECT_EQ(std::vector<float>(data.text.begin() + 7 * 128, data.text.begin() + 8 * 128),
-            encode_text("a photo of a 7", 8, 16))
+  ASSERT_EQ(data.text.size(), 10u * 8 * 64);
+  EXPECT_EQ(std::vector<float>(data.text.begin() + 7 * 512, data.text.begin() + 8 * 512),
+            encode_text("a photo of a 7", 8, 64))
       << "not a sneaker: this is not Fashion-MNIST";
   EXPECT_EQ(data.names[9], "9");
-  EXPECT_EQ(data.empty_text, encode_text("", 8, 16));
+  EXPECT_EQ(data.empty_text, encode_text("", 8, 64));
   Loaded loaded = load(at("idx"));
   EXPECT_EQ(loaded.out, "4 images of 1x32x32, 10 captions, 2 held out\n");
   EXPECT_EQ(loaded.data.train.text_dim, 64u);
@@ -1252,7 +1252,7 @@ TEST_F(FolderTest, LoadsPicturesInOrder) {
   picture("images/sneaker/10.png", level(10), 3);
   picture("images/ankle boot/1.png", level(1), 3);
   std::string passed_over;
-  Dataset data = load_folder(at("images"), &passed_over, 1, 8, 16);
+  Dataset data = load_folder(at("images"), &passed_over);
   EXPECT_EQ(passed_over, "");
   EXPECT_EQ(data.images, 3u);
   EXPECT_EQ(std::vector<size_t>({data.channels, data.height, data.width}),
@@ -1263,9 +1263,9 @@ TEST_F(FolderTest, LoadsPicturesInOrder) {
   const size_t levels[] = {1, 10, 20};
   for (size_t i = 0; i < data.pixels.size(); ++i)
     ASSERT_NEAR(data.pixels[i], level(levels[i / 48]), 1e-6) << i;
-  EXPECT_EQ(std::vector<float>(data.text.begin(), data.text.begin() + 8 * 16),
-            encode_text("a photo of an ankle boot", 8, 16));
-  Dataset sizes = load_folder(at("images"), &passed_over, 0, 8, 16);
+  EXPECT_EQ(std::vector<float>(data.text.begin(), data.text.begin() + 8 * 64),
+            encode_text("a photo of an ankle boot", 8, 64));
+  Dataset sizes = load_folder(at("images"), &passed_over, 0);
   EXPECT_EQ(std::pair(sizes.images, sizes.image_size()), std::pair(size_t(3), size_t(48)));
   EXPECT_TRUE(sizes.pixels.empty());
 
@@ -1434,10 +1434,11 @@ TEST(Split, EveryImageIsTrainedOnOrHeldOutAndEveryWordIsTrainedOn) {
       {{0, 1, 2, 3, 4}, 5, {4}, true},
   };
   for (const auto& row : table) {
-    Dataset data = numbered(row.captions, row.names), held_out = hold_out(data);
-    std::vector<size_t> seen = numbers_of(data, row.captions),
-                        out = numbers_of(held_out, row.captions);
+    Split data = split_off(numbered(row.captions, row.names));
+    std::vector<size_t> seen = numbers_of(data.train, row.captions),
+                        out = numbers_of(data.held_out, row.captions);
     EXPECT_EQ(out, row.held_out);
+    EXPECT_EQ(data.shared, row.both);
     if (!row.both) seen.insert(seen.end(), out.begin(), out.end());
     std::sort(seen.begin(), seen.end());
     std::vector<size_t> all(row.captions.size());

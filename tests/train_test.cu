@@ -100,7 +100,8 @@ void save_latents(const std::string& path, const Dataset& d) {
 // A test with the data set, as it is and split as a file of it would be, and an empty folder.
 class TrainTest : public testing::Test {
  protected:
-  TrainTest() : all_(synthetic()), data_(all_), held_out_(hold_out(data_)) {
+  TrainTest()
+      : all_(synthetic()), data_(split_off(all_).train), held_out_(split_off(all_).held_out) {
     std::string pattern = testing::TempDir() + "/train_test.XXXXXX";
     folder_ = mkdtemp(pattern.data());
   }
@@ -1571,7 +1572,7 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
                      "give --heads (the author's released model has 8)");
         heads = 3;
       }
-      EXPECT_EQ(read_config(file, path, read, heads).list.empty(), !silent);
+      EXPECT_EQ(read_config(file, path, read, heads).empty(), !silent);
       // Some have the same tensors: only the metadata can tell.
       std::string looks_like = c.residual == "mvsplit-noleak" ? "mvsplit"
                                : c.residual == "prenorm"      ? "postnorm"
@@ -1670,7 +1671,7 @@ TEST_F(TrainTest, ConfigurationsThatContradictTheirFileAreRefused) {
   SafetensorsReader file(at("w.safetensors"));
   Config read;
   EXPECT_ERROR(read_config(file, "w", read, 4), "--heads 4: w says that it has 2");
-  EXPECT_EQ(read_config(file, "w", read, 2).list, "");
+  EXPECT_EQ(read_config(file, "w", read, 2), Words());
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -3502,7 +3503,7 @@ TEST_F(CommandTest, SmallTroubleCostsNoWork) {
 TEST_F(CommandTest, AFolderAndAFileHaveOneOwner) {
   auto before = files();
   {
-    OwnFolder own(at("run"));
+    File own = own_folder(at("run"));
     for (const char* changes : {"--resume --steps 4", ""})
       expect_refused(run("train", train_, changes), "another process trains in " + at("run"));
     SafeFile file(at("out.safetensors"));
