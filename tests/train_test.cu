@@ -253,6 +253,7 @@ TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
     const double n = double(rounds * o.batch);
     std::vector<double> images(data_.images), times(10);
     std::vector<double> joint(16);  // of image, time, noise and caption, each one of two kinds
+    std::set<std::pair<double, double>> noises;  // two numbers of each place's
     double dropped = 0, mean = 0, square = 0;
     for (size_t round = 0; round < rounds; ++round) {
       t.set_step(round);
@@ -283,6 +284,7 @@ TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
           double x1 = data_.pixels[image * 64 + p] - double(target[i * 64 + p]);
           mean += x1 / n / 64, square += x1 * x1 / n / 64;
         }
+        noises.insert({double(target[i * 64]), double(target[i * 64 + 1])});
         const float* caption = &data_.text[size_t(data_.caption[image]) * 15];
         bool empty = float(text[i * 15]) == float(Real(data_.empty_text[0]));
         for (size_t w = 0; w < 15; ++w)
@@ -305,9 +307,58 @@ TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
         << "times are uniform before the shift";
     EXPECT_LT(std::abs(chi_square(joint, [](size_t i) { return (i < 8 ? 0.9 : 0.1) / 8; })), 4)
         << "all are independent";
+    EXPECT_EQ(double(noises.size()), n) << "no place of any pass has another's noise";
     EXPECT_NEAR(dropped / n, 0.1, 4 * std::sqrt(0.1 * 0.9 / n));
     EXPECT_NEAR(mean, 0, 4 / std::sqrt(64 * n));
     EXPECT_NEAR(square, 1, 4 * std::sqrt(2 / (64 * n)));
+  });
+}
+
+// Weights and all that a batch is made of. The images are black and each has a caption of its own,
+// so that the target is the noise, and the caption tells the image.
+TEST_F(TrainTest, ASeedIsForAllThatIsDrawn) {
+  everywhere([&](Device& device, auto type) {
+    using Real = decltype(type);
+    Dataset black = data_;
+    black.captions = black.images, black.text.clear();
+    std::fill(black.pixels.begin(), black.pixels.end(), 0.f);
+    for (size_t i = 0; i < black.images; ++i) {
+      black.caption[i] = int32_t(i);
+      black.text.insert(black.text.end(), 15, float(i));
+    }
+    black.empty_text.assign(15, -1.f);
+    using Numbers = std::vector<double>;
+    auto drawn = [&](uint64_t seed) {
+      TrainOptions o = options(1);
+      o.batch = 60, o.seed = seed, o.dropout = 0;
+      Trainer<Real> t(device, o, black, held_out_);
+      std::map<std::string, Numbers> all;
+      auto keep = [&](const char* what, const auto& x) { all[what] = {x.begin(), x.end()}; };
+      keep("weights", from(device, t.a.master.own, t.net.table.size));
+      draw_training_batch(t.net, t.a, t.train, o);
+      auto target = from(device, t.a.target, o.batch * 64);
+      auto z = from(device, t.net.arrays.z, o.batch * 64);
+      keep("noise", target);
+      for (size_t i = 0; i < o.batch; ++i)
+        all["times"].push_back(std::round(1e4 * double(z[i * 64]) / double(target[i * 64])));
+      auto text = [&] {
+        std::vector<Real> words = from(device, t.net.arrays.text, o.batch * 15);
+        Numbers first;
+        for (size_t i = 0; i < o.batch; ++i) first.push_back(double(words[i * 15]));
+        return first;
+      };
+      keep("images", text());
+      o.dropout = 0.5;
+      draw_training_batch(t.net, t.a, t.train, o);
+      for (double word : text()) all["dropped"].push_back(word < 0);
+      return all;
+    };
+    auto one = drawn(1), same = drawn(1), other = drawn(2);
+    EXPECT_EQ(one.size(), 5u);
+    for (const auto& [what, numbers] : one) {
+      EXPECT_EQ(same.at(what), numbers) << what;
+      EXPECT_NE(other.at(what), numbers) << what;
+    }
   });
 }
 
@@ -340,8 +391,25 @@ TEST_F(TrainTest, ValidationIsOnImagesAndTimesSpreadEvenly) {
         squares += v * v;
       }
       times.push_back(time / (4 - 3 * time));  // the shift undone
+      double golden = (std::sqrt(5.0) - 1) / 2, whole;
+      EXPECT_NEAR(times[i], std::modf((double(i) + 0.5) * golden, &whole), 1e-4) << i;
     }
     EXPECT_NEAR(t.validate(), squares / 32 / 64, 1e-5);
+    // The loss of a network that answers hangs on the times.
+    o.model.final_std = 0.3;
+    Trainer<Real> alive(device, o, data_, all_);
+    auto loss = [&](double shift) {
+      draw_validation_batch(alive.net, alive.a.target, alive.held_out, shift, 0, o.batch);
+      alive.net.forward(o.batch);
+      auto velocity = from(device, alive.net.arrays.velocity, o.batch * 64);
+      auto target = from(device, alive.a.target, o.batch * 64);
+      double sum = 0;
+      for (size_t i = 0; i < o.batch * 64; ++i)
+        sum += std::pow(double(velocity[i]) - double(target[i]), 2) / double(o.batch * 64);
+      return sum;
+    };
+    EXPECT_NEAR(alive.validate(), loss(4), 1e-5 * loss(4));
+    EXPECT_GT(std::abs(loss(1) - loss(4)), 1e-3) << "the check is blind";
     std::sort(times.begin(), times.end());
     for (size_t i = 0; i < o.batch; ++i) EXPECT_NEAR(times[i], (double(i) + 0.5) / 32, 2.0 / 32);
   });
@@ -1140,6 +1208,22 @@ TEST_F(TrainTest, AccumulatedBatchesAreOneBatch) {
     EXPECT_LT(distance(da, db), rounding<Real>);
     EXPECT_NEAR(la, lb, rounding<Real> * la);
     EXPECT_NEAR(a.validate(), b.validate(), rounding<Real>) << "in batches of 4 and of 2";
+  });
+}
+
+// Many times more images than a batch has.
+TEST_F(TrainTest, ValidationLeavesTheStepsLossesAlone) {
+  everywhere([&](Device& device, auto type) {
+    using Real = decltype(type);
+    TrainOptions o = options();
+    o.batch = 2, o.accumulate = 3;
+    Trainer<Real> t(device, o, data_, synthetic(256));
+    steps(t, 1);
+    auto before = from(device, t.a.step_losses, 6);
+    std::string state = bits(t);
+    EXPECT_GT(t.validate(), 0);
+    EXPECT_EQ(from(device, t.a.step_losses, 6), before);
+    EXPECT_TRUE(bits(t) == state);
   });
 }
 
