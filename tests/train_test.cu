@@ -493,6 +493,19 @@ TEST_F(TrainTest, FixedGatesKeepTheirValuesAndStayOutOfTheNorm) {
   });
 }
 
+TEST_F(TrainTest, AStepIsClippedAsAsked) {
+  Device cpu;
+  for (double clip : {0.0, 1e-3, 0.02, 1e3}) {
+    TrainOptions o = options();
+    o.optimizer.clip = clip;
+    Trainer<float> t(cpu, o, data_, held_out_);
+    steps(t, 1);
+    double norm = t.history(0)[0].norm, most = clip > 0 ? clip / (norm + 1e-6) : 1;
+    EXPECT_TRUE(norm > 0.03 && norm < 900) << norm;
+    EXPECT_DOUBLE_EQ(from(cpu, t.a.clock, 1)[0].clip_scale, std::min(most, 1.0)) << clip;
+  }
+}
+
 // A table of a matrix and a vector, with a gap between them and more than one chunk.
 Table two_parameters() {
   Table table;
@@ -872,10 +885,12 @@ TEST(Lean, InfinityAndNaNStayWhatTheyAre) {
 }
 
 // A first step's moments follow from the gradients that are kept, by a stream's bits that nobody
-// else draws from: a draw for four weights, one half for m, the other for v.
-TEST_F(TrainTest, MomentsAreRoundedByBitsOfTheirOwn) {
+// else draws from: a draw for four weights, one half for m, the other for v. A second step's
+// average follows from the first's and from the weights, by those of another.
+TEST_F(TrainTest, MomentsAndAverageAreRoundedByBitsOfTheirOwn) {
   for (Device* device : devices()) {
     TrainOptions o = options();
+    o.seed = 2, o.ema = 0.5;
     Trainer<bf16, bf16> t(*device, o, data_, held_out_);
     t.train_step();
     size_t n = t.net.table.size;
@@ -895,6 +910,23 @@ TEST_F(TrainTest, MomentsAreRoundedByBitsOfTheirOwn) {
           ASSERT_EQ(float(m[i + size_t(k)]), float(m_next[k])) << p.name;
           ASSERT_EQ(float(v[i + size_t(k)]), float(v_next[k])) << p.name;
         }
+      }
+    auto before = from(*device, t.a.average, n);
+    t.train_step();
+    auto average = from(*device, t.a.average, n);
+    auto nearest = from(*device, t.a.master.weights, n);
+    auto rest = from(*device, t.a.master.own, n);
+    passes = 2, dither.stream = streams::average_rounding;
+    for (const Parameter& p : t.net.table.parameters)
+      for (size_t i = p.offset; i < p.offset + p.count(); i += 4) {
+        Quad<double> next;
+        Quad<float> rounded;
+        for (size_t k = 0; k < 4; ++k) {
+          double a = before[i + k], w = join({nearest[i + k], rest[i + k]});
+          next[int(k)] = a + 10 / 11.0 * (w - a);
+        }
+        store_stochastically(rounded.v, next, dither(i / 4), 0);
+        for (int k = 0; k < 4; ++k) ASSERT_EQ(average[i + size_t(k)], rounded[k]) << p.name;
       }
   }
 }
