@@ -1041,6 +1041,11 @@ struct SamplingNetwork {
   }
 };
 
+TEST(Sampling, ARowIsOneCaption) {
+  EXPECT_EQ(each_times({1, 2, 3, 4, 5, 6, 7, 8}, 2, 3, 2),
+            (std::vector<float>{1, 2, 1, 2, 3, 4, 3, 4, 5, 6, 5, 6}));
+}
+
 TEST_F(TrainTest, SamplingIsEulerWithGuidance) {
   everywhere([&](Device& device, auto type) {
     using Real = decltype(type);
@@ -1071,7 +1076,7 @@ TEST_F(TrainTest, SamplingIsEulerWithGuidance) {
       }
       return z;
     };
-    for (double guidance : {2.5, 1.0}) {
+    for (double guidance : {2.5, 1.0, 0.0}) {
       // Guidance 1 is the conditional velocity alone: the empty caption is not even looked at.
       std::vector<float> empty = guidance == 1 ? std::vector<float>(words, NAN) : data_.empty_text;
       auto images = sample_images(s.net, s.sampler, data_.text, empty, {n, count, guidance, 3, 11});
@@ -1613,7 +1618,7 @@ TEST_F(TrainTest, TheAverageFollowsTheWeightsAndIsWhatIsEvaluated) {
     using Real = decltype(type);
     using Acc = AccOf<Real>;
     TrainOptions o = options();
-    o.ema = 0.2;
+    o.ema = 0.2, o.time_shift = 3, o.seed = 2;
     Trainer<Real> t(device, o, data_, held_out_);
     size_t n = t.net.table.size;
     std::vector<Acc> average(n, Acc(1e6));  // what was before the first step has no part in it
@@ -1632,7 +1637,8 @@ TEST_F(TrainTest, TheAverageFollowsTheWeightsAndIsWhatIsEvaluated) {
     std::string before = bits(t);
     EXPECT_EQ(t.validate(), plain.validate());
     EXPECT_EQ(t.samples(data_.text, data_.empty_text, 4, 3, 2),
-              plain.samples(data_.text, data_.empty_text, 4, 3, 2));
+              sample_images(plain.net, plain.sampler, data_.text, data_.empty_text,
+                            {4, 3, 2, o.time_shift, o.seed}));
     EXPECT_TRUE(bits(t) == before) << "evaluating changes nothing";
   });
 }
