@@ -1751,6 +1751,7 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
       EXPECT_EQ(read.residual, silent ? looks_like : c.residual);
       if (silent) read.residual = c.residual, read.norm_eps = c.norm_eps, read.means = c.means;
       EXPECT_EQ(describe(read, 4), describe(c, 4));
+      EXPECT_EQ(read.norm_eps, c.norm_eps) << "with all its digits";
       EXPECT_EQ(read.patch_bias, c.patch_bias);
       check_loads<double>(device, path, table), check_loads<float>(device, path, table);
       check_loads<bf16>(device, path, table);
@@ -2578,6 +2579,11 @@ TEST_F(TrainTest, ALogKeepsWholeRowsOfStepsThatAreDone) {
     CsvLog(at("log.csv"), "step,loss", 2);
     EXPECT_EQ(read_text(at("log.csv")), header + after) << before;
   }
+  {
+    CsvLog log(at("log.csv"), "step,loss", 2);
+    for (const char* row : {"2,9", "3,0.5", "3,9"}) log.row(uint64_t(row[0] - '0'), row);
+  }
+  EXPECT_EQ(read_text(at("log.csv")), "step,loss\n1,0.5\n2,0.25\n3,0.5\n") << "each step once";
   EXPECT_ERROR(CsvLog(at("log.csv"), "step,norm", 2), "describes other rows than this run's: move");
 }
 
@@ -2613,14 +2619,15 @@ TEST_F(CommandTest, ARunThatDivergesIsNotSaved) {
 
 // log.csv and validation.csv against a trainer that is asked itself.
 TEST_F(CommandTest, LogsHoldWhatTheTrainerSays) {
-  ASSERT_EQ(
-      run("train", train_, "--steps 3 --val-every 2 --final-std 0.1 --out " + at("logged")).status,
-      0);
+  Outcome outcome =
+      run("train", train_,
+          "--steps 3 --val-every 2 --final-std 0.1 --accumulate 2 --out " + at("logged"));
+  ASSERT_EQ(outcome.status, 0) << outcome.err;
   TrainOptions o;
   Config& m = o.model;
   m.depth = 4, m.width = 32, m.heads = 2, m.ffn = 64, m.patch = 2, m.final_std = 0.1;
   fit_to_data(m, data_);
-  o.batch = 4;
+  o.batch = 4, o.accumulate = 2;
   Device cpu;
   Trainer<float> t(cpu, o, data_, held_out_);
   std::string log = "step,loss,gradient_norm,lr\n", validation = "step,loss\n";
@@ -2634,6 +2641,17 @@ TEST_F(CommandTest, LogsHoldWhatTheTrainerSays) {
   }
   EXPECT_EQ(read_text(at("logged/log.csv")), log);
   EXPECT_EQ(read_text(at("logged/validation.csv")), validation);
+  // On the console two steps' mean, and how many tokens their time was for.
+  std::vector<Record> two = t.history(0);
+  double milliseconds = 0, tokens = 0, loss = (two[0].loss + two[1].loss) / 2;
+  size_t line = outcome.out.find("step      2/3  loss "), time = outcome.out.find("lr ", line);
+  ASSERT_NE(line, std::string::npos) << outcome.out;
+  EXPECT_NEAR(std::stod(outcome.out.substr(line + 20)), loss, 1e-4);
+  EXPECT_GT(std::abs(two[1].loss - loss), 1e-3) << "the check is blind";
+  ASSERT_EQ(std::sscanf(outcome.out.c_str() + time, "lr %*f %lf ms/step %lf tokens/s",
+                        &milliseconds, &tokens),
+            2);
+  EXPECT_NEAR(1e-3 * milliseconds * tokens / (2 * 4 * 19), 1, 0.3) << "of few digits";
 }
 
 // `forward` on the inputs, weights and cotangents of tests/oracle.safetensors.
@@ -2739,10 +2757,14 @@ TEST_F(CommandTest, DiagnosticsAreARowAStepAndLayer) {
   }
   EXPECT_EQ(columns, 34u);
   EXPECT_EQ(steps, "2,1,2,3,4,1,4,3,");
+  // A run that goes on counts from its first step.
+  ASSERT_EQ(run("train", train_, "--resume --steps 6 --out " + at("diagnosed")).status, 0);
+  std::string rows = read_text(at("diagnosed/diagnostics.csv"));
+  EXPECT_EQ(rows.substr(rows.rfind('\n', rows.size() - 2) + 1, 4), "6,3,");
   auto before = files();
   expect_refused(
       run("train", train_,
-          "--resume --steps 6 --diagnose-every 1 --diagnose-samples 3 --out " + at("diagnosed")),
+          "--resume --steps 7 --diagnose-every 1 --diagnose-samples 3 --out " + at("diagnosed")),
       "diagnostics.csv describes other rows than this run's");
   EXPECT_TRUE(files() == before);
 }
@@ -3051,6 +3073,23 @@ TEST(Options, OperationsAreThoseOfEachPass) {
   EXPECT_EQ(peak_flops<float>("NVIDIA H200"), 67e12);
   EXPECT_EQ(peak_flops<double>("NVIDIA H200"), 0);
   EXPECT_EQ(peak_flops<bf16>("CPU"), 0);
+}
+
+// Of the ways to run with one state each next one takes less memory, and more work.
+TEST(Options, EachWayToRunGivesWorkForMemory) {
+  TrainOptions o;
+  o.model.depth = 100;
+  Table table = parameter_table(o.model);
+  std::vector<Choice> all = choices<bf16>({o, table, {60, 4, 10}, false});
+  EXPECT_TRUE(!all.front().lean && all.front().recompute == 0 && all.back().lean);
+  size_t pairs = 0;
+  for (size_t i = 1; i < all.size(); ++i) {
+    if (all[i].lean != all[i - 1].lean) continue;
+    EXPECT_LT(all[i].bytes, all[i - 1].bytes) << all[i].text();
+    EXPECT_GT(all[i].flops, all[i - 1].flops) << all[i].text();
+    ++pairs;
+  }
+  EXPECT_GE(pairs, 6u);
 }
 
 TEST(Options, ARunTakesLessThanThereIs) {
@@ -4088,6 +4127,15 @@ TEST_F(CommandTest, ValidateIsTrainsValidationByTime) {
   EXPECT_GT(std::stod(validated(many + " --time-shift 4").substr(7)), 0.4) << "0.309 shifted";
   for (const std::string& device : device_flags())
     EXPECT_NEAR(mean_of(validated(many + " " + device))[1], total, 1e-3);
+}
+
+// The mean of eight numbers of which two are in one bin, with its error from within the bins.
+TEST(Validate, TheTotalCountsImagesAndNotBins) {
+  std::string table = validation_table({{2, 6, 20}, {}, {6, 12, 30}}, 8);
+  for (const char* row : {"0.000 to 0.333        2  3.00000  1.00000\n",
+                          "0.667 to 1.000        6  2.00000  0.44721\n",
+                          "all                   8  2.25000  0.41833\n"})
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, row, table);
 }
 
 // By itself bf16 is for tensor cores: of a GPU from 8.0 on, by a binary that has code for them.
