@@ -4252,13 +4252,15 @@ TEST(Gradcheck, PassesForEveryResidualAndCanFail) {
     }
 }
 
-// One part in a hundred million of one matrix of twelve of a family shows.
+// One part in a hundred million of one matrix of twelve of a family shows, in whichever layer; and
+// so do errors of two layers that are each other's opposite. Errors are told as parts of a family's
+// gradient.
 TEST(Gradcheck, RejectsAWrongGradient) {
   CLI::App app;
   Machine machine;
   GradcheckOptions o;
   add_gradcheck(app, o, machine);
-  o.model.depth = 12;
+  o.model.depth = 12, o.recompute = 5;
   Gradcheck check(*devices()[0], o);
   auto worst = [&] {
     testing::internal::CaptureStdout();
@@ -4268,17 +4270,49 @@ TEST(Gradcheck, RejectsAWrongGradient) {
   };
   EXPECT_LE(worst(), o.tolerance);
   Network<double>& net = check.network();
-  std::set<std::string> seen;
-  for (const Parameter& p : net.table.parameters) {
-    if (!seen.insert(p.family()).second) continue;
-    std::vector<double> right = from(net.device, net.gradients(), net.table.size), wrong = right;
+  EXPECT_EQ(net.span, o.recompute) << "what is checked is replayed";
+  const Parameter& gate = net.table.at("blocks.1.fused_mvsplit_norm1.alpha");
+  auto gains = from(net.device, net.weights() + gate.offset, gate.count());
+  EXPECT_EQ(std::set<double>(gains.begin(), gains.end()).size(), gains.size()) << "channels differ";
+  std::map<std::string, std::vector<const Parameter*>> families;
+  for (const Parameter& p : net.table.parameters) families[p.family()].push_back(&p);
+  const std::vector<double> right = from(net.device, net.gradients(), net.table.size);
+  size_t layer = 0;
+  for (const auto& family : families) {
+    const std::vector<const Parameter*>& of = family.second;
+    const Parameter& p = *of[(layer += 5) % of.size()];
+    std::vector<double> wrong = right;
     for (size_t i = p.offset; i < p.offset + p.count(); ++i) wrong[i] *= 1 + 1e-8;
     net.device.upload(net.gradients(), wrong.data(), wrong.size() * sizeof(double));
     EXPECT_GT(worst(), o.tolerance) << p.name;
     wrong[p.offset] = NAN;
     net.device.upload(net.gradients(), wrong.data(), wrong.size() * sizeof(double));
     EXPECT_GT(worst(), o.tolerance) << p.name << " is NaN";
-    net.device.upload(net.gradients(), right.data(), right.size() * sizeof(double));
+    if (family.first != "blocks.*.ffn.w13.weight") continue;
+    wrong = right;
+    for (size_t i = 0; i < p.count(); ++i) {
+      double error = 1e-8 * right[p.offset + i];
+      wrong[of[0]->offset + i] += error, wrong[of[1]->offset + i] -= error;
+    }
+    net.device.upload(net.gradients(), wrong.data(), wrong.size() * sizeof(double));
+    EXPECT_GT(worst(), o.tolerance) << family.first << ": opposite errors";
+  }
+  std::vector<double> larger = right;
+  for (double& x : larger) x *= 1.001;
+  net.device.upload(net.gradients(), larger.data(), larger.size() * sizeof(double));
+  testing::internal::CaptureStdout();
+  check.run();
+  std::string out = "\n" + testing::internal::GetCapturedStdout();
+  for (const auto& [name, of] : families) {
+    double squares = 0, by_hand = 0, dual = 0, error = 0;
+    for (const Parameter* p : of)
+      for (size_t i = 0; i < p->count(); ++i) squares += std::pow(larger[p->offset + i], 2);
+    size_t row = out.find("\n" + name + " ");
+    ASSERT_NE(row, std::string::npos) << name;
+    ASSERT_EQ(std::sscanf(out.c_str() + row + 1, "%*s %*u %lf %lf %lf", &by_hand, &dual, &error),
+              3);
+    double unit = std::max({std::sqrt(squares), std::abs(by_hand), std::abs(dual)});
+    EXPECT_NEAR(error / (std::abs(by_hand - dual) / unit), 1, 0.06) << name;  // of two digits
   }
 }
 
