@@ -539,6 +539,33 @@ TEST(Table, StartsWhereTheModeSays) {
   }
 }
 
+// Linear maps start as PyTorch's do: uniform up to one over the root of what is summed; a bias as
+// its weight. No two tensors start with the same numbers.
+TEST(Table, LinearMapsStartByWhatTheySumAndEachAnew) {
+  Config c;
+  c.depth = 2, c.width = 16, c.heads = 2, c.ffn = 24, c.channels = 2, c.patch = 2, c.text_dim = 5;
+  c.writer_std = 0.1, c.final_std = 0.2;
+  Table table = parameter_table(c);
+  std::vector<double> values(table.size);
+  initialise(*devices()[0], table, values.data(), 1);
+  std::set<double> first;
+  size_t drawn = 0;
+  for (const Parameter& p : table.parameters) {
+    if (p.init == Init::constant) continue;
+    ++drawn, first.insert(values[p.offset] / p.scale);
+    if (p.init == Init::normal) continue;
+    size_t summed = p.shape.size() > 1 ? p.count() / p.shape[0] : c.patch_dim();
+    EXPECT_DOUBLE_EQ(p.scale, 1 / std::sqrt(double(summed))) << p.name;
+    auto begin = values.begin() + ptrdiff_t(p.offset), end = begin + ptrdiff_t(p.count());
+    EXPECT_GT(*std::max_element(begin, end), 0.8 * p.scale) << p.name;
+    EXPECT_LT(*std::max_element(begin, end), p.scale) << p.name;
+    EXPECT_LT(*std::min_element(begin, end), -0.8 * p.scale) << p.name;
+    EXPECT_GE(*std::min_element(begin, end), -p.scale) << p.name;
+  }
+  EXPECT_EQ(first.size(), drawn);
+  EXPECT_EQ(drawn, 3u + 2 * 6 + 1);
+}
+
 TEST(Table, HasThePapersSizes) {
   Config c;
   c.width = 1024, c.heads = 8, c.ffn = 3072, c.channels = 4, c.patch = 2, c.text_dim = 1024;
@@ -724,6 +751,26 @@ TEST(Network, PlanIsWhatIsTaken) {
         EXPECT_EQ(device->allocated - before,
                   network_plan<float>(config, net.table, 3, k, trains, device->gpu).total());
       }
+}
+
+// Of eight blocks spans of four, three, two and one are two, three, four and eight: as many inputs
+// are kept, and the activations of as many blocks as a span has.
+TEST(Network, ASpanTakesOneCheckpointAndItsBlocksActivations) {
+  Config config = small(8);
+  Table table = parameter_table(config);
+  auto bytes = [&](size_t recompute, const std::string& name) {
+    for (const auto& slab : network_plan<float>(config, table, 3, recompute, true, false).slabs)
+      if (slab.first == name) return double(slab.second);
+    return 0.0;
+  };
+  double input = double(round_up(3 * 27 * 16, 128) * sizeof(float));
+  const std::pair<size_t, int> spans[] = {{3, 1}, {2, 2}, {1, 6}};  // more than spans of four have
+  for (auto [recompute, more] : spans)
+    EXPECT_EQ(bytes(recompute, "checkpoints") - bytes(4, "checkpoints"), more * input);
+  double block = bytes(2, "activations") - bytes(1, "activations");
+  EXPECT_GT(block, 10 * input) << "qkv, Y, F1, X1, u, hidden, F2 and the probabilities";
+  for (size_t recompute : {3, 4})
+    EXPECT_EQ(bytes(recompute, "activations") - bytes(recompute - 1, "activations"), block);
 }
 
 // Whether this build has CUDA or not.
@@ -1480,6 +1527,40 @@ std::vector<double> centered_norms_of(Device& device, const std::vector<double>&
   centered_norms(device, norms.data<double>(), a.data<Acc>(), c.data<Acc>(), m.data<Acc>(),
                  x.data<Acc>(), batch, n);
   return norms.get();
+}
+
+TEST(Diagnostics, MeansAreOverWhatIsDefined) {
+  const std::vector<double> some = {1, NAN, 3, NAN, 8}, none = {NAN, NAN};
+  auto mean = [](const std::vector<double>& x) {
+    return mean_of(x.size(), [&](size_t i) { return x[i]; });
+  };
+  EXPECT_EQ(mean(some), 4);
+  EXPECT_TRUE(std::isnan(mean(none)));
+}
+
+// An FFN wider than the trunk makes W2's arrays the larger ones. Both writers take their turn.
+TEST(Diagnostics, WritersHaveRoomForTheLargerOne) {
+  MeasuredSizes sizes{small(1), 3, 3};
+  Carver both, apart[2];
+  WritersMeasured<float>().lay(both, sizes);
+  for (int w : {0, 1})
+    WriterScratch<float>().lay(apart[w], sizes.tokens(), w ? 24 : 16, sizes.config.width);
+  EXPECT_GT(apart[1].used, apart[0].used);
+  EXPECT_EQ(both.used, apart[1].used);
+}
+
+// Of three samples and two heads the largest is neither the first nor the last.
+TEST(Diagnostics, TheLargestMuEffIsOfAll) {
+  MeasuredSizes sizes{small(1), 3, 3};
+  std::vector<double> numbers(AttentionMeasured<double>::count(sizes), 1.0);
+  const double norms[] = {0.2, 0.1, NAN, 0.9, 0.3, 0.4};
+  std::copy(std::begin(norms), std::end(norms), numbers.begin() + 4 * 6);
+  std::map<std::string, double> got;
+  AttentionMeasured<double>::read(
+      numbers.data(), 0, sizes,
+      [&](const std::string& name, const std::string&, double value) { got[name] = value; });
+  EXPECT_EQ(got.at("mu_eff_max"), 0.9);
+  EXPECT_DOUBLE_EQ(got.at("mu_eff"), 1.9 / 5);
 }
 
 // Against singular values of the whole P A P. Power iteration is a lower bound, and slow where the

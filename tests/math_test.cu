@@ -12,6 +12,7 @@
 #include <functional>
 #include <limits>
 #include <random>
+#include <set>
 
 #include <gtest/gtest.h>
 
@@ -680,6 +681,25 @@ TEST(Random, GaussianIsBoxAndMullers) {
     long double x = std::sqrt(-2 * std::log(u)) * std::cos(2 * std::acos(-1.0L) * v);
     ASSERT_NEAR(gaussian(7, 3, i), double(x), 1e-14) << i;
   }
+}
+
+// What two purposes draw has nothing in common. Some add a count of up to 2^32 to their stream.
+TEST(Random, NoTwoPurposesShareAStream) {
+  namespace s = streams;
+  const std::vector<uint64_t> all = {
+      s::batch_index,      s::time,           s::noise,        s::dropout,
+      s::validation_noise, s::sampling_noise, s::check,        s::probe_images,
+      s::probe_time,       s::probe_noise,    s::probe_shuffle};
+  const std::vector<uint64_t> counting = {s::parameters, s::gradient_rounding, s::moment_rounding,
+                                          s::average_rounding};
+  std::set<uint64_t> different(all.begin(), all.end()), high = {0};
+  EXPECT_EQ(different.size(), all.size());
+  for (uint64_t stream : all) EXPECT_EQ(stream >> 32, 0u);
+  for (uint64_t stream : counting) {
+    EXPECT_EQ(uint32_t(stream), 0u);
+    high.insert(stream >> 32);
+  }
+  EXPECT_EQ(high.size(), counting.size() + 1);
 }
 
 TEST(Random, SeedsStreamsAndIndicesAreIndependent) {

@@ -611,6 +611,21 @@ TEST(WriterModes, OneTokenHasNoPartner) {
   }
 }
 
+// Where no image token has a gradient, nothing is known of how they agree, whatever the text's do.
+TEST(WriterModes, ImageTokensWithoutAGradientHaveNoAlignment) {
+  for (Device* device : devices()) {
+    Writer<float> writer(*device, {1, 6, 2}, 24, 12, 0.5);
+    std::vector<double> delta = writer.delta.get();
+    std::fill(delta.begin(), delta.begin() + 6 * 12, 0.0);
+    writer.delta.set(delta);
+    WriterModes m = writer.modes(*device)[0];
+    EXPECT_TRUE(std::isnan(m.image_amplification)) << m.image_amplification;
+    EXPECT_TRUE(std::isnan(m.image_kappa)) << m.image_kappa;
+    EXPECT_GT(m.amplification, 0);
+    EXPECT_GT(m.khat, 0);
+  }
+}
+
 TEST(WriterModes, WrongDefinitionsAreRejected) {
   Device& device = *devices()[0];
   Tokens tokens{1, 37, 11};

@@ -254,6 +254,7 @@ TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
     const double n = double(rounds * o.batch);
     std::vector<double> images(data_.images), times(10);
     std::vector<double> joint(16);  // of image, time, noise and caption, each one of two kinds
+    std::set<std::pair<double, double>> noises;  // two numbers of each place's
     double dropped = 0, mean = 0, square = 0;
     for (size_t round = 0; round < rounds; ++round) {
       t.set_step(round);
@@ -284,6 +285,7 @@ TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
           double x1 = data_.pixels[image * 64 + p] - double(target[i * 64 + p]);
           mean += x1 / n / 64, square += x1 * x1 / n / 64;
         }
+        noises.insert({double(target[i * 64]), double(target[i * 64 + 1])});
         const float* caption = &data_.text[size_t(data_.caption[image]) * 15];
         bool empty = float(text[i * 15]) == float(Real(data_.empty_text[0]));
         for (size_t w = 0; w < 15; ++w)
@@ -306,9 +308,58 @@ TEST_F(TrainTest, BatchesAreWhatTheyShouldBe) {
         << "times are uniform before the shift";
     EXPECT_LT(std::abs(chi_square(joint, [](size_t i) { return (i < 8 ? 0.9 : 0.1) / 8; })), 4)
         << "all are independent";
+    EXPECT_EQ(double(noises.size()), n) << "no place of any pass has another's noise";
     EXPECT_NEAR(dropped / n, 0.1, 4 * std::sqrt(0.1 * 0.9 / n));
     EXPECT_NEAR(mean, 0, 4 / std::sqrt(64 * n));
     EXPECT_NEAR(square, 1, 4 * std::sqrt(2 / (64 * n)));
+  });
+}
+
+// Weights and all that a batch is made of. The images are black and each has a caption of its own,
+// so that the target is the noise, and the caption tells the image.
+TEST_F(TrainTest, ASeedIsForAllThatIsDrawn) {
+  everywhere([&](Device& device, auto type) {
+    using Real = decltype(type);
+    Dataset black = data_;
+    black.captions = black.images, black.text.clear();
+    std::fill(black.pixels.begin(), black.pixels.end(), 0.f);
+    for (size_t i = 0; i < black.images; ++i) {
+      black.caption[i] = int32_t(i);
+      black.text.insert(black.text.end(), 15, float(i));
+    }
+    black.empty_text.assign(15, -1.f);
+    using Numbers = std::vector<double>;
+    auto drawn = [&](uint64_t seed) {
+      TrainOptions o = options(1);
+      o.batch = 60, o.seed = seed, o.dropout = 0;
+      Trainer<Real> t(device, o, black, held_out_);
+      std::map<std::string, Numbers> all;
+      auto keep = [&](const char* what, const auto& x) { all[what] = {x.begin(), x.end()}; };
+      keep("weights", from(device, t.a.master.own, t.net.table.size));
+      draw_training_batch(t.net, t.a, t.train, o);
+      auto target = from(device, t.a.target, o.batch * 64);
+      auto z = from(device, t.net.arrays.z, o.batch * 64);
+      keep("noise", target);
+      for (size_t i = 0; i < o.batch; ++i)
+        all["times"].push_back(std::round(1e4 * double(z[i * 64]) / double(target[i * 64])));
+      auto text = [&] {
+        std::vector<Real> words = from(device, t.net.arrays.text, o.batch * 15);
+        Numbers first;
+        for (size_t i = 0; i < o.batch; ++i) first.push_back(double(words[i * 15]));
+        return first;
+      };
+      keep("images", text());
+      o.dropout = 0.5;
+      draw_training_batch(t.net, t.a, t.train, o);
+      for (double word : text()) all["dropped"].push_back(word < 0);
+      return all;
+    };
+    auto one = drawn(1), same = drawn(1), other = drawn(2);
+    EXPECT_EQ(one.size(), 5u);
+    for (const auto& [what, numbers] : one) {
+      EXPECT_EQ(same.at(what), numbers) << what;
+      EXPECT_NE(other.at(what), numbers) << what;
+    }
   });
 }
 
@@ -341,8 +392,25 @@ TEST_F(TrainTest, ValidationIsOnImagesAndTimesSpreadEvenly) {
         squares += v * v;
       }
       times.push_back(time / (4 - 3 * time));  // the shift undone
+      double golden = (std::sqrt(5.0) - 1) / 2, whole;
+      EXPECT_NEAR(times[i], std::modf((double(i) + 0.5) * golden, &whole), 1e-4) << i;
     }
     EXPECT_NEAR(t.validate(), squares / 32 / 64, 1e-5);
+    // The loss of a network that answers hangs on the times.
+    o.model.final_std = 0.3;
+    Trainer<Real> alive(device, o, data_, all_);
+    auto loss = [&](double shift) {
+      draw_validation_batch(alive.net, alive.a.target, alive.held_out, shift, 0, o.batch);
+      alive.net.forward(o.batch);
+      auto velocity = from(device, alive.net.arrays.velocity, o.batch * 64);
+      auto target = from(device, alive.a.target, o.batch * 64);
+      double sum = 0;
+      for (size_t i = 0; i < o.batch * 64; ++i)
+        sum += std::pow(double(velocity[i]) - double(target[i]), 2) / double(o.batch * 64);
+      return sum;
+    };
+    EXPECT_NEAR(alive.validate(), loss(4), 1e-5 * loss(4));
+    EXPECT_GT(std::abs(loss(1) - loss(4)), 1e-3) << "the check is blind";
     std::sort(times.begin(), times.end());
     for (size_t i = 0; i < o.batch; ++i) EXPECT_NEAR(times[i], (double(i) + 0.5) / 32, 2.0 / 32);
   });
@@ -424,6 +492,19 @@ TEST_F(TrainTest, FixedGatesKeepTheirValuesAndStayOutOfTheNorm) {
       EXPECT_GT(std::abs(norm / std::sqrt(moving + fixed) - 1), 1e-5) << "the check is blind";
     }
   });
+}
+
+TEST_F(TrainTest, AStepIsClippedAsAsked) {
+  Device cpu;
+  for (double clip : {0.0, 1e-3, 0.02, 1e3}) {
+    TrainOptions o = options();
+    o.optimizer.clip = clip;
+    Trainer<float> t(cpu, o, data_, held_out_);
+    steps(t, 1);
+    double norm = t.history(0)[0].norm, most = clip > 0 ? clip / (norm + 1e-6) : 1;
+    EXPECT_TRUE(norm > 0.03 && norm < 900) << norm;
+    EXPECT_DOUBLE_EQ(from(cpu, t.a.clock, 1)[0].clip_scale, std::min(most, 1.0)) << clip;
+  }
 }
 
 // A table of a matrix and a vector, with a gap between them and more than one chunk.
@@ -807,10 +888,12 @@ TEST(Lean, InfinityAndNaNStayWhatTheyAre) {
 }
 
 // A first step's moments follow from the gradients that are kept, by a stream's bits that nobody
-// else draws from: a draw for four weights, one half for m, the other for v.
-TEST_F(TrainTest, MomentsAreRoundedByBitsOfTheirOwn) {
+// else draws from: a draw for four weights, one half for m, the other for v. A second step's
+// average follows from the first's and from the weights, by those of another.
+TEST_F(TrainTest, MomentsAndAverageAreRoundedByBitsOfTheirOwn) {
   for (Device* device : devices()) {
     TrainOptions o = options();
+    o.seed = 2, o.ema = 0.5;
     Trainer<bf16, bf16> t(*device, o, data_, held_out_);
     t.train_step();
     size_t n = t.net.table.size;
@@ -830,6 +913,23 @@ TEST_F(TrainTest, MomentsAreRoundedByBitsOfTheirOwn) {
           ASSERT_EQ(float(m[i + size_t(k)]), float(m_next[k])) << p.name;
           ASSERT_EQ(float(v[i + size_t(k)]), float(v_next[k])) << p.name;
         }
+      }
+    auto before = from(*device, t.a.average, n);
+    t.train_step();
+    auto average = from(*device, t.a.average, n);
+    auto nearest = from(*device, t.a.master.weights, n);
+    auto rest = from(*device, t.a.master.own, n);
+    passes = 2, dither.stream = streams::average_rounding;
+    for (const Parameter& p : t.net.table.parameters)
+      for (size_t i = p.offset; i < p.offset + p.count(); i += 4) {
+        Quad<double> next;
+        Quad<float> rounded;
+        for (size_t k = 0; k < 4; ++k) {
+          double a = before[i + k], w = join({nearest[i + k], rest[i + k]});
+          next[int(k)] = a + 10 / 11.0 * (w - a);
+        }
+        store_stochastically(rounded.v, next, dither(i / 4), 0);
+        for (int k = 0; k < 4; ++k) ASSERT_EQ(average[i + size_t(k)], rounded[k]) << p.name;
       }
   }
 }
@@ -944,6 +1044,11 @@ struct SamplingNetwork {
   }
 };
 
+TEST(Sampling, ARowIsOneCaption) {
+  EXPECT_EQ(each_times({1, 2, 3, 4, 5, 6, 7, 8}, 2, 3, 2),
+            (std::vector<float>{1, 2, 1, 2, 3, 4, 3, 4, 5, 6, 5, 6}));
+}
+
 TEST_F(TrainTest, SamplingIsEulerWithGuidance) {
   everywhere([&](Device& device, auto type) {
     using Real = decltype(type);
@@ -974,7 +1079,7 @@ TEST_F(TrainTest, SamplingIsEulerWithGuidance) {
       }
       return z;
     };
-    for (double guidance : {2.5, 1.0}) {
+    for (double guidance : {2.5, 1.0, 0.0}) {
       // Guidance 1 is the conditional velocity alone: the empty caption is not even looked at.
       std::vector<float> empty = guidance == 1 ? std::vector<float>(words, NAN) : data_.empty_text;
       auto images = sample_images(s.net, s.sampler, data_.text, empty, {n, count, guidance, 3, 11});
@@ -1143,6 +1248,22 @@ TEST_F(TrainTest, AccumulatedBatchesAreOneBatch) {
     EXPECT_LT(distance(da, db), rounding<Real>);
     EXPECT_NEAR(la, lb, rounding<Real> * la);
     EXPECT_NEAR(a.validate(), b.validate(), rounding<Real>) << "in batches of 4 and of 2";
+  });
+}
+
+// Many times more images than a batch has.
+TEST_F(TrainTest, ValidationLeavesTheStepsLossesAlone) {
+  everywhere([&](Device& device, auto type) {
+    using Real = decltype(type);
+    TrainOptions o = options();
+    o.batch = 2, o.accumulate = 3;
+    Trainer<Real> t(device, o, data_, synthetic(256));
+    steps(t, 1);
+    auto before = from(device, t.a.step_losses, 6);
+    std::string state = bits(t);
+    EXPECT_GT(t.validate(), 0);
+    EXPECT_EQ(from(device, t.a.step_losses, 6), before);
+    EXPECT_TRUE(bits(t) == state);
   });
 }
 
@@ -1425,6 +1546,55 @@ TEST_F(TrainTest, ASpikeIsKeptUntilTheHostAsks) {
   });
 }
 
+// A large network has more chunks than teams copy at a time: each has its square, and its count of
+// numbers that are not finite.
+TEST(Spike, EveryChunkIsCopied) {
+  constexpr size_t count = 2500, samples = 3;
+  for (int gpu = 0; gpu <= (Device::gpus() > 0); ++gpu) {
+    Device device(gpu);
+    Slab slab(device, 1 << 20, 0);
+    Carver carver{slab.data};
+    SpikeArrays a;
+    a.lay(carver, 1, count, samples);
+    TrainArrays<float, float> run{};
+    run.chunk_count = count;
+    std::vector<Chunk> chunks;
+    std::vector<double> partial;
+    std::vector<float> gradients, weights, losses = {3, 1, 2}, dvelocity = {1, -5, 2, 4};
+    for (size_t k = 0; k < count; ++k) {
+      chunks.push_back({4 * k, 0, 3, false});
+      partial.push_back(double(k) + 0.5);
+      for (size_t i = 0; i < 4; ++i) {
+        gradients.push_back(i < k % 4 ? (i % 2 ? -INFINITY : INFINITY) : 1.f);
+        weights.push_back(i < k % 3 ? (i % 2 ? -INFINITY : NAN) : 1.f);
+      }
+    }
+    auto upload = [&](auto*& to, const auto& from) {
+      to = carver.take<std::remove_reference_t<decltype(*to)>>(from.size());
+      device.upload(to, from.data(), from.size() * sizeof(from[0]));
+    };
+    upload(run.chunks, chunks), upload(run.partial, partial), upload(run.step_losses, losses);
+    upload(run.master.weights, weights);
+    float *dg, *dv;
+    upload(dg, gradients), upload(dv, dvelocity);
+    run.gradients = dg;
+    SpikeWatch watch{};
+    watch.fired = 1, watch.pending = 2;
+    device.upload(a.watch, &watch, sizeof watch);
+    copy_spike(device, a, run, samples, dv, 2, 2);
+    const EventArrays& e = a.events[1];
+    EXPECT_EQ(from(device, e.squares, count), partial);
+    auto bad_gradients = from(device, e.bad_gradients, count);
+    auto bad_weights = from(device, e.bad_weights, count);
+    for (size_t k = 0; k < count; ++k) {
+      ASSERT_EQ(bad_gradients[k], k % 4) << k;
+      ASSERT_EQ(bad_weights[k], k % 3) << k;
+    }
+    EXPECT_EQ(from(device, e.losses, samples), (std::vector<double>{3, 1, 2}));
+    EXPECT_EQ(from(device, e.velocity, 6), (std::vector<double>{-4, 26, 5, 6, 20, 4}));
+  }
+}
+
 Spike some_spike() {
   Spike s{};
   s.step = 61, s.window = 60, s.norm = 30, s.median = 2, s.factor = 5;
@@ -1449,6 +1619,8 @@ TEST(Spike, ReportSaysWhatKindItIs) {
   says("blocks.14.w");
   EXPECT_EQ(spike_report(s).find("blocks.15.w"), std::string::npos) << "fifteen";
   says("Losses, largest first: sample, loss\n       1          7\n       2          2\n");
+  s.losses[2] = NAN;
+  says("sample, loss\n       2        nan\n       1          7\n       0          1\n");
   s.modes[2].centered = 130;
   says("Verdict: both modes");
   s.modes[2].mean = 8;
@@ -1500,7 +1672,7 @@ TEST_F(TrainTest, TheAverageFollowsTheWeightsAndIsWhatIsEvaluated) {
     using Real = decltype(type);
     using Acc = AccOf<Real>;
     TrainOptions o = options();
-    o.ema = 0.2;
+    o.ema = 0.2, o.time_shift = 3, o.seed = 2;
     Trainer<Real> t(device, o, data_, held_out_);
     size_t n = t.net.table.size;
     std::vector<Acc> average(n, Acc(1e6));  // what was before the first step has no part in it
@@ -1519,7 +1691,8 @@ TEST_F(TrainTest, TheAverageFollowsTheWeightsAndIsWhatIsEvaluated) {
     std::string before = bits(t);
     EXPECT_EQ(t.validate(), plain.validate());
     EXPECT_EQ(t.samples(data_.text, data_.empty_text, 4, 3, 2),
-              plain.samples(data_.text, data_.empty_text, 4, 3, 2));
+              sample_images(plain.net, plain.sampler, data_.text, data_.empty_text,
+                            {4, 3, 2, o.time_shift, o.seed}));
     EXPECT_TRUE(bits(t) == before) << "evaluating changes nothing";
   });
 }
@@ -1581,6 +1754,7 @@ TEST_F(TrainTest, WeightsAndConfigurationSurviveAFile) {
       EXPECT_EQ(read.residual, silent ? looks_like : c.residual);
       if (silent) read.residual = c.residual, read.norm_eps = c.norm_eps, read.means = c.means;
       EXPECT_EQ(describe(read, 4), describe(c, 4));
+      EXPECT_EQ(read.norm_eps, c.norm_eps) << "with all its digits";
       EXPECT_EQ(read.patch_bias, c.patch_bias);
       check_loads<double>(device, path, table), check_loads<float>(device, path, table);
       check_loads<bf16>(device, path, table);
@@ -1809,6 +1983,20 @@ TEST(Probe, ShuffledLabelsAndConstantFeaturesTellNothing) {
   for (double w : found[0].line.weights) EXPECT_EQ(w, 0);
 }
 
+// A feature that varies by a ten-thousandth of itself tells as much as any.
+TEST(Probe, SmallVariationsAreRead) {
+  constexpr size_t n = 256;
+  std::vector<double> x;
+  Labels labels(1);
+  for (size_t i = 0; i < n; ++i) {
+    labels[0].push_back(uniform(1, streams::check, i));
+    x.push_back(7 * (1 + 1e-4 * labels[0][i]));
+  }
+  Probed found = fit_and_test(x, labels, ProbeSplit(n))[0];
+  EXPECT_NEAR(found.r2, 1, 1e-14);
+  EXPECT_DOUBLE_EQ(found.penalty, 1e-8) << "of an exact relation: the larger, the worse";
+}
+
 TEST(Probe, ShufflingIsAPermutationAndTheSplitIsWhole) {
   std::vector<size_t> order = shuffled(500, 1, 2), sorted = order;
   std::sort(sorted.begin(), sorted.end());
@@ -1820,6 +2008,7 @@ TEST(Probe, ShufflingIsAPermutationAndTheSplitIsWhole) {
     ProbeSplit split(n);
     EXPECT_EQ(split.fit + split.choose + split.test, n);
     EXPECT_EQ(split.test, n / 4);
+    EXPECT_NEAR(double(split.fit), 3 * double(split.choose), 3) << "a quarter of what is left";
   }
 }
 
@@ -2409,6 +2598,11 @@ TEST_F(TrainTest, ALogKeepsWholeRowsOfStepsThatAreDone) {
     CsvLog(at("log.csv"), "step,loss", 2);
     EXPECT_EQ(read_text(at("log.csv")), header + after) << before;
   }
+  {
+    CsvLog log(at("log.csv"), "step,loss", 2);
+    for (const char* row : {"2,9", "3,0.5", "3,9"}) log.row(uint64_t(row[0] - '0'), row);
+  }
+  EXPECT_EQ(read_text(at("log.csv")), "step,loss\n1,0.5\n2,0.25\n3,0.5\n") << "each step once";
   EXPECT_ERROR(CsvLog(at("log.csv"), "step,norm", 2), "describes other rows than this run's: move");
 }
 
@@ -2444,14 +2638,15 @@ TEST_F(CommandTest, ARunThatDivergesIsNotSaved) {
 
 // log.csv and validation.csv against a trainer that is asked itself.
 TEST_F(CommandTest, LogsHoldWhatTheTrainerSays) {
-  ASSERT_EQ(
-      run("train", train_, "--steps 3 --val-every 2 --final-std 0.1 --out " + at("logged")).status,
-      0);
+  Outcome outcome =
+      run("train", train_,
+          "--steps 3 --val-every 2 --final-std 0.1 --accumulate 2 --out " + at("logged"));
+  ASSERT_EQ(outcome.status, 0) << outcome.err;
   TrainOptions o;
   Config& m = o.model;
   m.depth = 4, m.width = 32, m.heads = 2, m.ffn = 64, m.patch = 2, m.final_std = 0.1;
   fit_to_data(m, data_);
-  o.batch = 4;
+  o.batch = 4, o.accumulate = 2;
   Device cpu;
   Trainer<float> t(cpu, o, data_, held_out_);
   std::string log = "step,loss,gradient_norm,lr\n", validation = "step,loss\n";
@@ -2465,6 +2660,17 @@ TEST_F(CommandTest, LogsHoldWhatTheTrainerSays) {
   }
   EXPECT_EQ(read_text(at("logged/log.csv")), log);
   EXPECT_EQ(read_text(at("logged/validation.csv")), validation);
+  // On the console two steps' mean, and how many tokens their time was for.
+  std::vector<Record> two = t.history(0);
+  double milliseconds = 0, tokens = 0, loss = (two[0].loss + two[1].loss) / 2;
+  size_t line = outcome.out.find("step      2/3  loss "), time = outcome.out.find("lr ", line);
+  ASSERT_NE(line, std::string::npos) << outcome.out;
+  EXPECT_NEAR(std::stod(outcome.out.substr(line + 20)), loss, 1e-4);
+  EXPECT_GT(std::abs(two[1].loss - loss), 1e-3) << "the check is blind";
+  ASSERT_EQ(std::sscanf(outcome.out.c_str() + time, "lr %*f %lf ms/step %lf tokens/s",
+                        &milliseconds, &tokens),
+            2);
+  EXPECT_NEAR(1e-3 * milliseconds * tokens / (2 * 4 * 19), 1, 0.3) << "of few digits";
 }
 
 // `forward` on the inputs, weights and cotangents of tests/oracle.safetensors.
@@ -2570,10 +2776,14 @@ TEST_F(CommandTest, DiagnosticsAreARowAStepAndLayer) {
   }
   EXPECT_EQ(columns, 34u);
   EXPECT_EQ(steps, "2,1,2,3,4,1,4,3,");
+  // A run that goes on counts from its first step.
+  ASSERT_EQ(run("train", train_, "--resume --steps 6 --out " + at("diagnosed")).status, 0);
+  std::string rows = read_text(at("diagnosed/diagnostics.csv"));
+  EXPECT_EQ(rows.substr(rows.rfind('\n', rows.size() - 2) + 1, 4), "6,3,");
   auto before = files();
   expect_refused(
       run("train", train_,
-          "--resume --steps 6 --diagnose-every 1 --diagnose-samples 3 --out " + at("diagnosed")),
+          "--resume --steps 7 --diagnose-every 1 --diagnose-samples 3 --out " + at("diagnosed")),
       "diagnostics.csv describes other rows than this run's");
   EXPECT_TRUE(files() == before);
 }
@@ -2605,14 +2815,16 @@ TEST_F(CommandTest, ASpikeLeavesAReportAndACalmRunNone) {
   auto norm = [](const std::string& report) {
     return std::stod(report.substr(report.find("norm ") + 5));
   };
-  size_t soon = 0;
+  size_t soon = 0, nearest = 100;
   for (auto next = found.begin(), last = next++; next != found.end(); last = next++) {
+    if (next->first > last->first + 25) nearest = std::min(nearest, next->first - last->first);
     EXPECT_LT(next->first, last->first + 100);
     if (next->first > last->first + 25) continue;
     ++soon;  // only because it outgrew the last one
     EXPECT_GT(norm(next->second), norm(last->second));
   }
   EXPECT_LT(soon, 9u);
+  EXPECT_LT(nearest, 40u) << "25 steps of rest";
 }
 
 TEST_F(CommandTest, AConfigurationFileGivesWhatNoFlagDoes) {
@@ -2880,6 +3092,23 @@ TEST(Options, OperationsAreThoseOfEachPass) {
   EXPECT_EQ(peak_flops<float>("NVIDIA H200"), 67e12);
   EXPECT_EQ(peak_flops<double>("NVIDIA H200"), 0);
   EXPECT_EQ(peak_flops<bf16>("CPU"), 0);
+}
+
+// Of the ways to run with one state each next one takes less memory, and more work.
+TEST(Options, EachWayToRunGivesWorkForMemory) {
+  TrainOptions o;
+  o.model.depth = 100;
+  Table table = parameter_table(o.model);
+  std::vector<Choice> all = choices<bf16>({o, table, {60, 4, 10}, false});
+  EXPECT_TRUE(!all.front().lean && all.front().recompute == 0 && all.back().lean);
+  size_t pairs = 0;
+  for (size_t i = 1; i < all.size(); ++i) {
+    if (all[i].lean != all[i - 1].lean) continue;
+    EXPECT_LT(all[i].bytes, all[i - 1].bytes) << all[i].text();
+    EXPECT_GT(all[i].flops, all[i - 1].flops) << all[i].text();
+    ++pairs;
+  }
+  EXPECT_GE(pairs, 6u);
 }
 
 TEST(Options, ARunTakesLessThanThereIs) {
@@ -3825,7 +4054,7 @@ TEST_F(CommandTest, ProbeReadsTimeOffTheStates) {
     EXPECT_PRED_FORMAT2(testing::IsSubstring, "R^2 of t on 64 held-out images", outcome.out);
     return read_text(at("probe.csv"));
   };
-  std::string csv = probe("--layers 4,0");
+  std::string csv = probe("--layers 4,0 --seed 2");
   std::istringstream lines(csv);
   std::string keys;
   std::map<std::string, double> r2;
@@ -3837,14 +4066,17 @@ TEST_F(CommandTest, ProbeReadsTimeOffTheStates) {
     ASSERT_EQ(cells.size(), 5u) << line;
     keys += cells[0] + cells[1] + " ";
     r2[cells[0] + cells[1]] = std::stod(cells[2]);
+    if (r2[cells[0] + cells[1]] > 0.5) {
+      EXPECT_LT(std::stod(cells[4]), 10) << "the penalty of what is found, not of noise: " << line;
+    }
     EXPECT_LT(std::stod(cells[3]), 0.1) << "shuffled labels: " << line;
   }
   EXPECT_EQ(keys, "zscalars 0image_mean 0image_rms 0text_mean 4image_mean 4image_rms 4text_mean ");
   EXPECT_GT(r2["0image_rms"], 0.5);
   EXPECT_GT(r2["4image_rms"], 0.5);
   EXPECT_LT(r2["0text_mean"], 0.1) << "the caption knows nothing of t";
-  EXPECT_EQ(probe("--layers 0,4 --batch 7"), csv);
-  EXPECT_NE(probe("--layers 0,4 --seed 2"), csv);
+  EXPECT_EQ(probe("--layers 0,4 --seed 2 --batch 7"), csv);
+  EXPECT_NE(probe("--layers 0,4"), csv);
   // As many as there are, if no number is given.
   std::vector<std::string> words = arguments("probe", probe_, "");
   auto images = std::find(words.begin(), words.end(), "--images");
@@ -3917,6 +4149,15 @@ TEST_F(CommandTest, ValidateIsTrainsValidationByTime) {
   EXPECT_GT(std::stod(validated(many + " --time-shift 4").substr(7)), 0.4) << "0.309 shifted";
   for (const std::string& device : device_flags())
     EXPECT_NEAR(mean_of(validated(many + " " + device))[1], total, 1e-3);
+}
+
+// The mean of eight numbers of which two are in one bin, with its error from within the bins.
+TEST(Validate, TheTotalCountsImagesAndNotBins) {
+  std::string table = validation_table({{2, 6, 20}, {}, {6, 12, 30}}, 8);
+  for (const char* row : {"0.000 to 0.333        2  3.00000  1.00000\n",
+                          "0.667 to 1.000        6  2.00000  0.44721\n",
+                          "all                   8  2.25000  0.41833\n"})
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, row, table);
 }
 
 // By itself bf16 is for tensor cores: of a GPU from 8.0 on, by a binary that has code for them.
@@ -4015,13 +4256,15 @@ TEST(Gradcheck, PassesForEveryResidualAndCanFail) {
     }
 }
 
-// One part in a hundred million of one matrix of twelve of a family shows.
+// One part in a hundred million of one matrix of twelve of a family shows, in whichever layer; and
+// so do errors of two layers that are each other's opposite. Errors are told as parts of a family's
+// gradient.
 TEST(Gradcheck, RejectsAWrongGradient) {
   CLI::App app;
   Machine machine;
   GradcheckOptions o;
   add_gradcheck(app, o, machine);
-  o.model.depth = 12;
+  o.model.depth = 12, o.recompute = 5;
   Gradcheck check(*devices()[0], o);
   auto worst = [&] {
     testing::internal::CaptureStdout();
@@ -4031,17 +4274,49 @@ TEST(Gradcheck, RejectsAWrongGradient) {
   };
   EXPECT_LE(worst(), o.tolerance);
   Network<double>& net = check.network();
-  std::set<std::string> seen;
-  for (const Parameter& p : net.table.parameters) {
-    if (!seen.insert(p.family()).second) continue;
-    std::vector<double> right = from(net.device, net.gradients(), net.table.size), wrong = right;
+  EXPECT_EQ(net.span, o.recompute) << "what is checked is replayed";
+  const Parameter& gate = net.table.at("blocks.1.fused_mvsplit_norm1.alpha");
+  auto gains = from(net.device, net.weights() + gate.offset, gate.count());
+  EXPECT_EQ(std::set<double>(gains.begin(), gains.end()).size(), gains.size()) << "channels differ";
+  std::map<std::string, std::vector<const Parameter*>> families;
+  for (const Parameter& p : net.table.parameters) families[p.family()].push_back(&p);
+  const std::vector<double> right = from(net.device, net.gradients(), net.table.size);
+  size_t layer = 0;
+  for (const auto& family : families) {
+    const std::vector<const Parameter*>& of = family.second;
+    const Parameter& p = *of[(layer += 5) % of.size()];
+    std::vector<double> wrong = right;
     for (size_t i = p.offset; i < p.offset + p.count(); ++i) wrong[i] *= 1 + 1e-8;
     net.device.upload(net.gradients(), wrong.data(), wrong.size() * sizeof(double));
     EXPECT_GT(worst(), o.tolerance) << p.name;
     wrong[p.offset] = NAN;
     net.device.upload(net.gradients(), wrong.data(), wrong.size() * sizeof(double));
     EXPECT_GT(worst(), o.tolerance) << p.name << " is NaN";
-    net.device.upload(net.gradients(), right.data(), right.size() * sizeof(double));
+    if (family.first != "blocks.*.ffn.w13.weight") continue;
+    wrong = right;
+    for (size_t i = 0; i < p.count(); ++i) {
+      double error = 1e-8 * right[p.offset + i];
+      wrong[of[0]->offset + i] += error, wrong[of[1]->offset + i] -= error;
+    }
+    net.device.upload(net.gradients(), wrong.data(), wrong.size() * sizeof(double));
+    EXPECT_GT(worst(), o.tolerance) << family.first << ": opposite errors";
+  }
+  std::vector<double> larger = right;
+  for (double& x : larger) x *= 1.001;
+  net.device.upload(net.gradients(), larger.data(), larger.size() * sizeof(double));
+  testing::internal::CaptureStdout();
+  check.run();
+  std::string out = "\n" + testing::internal::GetCapturedStdout();
+  for (const auto& [name, of] : families) {
+    double squares = 0, by_hand = 0, dual = 0, error = 0;
+    for (const Parameter* p : of)
+      for (size_t i = 0; i < p->count(); ++i) squares += std::pow(larger[p->offset + i], 2);
+    size_t row = out.find("\n" + name + " ");
+    ASSERT_NE(row, std::string::npos) << name;
+    ASSERT_EQ(std::sscanf(out.c_str() + row + 1, "%*s %*u %lf %lf %lf", &by_hand, &dual, &error),
+              3);
+    double unit = std::max({std::sqrt(squares), std::abs(by_hand), std::abs(dual)});
+    EXPECT_NEAR(error / (std::abs(by_hand - dual) / unit), 1, 0.06) << name;  // of two digits
   }
 }
 
