@@ -14,7 +14,7 @@ case $run in /*) ;; *) run=./$run ;; esac  # awk takes a=b for an assignment
 case $page in /*) ;; *) page=./$page ;; esac  # mv takes -q for an option
 [ -d "$run" ] || die "there is no folder $1"
 [ -s "$run/log.csv" ] || die "$1 has no log.csv: train has not run there"
-[ -f "$page" ] || [ ! -e "$page" ] || die "${page#./} is there and is no regular file: name another page"
+[ -f "$page" ] || [ ! -e "$page" ] || die "${page#./} is no regular file: name another page"
 [ -d "${page%/*}/" ] || die "there is no folder ${page%/*} for the page"
 title=${3:-$(basename -- "$(cd -- "$run" && pwd)")}
 
