@@ -718,11 +718,17 @@ constexpr bool
                             decltype(M::gradients(Gains<float>(), Quad<float>(), Quad<float>()))>> =
         true;
 
-// Does it say of each of its gates, and of no other, what the gate multiplies?
+// Does it say of each of its gates, and of no other, what the gate multiplies? (Addresses are
+// compared as types: under UBSan they are no constants.)
+template <auto address>
+struct Address {};
+template <auto a, auto b>
+constexpr bool differ = !std::is_same_v<Address<a>, Address<b>>;
 template <class M>
 constexpr bool has_factors() {
-  bool token = &M::template token_factor<float> != &MergeBase::token_factor<float>;
-  bool segment = &M::template segment_factor<float> != &MergeBase::segment_factor<float>;
+  using Base = MergeBase;
+  bool token = differ<&M::template token_factor<float>, &Base::token_factor<float>>;
+  bool segment = differ<&M::template segment_factor<float>, &Base::segment_factor<float>>;
   return token == (M::by_token >= 0) && segment == (M::by_segment >= 0) &&
          M::gates.size() == size_t(token) + size_t(segment);
 }

@@ -1139,11 +1139,20 @@ inline std::vector<float> each_times(const std::vector<float>& text, size_t size
 
 inline volatile std::sig_atomic_t interrupted = 0;
 
-// The first one ends the run after its step, saved; the next one at once.
+// The first one ends the run after its step, saved; another one at once. What follows within a
+// second is the same one: `timeout` and others send theirs to a process and to its group.
 inline void interrupt(int signal) {
   static const char text[] = "\nstopping after this step, to save (once more: at once, unsaved)\n";
-  interrupted = 1;
-  std::signal(signal, SIG_DFL);
+  static std::time_t first;
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  if (interrupted && now.tv_sec - first < 2) return;
+  if (interrupted) {
+    std::signal(signal, SIG_DFL);
+    raise(signal);
+    return;
+  }
+  interrupted = 1, first = now.tv_sec;
   if (write(STDERR_FILENO, text, sizeof text - 1) < 0) return;
 }
 
@@ -1182,6 +1191,7 @@ class Run {
         o_(trainer_.o),
         data_(std::move(data)) {
     std::vector<float>().swap(data_.pixels);  // the device has them
+    require_room(trainer_);
     if (o_.resume && std::filesystem::exists(o_.out + "/state.safetensors")) {
       resume_run(trainer_);
       if (trainer_.step > o_.steps)
@@ -1213,24 +1223,9 @@ class Run {
     }
   }
 
-  // What the disk does not take costs no work: pictures and reports are only warned of, a save is
-  // tried again when the next one is due, and where the run cannot go on it saves first.
+  // What the disk does not take costs no work: pictures and reports are only warned of, rows wait,
+  // a save is tried again when the next one is due.
   int go() {
-    try {
-      return train_and_save();
-    } catch (const Error& e) {
-      if (!saves_ && saved_ != trainer_.step) {
-        std::fprintf(stderr, "mvsplit: %s\n", e.what());
-        save();
-        fail("saved at step %zu before ending: mend this and go on with --resume",
-             size_t(trainer_.step));
-      }
-      throw;
-    }
-  }
-
- private:
-  int train_and_save() {
     for (int signal : {SIGINT, SIGTERM}) std::signal(signal, interrupt);
     start_ = last_ = Time::now();
     while (trainer_.step < o_.steps && !interrupted) {
@@ -1266,6 +1261,7 @@ class Run {
     return std::isfinite(loss) ? 0 : 1;
   }
 
+ private:
   using Time = std::chrono::steady_clock;
   const size_t in_use_before_;
   Trainer<Real, Kept> trainer_;
@@ -1273,7 +1269,6 @@ class Run {
   Dataset data_;
   std::unique_ptr<CsvLog> log_, validation_, diagnostics_;
   uint64_t first_, logged_, saved_ = ~uint64_t(0);
-  bool saves_ = false;  // a save is under way, or has failed
   static constexpr size_t most_reports = 10;
   size_t reports_ = 0;
   Time::time_point start_, last_;
@@ -1338,16 +1333,13 @@ class Run {
     } catch (const Error& e) {
       std::fprintf(stderr, "warning: %s\n", e.what());
     }
-    saves_ = false;
   }
 
   void save() {
-    saves_ = true;
     for (CsvLog* log : {log_.get(), validation_.get(), diagnostics_.get()})
       if (log) log->sync();
     save_run(trainer_);
     saved_ = trainer_.step;
-    saves_ = false;
   }
 
   // Write a report a spike: ten of a process, at least 25 steps apart unless one outgrows the last.
@@ -1362,7 +1354,7 @@ class Run {
       file.write(spike_report(spike));
       file.commit();
       std::printf("step %6zu  norm %.3g, %.3g times its median: %s\n", size_t(spike.step),
-                  spike.norm, spike.norm / spike.median, path.c_str());
+                  spike.norm, spike.norm / spike.median, visible(path).c_str());
       ++reports_;
     }
     if (!found.empty()) trainer_.watch_spikes_from(found.back().step + 25);
@@ -1690,8 +1682,8 @@ int validate(Device& device, const ValidateOptions& o) {
     ++bin.n, bin.sum += loss, bin.squares += loss * loss;
     out.write(text_of("%.6f,%.9g\n", t, loss));
   }
-  std::printf("%s%s\n", validation_table(bins, double(N)).c_str(), visible(o.out).c_str());
   out.commit();
+  std::printf("%s%s\n", validation_table(bins, double(N)).c_str(), visible(o.out).c_str());
   return 0;
 }
 
@@ -2073,12 +2065,12 @@ int probe(Device& device, const ProbeOptions& o) {
     std::vector<Probed> found = fit_and_test(f.x, labels, split);
     rows.push_back({f.layer, f.name, found[0].r2, found[1].r2, found[0].penalty});
   }
+  out.write(probe_csv(rows, m, split.fit, split.choose, split.test));
+  out.commit();
   std::printf(
       "R^2 of t on %zu held-out images, in brackets with t shuffled; %zu to fit, %zu for the "
       "penalty\n%s%s\n",
       split.test, split.fit, split.choose, probe_table(rows).c_str(), visible(o.out).c_str());
-  out.write(probe_csv(rows, m, split.fit, split.choose, split.test));
-  out.commit();
   return 0;
 }
 
@@ -2110,7 +2102,7 @@ inline int command(int argc, const char* const* argv) {
       return 0;
     }
     auto is = [&](const char* name) { return line.sub->name == name; };
-    if (is("train")) outlive_console();
+    if (line.sub->find("out")) outlive_console();
     GivenOptions given = line.given;  // the words win
     if (given.count("config")) given.merge(read_ini(given["config"].texts[0], all)[line.sub->name]);
     Words missing;
@@ -2137,6 +2129,10 @@ inline int command(int argc, const char* const* argv) {
     if (is("plan"))
       return machine.with_precision([&](auto t) {
         if (plan_options.data != FashionMnist::about) {
+          for (const char* of_data : {"images", "captions", "channels", "height", "image-width",
+                                      "text-tokens", "text-dim"})
+            if (given.count(of_data))
+              fail("--%s is what --data %s has: leave one out", of_data, plan_options.data.c_str());
           Split data = load_dataset(plan_options.data, 0);
           fit_to_data(plan_options.model, data.train);
           sizes.images = data.train.images, sizes.captions = data.train.captions;

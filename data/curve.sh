@@ -2,7 +2,8 @@
 # Draws RUN/loss.png, the training and validation loss of a run, with gnuplot.
 set -euo pipefail
 export LC_ALL=C.UTF-8  # decimal points, not commas
-run=$1
+run=${1:-}
+[[ -n $run && -s $run/log.csv ]] || { echo "'$run' is no folder of a run: it has no log.csv" >&2; exit 2; }
 if ! command -v gnuplot >/dev/null; then
   echo "gnuplot is missing: $run/loss.png was not drawn" >&2
   exit 0

@@ -12,8 +12,8 @@
 
 #include <fnmatch.h>
 
-// The end of a console ends no run: not that of the reader behind a pipe (SIGPIPE), nor that of a
-// terminal (SIGHUP). What is printed after it is lost.
+// The end of a console ends no work for a file: not that of the reader behind a pipe (SIGPIPE), nor
+// that of a terminal (SIGHUP). What is printed after it is lost.
 inline void outlive_console() {
   for (int signal : {SIGPIPE, SIGHUP}) std::signal(signal, SIG_IGN);
 }
@@ -102,7 +102,11 @@ std::vector<Number> downloaded(const Device& device, const Number* from, size_t 
   return host;
 }
 
-inline std::string read_text(const std::string& path) {
+// The bytes of a file; none where there is none, unless it must be there.
+inline std::string read_text(const std::string& path, bool must_be_there = false) {
+  require_regular(path);
+  if (access(path.c_str(), R_OK) != 0 && (must_be_there || errno != ENOENT))
+    fail("cannot read %s: %s", path.c_str(), std::strerror(errno));
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
 }
@@ -137,22 +141,37 @@ class CsvLog {
     file_.reset(std::fopen(path.c_str(), "a"));
     require(file_ != nullptr);
   }
-  // The row or rows of `step`, unless they are there.
+  // The row or rows of `step`, unless they are there. What the disk does not take waits for the
+  // next time: a warning for the first of it.
   void row(uint64_t step, const std::string& text) {
     if (step <= last_) return;
     last_ = step;
-    require(std::fprintf(file_.get(), "%s\n", text.c_str()) >= 0 && std::fflush(file_.get()) == 0);
+    bool first = waiting_.empty();
+    waiting_ += text + "\n";
+    if (!flush() && first)
+      std::fprintf(stderr, "warning: cannot write %s: %s\n", visible(path_).c_str(),
+                   std::strerror(errno));
   }
   uint64_t last() const { return last_; }  // step
   // Flush to the disk, before a state says these steps are done: no run does them again.
-  void sync() { require(fsync(fileno(file_.get())) == 0); }
+  void sync() { require(flush() && fsync(fileno(file_.get())) == 0); }
 
  private:
   void require(bool done) const {
     if (!done) fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
   }
+  // Whole rows or none: a part would begin the next row.
+  bool flush() {
+    int file = fileno(file_.get());
+    off_t end = lseek(file, 0, SEEK_END);
+    ssize_t n = ::write(file, waiting_.data(), waiting_.size());
+    if (n == ssize_t(waiting_.size())) return waiting_.clear(), true;
+    int reason = n < 0 ? errno : ENOSPC;
+    if (ftruncate(file, end) == 0) errno = reason;
+    return false;
+  }
 
-  std::string path_;
+  std::string path_, waiting_;
   uint64_t last_ = 0;
   File file_{nullptr, std::fclose};
 };

@@ -6,11 +6,16 @@
 #   page.sh RUN [PAGE [TITLE]]
 set -euo pipefail
 export LC_ALL=C.UTF-8  # decimal points, not commas
+die() { echo "$1" >&2; exit 2; }
+[ -n "${1:-}" ] || die "page.sh RUN [PAGE [TITLE]]: name the folder of a run"
 run=$1
-case $run in /*) ;; *) run=./$run ;; esac  # awk takes a=b for an assignment, mv -q for an option
 page=${2:-$run/page.html}
-[ -d "$run" ] || { echo "there is no folder $1" >&2; exit 2; }
-[ -s "$run/log.csv" ] || { echo "$1 has no log.csv: train has not run there" >&2; exit 2; }
+case $run in /*) ;; *) run=./$run ;; esac  # awk takes a=b for an assignment
+case $page in /*) ;; *) page=./$page ;; esac  # mv takes -q for an option
+[ -d "$run" ] || die "there is no folder $1"
+[ -s "$run/log.csv" ] || die "$1 has no log.csv: train has not run there"
+[ -f "$page" ] || [ ! -e "$page" ] || die "${page#./} is no regular file: name another page"
+[ -d "${page%/*}/" ] || die "there is no folder ${page%/*} for the page"
 title=${3:-$(basename -- "$(cd -- "$run" && pwd)")}
 
 escaped() { sed 's/&/\&amp;/g; s/</\&lt;/g'; }
@@ -119,6 +124,6 @@ while IFS= read -r line; do
     *) printf '%s\n' "$line" ;;
   esac
 done <"$(dirname "$0")/page.html" >"$page.tmp"
-tail -n 1 "$page.tmp" | grep -q '^</html>' || { echo "$page was not written" >&2; exit 1; }
+tail -n 1 "$page.tmp" | grep -q '^</html>' || die "$page was not written"
 mv -- "$page.tmp" "$page"
 echo "the whole run on one page, for a browser: ${page#./}"

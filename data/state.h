@@ -73,6 +73,20 @@ void save_run(Trainer& t) {
   if (t.a.average) save("/ema.safetensors", about, Stored{"", t.evaluated_weights()});
 }
 
+// Fails unless the disk has room for the file that the work will be in: better now than after it.
+// (A new one is written beside an old one.)
+template <class Trainer>
+void require_room(Trainer& t) {
+  bool all = t.o.save == "all", twice = t.o.save_every && t.o.save_every < t.o.steps;
+  std::string path = t.o.out + (all ? "/state.safetensors" : "/weights.safetensors");
+  size_t bytes = t.net.table.count() * sizeof(*t.net.weights());
+  if (all)
+    with_state(t, [&](auto... stored) {
+      bytes = t.net.table.count() * ((stored.slab ? sizeof(*stored.slab) : 0) + ...);
+    });
+  SafeFile(path, bytes * (twice && !fs::exists(path) ? 2 : 1)).abandon();
+}
+
 // Fails, naming all differences, if a run with these options would not be the one whose state is in
 // the file. Says what else has changed: the optimiser's settings, and what no bit depends on.
 template <class Real>

@@ -5,6 +5,7 @@
 # Exit status 1 and a line a fault otherwise.
 set -uo pipefail
 export LC_ALL=C.UTF-8  # decimal points, not commas
+[[ -x ${1:-} && ${2:-50} =~ ^[1-9][0-9]*$ ]] || { echo "kill_check.sh PROGRAM [KILLS [SEED]]" >&2; exit 2; }
 program=$1 kills=${2:-50} seed=${3:-1} steps=100 killed=0 faults=0
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -78,12 +78,13 @@ done
 SCALE=tiny experiment scream >"$work/again" 2>&1 || fault "scream's second call failed"
 grep -q 'runs to do' "$work/again" && fault "scream ran again"
 
-# refused WORD COMMAND...: with a sentence that has the WORD.
+# refused WORD COMMAND...: with a sentence that has the WORD, behind `who`.
+who="experiment: "
 refused() {
   local word=$1 status=0
   shift
   "$@" >"$work/log" 2>&1 || status=$?
-  grep -q "^experiment: .*$word" "$work/log" || status="no word of it"
+  grep -q "^$who.*$word" "$work/log" || status="no word of it"
   [ "$status" = 2 ] || fault "not refused ($status): $*: $(tail -n 1 "$work/log")"
 }
 # At this speed all but the quick versions takes days.
@@ -101,5 +102,14 @@ flock "$clone/experiments/lock" sleep 4 &
 sleep 0.5
 refused "another" experiment scream
 wait
+# What is no run, and a page that would take the place of something else.
+who="" run=$(dirname "$(find "$clone/experiments/tiny" -name log.csv | head -n 1)")
+refused "name the folder" bash data/page.sh
+refused "no log.csv" bash data/page.sh "$work"
+refused "no regular file" bash data/page.sh "$run" "$work"
+refused "no folder" bash data/page.sh "$run" "$work/none/page.html"
+refused "no log.csv" bash data/curve.sh "$work"
+refused "no log.csv" bash data/curve.sh
+(cd "$work" && bash "$clone/data/page.sh" "$run" -page.html >/dev/null && [ -s ./-page.html ]) || fault "no -page.html"
 echo "scripts_check: $faults faults"
 [ $faults = 0 ]

@@ -2139,6 +2139,7 @@ pid_t start_program(std::vector<std::string> words, const std::function<void()>&
   argv.push_back(nullptr);
   pid_t child = fork();
   if (child == 0) {
+    for (int signal : {SIGPIPE, SIGHUP}) std::signal(signal, SIG_DFL);  // train has run in here
     prepare();
     execv(program.c_str(), argv.data());
     _exit(1);
@@ -2293,6 +2294,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--batch 1000000 --width 4096", "the largest --batch that fits is"},
       {"plan", "--depth 1 --patch 65536 --channels 4096", "larger than any machine"},
       {"plan", small + " --depth 100000 --batch 1048575", "larger than any machine"},
+      {"plan", "--height 8 --data " + at("data.safetensors"), "--height is what --data"},
       {"plan", small + " --images 18446744073709551615", "images and 10 captions are larger"},
       {"plan", small + " --val-images 18446744073709551615",
        "captions are larger than any machine"},
@@ -2604,6 +2606,46 @@ TEST_F(TrainTest, ALogKeepsWholeRowsOfStepsThatAreDone) {
   }
   EXPECT_EQ(read_text(at("log.csv")), "step,loss\n1,0.5\n2,0.25\n3,0.5\n") << "each step once";
   EXPECT_ERROR(CsvLog(at("log.csv"), "step,norm", 2), "describes other rows than this run's: move");
+  EXPECT_ERROR(CsvLog(folder_, "step,loss", 2), "it is not a regular file");
+}
+
+TEST_F(TrainTest, RowsWaitForTheDisk) {
+  CsvLog log(at("log.csv"), "step,loss", 0);
+  const std::string names = "step,loss\n", loss = "," + std::string(3000, '1');
+  testing::internal::CaptureStderr();
+  {
+    FullDisk full(5000);  // for the names and a row
+    for (const char* step : {"1", "2", "3"}) log.row(std::stoul(step), step + loss);
+    EXPECT_EQ(read_text(at("log.csv")), names + "1" + loss + "\n") << "whole rows";
+    EXPECT_ERROR(log.sync(), "cannot write " + at("log.csv"));
+  }
+  log.sync();
+  EXPECT_EQ(read_text(at("log.csv")), names + "1" + loss + "\n2" + loss + "\n3" + loss + "\n");
+  std::string warned = testing::internal::GetCapturedStderr();
+  EXPECT_EQ(std::count(warned.begin(), warned.end(), '\n'), 1) << warned;
+}
+
+TEST_F(TrainTest, ARunBeginsWhereItsStateHasRoom) {
+  float number;
+  struct {
+    bool lean = false;
+    TrainOptions o;
+    TrainArrays<float, float> a{};
+    struct {
+      struct {
+        size_t count() const { return size_t(1) << 50; }
+      } table;
+      const float* weights() const { return nullptr; }
+    } net;
+    std::array<Stored<float>, 1> slots() const { return {Stored{"m.", a.average}}; }
+  } huge;
+  huge.a.average = &number, huge.o.out = folder_;
+  EXPECT_ERROR(require_room(huge), "state.safetensors: it needs 9007199254740992 bytes");
+  huge.o.save_every = 1;  // the next one is written beside it
+  EXPECT_ERROR(require_room(huge), "state.safetensors: it needs 18014398509481984 bytes");
+  huge.o.save = "weights", huge.o.save_every = 0;
+  EXPECT_ERROR(require_room(huge), "weights.safetensors: it needs 4503599627370496 bytes");
+  EXPECT_TRUE(files().empty());
 }
 
 TEST_F(CommandTest, ResumingNothingSaysSo) {
@@ -3665,7 +3707,7 @@ TEST_F(CommandTest, TheEndOfAConsoleEndsNoRun) {
     kill(child, SIGHUP);
     wait_for(rows() + 5);
     ASSERT_EQ(waitpid(child, &status, WNOHANG), 0) << "it has ended";
-    kill(child, SIGINT);
+    for (int i = 0; i < 2; ++i) kill(child, SIGINT), usleep(2000);  // as `timeout` does: one
     pid_t ended = 0;
     for (int i = 0; i < 6000 && !ended; ++i) {
       usleep(10000);
@@ -3686,6 +3728,26 @@ TEST_F(CommandTest, TheEndOfAConsoleEndsNoRun) {
               std::to_string(step));
     fs::remove_all(folder);
   }
+}
+
+// Nor any other work whose result is a file.
+TEST_F(CommandTest, WhatNobodyReadsIsWrittenAllTheSame) {
+  save_latents(at("more.safetensors"), synthetic(4096));
+  int pipe_ends[2], status = 0;
+  ASSERT_EQ(pipe(pipe_ends), 0);
+  close(pipe_ends[0]);
+  pid_t child = start_program(
+      arguments("validate", "--device cpu --bins 1000 --data " + at("more.safetensors"),
+                "--weights " + at("run/weights.safetensors") + " --out " + at("losses.csv")),
+      [&] { dup2(pipe_ends[1], 1), dup2(pipe_ends[1], 2); });
+  close(pipe_ends[1]);
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(WIFEXITED(status) ? WEXITSTATUS(status) : -1, 2);
+  std::string rows = read_text(at("losses.csv"));
+  EXPECT_EQ(std::count(rows.begin(), rows.end(), '\n'), 257);
+  for (const char* command : {"validate", "probe"})
+    expect_refused(run(command, "--weights " + at("run/weights.safetensors") + " --out="),
+                   "--out must name a file");
 }
 
 // On a terminal: a line, and at the end it is taken away. What is quick shows nothing.
