@@ -31,6 +31,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -762,21 +763,21 @@ inline Device::~Device() {
 #endif
 }
 
+// The number that the first line of a file which is like `format` has; SIZE_MAX if there is none.
+inline size_t number_from(const std::string& path, const char* format) {
+  std::ifstream file(path);
+  size_t value = SIZE_MAX;
+  for (std::string line; value == SIZE_MAX && std::getline(file, line);)
+    std::sscanf(line.c_str(), format, &value);
+  return value;
+}
+
 // Bytes that the control group of `folder` (cgroup v2) may still take: its limit less what it has,
 // which does not count files that the kernel would drop. SIZE_MAX without a limit.
 inline size_t control_group_room(const std::string& folder) {
-  auto number = [&](const char* name, const char* format) {
-    size_t value = SIZE_MAX;
-    if (FILE* file = std::fopen((folder + "/" + name).c_str(), "r")) {
-      char line[128];
-      while (value == SIZE_MAX && std::fgets(line, sizeof line, file))
-        std::sscanf(line, format, &value);
-      std::fclose(file);
-    }
-    return value;
-  };
-  size_t limit = number("memory.max", "%zu"), used = number("memory.current", "%zu");
-  size_t files = number("memory.stat", "inactive_file %zu");
+  size_t limit = number_from(folder + "/memory.max", "%zu");
+  size_t used = number_from(folder + "/memory.current", "%zu");
+  size_t files = number_from(folder + "/memory.stat", "inactive_file %zu");
   if (limit == SIZE_MAX || used == SIZE_MAX) return SIZE_MAX;
   if (files != SIZE_MAX) used -= std::min(used, files);
   return limit - std::min(limit, used);
@@ -792,13 +793,10 @@ inline size_t control_groups_room(const std::string& root, std::string group) {
 
 // This process's group, as a line "0::/a/b" of /proc/self/cgroup says; "" if there is none.
 inline std::string control_group(const char* list = "/proc/self/cgroup") {
-  std::string group;
-  if (FILE* file = std::fopen(list, "r")) {
-    for (char line[4096]; std::fgets(line, sizeof line, file);)
-      if (std::strncmp(line, "0::", 3) == 0) group.assign(line + 3, std::strcspn(line + 3, "\n"));
-    std::fclose(file);
-  }
-  return group;
+  std::ifstream file(list);
+  for (std::string line; std::getline(file, line);)
+    if (line.rfind("0::", 0) == 0) return line.substr(3);
+  return "";
 }
 
 inline size_t Device::available(const char* control_groups) const {
@@ -809,19 +807,13 @@ inline size_t Device::available(const char* control_groups) const {
     return free;
   }
 #endif
-  size_t kib = 0;
-  if (FILE* file = std::fopen("/proc/meminfo", "r")) {
-    char line[128];
-    while (std::fgets(line, sizeof line, file))
-      if (std::sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
-    std::fclose(file);
-  }
+  size_t kib = number_from("/proc/meminfo", "MemAvailable: %zu kB");
 #ifdef _SC_AVPHYS_PAGES
   const auto pages = _SC_AVPHYS_PAGES;
 #else  // macOS
   const auto pages = _SC_PHYS_PAGES;
 #endif
-  size_t all = kib ? kib * 1024 : size_t(sysconf(pages)) * size_t(sysconf(_SC_PAGESIZE));
+  size_t all = kib < SIZE_MAX ? kib * 1024 : size_t(sysconf(pages)) * size_t(sysconf(_SC_PAGESIZE));
   return std::min(all, control_groups_room(control_groups, control_group()));
 }
 
@@ -833,12 +825,8 @@ inline size_t Device::in_use() const {
     return total - free;
   }
 #endif
-  size_t pages = 0;
-  if (FILE* file = std::fopen("/proc/self/statm", "r")) {
-    if (std::fscanf(file, "%*u %zu", &pages) != 1) pages = 0;
-    std::fclose(file);
-  }
-  return pages * size_t(sysconf(_SC_PAGESIZE));
+  size_t pages = number_from("/proc/self/statm", "%*u %zu");
+  return pages < SIZE_MAX ? pages * size_t(sysconf(_SC_PAGESIZE)) : 0;
 }
 
 inline void* Device::allocate(size_t bytes) {
