@@ -1168,26 +1168,18 @@ class Graph {
   Graph(const Graph&) = delete;
   Graph& operator=(const Graph&) = delete;
 
+  // Not `now`: only takes the memory that it will need.
   template <class Sequence>
-  void run(Device& device, const Sequence& sequence) {
+  void run(Device& device, const Sequence& sequence, bool now = true) {
 #ifdef __CUDACC__
     if (device.gpu) {
-      prepare(device, sequence);
-      CUDA_CHECK(cudaGraphLaunch(executable_, device.stream));
+      if (!executable_) record(device, sequence);
+      if (now) CUDA_CHECK(cudaGraphLaunch(executable_, device.stream));
       return;
     }
 #endif
     (void)device;
-    sequence();
-  }
-  // Take what memory run() will need, and do nothing else.
-  template <class Sequence>
-  void prepare(Device& device, const Sequence& sequence) {
-#ifdef __CUDACC__
-    if (device.gpu && !executable_) record(device, sequence);
-#else
-    (void)device, (void)sequence;
-#endif
+    if (now) sequence();
   }
 
 #ifdef __CUDACC__

@@ -959,14 +959,12 @@ class Trainer : public RunArrays<Real, Kept> {
     device.upload(spikes.watch, &watch, sizeof watch);
   }
 
-  // One training step. The host only enqueues it: a graph for each pass, and in the last one's all
-  // that follows. With `diagnose`, `diagnostics` can be read after it.
+  // One training step. With `diagnose`, `diagnostics` can be read after it.
   void train_step(bool diagnose = false) {
     if (!prepared_)  // nothing may be taken later: not by the first diagnosed step either
-      for (bool other : {false, o.diagnose_every > 0})
-        each_pass(other, [&](Graph& graph, const auto& f) { graph.prepare(device, f); });
+      for (bool other : {false, o.diagnose_every > 0}) run_passes(other, false);
     prepared_ = true;
-    each_pass(diagnose, [&](Graph& graph, const auto& f) { graph.run(device, f); });
+    run_passes(diagnose, true);
     ++step;
   }
 
@@ -1038,19 +1036,20 @@ class Trainer : public RunArrays<Real, Kept> {
 
  private:
   Slabs slabs_;
-  Graph graphs_[2][2][2];  // see each_pass()
+  Graph graphs_[2][2][2];  // see run_passes()
   bool prepared_ = false;
 
-  // Call act(graph, f) for each pass of a step: f() enqueues it.
-  template <class Act>
-  void each_pass(bool diagnose, const Act& act) {
+  // A step. The host only enqueues it: a graph for each pass, and in the last one's all that
+  // follows. Not `now`: see Graph.
+  void run_passes(bool diagnose, bool now) {
     for (size_t micro = 0; micro < o.accumulate; ++micro) {
       bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
-      act(graphs_[observe][last][first], [&] {
+      auto pass = [&] {
         if (first) begin_step(device, a.clock, o.optimizer, o.ema);
         training_pass(*this, first, last ? observer(diagnose) : Observer<Real>());
         if (last) update_weights(*this, diagnose);
-      });
+      };
+      graphs_[observe][last][first].run(device, pass, now);
     }
   }
 
