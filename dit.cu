@@ -1343,21 +1343,6 @@ class Network {
 //
 // D.1 Heads
 
-// A token has 2 H head vectors, the queries, then the keys. threads_a_head(): threads for one of
-// them, a warp or less, `wide` channels of each half a thread. threads_a_token(): threads for all,
-// every group of `one` threads taking `each` heads at a time.
-inline int threads_a_head(Heads heads, int wide) {
-  int threads = 1;
-  while (threads < 32 && 2 * size_t(wide * threads) < heads.dim) threads *= 2;
-  return threads;
-}
-inline int threads_a_token(Heads heads, int one, size_t each) {
-  int threads = one;
-  while (threads < Team::max_size && size_t(threads) * each < 2 * heads.count * size_t(one))
-    threads *= 2;
-  return threads;
-}
-
 // Several channels of both halves of a head, of one array or of two.
 template <class Real, int wide, int arrays>
 struct HeadPiece {
@@ -1371,9 +1356,10 @@ struct HeadPiece {
 // For each head of Q and K inside x and y (B, T, 3, H, hd): found = finish(number, <x, y>, mine),
 // and x = put(x, y, R, found) for each of its points. (With one array y is x.)
 //
-// A group of threads takes `at_once` heads at a time: it has all its loads on the way, and reads
-// its angles once for all of them. A thread has `wide` neighbouring channels of each half, and
-// keeps the first that it has, on a GPU up to hd = 64 wide all of them.
+// A token has 2 H head vectors, the queries, then the keys. A group of `one` threads, a warp or
+// less, takes `at_once` heads at a time: it has all its loads on the way, and reads its angles once
+// for all of them. A thread has `wide` neighbouring channels of each half, and keeps the first that
+// it has, on a GPU up to hd = 64 wide all of them.
 template <int wide, int at_once, int arrays, class Real, class Finish, class Put>
 void replace_heads_by(const Device& device, Real* x, const Real* y, Rope<AccOf<Real>> rope,
                       Heads heads, const Finish& finish, const Put& put) {
@@ -1381,70 +1367,69 @@ void replace_heads_by(const Device& device, Real* x, const Real* y, Rope<AccOf<R
   using Piece = HeadPiece<Real, wide, arrays>;
   using Wide = Several<Real, wide>;
   size_t half = heads.dim / 2, all_heads = 2 * heads.count;
-  int one = threads_a_head(heads, wide);
-  for_each_team(
-      device, heads.batch * heads.length, threads_a_token(heads, one, at_once), [=] HD(Team team) {
-        size_t row = team.index, token = uint32_t(row) % uint32_t(heads.length);
-        bool turned = token < rope.image_tokens;
-        auto angle = [&](const Acc* table, size_t j) {
-          size_t at = (turned ? token * half : 0) + min_(j, half - wide);
-          return *reinterpret_cast<const Several<Acc, wide>*>(table + at);
-        };
-        Team part = team.part(one);
-        size_t own = size_t(wide * part.rank), step = size_t(wide * part.size);
-        for (size_t head = at_once * part.index; head < all_heads;
-             head += at_once * size_t(team.parts(one))) {
-          auto at = [&](int k, size_t j) {  // of head + k, or the last one's again
-            return row * 3 * heads.width() + min_(head + size_t(k), all_heads - 1) * heads.dim + j;
-          };
-          auto read = [&](int k, size_t j) {
-            Piece p;
-            for (int a = 0; a < arrays; ++a)
-              for (int i = 0; i < 2; ++i)
-                p.of[a][i] =
-                    *reinterpret_cast<const Wide*>((a ? y : x) + at(k, j + size_t(i) * half));
-            return p;
-          };
-          Piece kept[at_once] = {};  // zeros, if the thread has none
-          Several<Acc, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
-          Several<Acc, at_once> sums = {};
-          for (size_t j = own; j < half; j += step) {
-            UNROLL
-            for (int k = 0; k < at_once; ++k) {
-              Piece p = read(k, j);
-              if (j == own) kept[k] = p;
-              for (int i = 0; i < wide; ++i) {
-                Point<Acc> a = p.point(0, i), b = p.point(arrays - 1, i);
-                sums.v[k] += a.x1 * b.x1 + a.x2 * b.x2;
-              }
-            }
-          }
-          sums = part.sum_rows(sums, 1);
-          decltype(finish(0, Acc(), true)) found[at_once];
-          UNROLL
-          for (int k = 0; k < at_once; ++k)
-            found[k] = finish(row * all_heads + min_(head + size_t(k), all_heads - 1), sums.v[k],
-                              part.rank == 0 && head + size_t(k) < all_heads);
-          for (size_t j = own; j < half; j += step) {
-            Several<Acc, wide> c = j == own ? cosine : angle(rope.cosine, j);
-            Several<Acc, wide> s = j == own ? sine : angle(rope.sine, j);
-            if (!turned)
-              for (int i = 0; i < wide; ++i) c.v[i] = 1, s.v[i] = 0;
-            UNROLL
-            for (int k = 0; k < at_once; ++k) {
-              if (head + size_t(k) >= all_heads) break;
-              Piece p = j == own ? kept[k] : read(k, j);
-              for (int i = 0; i < wide; ++i) {
-                Rotation<Acc> R{c.v[i], s.v[i]};
-                Point<Acc> out = put(p.point(0, i), p.point(arrays - 1, i), R, found[k]);
-                p.of[0][0].v[i] = Real(out.x1), p.of[0][1].v[i] = Real(out.x2);
-              }
-              for (int i = 0; i < 2; ++i)
-                *reinterpret_cast<Wide*>(x + at(k, j + size_t(i) * half)) = p.of[0][i];
-            }
+  int one = threads_to_cover(heads.dim, 2 * wide, 32);
+  int threads = threads_to_cover(all_heads * size_t(one), at_once, Team::max_size, one);
+  for_each_team(device, heads.batch * heads.length, threads, [=] HD(Team team) {
+    size_t row = team.index, token = uint32_t(row) % uint32_t(heads.length);
+    bool turned = token < rope.image_tokens;
+    auto angle = [&](const Acc* table, size_t j) {
+      size_t at = (turned ? token * half : 0) + min_(j, half - wide);
+      return *reinterpret_cast<const Several<Acc, wide>*>(table + at);
+    };
+    Team part = team.part(one);
+    size_t own = size_t(wide * part.rank), step = size_t(wide * part.size);
+    for (size_t head = at_once * part.index; head < all_heads;
+         head += at_once * size_t(team.parts(one))) {
+      auto at = [&](int k, size_t j) {  // of head + k, or the last one's again
+        return row * 3 * heads.width() + min_(head + size_t(k), all_heads - 1) * heads.dim + j;
+      };
+      auto read = [&](int k, size_t j) {
+        Piece p;
+        for (int a = 0; a < arrays; ++a)
+          for (int i = 0; i < 2; ++i)
+            p.of[a][i] = *reinterpret_cast<const Wide*>((a ? y : x) + at(k, j + size_t(i) * half));
+        return p;
+      };
+      Piece kept[at_once] = {};  // zeros, if the thread has none
+      Several<Acc, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
+      Several<Acc, at_once> sums = {};
+      for (size_t j = own; j < half; j += step) {
+        UNROLL
+        for (int k = 0; k < at_once; ++k) {
+          Piece p = read(k, j);
+          if (j == own) kept[k] = p;
+          for (int i = 0; i < wide; ++i) {
+            Point<Acc> a = p.point(0, i), b = p.point(arrays - 1, i);
+            sums.v[k] += a.x1 * b.x1 + a.x2 * b.x2;
           }
         }
-      });
+      }
+      sums = part.sum_rows(sums, 1);
+      decltype(finish(0, Acc(), true)) found[at_once];
+      UNROLL
+      for (int k = 0; k < at_once; ++k)
+        found[k] = finish(row * all_heads + min_(head + size_t(k), all_heads - 1), sums.v[k],
+                          part.rank == 0 && head + size_t(k) < all_heads);
+      for (size_t j = own; j < half; j += step) {
+        Several<Acc, wide> c = j == own ? cosine : angle(rope.cosine, j);
+        Several<Acc, wide> s = j == own ? sine : angle(rope.sine, j);
+        if (!turned)
+          for (int i = 0; i < wide; ++i) c.v[i] = 1, s.v[i] = 0;
+        UNROLL
+        for (int k = 0; k < at_once; ++k) {
+          if (head + size_t(k) >= all_heads) break;
+          Piece p = j == own ? kept[k] : read(k, j);
+          for (int i = 0; i < wide; ++i) {
+            Rotation<Acc> R{c.v[i], s.v[i]};
+            Point<Acc> out = put(p.point(0, i), p.point(arrays - 1, i), R, found[k]);
+            p.of[0][0].v[i] = Real(out.x1), p.of[0][1].v[i] = Real(out.x2);
+          }
+          for (int i = 0; i < 2; ++i)
+            *reinterpret_cast<Wide*>(x + at(k, j + size_t(i) * half)) = p.of[0][i];
+        }
+      }
+    }
+  });
 }
 
 // One array: four heads at a time, and loads as wide as the halves allow.

@@ -451,12 +451,14 @@ struct Team {
 // Threads for a team whose loop has n independent items: whole warps, at most eight.
 inline int threads_for(size_t n) { return int(std::clamp<size_t>(round_up(n, 32), 32, 256)); }
 
-// Threads for a row of D channels: as few as cover it with four quads each, or so many.
-inline int threads_for_row(size_t D, size_t quads = 4) {
-  int threads = 1;
-  while (threads < Team::max_size && 4 * quads * size_t(threads) < D) threads *= 2;
+// A power of two, from `least` to `most`: as few threads as cover n items if each takes `each`.
+inline int threads_to_cover(size_t n, size_t each, int most = Team::max_size, int least = 1) {
+  int threads = least;
+  while (threads < most && each * size_t(threads) < n) threads *= 2;
   return threads;
 }
+// Threads for a row of D channels: as few as cover it with four quads each, or so many.
+inline int threads_for_row(size_t D, size_t quads = 4) { return threads_to_cover(D, 4 * quads); }
 
 #ifdef __CUDACC__
 template <class Body>
@@ -939,11 +941,9 @@ struct Piece {
 template <class Sum, class Groups, class Term, class Finish>
 void sum_over_rows(const Device& device, Groups groups, size_t D, Sum zero, const Term& term,
                    const Finish& finish) {
-  int columns = 32, lines = 1;
+  int columns = 32;
   while (columns > 4 && groups.groups() * ceil_div(D, 4 * size_t(columns)) < 256) columns /= 2;
-  while (columns * lines < 32 ||
-         (columns * lines < Team::max_size && 4 * size_t(lines) < groups.longest()))
-    lines *= 2;
+  int lines = threads_to_cover(groups.longest(), 4, Team::max_size / columns, 32 / columns);
   size_t width = 4 * size_t(columns), tiles = ceil_div(D, width);
   for_each_team(device, groups.groups() * tiles, columns * lines, [=] HD(Team team) {
     Team line = team.part(columns);
