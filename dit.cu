@@ -2139,7 +2139,7 @@ struct Measurement {
 template <class Real>
 struct WritersMeasured : Measurement {
   static constexpr bool of_writers = true, of_spikes = true;
-  WriterScratch<AccOf<Real>> scratch[2];
+  WriterScratch<AccOf<Real>> scratch;
 
   // How many numbers (double) it leaves: WriterModes (samples).
   static size_t count(const MeasuredSizes& m) {
@@ -2147,14 +2147,11 @@ struct WritersMeasured : Measurement {
   }
   static size_t inputs(int writer, const Config& c) { return writer ? c.ffn : c.width; }
   void lay(Carver& c, const MeasuredSizes& m) {
-    Carver second = c;
-    scratch[0].lay(c, m.tokens(), inputs(0, m.config), m.config.width);
-    scratch[1].lay(second, m.tokens(), inputs(1, m.config), m.config.width);
-    c.used = std::max(c.used, second.used);
+    scratch.lay(c, m.tokens(), std::max(m.config.width, m.config.ffn), m.config.width);
   }
   void during(Device& device, double* to, const Sight<Real>& see, const MeasuredSizes& m) {
-    writer_modes(device, reinterpret_cast<WriterModes*>(to), scratch[see.writer], see.y(),
-                 see.delta, m.tokens(), inputs(see.writer, m.config), m.config.width);
+    writer_modes(device, reinterpret_cast<WriterModes*>(to), scratch, see.y(), see.delta,
+                 m.tokens(), inputs(see.writer, m.config), m.config.width);
   }
   // The columns. (Where they are of writers, "attention_" or "ffn_" is put before their names.)
   static void read(const double* from, int w, const MeasuredSizes& m, const Add& add) {
