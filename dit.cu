@@ -2485,13 +2485,15 @@ class Diagnostics {
   const size_t samples;
 
   Diagnostics(const Config& c, std::vector<size_t> chosen, size_t first_samples, size_t batch)
-      : sizes{c, first_samples, batch}, layers(std::move(chosen)), samples(first_samples) {}
+      : sizes{c, first_samples, batch}, layers(std::move(chosen)), samples(first_samples) {
+    each(all_, [&](auto& m, size_t k) {
+      begins_[k] = total_;
+      total_ += round_up(layers.size() * (m.of_writers ? 2 : 1) * m.count(sizes), 32);  // 256 bytes
+    });
+  }
 
   void lay(Carver& c) {
-    results_ = c.used = round_up(c.used, 256);
-    base_ = c.base;
-    lay_numbers(c, numbers_);
-    results_bytes_ = c.used - results_;
+    numbers_ = c.take<double>(total_);
     Carver end = c;
     each(all_, [&](auto& m, size_t) {
       Carver own = c;
@@ -2508,7 +2510,7 @@ class Diagnostics {
     if (at == layers.end()) return;
     each(all_, [&](auto& m, size_t k) {
       if (all || m.of_spikes)
-        m.during(device, numbers(m, numbers_[k], size_t(at - layers.begin()), writer),
+        m.during(device, place(numbers_, m, k, size_t(at - layers.begin()), writer),
                  Sight<Real>{s, writer, delta}, sizes);
     });
   }
@@ -2518,27 +2520,24 @@ class Diagnostics {
   void gradients(Device& device, const Parameters<Kept>& d) {
     for (size_t slot = 0; slot < layers.size(); ++slot)
       each(all_, [&](auto& m, size_t k) {
-        m.after(device, numbers(m, numbers_[k], slot, 0), d.block(layers[slot]), sizes);
+        m.after(device, place(numbers_, m, k, slot, 0), d.block(layers[slot]), sizes);
       });
   }
 
   // (layers, 2, samples) on the device: of W_O, of W2.
-  const WriterModes* modes() const { return reinterpret_cast<const WriterModes*>(numbers_[0]); }
+  const WriterModes* modes() const { return reinterpret_cast<const WriterModes*>(numbers_); }
 
   // The chosen layers' columns; waits for the device.
   std::vector<std::vector<Reading>> read(const Device& device) const {
-    std::vector<std::byte> host(results_bytes_);
-    device.download(host.data(), base_ + results_, results_bytes_);
-    Carver c{host.data()};
-    Numbers of_host{};
-    lay_numbers(c, of_host);
+    std::vector<double> host(total_);
+    device.download(host.data(), numbers_, total_ * sizeof(double));
     std::vector<std::vector<Reading>> rows(layers.size());
     for (size_t slot = 0; slot < layers.size(); ++slot)
       for (int writer : {0, 1, -1})  // -1: what is not of a writer
         each(all_, [&](auto& m, size_t k) {
           if (m.of_writers != (writer >= 0)) return;
           std::string branch = writer == 0 ? "attention_" : writer == 1 ? "ffn_" : "";
-          m.read(numbers(m, of_host[k], slot, writer), writer, sizes,
+          m.read(place(host.data(), m, k, slot, writer), writer, sizes,
                  [&](const std::string& name, const std::string& about, double value) {
                    rows[slot].push_back({branch + name, about, value});
                  });
@@ -2547,11 +2546,11 @@ class Diagnostics {
   }
 
  private:
-  using Numbers = std::array<double*, std::tuple_size_v<Measurements<Real>>>;
   Measurements<Real> all_;
-  Numbers numbers_{};  // of each measurement: (layers, 2 if of writers, else 1, count())
-  std::byte* base_ = nullptr;
-  size_t results_ = 0, results_bytes_ = 0;
+  double* numbers_ = nullptr;
+  // Where those of each measurement begin, (layers, 2 if of writers, else 1, count()); all of them.
+  std::array<size_t, std::tuple_size_v<Measurements<Real>>> begins_;
+  size_t total_ = 0;
 
   // f(measurement, its number) for all.
   template <class All, class F>
@@ -2559,14 +2558,9 @@ class Diagnostics {
     size_t k = 0;
     std::apply([&](auto&... m) { (f(m, k++), ...); }, all);
   }
-  void lay_numbers(Carver& c, Numbers& to) const {
-    each(all_, [&](auto& m, size_t k) {
-      to[k] = c.take<double>(layers.size() * (m.of_writers ? 2 : 1) * m.count(sizes));
-    });
-  }
-  template <class M>
-  double* numbers(const M& m, double* of, size_t slot, int writer) const {
-    size_t piece = m.of_writers ? slot * 2 + size_t(writer) : slot;
-    return of + piece * m.count(sizes);
+  // Those of measurement m, number k, in a copy of all.
+  template <class M, class Number>
+  Number* place(Number* all, const M& m, size_t k, size_t slot, int writer) const {
+    return all + begins_[k] + (m.of_writers ? slot * 2 + size_t(writer) : slot) * m.count(sizes);
   }
 };
