@@ -525,29 +525,27 @@ HD inline bool stands_out(double norm, double factor, double usual) {
   return !(norm <= factor * usual) && usual == usual;
 }
 
-// What is copied at an event.
-struct EventArrays {
-  double* squares;                        // (chunks), of the gradients
-  uint32_t *bad_gradients, *bad_weights;  // (chunks): how many are not finite
-  double* losses;                         // (accumulate * B)
-  double* velocity;                       // (B, 3): sums of dL/dvelocity and its squares, largest
-
-  void lay(Carver& c, size_t chunks, size_t samples) {
-    squares = c.take<double>(chunks);
-    bad_gradients = c.take<uint32_t>(chunks), bad_weights = c.take<uint32_t>(chunks);
-    losses = c.take<double>(samples), velocity = c.take<double>(3 * samples);
-  }
+// What is copied at an event, of each chunk: its gradients' squares, and how many are not finite;
+// and of each sample: its loss and, in the last pass, dL/dvelocity's sum, squares and largest.
+struct ChunkSeen {
+  double squares;
+  uint32_t bad_gradients, bad_weights;
+};
+struct SampleSeen {
+  double loss, sum, squares, largest;
 };
 
 // The events, and the writers' modes of every step.
 struct SpikeArrays {
   SpikeWatch* watch;
-  double* modes;  // (records, L, 2, 2): G_mean and G_ctr of W_O and W2
-  EventArrays events[kept_events];
+  double* modes;        // (records, L, 2, 2): G_mean and G_ctr of W_O and W2
+  ChunkSeen* chunks;    // (kept_events, chunks)
+  SampleSeen* samples;  // (kept_events, accumulate * B)
 
-  void lay(Carver& c, size_t layers, size_t chunks, size_t samples) {
+  void lay(Carver& c, size_t layers, size_t chunk_count, size_t sample_count) {
     watch = c.take<SpikeWatch>(1), modes = c.take<double>(records * layers * 4);
-    for (EventArrays& e : events) e.lay(c, chunks, samples);
+    chunks = c.take<ChunkSeen>(kept_events * chunk_count);
+    samples = c.take<SampleSeen>(kept_events * sample_count);
   }
 };
 
@@ -593,7 +591,6 @@ void copy_spike(const Device& device, SpikeArrays a, RunArrays run, size_t sampl
   size_t count = run.chunk_count, teams = std::min<size_t>(count, 1024);
   for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
-    const EventArrays& e = a.events[a.watch->place()];
     for (size_t k = team.index; k < count; k += teams) {
       Chunk c = run.chunks[k];
       double bad_gradients = 0, bad_weights = 0;
@@ -602,25 +599,23 @@ void copy_spike(const Device& device, SpikeArrays a, RunArrays run, size_t sampl
         bad_weights += !(fabs(double(run.master.weights[i])) <= 1.7e308);
       }
       bad_gradients = team.sum(bad_gradients), bad_weights = team.sum(bad_weights);
-      if (team.rank != 0) continue;
-      e.squares[k] = run.partial[k];
-      e.bad_gradients[k] = uint32_t(bad_gradients), e.bad_weights[k] = uint32_t(bad_weights);
+      if (team.rank == 0)
+        a.chunks[a.watch->place() * count + k] = {run.partial[k], uint32_t(bad_gradients),
+                                                  uint32_t(bad_weights)};
     }
   });
   for_each_team(device, samples, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
-    const EventArrays& e = a.events[a.watch->place()];
-    if (team.rank == 0) e.losses[team.index] = double(run.step_losses[team.index]);
-    if (team.index >= b) return;
+    size_t numbers = team.index < b ? n : 0;
     double sum = 0, squares = 0, largest = 0;
-    for (size_t i = team.index * n + team.rank; i < (team.index + 1) * n; i += team.size) {
-      double g = double(dvelocity[i]);
+    for (size_t i = team.rank; i < numbers; i += team.size) {
+      double g = double(dvelocity[team.index * n + i]);
       sum += g, squares += g * g, largest = max_(largest, fabs(g));
     }
     sum = team.sum(sum), squares = team.sum(squares), largest = team.max(largest);
-    if (team.rank != 0) return;
-    double* out = e.velocity + 3 * team.index;
-    out[0] = sum, out[1] = squares, out[2] = largest;
+    if (team.rank == 0)
+      a.samples[a.watch->place() * samples + team.index] = {double(run.step_losses[team.index]),
+                                                            sum, squares, largest};
   });
 }
 
@@ -1005,8 +1000,7 @@ class Trainer : public RunArrays<Real, Kept> {
     SpikeWatch watch{};
     if (o.spike_factor > 0) device.download(&watch, spikes.watch, sizeof watch);
     std::vector<Spike> found;
-    for (uint32_t k = 0; k < watch.pending; ++k)
-      found.push_back(read_spike(watch.events[k], spikes.events[k]));
+    for (uint32_t k = 0; k < watch.pending; ++k) found.push_back(read_spike(watch.events[k], k));
     return found;
   }
 
@@ -1060,41 +1054,39 @@ class Trainer : public RunArrays<Real, Kept> {
     };
   }
 
-  Spike read_spike(const Event& event, const EventArrays& e) {
+  Spike read_spike(const Event& event, size_t place) {
     Spike s{};
     s.step = event.step, s.window = event.window, s.norm = event.norm, s.median = event.median;
     s.factor = o.spike_factor;
-    read_gradients(s, e);
+    read_gradients(s, place);
     read_modes(s);
-    s.losses = downloaded(device, e.losses, o.batch * o.accumulate);
-    std::vector<double> velocity = downloaded(device, e.velocity, 3 * o.batch);
+    size_t samples = o.batch * o.accumulate;
     double numbers = double(o.batch * o.model.pixels());
-    for (size_t i = 0; i < o.batch; ++i) {
-      s.mean += velocity[3 * i] / numbers, s.rms += velocity[3 * i + 1] / numbers;
-      s.largest = std::max(s.largest, velocity[3 * i + 2]);
+    for (const SampleSeen& seen : downloaded(device, spikes.samples + place * samples, samples)) {
+      s.losses.push_back(seen.loss);
+      s.mean += seen.sum / numbers, s.rms += seen.squares / numbers;
+      s.largest = std::max(s.largest, seen.largest);
     }
     s.rms = std::sqrt(s.rms);
     return s;
   }
 
   // The norm of each parameter's gradient, from its chunks' squares, and what is not finite.
-  void read_gradients(Spike& s, const EventArrays& e) {
-    std::vector<double> squares = downloaded(device, e.squares, a.chunk_count);
-    std::vector<uint32_t> gradients = downloaded(device, e.bad_gradients, a.chunk_count),
-                          weights = downloaded(device, e.bad_weights, a.chunk_count);
-    const auto& parameters = net.table.parameters;
-    std::vector<double> sums(parameters.size());
-    std::vector<bool> bad_gradients(parameters.size()), bad_weights(parameters.size());
-    size_t k = 0;
-    for (const Chunk& chunk : chunks_of(net.table)) {
-      sums[chunk.parameter] += squares[k];
-      if (gradients[k]) bad_gradients[chunk.parameter] = true;
-      if (weights[k++]) bad_weights[chunk.parameter] = true;
+  void read_gradients(Spike& s, size_t place) {
+    size_t count = a.chunk_count;
+    std::vector<ChunkSeen> seen = downloaded(device, spikes.chunks + place * count, count),
+                           all(net.table.parameters.size());
+    std::vector<Chunk> chunks = chunks_of(net.table);
+    for (size_t k = 0; k < count; ++k) {
+      ChunkSeen& sum = all[chunks[k].parameter];
+      sum.squares += seen[k].squares;
+      sum.bad_gradients |= seen[k].bad_gradients, sum.bad_weights |= seen[k].bad_weights;
     }
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      s.gradients.push_back({parameters[i].name, std::sqrt(sums[i])});
-      if (bad_gradients[i]) s.bad_gradients.push_back(parameters[i].name);
-      if (bad_weights[i]) s.bad_weights.push_back(parameters[i].name);
+    for (size_t i = 0; i < all.size(); ++i) {
+      const std::string& name = net.table.parameters[i].name;
+      s.gradients.push_back({name, std::sqrt(all[i].squares)});
+      if (all[i].bad_gradients) s.bad_gradients.push_back(name);
+      if (all[i].bad_weights) s.bad_weights.push_back(name);
     }
   }
 
