@@ -751,7 +751,9 @@ Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bo
 
 struct Choice {
   bool lean;
-  size_t recompute, bytes;
+  size_t recompute;
+  Plan plan;
+  size_t bytes;  // all of it
   double flops;
 
   const char* state() const { return lean ? "lean" : "fp32"; }
@@ -778,19 +780,15 @@ struct Job {
 };
 
 template <class Real>
-Plan plan_of(Job job, bool lean, size_t recompute) {
-  job.o.recompute = recompute;
-  return lean ? training_plan<Real, Real>(job.o, job.table, job.data, job.gpu)
-              : training_plan<Real>(job.o, job.table, job.data, job.gpu);
-}
-template <class Real>
 Choice way_to_run(Job job, bool lean, size_t recompute) {
   job.o.recompute = recompute;
-  return {lean, recompute, plan_of<Real>(job, lean, recompute).total(), step_flops(job.o)};
+  Plan plan = lean ? training_plan<Real, Real>(job.o, job.table, job.data, job.gpu)
+                   : training_plan<Real>(job.o, job.table, job.data, job.gpu);
+  return {lean, recompute, plan, plan.total(), step_flops(job.o)};
 }
 
 // The ways to run that the options leave open, best first. Of those with one state each takes less
-// memory than the one before it, and more work.
+// memory than the one before it, and more work. So the last takes least of all.
 template <class Real>
 std::vector<Choice> choices(const Job& job) {
   constexpr bool can_be_lean = std::is_same_v<Real, bf16>;
@@ -802,19 +800,17 @@ std::vector<Choice> choices(const Job& job) {
     for (size_t spans = 2; spans <= o.model.depth; ++spans)
       lengths.insert(ceil_div(o.model.depth, spans));
   }
-  std::vector<Choice> all;
-  for (bool lean : {false, true}) {
-    if (lean ? !can_be_lean || o.state == "fp32" : o.state == "lean") continue;
-    std::vector<Choice> ways;
-    for (size_t length : lengths) ways.push_back(way_to_run<Real>(job, lean, length));
-    std::sort(ways.begin(), ways.end(), [](const Choice& a, const Choice& b) {
-      return std::pair(a.flops, a.bytes) < std::pair(b.flops, b.bytes);
-    });
-    size_t least = SIZE_MAX;
-    for (const Choice& way : ways)
-      if (way.bytes < least) all.push_back(way), least = way.bytes;
-  }
-  return all;
+  std::vector<Choice> all, best;
+  for (bool lean : {false, true})
+    if (lean ? can_be_lean && o.state != "fp32" : o.state != "lean")
+      for (size_t length : lengths) all.push_back(way_to_run<Real>(job, lean, length));
+  std::sort(all.begin(), all.end(), [](const Choice& a, const Choice& b) {
+    return std::tuple(a.lean, a.flops, a.bytes) < std::tuple(b.lean, b.flops, b.bytes);
+  });
+  for (const Choice& way : all)
+    if (best.empty() || way.lean != best.back().lean || way.bytes < best.back().bytes)
+      best.push_back(way);
+  return best;
 }
 
 // What to say where not even `least`, the way that takes the least memory, fits.
@@ -841,18 +837,15 @@ Choice choose(const Job& job, double limit, bool must_fit) {
   auto fits = [&](const Choice& c) { return double(c.bytes) <= limit; };
   auto best = std::find_if(all.begin(), all.end(), fits);
   if (best == all.end()) {
-    Choice least = *std::min_element(
-        all.begin(), all.end(), [](const Choice& a, const Choice& b) { return a.bytes < b.bytes; });
-    std::string text = does_not_fit<Real>(job, least, limit);
+    std::string text = does_not_fit<Real>(job, all.back(), limit);
     if (must_fit) fail("%s", text.c_str());
     std::printf("%s\n", text.c_str());
-    return least;
+    return all.back();
   }
   if (all.size() == 1 || !std::isfinite(limit)) return *best;
   auto next = std::find_if(best + 1, all.end(), fits);
-  std::printf("chosen for %.2f GB: %s; %s%s\n", 1e-9 * limit, best->text().c_str(),
-              next == all.end() ? "nothing else fits" : "next best: ",
-              next == all.end() ? "" : next->text().c_str());
+  std::string other = next == all.end() ? "nothing else fits" : "next best: " + next->text();
+  std::printf("chosen for %.2f GB: %s; %s\n", 1e-9 * limit, best->text().c_str(), other.c_str());
   return *best;
 }
 
@@ -1138,7 +1131,6 @@ inline void interrupt(int signal) {
 
 template <class Real>
 void print_plan(const Job& job, const Choice& choice) {
-  Plan plan = plan_of<Real>(job, choice.lean, choice.recompute);
   const TrainOptions& o = job.o;
   const Config& m = o.model;
   double parameters = double(job.table.count());
@@ -1155,8 +1147,8 @@ void print_plan(const Job& job, const Choice& choice) {
       std::printf(" %9.3f bytes a parameter", double(bytes) / parameters);
     std::printf("\n");
   };
-  for (const auto& [name, bytes] : plan.slabs) line(name, bytes);
-  line("total", plan.total());
+  for (const auto& [name, bytes] : choice.plan.slabs) line(name, bytes);
+  line("total", choice.bytes);
 }
 
 // A run and its console: what is logged, validated, sampled and saved, and when.
@@ -1416,14 +1408,6 @@ inline double memory_limit(const Device& device) {
   return 0.99 * double(device.available() + Device::workspace_bytes(device.gpu));
 }
 
-template <class Real, class Kept>
-int start_run(Device& device, const TrainOptions& o, Dataset data, Dataset validation,
-              size_t in_use) {
-  Run<Real, Kept> run(device, o, std::move(data), validation, in_use);
-  validation = {};
-  return run.go();
-}
-
 // Fails if the run's folder holds what this run would write over and does not go on with.
 inline void refuse_to_overwrite(const TrainOptions& o) {
   auto there = [&](const char* name) { return std::filesystem::exists(o.out + "/" + name); };
@@ -1473,10 +1457,14 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   if (!own) own = std::make_unique<OwnFolder>(o.out);
   refuse_to_overwrite(o);
   print_plan<Real>(job, choice);
+  auto start = [&](auto kept) {
+    Run<Real, decltype(kept)> run(device, o, std::move(data), validation, in_use);
+    validation = {};
+    return run.go();
+  };
   if constexpr (std::is_same_v<Real, bf16>)
-    if (choice.lean)
-      return start_run<Real, Real>(device, o, std::move(data), std::move(validation), in_use);
-  return start_run<Real, AccOf<Real>>(device, o, std::move(data), std::move(validation), in_use);
+    if (choice.lean) return start(Real());
+  return start(AccOf<Real>());
 }
 
 // ---------------------------------------------------------------------------------------------
