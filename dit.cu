@@ -1487,17 +1487,17 @@ template <class Real>
 void head_products(const Device& device, AccOf<Real>* inner, const Real* dY, const Real* Y,
                    const Real* Y_rest, Heads heads) {
   using Acc = AccOf<Real>;
-  sum_over_channels<Acc>(
-      device, heads.batch * heads.length * heads.count, heads.dim,
-      [=] HD(size_t number, size_t d) {
-        size_t at = number * heads.dim + d;
-        return dot(load<Acc>(dY + at), load<Acc>(Y + at) + load<Acc>(Y_rest + at));
-      },
-      [=] HD(size_t number, Acc sum) {
-        uint32_t all_heads = uint32_t(heads.count), length = uint32_t(heads.length);
-        uint32_t row = uint32_t(number) / all_heads, head = uint32_t(number) % all_heads;
-        inner[(row / length * heads.count + head) * heads.length + row % length] = sum;
-      });
+  size_t all = heads.batch * heads.length * heads.count;
+  for_each_team(device, all, threads_for_row(heads.dim), [=] HD(Team team) {
+    Acc sum = sum_of_row<Acc>(team, heads.dim, [&](size_t d) {
+      size_t at = team.index * heads.dim + d;
+      return dot(load<Acc>(dY + at), load<Acc>(Y + at) + load<Acc>(Y_rest + at));
+    });
+    if (team.rank != 0) return;
+    uint32_t all_heads = uint32_t(heads.count), length = uint32_t(heads.length);
+    uint32_t row = uint32_t(team.index) / all_heads, head = uint32_t(team.index) % all_heads;
+    inner[(row / length * heads.count + head) * heads.length + row % length] = sum;
+  });
 }
 
 #ifdef __CUDACC__

@@ -529,7 +529,6 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
 //     sum_over_rows(..., zero, term, finish)      finish(group, d, sum of term(group, row, d))
 //     sum_over_rows_by_sum(..., zero, partial, weigh, find, term, finish)   the same, but first
 //         find(row, sum of weigh(row, d)) for each row, which stores what term will read
-//     sum_over_channels(device, rows, D, term, finish)   finish(row, sum of term(row, d))
 //     sum_over_groups(...)                               finish(d, sum of term(group, d))
 //
 // d is the first of four channels, in the last line one; groups are runs of rows, such as a
@@ -912,15 +911,20 @@ void for_each_quad(const Device& device, size_t rows, size_t D, const F& f) {
   for_each(device, rows * D / 4, [=] HD(size_t i) { f(i / (D / 4), i % (D / 4) * 4); });
 }
 
-// Call f(d, inside) for the team's quads of a row of D channels. The first four come without a
+// The team's sum of term(d) over the quads of a row of D channels. The first four come without a
 // branch, so that a thread has all its loads on the way at once: past the end of the row d is the
-// last quad once more, and `inside` false.
-template <class F>
-HD void each_quad(Team team, size_t D, const F& f) {
+// last quad once more, which does not count.
+template <class Acc, class Term>
+HD Acc sum_of_row(Team team, size_t D, const Term& term) {
   size_t d = 4 * size_t(team.rank), step = 4 * size_t(team.size);
+  Acc sum = 0;
   UNROLL
-  for (int i = 0; i < 4; ++i, d += step) f(d < D ? d : D - 4, d < D);
-  for (; d < D; d += step) f(d, true);
+  for (int i = 0; i < 4; ++i, d += step) {
+    Acc one = term(d < D ? d : D - 4);
+    sum += d < D ? one : Acc(0);
+  }
+  for (; d < D; d += step) sum += term(d);
+  return team.sum(sum);
 }
 
 // Neighbouring rows of one group. A thread takes several at a time, so that it reads what belongs
@@ -1004,21 +1008,6 @@ void sum_over_groups(const Device& device, size_t groups, size_t D, bool one_num
     if (!one_number) return;
     total = team.sum_rows(total, 1);
     if (team.rank == 0) finish(0, total);
-  });
-}
-
-// finish(row, sum) with the sum of term(row, d) over each row's channels.
-template <class Acc, class Term, class Finish>
-void sum_over_channels(const Device& device, size_t rows, size_t D, const Term& term,
-                       const Finish& finish) {
-  for_each_team(device, rows, threads_for_row(D), [=] HD(Team team) {
-    Acc sum = 0;
-    each_quad(team, D, [&](size_t d, bool inside) {
-      Acc one = term(team.index, d);
-      sum += inside ? one : Acc(0);
-    });
-    sum = team.sum(sum);
-    if (team.rank == 0) finish(team.index, sum);
   });
 }
 
@@ -1116,12 +1105,7 @@ void sum_over_rows_by_sum(const Device& device, Groups groups, size_t D, Sum zer
     Team line = team.part(row_threads);
     for (size_t row = piece.first + line.index; row <= piece.last;
          row += size_t(team.parts(row_threads))) {
-      Acc sum = 0;
-      each_quad(line, D, [&](size_t d, bool inside) {
-        Acc weight = weigh(row, d);
-        sum += inside ? weight : Acc(0);
-      });
-      sum = line.sum(sum);
+      Acc sum = sum_of_row<Acc>(line, D, [&](size_t d) { return weigh(row, d); });
       if (line.rank == 0) find(row, sum);
     }
     team.sync();
