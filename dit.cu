@@ -968,34 +968,6 @@ Parameters<Number> locate(const Config& config, const Table& table, Number* slab
           table.block_stride};
 }
 
-// Draw all parameters as the table says: put(i, quad) gets the slab's numbers i to i + 3. Those
-// after a tensor's last, up to the next quad, are zero.
-template <class Put>
-void draw_parameters(const Device& device, const Table& table, uint64_t seed, const Put& put) {
-  for (size_t number = 0; number < table.parameters.size(); ++number) {
-    const Parameter& p = table.parameters[number];
-    size_t offset = p.offset, count = p.count();
-    Init init = p.init;
-    double scale = p.scale;
-    uint64_t stream = streams::parameters + number;
-    for_each(device, ceil_div(count, 4), [=] HD(size_t quad_index) {
-      Quad<double> q{};
-      for (size_t i = 4 * quad_index; i < min_<size_t>(4 * quad_index + 4, count); ++i)
-        q[int(i % 4)] = init == Init::constant  ? scale
-                        : init == Init::uniform ? scale * (2 * uniform(seed, stream, i) - 1)
-                                                : scale * gaussian(seed, stream, i);
-      put(offset + 4 * quad_index, q);
-    });
-  }
-}
-
-// Into a slab of A, with zeros between the tensors.
-template <class Acc>
-void initialise(const Device& device, const Table& table, Acc* slab, uint64_t seed) {
-  device.fill(slab, 0, table.size * sizeof(Acc));
-  draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) { store(slab + i, q); });
-}
-
 // ---------------------------------------------------------------------------------------------
 // B. Memory
 

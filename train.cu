@@ -474,17 +474,29 @@ struct Master {
   }
 };
 
-// Draw all parameters as the table says into the master, and into `average` if it is not null.
+// Draw all parameters as the table says into the master, and into `average` if it is not null. What
+// is behind a tensor's last number, up to the next quad, is zero, and between tensors' weights all.
 template <class Real, class Kept>
 void initialise(const Device& device, const Table& table, Master<Real, Kept> master,
                 AccOf<Real>* average, uint64_t seed) {
-  using Acc = AccOf<Real>;
   device.fill(master.weights, 0, table.size * sizeof(Real));
-  draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) {
-    Quad<Acc> w{{Acc(q[0]), Acc(q[1]), Acc(q[2]), Acc(q[3])}};
-    master.set(i, w);
-    if (average) store(average + i, w);
-  });
+  for (size_t number = 0; number < table.parameters.size(); ++number) {
+    const Parameter& p = table.parameters[number];
+    size_t offset = p.offset, count = p.count();
+    Init init = p.init;
+    double scale = p.scale;
+    uint64_t stream = streams::parameters + number;
+    for_each(device, ceil_div(count, 4), [=] HD(size_t quad_index) {
+      Quad<double> q{};
+      for (size_t i = 4 * quad_index; i < min_<size_t>(4 * quad_index + 4, count); ++i)
+        q[int(i % 4)] = init == Init::constant  ? scale
+                        : init == Init::uniform ? scale * (2 * uniform(seed, stream, i) - 1)
+                                                : scale * gaussian(seed, stream, i);
+      Quad<AccOf<Real>> w = widen<AccOf<Real>>(q);
+      master.set(offset + 4 * quad_index, w);
+      if (average) store(average + offset + 4 * quad_index, w);
+    });
+  }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -622,11 +634,6 @@ void copy_spike(const Device& device, SpikeArrays a, RunArrays run, size_t sampl
 // ---------------------------------------------------------------------------------------------
 // C. The arrays of a run, and what fits
 
-template <class Real>
-Diagnostics<Real> chosen_diagnostics(const TrainOptions& o) {
-  return {o.model, chosen_layers(o), std::min(o.diagnose_samples, o.batch), o.batch};
-}
-
 inline size_t count_chunks(const Table& table) {
   size_t count = 0;
   for (const Parameter& p : table.parameters)
@@ -666,13 +673,10 @@ struct TrainArrays : Moved<AdamW, Master<Real, Kept>, Kept> {
 
 // A data set's arrays, laid out like everything else.
 inline DeviceData lay_data(Carver& c, const Config& m, size_t images, size_t captions) {
-  DeviceData d{};
-  d.images = images, d.captions = captions;
-  d.pixels_per_image = m.pixels(), d.text_per_caption = m.text_size();
-  d.pixels = c.take<float>(images * m.pixels());
-  d.text = c.take<float>((captions + 1) * m.text_size());
-  d.caption = c.take<int32_t>(images);
-  return d;
+  float* pixels = c.take<float>(images * m.pixels());
+  float* text = c.take<float>((captions + 1) * m.text_size());
+  int32_t* caption = c.take<int32_t>(images);
+  return {pixels, text, caption, images, captions, m.pixels(), m.text_size()};
 }
 
 inline void upload_data(const Device& device, const DeviceData& to, const Dataset& from) {
@@ -695,7 +699,8 @@ struct RunArrays {
   Diagnostics<Real> diagnostics;
   SpikeArrays spikes;
 
-  explicit RunArrays(const TrainOptions& o) : diagnostics(chosen_diagnostics<Real>(o)) {}
+  explicit RunArrays(const TrainOptions& o)
+      : diagnostics(o.model, chosen_layers(o), std::min(o.diagnose_samples, o.batch), o.batch) {}
 
   // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
   template <class F>
@@ -927,6 +932,8 @@ class Trainer : public RunArrays<Real, Kept> {
     device.upload(a.chunks, chunks.data(), chunks.size() * sizeof(Chunk));
     initialise(device, net.table, a.master, a.average, o.seed);
     set_step(0);
+    // Nothing may be taken later: not by the first diagnosed step either.
+    for (bool diagnose : {false, o.diagnose_every > 0}) run_passes(diagnose, false);
   }
 
   // Continue after `done` steps: master and slots are as they were then.
@@ -949,9 +956,6 @@ class Trainer : public RunArrays<Real, Kept> {
 
   // One training step. With `diagnose`, `diagnostics` can be read after it.
   void train_step(bool diagnose = false) {
-    if (!prepared_)  // nothing may be taken later: not by the first diagnosed step either
-      for (bool other : {false, o.diagnose_every > 0}) run_passes(other, false);
-    prepared_ = true;
     run_passes(diagnose, true);
     ++step;
   }
@@ -1024,7 +1028,6 @@ class Trainer : public RunArrays<Real, Kept> {
  private:
   Slabs slabs_;
   Graph graphs_[2][2][2];  // see run_passes()
-  bool prepared_ = false;
 
   // A step. The host only enqueues it: a graph for each pass, and in the last one's all that
   // follows. Not `now`: see Graph.
@@ -1709,7 +1712,8 @@ class Gradcheck {
     const Table& table = net_.table;
     bool drawn = o.weights.empty();
     if (drawn)
-      initialise(device, table, net_.weights(), o.seed);
+      initialise(device, table, Master<double, double>{net_.weights(), net_.weights()}, nullptr,
+                 o.seed);
     else
       load_tensors(SafetensorsReader(o.weights), o.weights, device, table,
                    Stored{"", net_.weights()});
