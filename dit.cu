@@ -2178,8 +2178,8 @@ struct WriterSumsMeasured : Measurement {
   }
   void during(Device& device, double* to, const Sight<Real>& see, const MeasuredSizes& m) {
     size_t T = m.config.tokens(), D = m.config.width, n = see.writer ? m.config.ffn : D;
-    token_means(device, ybar, see.y(), {m.batch, T, 0}, n, n);
-    token_means(device, dbar, see.delta, {m.batch, T, 0}, D, D);
+    token_means(device, ybar, see.y(), {m.batch, T, 0}, n);
+    token_means(device, dbar, see.delta, {m.batch, T, 0}, D);
     gemm(device, Matrix(dW, n), Matrix(dbar, 2 * D).transpose(), Matrix(ybar, 2 * n),
          {D, n, m.batch}, Acc(T));
     sum_squares(device, to, dW, 1, D * n);
@@ -2202,45 +2202,36 @@ struct WriterSumsMeasured : Measurement {
   }
 };
 
-// States of tokens.
-//
-// Energies (3, B, 2) of X and F (B, T, D), and of X with every token scaled to length 1. The mean
-// u of T unit vectors has |u|^2 = (T + the sum of their T (T - 1) pairwise cosines) / T^2, so the
-// mean cosine is (T |u|^2 - 1) / (T - 1): TCS, from the mean's energy T |u|^2.
-template <class Real>
-void state_energies(const Device& device, double* energies, const Real* X, const Real* F,
-                    AccOf<Real>* inverse_norms, Tokens tokens, size_t D) {
-  using Acc = AccOf<Real>;
-  size_t n = tokens.length();
-  for_each_team(device, tokens.rows(), threads_for(D), [=] HD(Team team) {
-    Acc squares = 0;
-    for (size_t d = team.rank; d < D; d += team.size) {
-      Acc x = Acc(X[team.index * D + d]);
-      squares += x * x;
-    }
-    squares = team.sum(squares);
-    if (team.rank == 0) inverse_norms[team.index] = rsqrt_(squares);
-  });
-  matrix_energies(device, energies, X, tokens.batch, n, D);
-  matrix_energies(device, energies + 2 * tokens.batch, F, tokens.batch, n, D);
-  split_energies<Acc>(device, energies + 4 * tokens.batch, tokens.batch, n, D,
-                      [=] HD(size_t b, size_t t, size_t d) {
-                        return inverse_norms[b * n + t] * Acc(X[(b * n + t) * D + d]);
-                      });
-}
-
+// States of tokens. Of X with every token scaled to length 1: the mean u of T unit vectors has
+// |u|^2 = (T + the sum of their T (T - 1) pairwise cosines) / T^2, so the mean cosine is
+// (T |u|^2 - 1) / (T - 1): TCS, from the mean's energy T |u|^2.
 template <class Real>
 struct StatesMeasured : Measurement {
+  using Acc = AccOf<Real>;
   static constexpr bool of_writers = true;
-  AccOf<Real>* inverse_norms;  // (samples, T)
+  Acc* inverse_norms;  // (samples, T)
 
   // Energies (3, samples, 2) of X, of F, and of X's unit tokens.
   static size_t count(const MeasuredSizes& m) { return 3 * m.samples * 2; }
-  void lay(Carver& c, const MeasuredSizes& m) {
-    inverse_norms = c.take<AccOf<Real>>(m.tokens().rows());
-  }
+  void lay(Carver& c, const MeasuredSizes& m) { inverse_norms = c.take<Acc>(m.tokens().rows()); }
   void during(Device& device, double* to, const Sight<Real>& see, const MeasuredSizes& m) {
-    state_energies(device, to, see.X(), see.F(), inverse_norms, m.tokens(), m.config.width);
+    size_t B = m.samples, n = m.config.tokens(), D = m.config.width;
+    const Real* X = see.X();
+    Acc* inverse = inverse_norms;
+    for_each_team(device, B * n, threads_for(D), [=] HD(Team team) {
+      Acc squares = 0;
+      for (size_t d = team.rank; d < D; d += team.size) {
+        Acc x = Acc(X[team.index * D + d]);
+        squares += x * x;
+      }
+      squares = team.sum(squares);
+      if (team.rank == 0) inverse[team.index] = rsqrt_(squares);
+    });
+    matrix_energies(device, to, X, B, n, D);
+    matrix_energies(device, to + 2 * B, see.F(), B, n, D);
+    split_energies<Acc>(device, to + 4 * B, B, n, D, [=] HD(size_t b, size_t t, size_t d) {
+      return inverse[b * n + t] * Acc(X[(b * n + t) * D + d]);
+    });
   }
   static void read(const double* from, int, const MeasuredSizes& m, const Add& add) {
     auto mean = [&](size_t kind, size_t i) { return from[(kind * m.samples + i) * 2]; };

@@ -1409,8 +1409,8 @@ struct Dual {
   Dual() = default;
   HD Dual(double value, double derivative = 0) : v(value), d(derivative) {}
   explicit HD operator double() const { return v; }
-  HD Dual& operator+=(Dual x);
-  HD Dual& operator*=(Dual x);
+  HD Dual& operator+=(Dual x) { return *this = {v + x.v, d + x.d}; }
+  HD Dual& operator*=(Dual x) { return *this = {v * x.v, d * x.v + v * x.d}; }
 };
 
 HD inline Dual operator-(Dual x) { return {-x.v, -x.d}; }
@@ -1421,8 +1421,6 @@ HD inline Dual operator/(Dual x, Dual y) {
   double quotient = x.v / y.v;
   return {quotient, (x.d - quotient * y.d) / y.v};
 }
-HD inline Dual& Dual::operator+=(Dual x) { return *this = *this + x; }
-HD inline Dual& Dual::operator*=(Dual x) { return *this = *this * x; }
 HD inline Dual fma(Dual x, Dual y, Dual z) { return x * y + z; }
 HD inline bool operator>(Dual x, Dual y) { return x.v > y.v; }
 HD inline bool operator==(Dual x, Dual y) { return x.v == y.v; }

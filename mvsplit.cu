@@ -892,14 +892,13 @@ struct WriterScratch {
   }
 };
 
-// means (B, 2, n) of x (B, T, n) over each segment's tokens, which are `stride` apart.
+// means (B, 2, n) of x (B, T, n) over each segment's tokens.
 template <class Real>
-void token_means(const Device& device, AccOf<Real>* means, const Real* x, Tokens tokens, size_t n,
-                 size_t stride) {
+void token_means(const Device& device, AccOf<Real>* means, const Real* x, Tokens tokens, size_t n) {
   using Acc = AccOf<Real>;
   sum_over_rows(
       device, tokens, n, quad(Acc(0)),
-      [=] HD(size_t, size_t row, size_t d) { return load<Acc>(x + row * stride + d); },
+      [=] HD(size_t, size_t row, size_t d) { return load<Acc>(x + row * n + d); },
       [=] HD(size_t segment, size_t d, Quad<Acc> sum) {
         store(means + segment * n + d, tokens.one_over<Acc>(segment) * sum);
       });
@@ -966,7 +965,7 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
   using Acc = AccOf<Real>;
   size_t length = tokens.length(), squares = length * length;
   auto prepare = [&](auto half, const Real* x, size_t channels) {
-    token_means(device, half.means, x, {tokens.batch, length, 0}, channels, channels);
+    token_means(device, half.means, x, {tokens.batch, length, 0}, channels);
     token_scales(device, half.scales, x, tokens, channels);
     center_tokens(device, half.tokens, x, half.means, half.scales, tokens, channels);
     Matrix<Acc> rows = Matrix<Acc>(half.tokens, channels).batch(length * channels, 0);

@@ -706,13 +706,12 @@ struct RunArrays {
   template <class F>
   void each_slab(const TrainOptions& o, const Table& table, DataSizes data, const F& slab) {
     const Config& m = o.model;
-    size_t chunks = count_chunks(table);
     slab("optimizer", [&](Carver& c) { a.lay_optimizer(c, table, o.ema > 0); });
     slab("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
     if (o.observes())
       slab("diagnostics", [&](Carver& c) {
         diagnostics.lay(c);
-        spikes.lay(c, diagnostics.layers.size(), chunks, o.batch * o.accumulate);
+        spikes.lay(c, diagnostics.layers.size(), a.chunk_count, o.batch * o.accumulate);
       });
     slab("data", [&](Carver& c) { train = lay_data(c, m, data.images, data.captions); });
     slab("held-out data",
@@ -1504,9 +1503,7 @@ inline Captions prompt_text(const SampleOptions& o, const Config& m, Captions da
       row = encode_text(caption_of(prompt), m.text_tokens, m.text_dim);
       asked.names.push_back(prompt);
     } else {
-      bool number = !prompt.empty() && prompt.size() < 10 &&
-                    prompt.find_first_not_of("0123456789") == std::string::npos;
-      size_t n = number ? std::stoul(prompt) : data.captions;
+      size_t n = number_in<size_t>(prompt).value_or(data.captions);
       if (n >= data.captions)
         fail("--prompt %s: %s has captions %s", prompt.c_str(), o.data.c_str(),
              known.empty() ? ("0 to " + std::to_string(data.captions - 1)).c_str()
@@ -1981,7 +1978,7 @@ std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Data
     net.forward(b, [&](size_t layer, const Real* X) {
       if (!std::binary_search(layers.begin(), layers.end(), layer)) return;
       Tokens tokens{b, m.image_tokens(), m.text_tokens};
-      token_means(device, means, X, tokens, D, D);
+      token_means(device, means, X, tokens, D);
       token_spreads(device, spreads, X, means, tokens, D);
       append(*next++, means, D, 2 * D), append(*next++, spreads, D, 2 * D);
       append(*next++, means + D, D, 2 * D);
