@@ -939,33 +939,26 @@ inline Table parameter_table(const Config& c) {
   return table;
 }
 
-// Where the parameters are in a slab, or their gradients.
+// Where the parameters are in a slab, or their gradients: in the table's order.
 template <class Number>
 Parameters<Number> locate(const Config& config, const Table& table, Number* slab) {
-  auto find = [&](const std::string& name) -> Number* {
-    for (const Parameter& p : table.parameters)
-      if (p.name == name) return slab + p.offset;
-    return nullptr;
-  };
-  auto gates = [&](Merge merge, int which) {
-    Gates<Number> found{merge, {}};
-    const std::vector<Gate>& list = about(merge).gates;
-    for (size_t i = 0; i < list.size(); ++i)
-      found.of[i] = find("blocks.0." + file_name(list[i], which));
-    return found;
-  };
-  BlockParameters<Number> first{find("blocks.0.operator.q_proj.weight"),
-                                find("blocks.0.operator.proj.weight"),
-                                find("blocks.0.ffn.w13.weight"),
-                                find("blocks.0.ffn.w2.weight"),
-                                {gates(config.mode().attention, 0), gates(config.mode().ffn, 1)}};
-  return {find("patch_embed.patch_proj.weight"),
-          find("patch_embed.patch_proj.bias"),
-          find("context_proj.weight"),
-          find("final_proj.weight"),
-          find("final_proj.bias"),
-          first,
-          table.block_stride};
+  const Parameter* next = table.parameters.data();
+  auto take = [&](bool there = true) { return there ? slab + (next++)->offset : nullptr; };
+  Parameters<Number> all{};
+  all.block_stride = table.block_stride;
+  all.patch_weight = take(), all.patch_bias = take(config.patch_bias);
+  all.context = take(config.projects_text());
+  BlockParameters<Number>& block = all.first_block;
+  block.qkv = take(), next += 2;  // W_K and W_V lie behind W_Q
+  block.proj = take(), block.w13 = take(), block.w2 = take();
+  const Merge merges[2] = {config.mode().attention, config.mode().ffn};
+  for (int m = 0; m < 2; ++m) {
+    block.gates[m].merge = merges[m];
+    for (size_t i = 0; i < about(merges[m]).gates.size(); ++i) block.gates[m].of[i] = take();
+  }
+  next = &table.parameters.back() - 1;
+  all.final_weight = take(), all.final_bias = take();
+  return all;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1241,16 +1234,22 @@ class Network {
     if (rounds_gradients && !dither.pass) fail("gradients that are rounded need a Dither");
     Beside beside(device);
     BackwardOptions<Real> o{accumulate && !rounds_gradients, inputs, observe, {}};
-    size_t first = blocks_at(), stride = table.block_stride, end = first + config.depth * stride;
-    if (rounds_gradients)
-      o.done = [=, &beside](size_t i) {
-        round_gradients(beside, first + i * stride, first, stride, accumulate, dither);
-      };
+    size_t first = table.at("blocks.0.operator.q_proj.weight").offset, stride = table.block_stride;
+    size_t end = first + config.depth * stride;
+    // gradients (=, or +=) [at, at + n) from unrounded [from, from + n); multiples of 8. It runs
+    // where the weight gradients do, so the next block's wait for it.
+    auto round = [&](size_t at, size_t from, size_t n) {
+      if constexpr (rounds_gradients)
+        beside([&] {
+          add_rounded(device, arrays.gradients + at, arrays.unrounded + from, n, accumulate, dither,
+                      at / 8);
+        });
+    };
+    o.done = [&](size_t i) { round(first + i * stride, first, stride); };
     if (about(config.mode().ffn).trunk_apart)  // Pre-Norm: beyond the last merge there is no trunk
       device.fill(arrays.scratch.dF[0], 0, b * config.tokens() * config.width * sizeof(Real));
     network_backward(*this, gradient_targets(), parameters(), b, o);
-    round_gradients(beside, 0, 0, first, accumulate, dither);
-    round_gradients(beside, end, first + stride, table.size - end, accumulate, dither);
+    round(0, 0, first), round(end, first + stride, table.size - end);
   }
 
   Parameters<const Real> parameters() const {
@@ -1288,25 +1287,12 @@ class Network {
   Slabs slabs_;
   const Table block_table_ = parameter_table(one_block(config));  // of arrays.unrounded
 
-  size_t blocks_at() const { return table.at("blocks.0.operator.q_proj.weight").offset; }
-
   // Where the backward's kernels write.
   Parameters<Acc> gradient_targets() {
     if constexpr (!rounds_gradients) return locate<Acc>(config, table, arrays.gradients);
     Parameters<Acc> dw = locate<Acc>(one_block(config), block_table_, arrays.unrounded);
     dw.block_stride = 0;  // every block's are the one block's
     return dw;
-  }
-
-  // gradients (=, or += if `accumulate`) [at, at + n) from unrounded [from, from + n); multiples of
-  // 8. It runs where the weight gradients do, so the next block's wait for it.
-  void round_gradients(Beside& beside, size_t at, size_t from, size_t n, bool accumulate,
-                       Dither dither) {
-    if constexpr (rounds_gradients)
-      beside([&] {
-        add_rounded(device, arrays.gradients + at, arrays.unrounded + from, n, accumulate, dither,
-                    at / 8);
-      });
   }
 };
 
