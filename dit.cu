@@ -868,8 +868,7 @@ struct Parameter {
   bool decays() const { return shape.size() >= 2; }  // weight decay: matrices only
   // The name without the block's number: the reports' unit.
   std::string family() const {
-    size_t begin = name.find("blocks.");
-    if (begin != 0) return name;
+    if (name.rfind("blocks.", 0) != 0) return name;
     return "blocks.*" + name.substr(name.find('.', 7));
   }
 };
@@ -1105,8 +1104,7 @@ template <class Real, class Kept>
 struct NetworkArrays : Arrays<Real> {
   Real* weights = nullptr;
   Kept* gradients = nullptr;
-  AccOf<Real>* unrounded =
-      nullptr;  // gradients of one block, and of all that is outside the blocks
+  AccOf<Real>* unrounded = nullptr;  // gradients of a block, and of all outside the blocks
 
   // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
   template <class F>
@@ -1988,11 +1986,9 @@ bool fused_attention_forward(Device& device, const BlockSaved<Real>& s, Heads he
   if constexpr (std::is_same_v<Real, bf16>) {
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count));
     size_t rows = block_rows + 4 * tile_columns;
-    auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, block_threads, rows * heads.dim * sizeof(Real), s.Y, s.Y_rest,
-             s.log_sums, s.qkv, heads);
-    };
-    heads.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
+    auto kernel = heads.dim == 64 ? attention_forward_kernel<64> : attention_forward_kernel<128>;
+    launch(device, kernel, blocks, block_threads, rows * heads.dim * sizeof(Real), s.Y, s.Y_rest,
+           s.log_sums, s.qkv, heads);
   }
 #endif
   (void)device, (void)heads;
@@ -2013,12 +2009,9 @@ bool fused_attention_backward(Device& device, const Block<Real>& block) {
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count), 1, 2);
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
     AttentionBackwardInputs c{scratch.dY, s.log_sums, scratch.inner, s.r_qk, block.shape.rope};
-    auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, block_threads,
-             rows * heads.dim * sizeof(Real) + floats * sizeof(float), scratch.dqkv, s.qkv, c,
-             heads);
-    };
-    heads.dim == 64 ? run(attention_backward_kernel<64>) : run(attention_backward_kernel<128>);
+    auto kernel = heads.dim == 64 ? attention_backward_kernel<64> : attention_backward_kernel<128>;
+    launch(device, kernel, blocks, block_threads,
+           rows * heads.dim * sizeof(Real) + floats * sizeof(float), scratch.dqkv, s.qkv, c, heads);
   }
 #endif
   return true;
