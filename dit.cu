@@ -1055,35 +1055,31 @@ struct Arrays : EndArrays<Real> {
   }
 };
 
-// Bytes by slab. Printed before anything is taken, and by `mvsplit plan`.
+// Memory by slabs. Without a device a plan only counts their bytes, which are printed before
+// anything is taken, and by `mvsplit plan`. With one it takes what it counts.
 struct Plan {
+  Device* device;
+  int fill_byte;
   std::vector<std::pair<std::string, size_t>> slabs;
+  std::vector<std::unique_ptr<Slab>> taken;
+
+  explicit Plan(Device* on = nullptr, int byte = 0xff) : device(on), fill_byte(byte) {}
 
   // The slab `name`, whose arrays lay(Carver&) lays out.
   template <class Lay>
   void add(const char* name, const Lay& lay) {
-    Carver carver;
+    Carver count;
+    lay(count);
+    slabs.emplace_back(name, count.used);
+    if (!device) return;
+    taken.push_back(std::make_unique<Slab>(*device, count.used, fill_byte));
+    Carver carver{taken.back()->data};
     lay(carver);
-    slabs.emplace_back(name, carver.used);
   }
   size_t total() const {
     size_t sum = 0;
     for (const auto& slab : slabs) sum += slab.second;
     return sum;
-  }
-};
-
-// Takes what a Plan counts.
-struct Slabs {
-  std::vector<std::unique_ptr<Slab>> slabs;
-
-  template <class Lay>
-  void add(Device& device, const Lay& lay, int fill_byte = 0xff) {
-    Carver count;
-    lay(count);
-    slabs.push_back(std::make_unique<Slab>(device, count.used, fill_byte));
-    Carver carver{slabs.back()->data};
-    lay(carver);
   }
 };
 
@@ -1106,19 +1102,18 @@ struct NetworkArrays : Arrays<Real> {
   Kept* gradients = nullptr;
   AccOf<Real>* unrounded = nullptr;  // gradients of a block, and of all outside the blocks
 
-  // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
-  template <class F>
-  void each_slab(const Config& m, const Table& table, size_t B, size_t span, bool trains, bool gpu,
-                 const F& slab) {
-    slab("weights", [&](Carver& c) { weights = c.take<Real>(table.size); });
-    if (trains) slab("gradients", [&](Carver& c) { gradients = c.take<Kept>(table.size); });
+  void add_to(Plan& plan, const Config& m, const Table& table, size_t B, size_t span, bool trains,
+              bool gpu) {
+    plan.add("weights", [&](Carver& c) { weights = c.take<Real>(table.size); });
+    if (trains) plan.add("gradients", [&](Carver& c) { gradients = c.take<Kept>(table.size); });
     if (trains && !std::is_same_v<Kept, AccOf<Real>>)
-      slab("a block's gradients",
-           [&](Carver& c) { unrounded = c.take<AccOf<Real>>(parameter_table(one_block(m)).size); });
-    slab("checkpoints", [&](Carver& c) { this->lay_checkpoints(c, m, B, span, trains); });
-    slab("activations", [&](Carver& c) { this->lay_blocks(c, m, B, span, trains, gpu); });
-    slab("scratch", [&](Carver& c) { this->lay_scratch(c, m, B, trains, gpu); });
-    slab("inputs, outputs", [&](Carver& c) { this->lay_ends(c, m, B, trains); });
+      plan.add("a block's gradients", [&](Carver& c) {
+        unrounded = c.take<AccOf<Real>>(parameter_table(one_block(m)).size);
+      });
+    plan.add("checkpoints", [&](Carver& c) { this->lay_checkpoints(c, m, B, span, trains); });
+    plan.add("activations", [&](Carver& c) { this->lay_blocks(c, m, B, span, trains, gpu); });
+    plan.add("scratch", [&](Carver& c) { this->lay_scratch(c, m, B, trains, gpu); });
+    plan.add("inputs, outputs", [&](Carver& c) { this->lay_ends(c, m, B, trains); });
   }
 };
 
@@ -1135,9 +1130,7 @@ Plan network_plan(const Config& config, const Table& table, size_t batch, size_t
   if (parameters_about > 1e13 || rows * (double(span) * of_a_row + double(config.depth) * D) > 1e16)
     fail("this model and batch are larger than any machine: check --depth, --width and --batch");
   Plan plan;
-  NetworkArrays<Real, Kept>().each_slab(
-      config, table, batch, span, trains, gpu,
-      [&](const char* name, const auto& lay) { plan.add(name, lay); });
+  NetworkArrays<Real, Kept>().add_to(plan, config, table, batch, span, trains, gpu);
   return plan;
 }
 
@@ -1201,8 +1194,7 @@ class Network {
     if (plan.total() > device.available())
       fail("the network needs %.2f GB and %s has %.2f GB free: use a smaller --batch",
            1e-9 * double(plan.total()), device.name.c_str(), 1e-9 * double(device.available()));
-    arrays.each_slab(config, table, batch, span, trains, device.gpu,
-                     [&](const char*, const auto& lay) { slabs_.add(device, lay); });
+    arrays.add_to(memory_, config, table, batch, span, trains, device.gpu);
     // Padding between tensors is never written: it must not be NaN when the slab is summed.
     if (trains) device.fill(arrays.gradients, 0, table.size * sizeof(Kept));
     if (arrays.unrounded) device.fill(arrays.unrounded, 0, block_table_.size * sizeof(Acc));
@@ -1282,7 +1274,7 @@ class Network {
   }
 
  private:
-  Slabs slabs_;
+  Plan memory_{&device};
   const Table block_table_ = parameter_table(one_block(config));  // of arrays.unrounded
 
   // Where the backward's kernels write.

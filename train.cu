@@ -702,21 +702,19 @@ struct RunArrays {
   explicit RunArrays(const TrainOptions& o)
       : diagnostics(o.model, chosen_layers(o), std::min(o.diagnose_samples, o.batch), o.batch) {}
 
-  // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
-  template <class F>
-  void each_slab(const TrainOptions& o, const Table& table, DataSizes data, const F& slab) {
+  void add_to(Plan& plan, const TrainOptions& o, const Table& table, DataSizes data) {
     const Config& m = o.model;
-    slab("optimizer", [&](Carver& c) { a.lay_optimizer(c, table, o.ema > 0); });
-    slab("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
+    plan.add("optimizer", [&](Carver& c) { a.lay_optimizer(c, table, o.ema > 0); });
+    plan.add("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
     if (o.observes())
-      slab("diagnostics", [&](Carver& c) {
+      plan.add("diagnostics", [&](Carver& c) {
         diagnostics.lay(c);
         spikes.lay(c, diagnostics.layers.size(), a.chunk_count, o.batch * o.accumulate);
       });
-    slab("data", [&](Carver& c) { train = lay_data(c, m, data.images, data.captions); });
-    slab("held-out data",
-         [&](Carver& c) { held_out = lay_data(c, m, data.held_out, data.captions); });
-    slab("sampling", [&](Carver& c) { sampler.lay(c, m, o.batch); });
+    plan.add("data", [&](Carver& c) { train = lay_data(c, m, data.images, data.captions); });
+    plan.add("held-out data",
+             [&](Carver& c) { held_out = lay_data(c, m, data.held_out, data.captions); });
+    plan.add("sampling", [&](Carver& c) { sampler.lay(c, m, o.batch); });
   }
 };
 
@@ -738,8 +736,7 @@ Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bo
   if (numbers > 1e15)
     fail("%zu images and %zu captions are larger than any machine", data.images, data.captions);
   Plan plan = network_plan<Real, Kept>(o.model, table, o.batch, o.recompute, true, on_gpu);
-  RunArrays<Real, Kept>(o).each_slab(
-      o, table, data, [&](const char* name, const auto& lay) { plan.add(name, lay); });
+  RunArrays<Real, Kept>(o).add_to(plan, o, table, data);
   plan.slabs.emplace_back(
       on_gpu ? "cuBLAS workspace" : "products' workspace",
       on_gpu ? Device::workspace_bytes(true) : HostGemm<AccOf<Real>>::workspace_bytes());
@@ -755,10 +752,9 @@ Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bo
 
 struct Choice {
   bool lean;
-  size_t recompute;
-  Plan plan;
-  size_t bytes;  // all of it
+  size_t recompute, bytes;
   double flops;
+  std::vector<std::pair<std::string, size_t>> slabs;
 
   const char* state() const { return lean ? "lean" : "fp32"; }
   std::string text() const {
@@ -788,7 +784,7 @@ Choice way_to_run(Job job, bool lean, size_t recompute) {
   job.o.recompute = recompute;
   Plan plan = lean ? training_plan<Real, Real>(job.o, job.table, job.data, job.gpu)
                    : training_plan<Real>(job.o, job.table, job.data, job.gpu);
-  return {lean, recompute, plan, plan.total(), step_flops(job.o)};
+  return {lean, recompute, plan.total(), step_flops(job.o), plan.slabs};
 }
 
 // The ways to run that the options leave open, best first. Of those with one state each takes less
@@ -917,8 +913,7 @@ class Trainer : public RunArrays<Real, Kept> {
         words(!data.names.empty()) {
     std::vector<Chunk> chunks = chunks_of(net.table);
     size_t V = std::min(o.val_images, validation.images);
-    this->each_slab(o, net.table, {data.images, V, data.captions},
-                    [&](const char*, const auto& lay) { slabs_.add(device, lay, 0); });
+    this->add_to(memory_, o, net.table, {data.images, V, data.captions});
     a.master.weights = net.weights(), a.gradients = net.gradients();
     a.table = &net.table;
     a.dither = dither(streams::moment_rounding);
@@ -1025,7 +1020,7 @@ class Trainer : public RunArrays<Real, Kept> {
   }
 
  private:
-  Slabs slabs_;
+  Plan memory_{&device, 0};
   Graph graphs_[2][2][2];  // see run_passes()
 
   // A step. The host only enqueues it: a graph for each pass, and in the last one's all that
@@ -1149,7 +1144,7 @@ void print_plan(const Job& job, const Choice& choice) {
       std::printf(" %9.3f bytes a parameter", double(bytes) / parameters);
     std::printf("\n");
   };
-  for (const auto& [name, bytes] : choice.plan.slabs) line(name, bytes);
+  for (const auto& [name, bytes] : choice.slabs) line(name, bytes);
   line("total", choice.bytes);
 }
 
@@ -1561,8 +1556,8 @@ int sample(Device& device, const SampleOptions& o) {
   Network<Real> net(device, m, std::min(n, o.batch), 0, false);
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   Sampler<Real> sampler;
-  Slabs slabs;
-  slabs.add(device, [&](Carver& c) { sampler.lay(c, m, net.batch); });
+  Plan memory(&device);
+  memory.add("scratch", [&](Carver& c) { sampler.lay(c, m, net.batch); });
   std::vector<float> images = sample_images(net, sampler, text, prompts.empty_text,
                                             {n, o.steps, o.guidance, shift, o.seed});
   for (float x : images)
@@ -1651,8 +1646,8 @@ int validate(Device& device, const ValidateOptions& o) {
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   DeviceData data;
   Acc *losses, *target;
-  Slabs slabs;
-  slabs.add(device, [&](Carver& c) {
+  Plan memory(&device);
+  memory.add("scratch", [&](Carver& c) {
     data = lay_data(c, m, N, held_out.captions);
     losses = c.take<Acc>(N), target = c.take<Acc>(net.batch * m.pixels());
   });
@@ -1946,8 +1941,8 @@ std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Data
   size_t D = m.width, B = net.batch;
   DeviceData samples;
   Acc *target, *scalars, *means, *spreads;  // (B, C, H, W), (B, 5), twice (B, 2, D)
-  Slabs slabs;
-  slabs.add(device, [&](Carver& c) {
+  Plan memory(&device);
+  memory.add("scratch", [&](Carver& c) {
     samples = lay_data(c, m, data.images, data.captions);
     target = c.take<Acc>(B * m.pixels()), scalars = c.take<Acc>(B * 5);
     means = c.take<Acc>(B * 2 * D), spreads = c.take<Acc>(B * 2 * D);
