@@ -867,8 +867,7 @@ struct Parameter {
   bool decays() const { return shape.size() >= 2; }  // weight decay: matrices only
   // The name without the block's number: the reports' unit.
   std::string family() const {
-    size_t begin = name.find("blocks.");
-    if (begin != 0) return name;
+    if (name.rfind("blocks.", 0) != 0) return name;
     return "blocks.*" + name.substr(name.find('.', 7));
   }
 };
@@ -938,61 +937,26 @@ inline Table parameter_table(const Config& c) {
   return table;
 }
 
-// Where the parameters are in a slab, or their gradients.
+// Where the parameters are in a slab, or their gradients: in the table's order.
 template <class Number>
 Parameters<Number> locate(const Config& config, const Table& table, Number* slab) {
-  auto find = [&](const std::string& name) -> Number* {
-    for (const Parameter& p : table.parameters)
-      if (p.name == name) return slab + p.offset;
-    return nullptr;
-  };
-  auto gates = [&](Merge merge, int which) {
-    Gates<Number> found{merge, {}};
-    const std::vector<Gate>& list = about(merge).gates;
-    for (size_t i = 0; i < list.size(); ++i)
-      found.of[i] = find("blocks.0." + file_name(list[i], which));
-    return found;
-  };
-  BlockParameters<Number> first{find("blocks.0.operator.q_proj.weight"),
-                                find("blocks.0.operator.proj.weight"),
-                                find("blocks.0.ffn.w13.weight"),
-                                find("blocks.0.ffn.w2.weight"),
-                                {gates(config.mode().attention, 0), gates(config.mode().ffn, 1)}};
-  return {find("patch_embed.patch_proj.weight"),
-          find("patch_embed.patch_proj.bias"),
-          find("context_proj.weight"),
-          find("final_proj.weight"),
-          find("final_proj.bias"),
-          first,
-          table.block_stride};
-}
-
-// Draw all parameters as the table says: put(i, quad) gets the slab's numbers i to i + 3. Those
-// after a tensor's last, up to the next quad, are zero.
-template <class Put>
-void draw_parameters(const Device& device, const Table& table, uint64_t seed, const Put& put) {
-  for (size_t number = 0; number < table.parameters.size(); ++number) {
-    const Parameter& p = table.parameters[number];
-    size_t offset = p.offset, count = p.count();
-    Init init = p.init;
-    double scale = p.scale;
-    uint64_t stream = streams::parameters + number;
-    for_each(device, ceil_div(count, 4), [=] HD(size_t quad_index) {
-      Quad<double> q{};
-      for (size_t i = 4 * quad_index; i < min_<size_t>(4 * quad_index + 4, count); ++i)
-        q[int(i % 4)] = init == Init::constant  ? scale
-                        : init == Init::uniform ? scale * (2 * uniform(seed, stream, i) - 1)
-                                                : scale * gaussian(seed, stream, i);
-      put(offset + 4 * quad_index, q);
-    });
+  const Parameter* next = table.parameters.data();
+  auto take = [&](bool there = true) { return there ? slab + (next++)->offset : nullptr; };
+  Parameters<Number> all{};
+  all.block_stride = table.block_stride;
+  all.patch_weight = take(), all.patch_bias = take(config.patch_bias);
+  all.context = take(config.projects_text());
+  BlockParameters<Number>& block = all.first_block;
+  block.qkv = take(), next += 2;  // W_K and W_V lie behind W_Q
+  block.proj = take(), block.w13 = take(), block.w2 = take();
+  const Merge merges[2] = {config.mode().attention, config.mode().ffn};
+  for (int m = 0; m < 2; ++m) {
+    block.gates[m].merge = merges[m];
+    for (size_t i = 0; i < about(merges[m]).gates.size(); ++i) block.gates[m].of[i] = take();
   }
-}
-
-// Into a slab of A, with zeros between the tensors.
-template <class Acc>
-void initialise(const Device& device, const Table& table, Acc* slab, uint64_t seed) {
-  device.fill(slab, 0, table.size * sizeof(Acc));
-  draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) { store(slab + i, q); });
+  next = &table.parameters.back() - 1;
+  all.final_weight = take(), all.final_bias = take();
+  return all;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1090,35 +1054,31 @@ struct Arrays : EndArrays<Real> {
   }
 };
 
-// Bytes by slab. Printed before anything is taken, and by `mvsplit plan`.
+// Memory by slabs. Without a device a plan only counts their bytes, which are printed before
+// anything is taken, and by `mvsplit plan`. With one it takes what it counts.
 struct Plan {
+  Device* device;
+  int fill_byte;
   std::vector<std::pair<std::string, size_t>> slabs;
+  std::vector<std::unique_ptr<Slab>> taken;
+
+  explicit Plan(Device* on = nullptr, int byte = 0xff) : device(on), fill_byte(byte) {}
 
   // The slab `name`, whose arrays lay(Carver&) lays out.
   template <class Lay>
   void add(const char* name, const Lay& lay) {
-    Carver carver;
+    Carver count;
+    lay(count);
+    slabs.emplace_back(name, count.used);
+    if (!device) return;
+    taken.push_back(std::make_unique<Slab>(*device, count.used, fill_byte));
+    Carver carver{taken.back()->data};
     lay(carver);
-    slabs.emplace_back(name, carver.used);
   }
   size_t total() const {
     size_t sum = 0;
     for (const auto& slab : slabs) sum += slab.second;
     return sum;
-  }
-};
-
-// Takes what a Plan counts.
-struct Slabs {
-  std::vector<std::unique_ptr<Slab>> slabs;
-
-  template <class Lay>
-  void add(Device& device, const Lay& lay, int fill_byte = 0xff) {
-    Carver count;
-    lay(count);
-    slabs.push_back(std::make_unique<Slab>(device, count.used, fill_byte));
-    Carver carver{slabs.back()->data};
-    lay(carver);
   }
 };
 
@@ -1139,22 +1099,20 @@ template <class Real, class Kept>
 struct NetworkArrays : Arrays<Real> {
   Real* weights = nullptr;
   Kept* gradients = nullptr;
-  AccOf<Real>* unrounded =
-      nullptr;  // gradients of one block, and of all that is outside the blocks
+  AccOf<Real>* unrounded = nullptr;  // gradients of a block, and of all outside the blocks
 
-  // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
-  template <class F>
-  void each_slab(const Config& m, const Table& table, size_t B, size_t span, bool trains, bool gpu,
-                 const F& slab) {
-    slab("weights", [&](Carver& c) { weights = c.take<Real>(table.size); });
-    if (trains) slab("gradients", [&](Carver& c) { gradients = c.take<Kept>(table.size); });
+  void add_to(Plan& plan, const Config& m, const Table& table, size_t B, size_t span, bool trains,
+              bool gpu) {
+    plan.add("weights", [&](Carver& c) { weights = c.take<Real>(table.size); });
+    if (trains) plan.add("gradients", [&](Carver& c) { gradients = c.take<Kept>(table.size); });
     if (trains && !std::is_same_v<Kept, AccOf<Real>>)
-      slab("a block's gradients",
-           [&](Carver& c) { unrounded = c.take<AccOf<Real>>(parameter_table(one_block(m)).size); });
-    slab("checkpoints", [&](Carver& c) { this->lay_checkpoints(c, m, B, span, trains); });
-    slab("activations", [&](Carver& c) { this->lay_blocks(c, m, B, span, trains, gpu); });
-    slab("scratch", [&](Carver& c) { this->lay_scratch(c, m, B, trains, gpu); });
-    slab("inputs, outputs", [&](Carver& c) { this->lay_ends(c, m, B, trains); });
+      plan.add("a block's gradients", [&](Carver& c) {
+        unrounded = c.take<AccOf<Real>>(parameter_table(one_block(m)).size);
+      });
+    plan.add("checkpoints", [&](Carver& c) { this->lay_checkpoints(c, m, B, span, trains); });
+    plan.add("activations", [&](Carver& c) { this->lay_blocks(c, m, B, span, trains, gpu); });
+    plan.add("scratch", [&](Carver& c) { this->lay_scratch(c, m, B, trains, gpu); });
+    plan.add("inputs, outputs", [&](Carver& c) { this->lay_ends(c, m, B, trains); });
   }
 };
 
@@ -1171,9 +1129,7 @@ Plan network_plan(const Config& config, const Table& table, size_t batch, size_t
   if (parameters_about > 1e13 || rows * (double(span) * of_a_row + double(config.depth) * D) > 1e16)
     fail("this model and batch are larger than any machine: check --depth, --width and --batch");
   Plan plan;
-  NetworkArrays<Real, Kept>().each_slab(
-      config, table, batch, span, trains, gpu,
-      [&](const char* name, const auto& lay) { plan.add(name, lay); });
+  NetworkArrays<Real, Kept>().add_to(plan, config, table, batch, span, trains, gpu);
   return plan;
 }
 
@@ -1237,8 +1193,7 @@ class Network {
     if (plan.total() > device.available())
       fail("the network needs %.2f GB and %s has %.2f GB free: use a smaller --batch",
            1e-9 * double(plan.total()), device.name.c_str(), 1e-9 * double(device.available()));
-    arrays.each_slab(config, table, batch, span, trains, device.gpu,
-                     [&](const char*, const auto& lay) { slabs_.add(device, lay); });
+    arrays.add_to(memory_, config, table, batch, span, trains, device.gpu);
     // Padding between tensors is never written: it must not be NaN when the slab is summed.
     if (trains) device.fill(arrays.gradients, 0, table.size * sizeof(Kept));
     if (arrays.unrounded) device.fill(arrays.unrounded, 0, block_table_.size * sizeof(Acc));
@@ -1268,16 +1223,22 @@ class Network {
     if (rounds_gradients && !dither.pass) fail("gradients that are rounded need a Dither");
     Beside beside(device);
     BackwardOptions<Real> o{accumulate && !rounds_gradients, inputs, observe, {}};
-    size_t first = blocks_at(), stride = table.block_stride, end = first + config.depth * stride;
-    if (rounds_gradients)
-      o.done = [=, &beside](size_t i) {
-        round_gradients(beside, first + i * stride, first, stride, accumulate, dither);
-      };
+    size_t first = table.at("blocks.0.operator.q_proj.weight").offset, stride = table.block_stride;
+    size_t end = first + config.depth * stride;
+    // gradients (=, or +=) [at, at + n) from unrounded [from, from + n); multiples of 8. It runs
+    // where the weight gradients do, so the next block's wait for it.
+    auto round = [&](size_t at, size_t from, size_t n) {
+      if constexpr (rounds_gradients)
+        beside([&] {
+          add_rounded(device, arrays.gradients + at, arrays.unrounded + from, n, accumulate, dither,
+                      at / 8);
+        });
+    };
+    o.done = [&](size_t i) { round(first + i * stride, first, stride); };
     if (about(config.mode().ffn).trunk_apart)  // Pre-Norm: beyond the last merge there is no trunk
       device.fill(arrays.scratch.dF[0], 0, b * config.tokens() * config.width * sizeof(Real));
     network_backward(*this, gradient_targets(), parameters(), b, o);
-    round_gradients(beside, 0, 0, first, accumulate, dither);
-    round_gradients(beside, end, first + stride, table.size - end, accumulate, dither);
+    round(0, 0, first), round(end, first + stride, table.size - end);
   }
 
   Parameters<const Real> parameters() const {
@@ -1312,10 +1273,8 @@ class Network {
   }
 
  private:
-  Slabs slabs_;
+  Plan memory_{&device};
   const Table block_table_ = parameter_table(one_block(config));  // of arrays.unrounded
-
-  size_t blocks_at() const { return table.at("blocks.0.operator.q_proj.weight").offset; }
 
   // Where the backward's kernels write.
   Parameters<Acc> gradient_targets() {
@@ -1324,38 +1283,12 @@ class Network {
     dw.block_stride = 0;  // every block's are the one block's
     return dw;
   }
-
-  // gradients (=, or += if `accumulate`) [at, at + n) from unrounded [from, from + n); multiples of
-  // 8. It runs where the weight gradients do, so the next block's wait for it.
-  void round_gradients(Beside& beside, size_t at, size_t from, size_t n, bool accumulate,
-                       Dither dither) {
-    if constexpr (rounds_gradients)
-      beside([&] {
-        add_rounded(device, arrays.gradients + at, arrays.unrounded + from, n, accumulate, dither,
-                    at / 8);
-      });
-  }
 };
 
 // ---------------------------------------------------------------------------------------------
 // D. Attention: how heads are gone through, and all of it on tensor cores
 //
 // D.1 Heads
-
-// A token has 2 H head vectors, the queries, then the keys. threads_a_head(): threads for one of
-// them, a warp or less, `wide` channels of each half a thread. threads_a_token(): threads for all,
-// every group of `one` threads taking `each` heads at a time.
-inline int threads_a_head(Heads heads, int wide) {
-  int threads = 1;
-  while (threads < 32 && 2 * size_t(wide * threads) < heads.dim) threads *= 2;
-  return threads;
-}
-inline int threads_a_token(Heads heads, int one, size_t each) {
-  int threads = one;
-  while (threads < Team::max_size && size_t(threads) * each < 2 * heads.count * size_t(one))
-    threads *= 2;
-  return threads;
-}
 
 // Several channels of both halves of a head, of one array or of two.
 template <class Real, int wide, int arrays>
@@ -1370,9 +1303,10 @@ struct HeadPiece {
 // For each head of Q and K inside x and y (B, T, 3, H, hd): found = finish(number, <x, y>, mine),
 // and x = put(x, y, R, found) for each of its points. (With one array y is x.)
 //
-// A group of threads takes `at_once` heads at a time: it has all its loads on the way, and reads
-// its angles once for all of them. A thread has `wide` neighbouring channels of each half, and
-// keeps the first that it has, on a GPU up to hd = 64 wide all of them.
+// A token has 2 H head vectors, the queries, then the keys. A group of `one` threads, a warp or
+// less, takes `at_once` heads at a time: it has all its loads on the way, and reads its angles once
+// for all of them. A thread has `wide` neighbouring channels of each half, and keeps the first that
+// it has, on a GPU up to hd = 64 wide all of them.
 template <int wide, int at_once, int arrays, class Real, class Finish, class Put>
 void replace_heads_by(const Device& device, Real* x, const Real* y, Rope<AccOf<Real>> rope,
                       Heads heads, const Finish& finish, const Put& put) {
@@ -1380,70 +1314,69 @@ void replace_heads_by(const Device& device, Real* x, const Real* y, Rope<AccOf<R
   using Piece = HeadPiece<Real, wide, arrays>;
   using Wide = Several<Real, wide>;
   size_t half = heads.dim / 2, all_heads = 2 * heads.count;
-  int one = threads_a_head(heads, wide);
-  for_each_team(
-      device, heads.batch * heads.length, threads_a_token(heads, one, at_once), [=] HD(Team team) {
-        size_t row = team.index, token = uint32_t(row) % uint32_t(heads.length);
-        bool turned = token < rope.image_tokens;
-        auto angle = [&](const Acc* table, size_t j) {
-          size_t at = (turned ? token * half : 0) + min_(j, half - wide);
-          return *reinterpret_cast<const Several<Acc, wide>*>(table + at);
-        };
-        Team part = team.part(one);
-        size_t own = size_t(wide * part.rank), step = size_t(wide * part.size);
-        for (size_t head = at_once * part.index; head < all_heads;
-             head += at_once * size_t(team.parts(one))) {
-          auto at = [&](int k, size_t j) {  // of head + k, or the last one's again
-            return row * 3 * heads.width() + min_(head + size_t(k), all_heads - 1) * heads.dim + j;
-          };
-          auto read = [&](int k, size_t j) {
-            Piece p;
-            for (int a = 0; a < arrays; ++a)
-              for (int i = 0; i < 2; ++i)
-                p.of[a][i] =
-                    *reinterpret_cast<const Wide*>((a ? y : x) + at(k, j + size_t(i) * half));
-            return p;
-          };
-          Piece kept[at_once] = {};  // zeros, if the thread has none
-          Several<Acc, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
-          Several<Acc, at_once> sums = {};
-          for (size_t j = own; j < half; j += step) {
-            UNROLL
-            for (int k = 0; k < at_once; ++k) {
-              Piece p = read(k, j);
-              if (j == own) kept[k] = p;
-              for (int i = 0; i < wide; ++i) {
-                Point<Acc> a = p.point(0, i), b = p.point(arrays - 1, i);
-                sums.v[k] += a.x1 * b.x1 + a.x2 * b.x2;
-              }
-            }
-          }
-          sums = part.sum_rows(sums, 1);
-          decltype(finish(0, Acc(), true)) found[at_once];
-          UNROLL
-          for (int k = 0; k < at_once; ++k)
-            found[k] = finish(row * all_heads + min_(head + size_t(k), all_heads - 1), sums.v[k],
-                              part.rank == 0 && head + size_t(k) < all_heads);
-          for (size_t j = own; j < half; j += step) {
-            Several<Acc, wide> c = j == own ? cosine : angle(rope.cosine, j);
-            Several<Acc, wide> s = j == own ? sine : angle(rope.sine, j);
-            if (!turned)
-              for (int i = 0; i < wide; ++i) c.v[i] = 1, s.v[i] = 0;
-            UNROLL
-            for (int k = 0; k < at_once; ++k) {
-              if (head + size_t(k) >= all_heads) break;
-              Piece p = j == own ? kept[k] : read(k, j);
-              for (int i = 0; i < wide; ++i) {
-                Rotation<Acc> R{c.v[i], s.v[i]};
-                Point<Acc> out = put(p.point(0, i), p.point(arrays - 1, i), R, found[k]);
-                p.of[0][0].v[i] = Real(out.x1), p.of[0][1].v[i] = Real(out.x2);
-              }
-              for (int i = 0; i < 2; ++i)
-                *reinterpret_cast<Wide*>(x + at(k, j + size_t(i) * half)) = p.of[0][i];
-            }
+  int one = threads_to_cover(heads.dim, 2 * wide, 32);
+  int threads = threads_to_cover(all_heads * size_t(one), at_once, Team::max_size, one);
+  for_each_team(device, heads.batch * heads.length, threads, [=] HD(Team team) {
+    size_t row = team.index, token = uint32_t(row) % uint32_t(heads.length);
+    bool turned = token < rope.image_tokens;
+    auto angle = [&](const Acc* table, size_t j) {
+      size_t at = (turned ? token * half : 0) + min_(j, half - wide);
+      return *reinterpret_cast<const Several<Acc, wide>*>(table + at);
+    };
+    Team part = team.part(one);
+    size_t own = size_t(wide * part.rank), step = size_t(wide * part.size);
+    for (size_t head = at_once * part.index; head < all_heads;
+         head += at_once * size_t(team.parts(one))) {
+      auto at = [&](int k, size_t j) {  // of head + k, or the last one's again
+        return row * 3 * heads.width() + min_(head + size_t(k), all_heads - 1) * heads.dim + j;
+      };
+      auto read = [&](int k, size_t j) {
+        Piece p;
+        for (int a = 0; a < arrays; ++a)
+          for (int i = 0; i < 2; ++i)
+            p.of[a][i] = *reinterpret_cast<const Wide*>((a ? y : x) + at(k, j + size_t(i) * half));
+        return p;
+      };
+      Piece kept[at_once] = {};  // zeros, if the thread has none
+      Several<Acc, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
+      Several<Acc, at_once> sums = {};
+      for (size_t j = own; j < half; j += step) {
+        UNROLL
+        for (int k = 0; k < at_once; ++k) {
+          Piece p = read(k, j);
+          if (j == own) kept[k] = p;
+          for (int i = 0; i < wide; ++i) {
+            Point<Acc> a = p.point(0, i), b = p.point(arrays - 1, i);
+            sums.v[k] += a.x1 * b.x1 + a.x2 * b.x2;
           }
         }
-      });
+      }
+      sums = part.sum_rows(sums, 1);
+      decltype(finish(0, Acc(), true)) found[at_once];
+      UNROLL
+      for (int k = 0; k < at_once; ++k)
+        found[k] = finish(row * all_heads + min_(head + size_t(k), all_heads - 1), sums.v[k],
+                          part.rank == 0 && head + size_t(k) < all_heads);
+      for (size_t j = own; j < half; j += step) {
+        Several<Acc, wide> c = j == own ? cosine : angle(rope.cosine, j);
+        Several<Acc, wide> s = j == own ? sine : angle(rope.sine, j);
+        if (!turned)
+          for (int i = 0; i < wide; ++i) c.v[i] = 1, s.v[i] = 0;
+        UNROLL
+        for (int k = 0; k < at_once; ++k) {
+          if (head + size_t(k) >= all_heads) break;
+          Piece p = j == own ? kept[k] : read(k, j);
+          for (int i = 0; i < wide; ++i) {
+            Rotation<Acc> R{c.v[i], s.v[i]};
+            Point<Acc> out = put(p.point(0, i), p.point(arrays - 1, i), R, found[k]);
+            p.of[0][0].v[i] = Real(out.x1), p.of[0][1].v[i] = Real(out.x2);
+          }
+          for (int i = 0; i < 2; ++i)
+            *reinterpret_cast<Wide*>(x + at(k, j + size_t(i) * half)) = p.of[0][i];
+        }
+      }
+    }
+  });
 }
 
 // One array: four heads at a time, and loads as wide as the halves allow.
@@ -1501,17 +1434,17 @@ template <class Real>
 void head_products(const Device& device, AccOf<Real>* inner, const Real* dY, const Real* Y,
                    const Real* Y_rest, Heads heads) {
   using Acc = AccOf<Real>;
-  sum_over_channels<Acc>(
-      device, heads.batch * heads.length * heads.count, heads.dim,
-      [=] HD(size_t number, size_t d) {
-        size_t at = number * heads.dim + d;
-        return dot(load<Acc>(dY + at), load<Acc>(Y + at) + load<Acc>(Y_rest + at));
-      },
-      [=] HD(size_t number, Acc sum) {
-        uint32_t all_heads = uint32_t(heads.count), length = uint32_t(heads.length);
-        uint32_t row = uint32_t(number) / all_heads, head = uint32_t(number) % all_heads;
-        inner[(row / length * heads.count + head) * heads.length + row % length] = sum;
-      });
+  size_t all = heads.batch * heads.length * heads.count;
+  for_each_team(device, all, threads_for_row(heads.dim), [=] HD(Team team) {
+    Acc sum = sum_of_row<Acc>(team, heads.dim, [&](size_t d) {
+      size_t at = team.index * heads.dim + d;
+      return dot(load<Acc>(dY + at), load<Acc>(Y + at) + load<Acc>(Y_rest + at));
+    });
+    if (team.rank != 0) return;
+    uint32_t all_heads = uint32_t(heads.count), length = uint32_t(heads.length);
+    uint32_t row = uint32_t(team.index) / all_heads, head = uint32_t(team.index) % all_heads;
+    inner[(row / length * heads.count + head) * heads.length + row % length] = sum;
+  });
 }
 
 #ifdef __CUDACC__
@@ -2044,11 +1977,9 @@ bool fused_attention_forward(Device& device, const BlockSaved<Real>& s, Heads he
   if constexpr (std::is_same_v<Real, bf16>) {
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count));
     size_t rows = block_rows + 4 * tile_columns;
-    auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, block_threads, rows * heads.dim * sizeof(Real), s.Y, s.Y_rest,
-             s.log_sums, s.qkv, heads);
-    };
-    heads.dim == 64 ? run(attention_forward_kernel<64>) : run(attention_forward_kernel<128>);
+    auto kernel = heads.dim == 64 ? attention_forward_kernel<64> : attention_forward_kernel<128>;
+    launch(device, kernel, blocks, block_threads, rows * heads.dim * sizeof(Real), s.Y, s.Y_rest,
+           s.log_sums, s.qkv, heads);
   }
 #endif
   (void)device, (void)heads;
@@ -2069,12 +2000,9 @@ bool fused_attention_backward(Device& device, const Block<Real>& block) {
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count), 1, 2);
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
     AttentionBackwardInputs c{scratch.dY, s.log_sums, scratch.inner, s.r_qk, block.shape.rope};
-    auto run = [&](auto kernel) {
-      launch(device, kernel, blocks, block_threads,
-             rows * heads.dim * sizeof(Real) + floats * sizeof(float), scratch.dqkv, s.qkv, c,
-             heads);
-    };
-    heads.dim == 64 ? run(attention_backward_kernel<64>) : run(attention_backward_kernel<128>);
+    auto kernel = heads.dim == 64 ? attention_backward_kernel<64> : attention_backward_kernel<128>;
+    launch(device, kernel, blocks, block_threads,
+           rows * heads.dim * sizeof(Real) + floats * sizeof(float), scratch.dqkv, s.qkv, c, heads);
   }
 #endif
   return true;
@@ -2153,7 +2081,7 @@ struct Measurement {
 template <class Real>
 struct WritersMeasured : Measurement {
   static constexpr bool of_writers = true, of_spikes = true;
-  WriterScratch<AccOf<Real>> scratch[2];
+  WriterScratch<AccOf<Real>> scratch;
 
   // How many numbers (double) it leaves: WriterModes (samples).
   static size_t count(const MeasuredSizes& m) {
@@ -2161,14 +2089,11 @@ struct WritersMeasured : Measurement {
   }
   static size_t inputs(int writer, const Config& c) { return writer ? c.ffn : c.width; }
   void lay(Carver& c, const MeasuredSizes& m) {
-    Carver second = c;
-    scratch[0].lay(c, m.tokens(), inputs(0, m.config), m.config.width);
-    scratch[1].lay(second, m.tokens(), inputs(1, m.config), m.config.width);
-    c.used = std::max(c.used, second.used);
+    scratch.lay(c, m.tokens(), std::max(m.config.width, m.config.ffn), m.config.width);
   }
   void during(Device& device, double* to, const Sight<Real>& see, const MeasuredSizes& m) {
-    writer_modes(device, reinterpret_cast<WriterModes*>(to), scratch[see.writer], see.y(),
-                 see.delta, m.tokens(), inputs(see.writer, m.config), m.config.width);
+    writer_modes(device, reinterpret_cast<WriterModes*>(to), scratch, see.y(), see.delta,
+                 m.tokens(), inputs(see.writer, m.config), m.config.width);
   }
   // The columns. (Where they are of writers, "attention_" or "ffn_" is put before their names.)
   static void read(const double* from, int w, const MeasuredSizes& m, const Add& add) {
@@ -2223,8 +2148,8 @@ struct WriterSumsMeasured : Measurement {
   }
   void during(Device& device, double* to, const Sight<Real>& see, const MeasuredSizes& m) {
     size_t T = m.config.tokens(), D = m.config.width, n = see.writer ? m.config.ffn : D;
-    token_means(device, ybar, see.y(), {m.batch, T, 0}, n, n);
-    token_means(device, dbar, see.delta, {m.batch, T, 0}, D, D);
+    token_means(device, ybar, see.y(), {m.batch, T, 0}, n);
+    token_means(device, dbar, see.delta, {m.batch, T, 0}, D);
     gemm(device, Matrix(dW, n), Matrix(dbar, 2 * D).transpose(), Matrix(ybar, 2 * n),
          {D, n, m.batch}, Acc(T));
     sum_squares(device, to, dW, 1, D * n);
@@ -2247,45 +2172,36 @@ struct WriterSumsMeasured : Measurement {
   }
 };
 
-// States of tokens.
-//
-// Energies (3, B, 2) of X and F (B, T, D), and of X with every token scaled to length 1. The mean
-// u of T unit vectors has |u|^2 = (T + the sum of their T (T - 1) pairwise cosines) / T^2, so the
-// mean cosine is (T |u|^2 - 1) / (T - 1): TCS, from the mean's energy T |u|^2.
-template <class Real>
-void state_energies(const Device& device, double* energies, const Real* X, const Real* F,
-                    AccOf<Real>* inverse_norms, Tokens tokens, size_t D) {
-  using Acc = AccOf<Real>;
-  size_t n = tokens.length();
-  for_each_team(device, tokens.rows(), threads_for(D), [=] HD(Team team) {
-    Acc squares = 0;
-    for (size_t d = team.rank; d < D; d += team.size) {
-      Acc x = Acc(X[team.index * D + d]);
-      squares += x * x;
-    }
-    squares = team.sum(squares);
-    if (team.rank == 0) inverse_norms[team.index] = rsqrt_(squares);
-  });
-  matrix_energies(device, energies, X, tokens.batch, n, D);
-  matrix_energies(device, energies + 2 * tokens.batch, F, tokens.batch, n, D);
-  split_energies<Acc>(device, energies + 4 * tokens.batch, tokens.batch, n, D,
-                      [=] HD(size_t b, size_t t, size_t d) {
-                        return inverse_norms[b * n + t] * Acc(X[(b * n + t) * D + d]);
-                      });
-}
-
+// States of tokens. Of X with every token scaled to length 1: the mean u of T unit vectors has
+// |u|^2 = (T + the sum of their T (T - 1) pairwise cosines) / T^2, so the mean cosine is
+// (T |u|^2 - 1) / (T - 1): TCS, from the mean's energy T |u|^2.
 template <class Real>
 struct StatesMeasured : Measurement {
+  using Acc = AccOf<Real>;
   static constexpr bool of_writers = true;
-  AccOf<Real>* inverse_norms;  // (samples, T)
+  Acc* inverse_norms;  // (samples, T)
 
   // Energies (3, samples, 2) of X, of F, and of X's unit tokens.
   static size_t count(const MeasuredSizes& m) { return 3 * m.samples * 2; }
-  void lay(Carver& c, const MeasuredSizes& m) {
-    inverse_norms = c.take<AccOf<Real>>(m.tokens().rows());
-  }
+  void lay(Carver& c, const MeasuredSizes& m) { inverse_norms = c.take<Acc>(m.tokens().rows()); }
   void during(Device& device, double* to, const Sight<Real>& see, const MeasuredSizes& m) {
-    state_energies(device, to, see.X(), see.F(), inverse_norms, m.tokens(), m.config.width);
+    size_t B = m.samples, n = m.config.tokens(), D = m.config.width;
+    const Real* X = see.X();
+    Acc* inverse = inverse_norms;
+    for_each_team(device, B * n, threads_for(D), [=] HD(Team team) {
+      Acc squares = 0;
+      for (size_t d = team.rank; d < D; d += team.size) {
+        Acc x = Acc(X[team.index * D + d]);
+        squares += x * x;
+      }
+      squares = team.sum(squares);
+      if (team.rank == 0) inverse[team.index] = rsqrt_(squares);
+    });
+    matrix_energies(device, to, X, B, n, D);
+    matrix_energies(device, to + 2 * B, see.F(), B, n, D);
+    split_energies<Acc>(device, to + 4 * B, B, n, D, [=] HD(size_t b, size_t t, size_t d) {
+      return inverse[b * n + t] * Acc(X[(b * n + t) * D + d]);
+    });
   }
   static void read(const double* from, int, const MeasuredSizes& m, const Add& add) {
     auto mean = [&](size_t kind, size_t i) { return from[(kind * m.samples + i) * 2]; };
@@ -2501,13 +2417,15 @@ class Diagnostics {
   const size_t samples;
 
   Diagnostics(const Config& c, std::vector<size_t> chosen, size_t first_samples, size_t batch)
-      : sizes{c, first_samples, batch}, layers(std::move(chosen)), samples(first_samples) {}
+      : sizes{c, first_samples, batch}, layers(std::move(chosen)), samples(first_samples) {
+    each(all_, [&](auto& m, size_t k) {
+      begins_[k] = total_;
+      total_ += round_up(layers.size() * (m.of_writers ? 2 : 1) * m.count(sizes), 32);  // 256 bytes
+    });
+  }
 
   void lay(Carver& c) {
-    results_ = c.used = round_up(c.used, 256);
-    base_ = c.base;
-    lay_numbers(c, numbers_);
-    results_bytes_ = c.used - results_;
+    numbers_ = c.take<double>(total_);
     Carver end = c;
     each(all_, [&](auto& m, size_t) {
       Carver own = c;
@@ -2524,7 +2442,7 @@ class Diagnostics {
     if (at == layers.end()) return;
     each(all_, [&](auto& m, size_t k) {
       if (all || m.of_spikes)
-        m.during(device, numbers(m, numbers_[k], size_t(at - layers.begin()), writer),
+        m.during(device, place(numbers_, m, k, size_t(at - layers.begin()), writer),
                  Sight<Real>{s, writer, delta}, sizes);
     });
   }
@@ -2534,27 +2452,24 @@ class Diagnostics {
   void gradients(Device& device, const Parameters<Kept>& d) {
     for (size_t slot = 0; slot < layers.size(); ++slot)
       each(all_, [&](auto& m, size_t k) {
-        m.after(device, numbers(m, numbers_[k], slot, 0), d.block(layers[slot]), sizes);
+        m.after(device, place(numbers_, m, k, slot, 0), d.block(layers[slot]), sizes);
       });
   }
 
   // (layers, 2, samples) on the device: of W_O, of W2.
-  const WriterModes* modes() const { return reinterpret_cast<const WriterModes*>(numbers_[0]); }
+  const WriterModes* modes() const { return reinterpret_cast<const WriterModes*>(numbers_); }
 
   // The chosen layers' columns; waits for the device.
   std::vector<std::vector<Reading>> read(const Device& device) const {
-    std::vector<std::byte> host(results_bytes_);
-    device.download(host.data(), base_ + results_, results_bytes_);
-    Carver c{host.data()};
-    Numbers of_host{};
-    lay_numbers(c, of_host);
+    std::vector<double> host(total_);
+    device.download(host.data(), numbers_, total_ * sizeof(double));
     std::vector<std::vector<Reading>> rows(layers.size());
     for (size_t slot = 0; slot < layers.size(); ++slot)
       for (int writer : {0, 1, -1})  // -1: what is not of a writer
         each(all_, [&](auto& m, size_t k) {
           if (m.of_writers != (writer >= 0)) return;
           std::string branch = writer == 0 ? "attention_" : writer == 1 ? "ffn_" : "";
-          m.read(numbers(m, of_host[k], slot, writer), writer, sizes,
+          m.read(place(host.data(), m, k, slot, writer), writer, sizes,
                  [&](const std::string& name, const std::string& about, double value) {
                    rows[slot].push_back({branch + name, about, value});
                  });
@@ -2563,11 +2478,11 @@ class Diagnostics {
   }
 
  private:
-  using Numbers = std::array<double*, std::tuple_size_v<Measurements<Real>>>;
   Measurements<Real> all_;
-  Numbers numbers_{};  // of each measurement: (layers, 2 if of writers, else 1, count())
-  std::byte* base_ = nullptr;
-  size_t results_ = 0, results_bytes_ = 0;
+  double* numbers_ = nullptr;
+  // Where those of each measurement begin, (layers, 2 if of writers, else 1, count()); all of them.
+  std::array<size_t, std::tuple_size_v<Measurements<Real>>> begins_;
+  size_t total_ = 0;
 
   // f(measurement, its number) for all.
   template <class All, class F>
@@ -2575,14 +2490,9 @@ class Diagnostics {
     size_t k = 0;
     std::apply([&](auto&... m) { (f(m, k++), ...); }, all);
   }
-  void lay_numbers(Carver& c, Numbers& to) const {
-    each(all_, [&](auto& m, size_t k) {
-      to[k] = c.take<double>(layers.size() * (m.of_writers ? 2 : 1) * m.count(sizes));
-    });
-  }
-  template <class M>
-  double* numbers(const M& m, double* of, size_t slot, int writer) const {
-    size_t piece = m.of_writers ? slot * 2 + size_t(writer) : slot;
-    return of + piece * m.count(sizes);
+  // Those of measurement m, number k, in a copy of all.
+  template <class M, class Number>
+  Number* place(Number* all, const M& m, size_t k, size_t slot, int writer) const {
+    return all + begins_[k] + (m.of_writers ? slot * 2 + size_t(writer) : slot) * m.count(sizes);
   }
 };

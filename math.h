@@ -31,6 +31,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -450,12 +451,14 @@ struct Team {
 // Threads for a team whose loop has n independent items: whole warps, at most eight.
 inline int threads_for(size_t n) { return int(std::clamp<size_t>(round_up(n, 32), 32, 256)); }
 
-// Threads for a row of D channels: the least power of two for `quads` quads each, at most 256.
-inline int threads_for_row(size_t D, size_t quads = 4) {
-  int threads = 1;
-  while (threads < Team::max_size && 4 * quads * size_t(threads) < D) threads *= 2;
+// A power of two, from `least` to `most`: as few threads as cover n items if each takes `each`.
+inline int threads_to_cover(size_t n, size_t each, int most = Team::max_size, int least = 1) {
+  int threads = least;
+  while (threads < most && each * size_t(threads) < n) threads *= 2;
   return threads;
 }
+// Threads for a row of D channels, at `quads` quads each.
+inline int threads_for_row(size_t D, size_t quads = 4) { return threads_to_cover(D, 4 * quads); }
 
 #ifdef __CUDACC__
 template <class Body>
@@ -526,7 +529,6 @@ void convert(const Device& device, Out* out, const In* in, size_t n) {
 //                                           put(row, d, v_d, c) for all d
 //     sum_over_rows         each group, d:  finish(group, d, sum over rows of term(group, row, d))
 //     sum_over_rows_by_sum  each row:       find(row, sum of weigh(row, d)); then as sum_over_rows
-//     sum_over_channels     each row:       finish(row, sum of term(row, d))
 //     sum_over_groups       each d, singly: finish(d, sum over groups of term(group, d))
 //
 // `mine`: of the threads that call find, this one may store. A Pair {a, b} is two sums at once.
@@ -761,21 +763,21 @@ inline Device::~Device() {
 #endif
 }
 
+// The number that the first line of a file which is like `format` has; SIZE_MAX if there is none.
+inline size_t number_from(const std::string& path, const char* format) {
+  std::ifstream file(path);
+  size_t value = SIZE_MAX;
+  for (std::string line; value == SIZE_MAX && std::getline(file, line);)
+    std::sscanf(line.c_str(), format, &value);
+  return value;
+}
+
 // Bytes that the control group of `folder` (cgroup v2) may still take: its limit less what it has,
 // which does not count files that the kernel would drop. SIZE_MAX without a limit.
 inline size_t control_group_room(const std::string& folder) {
-  auto number = [&](const char* name, const char* format) {
-    size_t value = SIZE_MAX;
-    if (FILE* file = std::fopen((folder + "/" + name).c_str(), "r")) {
-      char line[128];
-      while (value == SIZE_MAX && std::fgets(line, sizeof line, file))
-        std::sscanf(line, format, &value);
-      std::fclose(file);
-    }
-    return value;
-  };
-  size_t limit = number("memory.max", "%zu"), used = number("memory.current", "%zu");
-  size_t files = number("memory.stat", "inactive_file %zu");
+  size_t limit = number_from(folder + "/memory.max", "%zu");
+  size_t used = number_from(folder + "/memory.current", "%zu");
+  size_t files = number_from(folder + "/memory.stat", "inactive_file %zu");
   if (limit == SIZE_MAX || used == SIZE_MAX) return SIZE_MAX;
   if (files != SIZE_MAX) used -= std::min(used, files);
   return limit - std::min(limit, used);
@@ -791,13 +793,10 @@ inline size_t control_groups_room(const std::string& root, std::string group) {
 
 // This process's group, as a line "0::/a/b" of /proc/self/cgroup says; "" if there is none.
 inline std::string control_group(const char* list = "/proc/self/cgroup") {
-  std::string group;
-  if (FILE* file = std::fopen(list, "r")) {
-    for (char line[4096]; std::fgets(line, sizeof line, file);)
-      if (std::strncmp(line, "0::", 3) == 0) group.assign(line + 3, std::strcspn(line + 3, "\n"));
-    std::fclose(file);
-  }
-  return group;
+  std::ifstream file(list);
+  for (std::string line; std::getline(file, line);)
+    if (line.rfind("0::", 0) == 0) return line.substr(3);
+  return "";
 }
 
 inline size_t Device::available(const char* control_groups) const {
@@ -808,19 +807,13 @@ inline size_t Device::available(const char* control_groups) const {
     return free;
   }
 #endif
-  size_t kib = 0;
-  if (FILE* file = std::fopen("/proc/meminfo", "r")) {
-    char line[128];
-    while (std::fgets(line, sizeof line, file))
-      if (std::sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
-    std::fclose(file);
-  }
+  size_t kib = number_from("/proc/meminfo", "MemAvailable: %zu kB");
 #ifdef _SC_AVPHYS_PAGES
   const auto pages = _SC_AVPHYS_PAGES;
 #else  // macOS
   const auto pages = _SC_PHYS_PAGES;
 #endif
-  size_t all = kib ? kib * 1024 : size_t(sysconf(pages)) * size_t(sysconf(_SC_PAGESIZE));
+  size_t all = kib < SIZE_MAX ? kib * 1024 : size_t(sysconf(pages)) * size_t(sysconf(_SC_PAGESIZE));
   return std::min(all, control_groups_room(control_groups, control_group()));
 }
 
@@ -832,12 +825,8 @@ inline size_t Device::in_use() const {
     return total - free;
   }
 #endif
-  size_t pages = 0;
-  if (FILE* file = std::fopen("/proc/self/statm", "r")) {
-    if (std::fscanf(file, "%*u %zu", &pages) != 1) pages = 0;
-    std::fclose(file);
-  }
-  return pages * size_t(sysconf(_SC_PAGESIZE));
+  size_t pages = number_from("/proc/self/statm", "%*u %zu");
+  return pages < SIZE_MAX ? pages * size_t(sysconf(_SC_PAGESIZE)) : 0;
 }
 
 inline void* Device::allocate(size_t bytes) {
@@ -921,15 +910,20 @@ void for_each_quad(const Device& device, size_t rows, size_t D, const F& f) {
   for_each(device, rows * D / 4, [=] HD(size_t i) { f(i / (D / 4), i % (D / 4) * 4); });
 }
 
-// Call f(d, inside) for the team's quads of a row of D channels. The first four come without a
+// The team's sum of term(d) over the quads of a row of D channels. The first four come without a
 // branch, so that a thread has all its loads on the way at once: past the end of the row d is the
-// last quad once more, and `inside` false.
-template <class F>
-HD void each_quad(Team team, size_t D, const F& f) {
+// last quad once more, which does not count.
+template <class Acc, class Term>
+HD Acc sum_of_row(Team team, size_t D, const Term& term) {
   size_t d = 4 * size_t(team.rank), step = 4 * size_t(team.size);
+  Acc sum = 0;
   UNROLL
-  for (int i = 0; i < 4; ++i, d += step) f(d < D ? d : D - 4, d < D);
-  for (; d < D; d += step) f(d, true);
+  for (int i = 0; i < 4; ++i, d += step) {
+    Acc one = term(d < D ? d : D - 4);
+    sum += d < D ? one : Acc(0);
+  }
+  for (; d < D; d += step) sum += term(d);
+  return team.sum(sum);
 }
 
 // Neighbouring rows of one group. A thread takes several at a time, so that it reads what belongs
@@ -950,11 +944,9 @@ struct Piece {
 template <class Sum, class Groups, class Term, class Finish>
 void sum_over_rows(const Device& device, Groups groups, size_t D, Sum zero, const Term& term,
                    const Finish& finish) {
-  int columns = 32, lines = 1;
+  int columns = 32;
   while (columns > 4 && groups.groups() * ceil_div(D, 4 * size_t(columns)) < 256) columns /= 2;
-  while (columns * lines < 32 ||
-         (columns * lines < Team::max_size && 4 * size_t(lines) < groups.longest()))
-    lines *= 2;
+  int lines = threads_to_cover(groups.longest(), 4, Team::max_size / columns, 32 / columns);
   size_t width = 4 * size_t(columns), tiles = ceil_div(D, width);
   for_each_team(device, groups.groups() * tiles, columns * lines, [=] HD(Team team) {
     Team line = team.part(columns);
@@ -1015,21 +1007,6 @@ void sum_over_groups(const Device& device, size_t groups, size_t D, bool one_num
     if (!one_number) return;
     total = team.sum_rows(total, 1);
     if (team.rank == 0) finish(0, total);
-  });
-}
-
-// finish(row, sum) with the sum of term(row, d) over each row's channels.
-template <class Acc, class Term, class Finish>
-void sum_over_channels(const Device& device, size_t rows, size_t D, const Term& term,
-                       const Finish& finish) {
-  for_each_team(device, rows, threads_for_row(D), [=] HD(Team team) {
-    Acc sum = 0;
-    each_quad(team, D, [&](size_t d, bool inside) {
-      Acc one = term(team.index, d);
-      sum += inside ? one : Acc(0);
-    });
-    sum = team.sum(sum);
-    if (team.rank == 0) finish(team.index, sum);
   });
 }
 
@@ -1127,12 +1104,7 @@ void sum_over_rows_by_sum(const Device& device, Groups groups, size_t D, Sum zer
     Team line = team.part(row_threads);
     for (size_t row = piece.first + line.index; row <= piece.last;
          row += size_t(team.parts(row_threads))) {
-      Acc sum = 0;
-      each_quad(line, D, [&](size_t d, bool inside) {
-        Acc weight = weigh(row, d);
-        sum += inside ? weight : Acc(0);
-      });
-      sum = line.sum(sum);
+      Acc sum = sum_of_row<Acc>(line, D, [&](size_t d) { return weigh(row, d); });
       if (line.rank == 0) find(row, sum);
     }
     team.sync();
@@ -1179,26 +1151,18 @@ class Graph {
   Graph(const Graph&) = delete;
   Graph& operator=(const Graph&) = delete;
 
+  // Not `now`: only takes the memory that it will need.
   template <class Sequence>
-  void run(Device& device, const Sequence& sequence) {
+  void run(Device& device, const Sequence& sequence, bool now = true) {
 #ifdef __CUDACC__
     if (device.gpu) {
-      prepare(device, sequence);
-      CUDA_CHECK(cudaGraphLaunch(executable_, device.stream));
+      if (!executable_) record(device, sequence);
+      if (now) CUDA_CHECK(cudaGraphLaunch(executable_, device.stream));
       return;
     }
 #endif
     (void)device;
-    sequence();
-  }
-  // Take what memory run() will need, and do nothing else.
-  template <class Sequence>
-  void prepare(Device& device, const Sequence& sequence) {
-#ifdef __CUDACC__
-    if (device.gpu && !executable_) record(device, sequence);
-#else
-    (void)device, (void)sequence;
-#endif
+    if (now) sequence();
   }
 
 #ifdef __CUDACC__
@@ -1444,8 +1408,8 @@ struct Dual {
   Dual() = default;
   HD Dual(double value, double derivative = 0) : v(value), d(derivative) {}
   explicit HD operator double() const { return v; }
-  HD Dual& operator+=(Dual x);
-  HD Dual& operator*=(Dual x);
+  HD Dual& operator+=(Dual x) { return *this = {v + x.v, d + x.d}; }
+  HD Dual& operator*=(Dual x) { return *this = {v * x.v, d * x.v + v * x.d}; }
 };
 
 HD inline Dual operator-(Dual x) { return {-x.v, -x.d}; }
@@ -1456,8 +1420,6 @@ HD inline Dual operator/(Dual x, Dual y) {
   double quotient = x.v / y.v;
   return {quotient, (x.d - quotient * y.d) / y.v};
 }
-HD inline Dual& Dual::operator+=(Dual x) { return *this = *this + x; }
-HD inline Dual& Dual::operator*=(Dual x) { return *this = *this * x; }
 HD inline Dual fma(Dual x, Dual y, Dual z) { return x * y + z; }
 HD inline bool operator>(Dual x, Dual y) { return x.v > y.v; }
 HD inline bool operator==(Dual x, Dual y) { return x.v == y.v; }

@@ -879,32 +879,32 @@ struct WriterModes {
   double g_mean, g_ctr, amplification, khat, image_amplification, image_kappa;
 };
 
-// Scratch for a batch of B sequences: means over all tokens; powers of two; tokens as they are and
-// centered, over these; their Gram matrices.
+// Scratch for a batch of B sequences, of y and of delta: means over all tokens; powers of two;
+// tokens as they are and centered, over these; their Gram matrices, K and C.
 template <class Acc>
 struct WriterScratch {
-  Acc *ybar, *dbar;            // (B, 2, n), (B, 2, D)
-  Acc *y_scale, *delta_scale;  // (B)
-  Acc *y, *delta;              // (2, B, T, n), (2, B, T, D)
-  Acc *K, *C;                  // (2, B, T, T)
+  struct Half {
+    Acc *means, *scales, *tokens, *gram;  // (B, 2, n), (B), (2, B, T, n), (2, B, T, T)
+  } y, delta;                             // (delta with D channels for n)
 
   void lay(Carver& c, Tokens tokens, size_t n, size_t D) {
-    size_t squares = 2 * tokens.rows() * tokens.length();
-    ybar = c.take<Acc>(2 * tokens.batch * n), dbar = c.take<Acc>(2 * tokens.batch * D);
-    y_scale = c.take<Acc>(tokens.batch), delta_scale = c.take<Acc>(tokens.batch);
-    y = c.take<Acc>(2 * tokens.rows() * n), delta = c.take<Acc>(2 * tokens.rows() * D);
-    K = c.take<Acc>(squares), C = c.take<Acc>(squares);
+    auto lay_half = [&](Half& half, size_t channels) {
+      half.means = c.take<Acc>(2 * tokens.batch * channels);
+      half.scales = c.take<Acc>(tokens.batch);
+      half.tokens = c.take<Acc>(2 * tokens.rows() * channels);
+      half.gram = c.take<Acc>(2 * tokens.rows() * tokens.length());
+    };
+    lay_half(y, n), lay_half(delta, D);
   }
 };
 
-// means (B, 2, n) of x (B, T, n) over each segment's tokens, which are `stride` apart.
+// means (B, 2, n) of x (B, T, n) over each segment's tokens.
 template <class Real>
-void token_means(const Device& device, AccOf<Real>* means, const Real* x, Tokens tokens, size_t n,
-                 size_t stride) {
+void token_means(const Device& device, AccOf<Real>* means, const Real* x, Tokens tokens, size_t n) {
   using Acc = AccOf<Real>;
   sum_over_rows(
       device, tokens, n, quad(Acc(0)),
-      [=] HD(size_t, size_t row, size_t d) { return load<Acc>(x + row * stride + d); },
+      [=] HD(size_t, size_t row, size_t d) { return load<Acc>(x + row * n + d); },
       [=] HD(size_t segment, size_t d, Quad<Acc> sum) {
         store(means + segment * n + d, tokens.one_over<Acc>(segment) * sum);
       });
@@ -955,8 +955,8 @@ void center_tokens(const Device& device, AccOf<Real>* out, const Real* x, const 
                    const AccOf<Real>* scales, Tokens tokens, size_t n) {
   using Acc = AccOf<Real>;
   size_t rows = tokens.rows();
-  for_each(device, rows * n / 4, [=] HD(size_t i) {
-    size_t row = i / (n / 4), d = i % (n / 4) * 4, sequence = row / tokens.length();
+  for_each_quad(device, rows, n, [=] HD(size_t row, size_t d) {
+    size_t sequence = row / tokens.length();
     Quad<Acc> value = load<Acc>(x + row * n + d), mean = load<Acc>(means + sequence * 2 * n + d);
     Acc over = Acc(1) / scales[sequence];
     store(out + row * n + d, over * value);
@@ -970,25 +970,20 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
                   const Real* y, const Real* delta, Tokens tokens, size_t n, size_t D) {
   using Acc = AccOf<Real>;
   size_t length = tokens.length(), squares = length * length;
-  auto gram = [&](Acc* product, Acc* x, size_t channels) {
-    Matrix<Acc> rows = Matrix<Acc>(x, channels).batch(length * channels, 0);
-    gemm(device, Matrix<Acc>(product, length).batch(squares, 0), rows, rows.transpose(),
+  auto prepare = [&](auto half, const Real* x, size_t channels) {
+    token_means(device, half.means, x, {tokens.batch, length, 0}, channels);
+    token_scales(device, half.scales, x, tokens, channels);
+    center_tokens(device, half.tokens, x, half.means, half.scales, tokens, channels);
+    Matrix<Acc> rows = Matrix<Acc>(half.tokens, channels).batch(length * channels, 0);
+    gemm(device, Matrix<Acc>(half.gram, length).batch(squares, 0), rows, rows.transpose(),
          {length, length, channels, 2 * tokens.batch});
   };
-  Tokens all{tokens.batch, length, 0};
-  token_means(device, scratch.ybar, y, all, n, n);
-  token_means(device, scratch.dbar, delta, all, D, D);
-  token_scales(device, scratch.y_scale, y, tokens, n);
-  token_scales(device, scratch.delta_scale, delta, tokens, D);
-  center_tokens(device, scratch.y, y, scratch.ybar, scratch.y_scale, tokens, n);
-  center_tokens(device, scratch.delta, delta, scratch.dbar, scratch.delta_scale, tokens, D);
-  gram(scratch.K, scratch.y, n);
-  gram(scratch.C, scratch.delta, D);
+  prepare(scratch.y, y, n), prepare(scratch.delta, delta, D);
   for_each_team(device, tokens.batch, Team::max_size, [=] HD(Team team) {
     size_t b = team.index;
     auto product = [&](size_t part, size_t i) {
       size_t at = (part * tokens.batch + b) * squares + i;
-      return double(scratch.K[at]) * double(scratch.C[at]);
+      return double(scratch.y.gram[at]) * double(scratch.delta.gram[at]);
     };
     auto own = [&](size_t t) { return product(0, t * length + t); };  // w_t^2
     auto energy_of = [&](const Acc* mean, size_t channels) {
@@ -1015,9 +1010,10 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
     for (double* x :
          {energy, energy + 1, &magnitudes, &w1, &w2, &image_energy, &cosines, &image_w2})
       *x = team.sum(*x);
-    double yy = energy_of(scratch.ybar + b * 2 * n, n), dd = energy_of(scratch.dbar + b * 2 * D, D);
+    double yy = energy_of(scratch.y.means + b * 2 * n, n);
+    double dd = energy_of(scratch.delta.means + b * 2 * D, D);
     if (team.rank != 0) return;
-    double scale = double(scratch.y_scale[b]) * double(scratch.delta_scale[b]);
+    double scale = double(scratch.y.scales[b]) * double(scratch.delta.scales[b]);
     double pairs = w1 * w1 - w2;  // what rounding leaves of it, if one token has all, is no weight
     double image_pairs = double(tokens.image) * (double(tokens.image) - 1);
     WriterModes m;

@@ -476,17 +476,29 @@ struct Master {
   }
 };
 
-// Draw all parameters as the table says into the master, and into `average` if it is not null.
+// Draw all parameters as the table says into the master, and into `average` if it is not null. What
+// is behind a tensor's last number, up to the next quad, is zero, and between tensors' weights all.
 template <class Real, class Kept>
 void initialise(const Device& device, const Table& table, Master<Real, Kept> master,
                 AccOf<Real>* average, uint64_t seed) {
-  using Acc = AccOf<Real>;
   device.fill(master.weights, 0, table.size * sizeof(Real));
-  draw_parameters(device, table, seed, [=] HD(size_t i, Quad<double> q) {
-    Quad<Acc> w{{Acc(q[0]), Acc(q[1]), Acc(q[2]), Acc(q[3])}};
-    master.set(i, w);
-    if (average) store(average + i, w);
-  });
+  for (size_t number = 0; number < table.parameters.size(); ++number) {
+    const Parameter& p = table.parameters[number];
+    size_t offset = p.offset, count = p.count();
+    Init init = p.init;
+    double scale = p.scale;
+    uint64_t stream = streams::parameters + number;
+    for_each(device, ceil_div(count, 4), [=] HD(size_t quad_index) {
+      Quad<double> q{};
+      for (size_t i = 4 * quad_index; i < min_<size_t>(4 * quad_index + 4, count); ++i)
+        q[int(i % 4)] = init == Init::constant  ? scale
+                        : init == Init::uniform ? scale * (2 * uniform(seed, stream, i) - 1)
+                                                : scale * gaussian(seed, stream, i);
+      Quad<AccOf<Real>> w = widen<AccOf<Real>>(q);
+      master.set(offset + 4 * quad_index, w);
+      if (average) store(average + offset + 4 * quad_index, w);
+    });
+  }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -527,29 +539,27 @@ HD inline bool stands_out(double norm, double factor, double usual) {
   return !(norm <= factor * usual) && usual == usual;
 }
 
-// What is copied at an event.
-struct EventArrays {
-  double* squares;                        // (chunks), of the gradients
-  uint32_t *bad_gradients, *bad_weights;  // (chunks): how many are not finite
-  double* losses;                         // (accumulate * B)
-  double* velocity;                       // (B, 3): sums of dL/dvelocity and its squares, largest
-
-  void lay(Carver& c, size_t chunks, size_t samples) {
-    squares = c.take<double>(chunks);
-    bad_gradients = c.take<uint32_t>(chunks), bad_weights = c.take<uint32_t>(chunks);
-    losses = c.take<double>(samples), velocity = c.take<double>(3 * samples);
-  }
+// What is copied at an event, of each chunk: its gradients' squares, and how many are not finite;
+// and of each sample: its loss and, in the last pass, dL/dvelocity's sum, squares and largest.
+struct ChunkSeen {
+  double squares;
+  uint32_t bad_gradients, bad_weights;
+};
+struct SampleSeen {
+  double loss, sum, squares, largest;
 };
 
 // The events, and the writers' modes of every step.
 struct SpikeArrays {
   SpikeWatch* watch;
-  double* modes;  // (records, layers, 2, 2): G_mean and G_ctr of W_O and W2
-  EventArrays events[kept_events];
+  double* modes;        // (records, layers, 2, 2): G_mean and G_ctr of W_O and W2
+  ChunkSeen* chunks;    // (kept_events, chunks)
+  SampleSeen* samples;  // (kept_events, accumulate * B)
 
-  void lay(Carver& c, size_t layers, size_t chunks, size_t samples) {
+  void lay(Carver& c, size_t layers, size_t chunk_count, size_t sample_count) {
     watch = c.take<SpikeWatch>(1), modes = c.take<double>(records * layers * 4);
-    for (EventArrays& e : events) e.lay(c, chunks, samples);
+    chunks = c.take<ChunkSeen>(kept_events * chunk_count);
+    samples = c.take<SampleSeen>(kept_events * sample_count);
   }
 };
 
@@ -595,7 +605,6 @@ void copy_spike(const Device& device, SpikeArrays a, RunArrays run, size_t sampl
   size_t count = run.chunk_count, teams = std::min<size_t>(count, 1024);
   for_each_team(device, teams, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
-    const EventArrays& e = a.events[a.watch->place()];
     for (size_t k = team.index; k < count; k += teams) {
       Chunk c = run.chunks[k];
       double bad_gradients = 0, bad_weights = 0;
@@ -604,35 +613,28 @@ void copy_spike(const Device& device, SpikeArrays a, RunArrays run, size_t sampl
         bad_weights += !(fabs(double(run.master.weights[i])) <= 1.7e308);
       }
       bad_gradients = team.sum(bad_gradients), bad_weights = team.sum(bad_weights);
-      if (team.rank != 0) continue;
-      e.squares[k] = run.partial[k];
-      e.bad_gradients[k] = uint32_t(bad_gradients), e.bad_weights[k] = uint32_t(bad_weights);
+      if (team.rank == 0)
+        a.chunks[a.watch->place() * count + k] = {run.partial[k], uint32_t(bad_gradients),
+                                                  uint32_t(bad_weights)};
     }
   });
   for_each_team(device, samples, Team::max_size, [=] HD(Team team) {
     if (!a.watch->fired) return;
-    const EventArrays& e = a.events[a.watch->place()];
-    if (team.rank == 0) e.losses[team.index] = double(run.step_losses[team.index]);
-    if (team.index >= b) return;
+    size_t numbers = team.index < b ? n : 0;
     double sum = 0, squares = 0, largest = 0;
-    for (size_t i = team.index * n + team.rank; i < (team.index + 1) * n; i += team.size) {
-      double g = double(dvelocity[i]);
+    for (size_t i = team.rank; i < numbers; i += team.size) {
+      double g = double(dvelocity[team.index * n + i]);
       sum += g, squares += g * g, largest = max_(largest, fabs(g));
     }
     sum = team.sum(sum), squares = team.sum(squares), largest = team.max(largest);
-    if (team.rank != 0) return;
-    double* out = e.velocity + 3 * team.index;
-    out[0] = sum, out[1] = squares, out[2] = largest;
+    if (team.rank == 0)
+      a.samples[a.watch->place() * samples + team.index] = {double(run.step_losses[team.index]),
+                                                            sum, squares, largest};
   });
 }
 
 // ---------------------------------------------------------------------------------------------
 // C. The arrays of a run, and what fits
-
-template <class Real>
-Diagnostics<Real> chosen_diagnostics(const TrainOptions& o) {
-  return {o.model, chosen_layers(o), std::min(o.diagnose_samples, o.batch), o.batch};
-}
 
 inline size_t count_chunks(const Table& table) {
   size_t count = 0;
@@ -673,13 +675,10 @@ struct TrainArrays : Moved<AdamW, Master<Real, Kept>, Kept> {
 
 // A data set's arrays, laid out like everything else.
 inline DeviceData lay_data(Carver& c, const Config& m, size_t images, size_t captions) {
-  DeviceData d{};
-  d.images = images, d.captions = captions;
-  d.pixels_per_image = m.pixels(), d.text_per_caption = m.text_size();
-  d.pixels = c.take<float>(images * m.pixels());
-  d.text = c.take<float>((captions + 1) * m.text_size());
-  d.caption = c.take<int32_t>(images);
-  return d;
+  float* pixels = c.take<float>(images * m.pixels());
+  float* text = c.take<float>((captions + 1) * m.text_size());
+  int32_t* caption = c.take<int32_t>(images);
+  return {pixels, text, caption, images, captions, m.pixels(), m.text_size()};
 }
 
 inline void upload_data(const Device& device, const DeviceData& to, const Dataset& from) {
@@ -702,24 +701,22 @@ struct RunArrays {
   Diagnostics<Real> diagnostics;
   SpikeArrays spikes;
 
-  explicit RunArrays(const TrainOptions& o) : diagnostics(chosen_diagnostics<Real>(o)) {}
+  explicit RunArrays(const TrainOptions& o)
+      : diagnostics(o.model, chosen_layers(o), std::min(o.diagnose_samples, o.batch), o.batch) {}
 
-  // Call slab(name, lay) for each slab: lay(Carver&) lays out its arrays.
-  template <class F>
-  void each_slab(const TrainOptions& o, const Table& table, DataSizes data, const F& slab) {
+  void add_to(Plan& plan, const TrainOptions& o, const Table& table, DataSizes data) {
     const Config& m = o.model;
-    size_t chunks = count_chunks(table);
-    slab("optimizer", [&](Carver& c) { a.lay_optimizer(c, table, o.ema > 0); });
-    slab("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
+    plan.add("optimizer", [&](Carver& c) { a.lay_optimizer(c, table, o.ema > 0); });
+    plan.add("batch", [&](Carver& c) { a.lay_batch(c, o, data.held_out); });
     if (o.observes())
-      slab("diagnostics", [&](Carver& c) {
+      plan.add("diagnostics", [&](Carver& c) {
         diagnostics.lay(c);
-        spikes.lay(c, diagnostics.layers.size(), chunks, o.batch * o.accumulate);
+        spikes.lay(c, diagnostics.layers.size(), a.chunk_count, o.batch * o.accumulate);
       });
-    slab("data", [&](Carver& c) { train = lay_data(c, m, data.images, data.captions); });
-    slab("held-out data",
-         [&](Carver& c) { held_out = lay_data(c, m, data.held_out, data.captions); });
-    slab("sampling", [&](Carver& c) { sampler.lay(c, m, o.batch); });
+    plan.add("data", [&](Carver& c) { train = lay_data(c, m, data.images, data.captions); });
+    plan.add("held-out data",
+             [&](Carver& c) { held_out = lay_data(c, m, data.held_out, data.captions); });
+    plan.add("sampling", [&](Carver& c) { sampler.lay(c, m, o.batch); });
   }
 };
 
@@ -741,8 +738,7 @@ Plan training_plan(const TrainOptions& o, const Table& table, DataSizes data, bo
   if (numbers > 1e15)
     fail("%zu images and %zu captions are larger than any machine", data.images, data.captions);
   Plan plan = network_plan<Real, Kept>(o.model, table, o.batch, o.recompute, true, on_gpu);
-  RunArrays<Real, Kept>(o).each_slab(
-      o, table, data, [&](const char* name, const auto& lay) { plan.add(name, lay); });
+  RunArrays<Real, Kept>(o).add_to(plan, o, table, data);
   plan.slabs.emplace_back(
       on_gpu ? "cuBLAS workspace" : "products' workspace",
       on_gpu ? Device::workspace_bytes(true) : HostGemm<AccOf<Real>>::workspace_bytes());
@@ -760,6 +756,7 @@ struct Choice {
   bool lean;
   size_t recompute, bytes;
   double flops;
+  std::vector<std::pair<std::string, size_t>> slabs;
 
   const char* state() const { return lean ? "lean" : "fp32"; }
   std::string text() const {
@@ -785,19 +782,15 @@ struct Job {
 };
 
 template <class Real>
-Plan plan_of(Job job, bool lean, size_t recompute) {
-  job.o.recompute = recompute;
-  return lean ? training_plan<Real, Real>(job.o, job.table, job.data, job.gpu)
-              : training_plan<Real>(job.o, job.table, job.data, job.gpu);
-}
-template <class Real>
 Choice way_to_run(Job job, bool lean, size_t recompute) {
   job.o.recompute = recompute;
-  return {lean, recompute, plan_of<Real>(job, lean, recompute).total(), step_flops(job.o)};
+  Plan plan = lean ? training_plan<Real, Real>(job.o, job.table, job.data, job.gpu)
+                   : training_plan<Real>(job.o, job.table, job.data, job.gpu);
+  return {lean, recompute, plan.total(), step_flops(job.o), plan.slabs};
 }
 
 // The ways to run that the options leave open, best first. Of those with one state each takes less
-// memory than the one before it, and more work.
+// memory than the one before it, and more work. So the last takes least of all.
 template <class Real>
 std::vector<Choice> choices(const Job& job) {
   constexpr bool can_be_lean = std::is_same_v<Real, bf16>;
@@ -809,19 +802,17 @@ std::vector<Choice> choices(const Job& job) {
     for (size_t spans = 2; spans <= o.model.depth; ++spans)
       lengths.insert(ceil_div(o.model.depth, spans));
   }
-  std::vector<Choice> all;
-  for (bool lean : {false, true}) {
-    if (lean ? !can_be_lean || o.state == "fp32" : o.state == "lean") continue;
-    std::vector<Choice> ways;
-    for (size_t length : lengths) ways.push_back(way_to_run<Real>(job, lean, length));
-    std::sort(ways.begin(), ways.end(), [](const Choice& a, const Choice& b) {
-      return std::pair(a.flops, a.bytes) < std::pair(b.flops, b.bytes);
-    });
-    size_t least = SIZE_MAX;
-    for (const Choice& way : ways)
-      if (way.bytes < least) all.push_back(way), least = way.bytes;
-  }
-  return all;
+  std::vector<Choice> all, best;
+  for (bool lean : {false, true})
+    if (lean ? can_be_lean && o.state != "fp32" : o.state != "lean")
+      for (size_t length : lengths) all.push_back(way_to_run<Real>(job, lean, length));
+  std::sort(all.begin(), all.end(), [](const Choice& a, const Choice& b) {
+    return std::tuple(a.lean, a.flops, a.bytes) < std::tuple(b.lean, b.flops, b.bytes);
+  });
+  for (const Choice& way : all)
+    if (best.empty() || way.lean != best.back().lean || way.bytes < best.back().bytes)
+      best.push_back(way);
+  return best;
 }
 
 // What to say where not even `least`, the way that takes the least memory, fits.
@@ -848,18 +839,15 @@ Choice choose(const Job& job, double limit, bool must_fit) {
   auto fits = [&](const Choice& c) { return double(c.bytes) <= limit; };
   auto best = std::find_if(all.begin(), all.end(), fits);
   if (best == all.end()) {
-    Choice least = *std::min_element(
-        all.begin(), all.end(), [](const Choice& a, const Choice& b) { return a.bytes < b.bytes; });
-    std::string text = does_not_fit<Real>(job, least, limit);
+    std::string text = does_not_fit<Real>(job, all.back(), limit);
     if (must_fit) fail("%s", text.c_str());
     std::printf("%s\n", text.c_str());
-    return least;
+    return all.back();
   }
   if (all.size() == 1 || !std::isfinite(limit)) return *best;
   auto next = std::find_if(best + 1, all.end(), fits);
-  std::printf("chosen for %.2f GB: %s; %s%s\n", 1e-9 * limit, best->text().c_str(),
-              next == all.end() ? "nothing else fits" : "next best: ",
-              next == all.end() ? "" : next->text().c_str());
+  std::string other = next == all.end() ? "nothing else fits" : "next best: " + next->text();
+  std::printf("chosen for %.2f GB: %s; %s\n", 1e-9 * limit, best->text().c_str(), other.c_str());
   return *best;
 }
 
@@ -927,8 +915,7 @@ class Trainer : public RunArrays<Real, Kept> {
         words(!data.names.empty()) {
     std::vector<Chunk> chunks = chunks_of(net.table);
     size_t V = std::min(o.val_images, validation.images);
-    this->each_slab(o, net.table, {data.images, V, data.captions},
-                    [&](const char*, const auto& lay) { slabs_.add(device, lay, 0); });
+    this->add_to(memory_, o, net.table, {data.images, V, data.captions});
     a.master.weights = net.weights(), a.gradients = net.gradients();
     a.table = &net.table;
     a.dither = dither(streams::moment_rounding);
@@ -941,6 +928,8 @@ class Trainer : public RunArrays<Real, Kept> {
     device.upload(a.chunks, chunks.data(), chunks.size() * sizeof(Chunk));
     initialise(device, net.table, a.master, a.average, o.seed);
     set_step(0);
+    // Nothing may be taken later: not by the first diagnosed step either.
+    for (bool diagnose : {false, o.diagnose_every > 0}) run_passes(diagnose, false);
   }
 
   // Continue after `done` steps: master and slots are as they were then.
@@ -961,14 +950,9 @@ class Trainer : public RunArrays<Real, Kept> {
     device.upload(spikes.watch, &watch, sizeof watch);
   }
 
-  // One training step. The host only enqueues it: a graph for each pass, and in the last one's all
-  // that follows. With `diagnose`, `diagnostics` can be read after it.
+  // One training step. With `diagnose`, `diagnostics` can be read after it.
   void train_step(bool diagnose = false) {
-    if (!prepared_)  // nothing may be taken later: not by the first diagnosed step either
-      for (bool other : {false, o.diagnose_every > 0})
-        each_pass(other, [&](Graph& graph, const auto& f) { graph.prepare(device, f); });
-    prepared_ = true;
-    each_pass(diagnose, [&](Graph& graph, const auto& f) { graph.run(device, f); });
+    run_passes(diagnose, true);
     ++step;
   }
 
@@ -1009,8 +993,7 @@ class Trainer : public RunArrays<Real, Kept> {
     SpikeWatch watch{};
     if (o.spike_factor > 0) device.download(&watch, spikes.watch, sizeof watch);
     std::vector<Spike> found;
-    for (uint32_t k = 0; k < watch.pending; ++k)
-      found.push_back(read_spike(watch.events[k], spikes.events[k]));
+    for (uint32_t k = 0; k < watch.pending; ++k) found.push_back(read_spike(watch.events[k], k));
     return found;
   }
 
@@ -1039,20 +1022,20 @@ class Trainer : public RunArrays<Real, Kept> {
   }
 
  private:
-  Slabs slabs_;
-  Graph graphs_[2][2][2];  // see each_pass()
-  bool prepared_ = false;
+  Plan memory_{&device, 0};
+  Graph graphs_[2][2][2];  // see run_passes()
 
-  // Call act(graph, f) for each pass of a step: f() enqueues it.
-  template <class Act>
-  void each_pass(bool diagnose, const Act& act) {
+  // A step. The host only enqueues it: a graph for each pass, and in the last one's all that
+  // follows. Not `now`: see Graph.
+  void run_passes(bool diagnose, bool now) {
     for (size_t micro = 0; micro < o.accumulate; ++micro) {
       bool first = micro == 0, last = micro + 1 == o.accumulate, observe = last && diagnose;
-      act(graphs_[observe][last][first], [&] {
+      auto pass = [&] {
         if (first) begin_step(device, a.clock, o.optimizer, o.steps, o.ema);
         training_pass(*this, first, last ? observer(diagnose) : Observer<Real>());
         if (last) update_weights(*this, diagnose);
-      });
+      };
+      graphs_[observe][last][first].run(device, pass, now);
     }
   }
 
@@ -1063,41 +1046,39 @@ class Trainer : public RunArrays<Real, Kept> {
     };
   }
 
-  Spike read_spike(const Event& event, const EventArrays& e) {
+  Spike read_spike(const Event& event, size_t place) {
     Spike s{};
     s.step = event.step, s.window = event.window, s.norm = event.norm, s.median = event.median;
     s.factor = o.spike_factor;
-    read_gradients(s, e);
+    read_gradients(s, place);
     read_modes(s);
-    s.losses = downloaded(device, e.losses, o.batch * o.accumulate);
-    std::vector<double> velocity = downloaded(device, e.velocity, 3 * o.batch);
+    size_t samples = o.batch * o.accumulate;
     double numbers = double(o.batch * o.model.pixels());
-    for (size_t i = 0; i < o.batch; ++i) {
-      s.mean += velocity[3 * i] / numbers, s.rms += velocity[3 * i + 1] / numbers;
-      s.largest = std::max(s.largest, velocity[3 * i + 2]);
+    for (const SampleSeen& seen : downloaded(device, spikes.samples + place * samples, samples)) {
+      s.losses.push_back(seen.loss);
+      s.mean += seen.sum / numbers, s.rms += seen.squares / numbers;
+      s.largest = std::max(s.largest, seen.largest);
     }
     s.rms = std::sqrt(s.rms);
     return s;
   }
 
   // The norm of each parameter's gradient, from its chunks' squares, and what is not finite.
-  void read_gradients(Spike& s, const EventArrays& e) {
-    std::vector<double> squares = downloaded(device, e.squares, a.chunk_count);
-    std::vector<uint32_t> gradients = downloaded(device, e.bad_gradients, a.chunk_count),
-                          weights = downloaded(device, e.bad_weights, a.chunk_count);
-    const auto& parameters = net.table.parameters;
-    std::vector<double> sums(parameters.size());
-    std::vector<bool> bad_gradients(parameters.size()), bad_weights(parameters.size());
-    size_t k = 0;
-    for (const Chunk& chunk : chunks_of(net.table)) {
-      sums[chunk.parameter] += squares[k];
-      if (gradients[k]) bad_gradients[chunk.parameter] = true;
-      if (weights[k++]) bad_weights[chunk.parameter] = true;
+  void read_gradients(Spike& s, size_t place) {
+    size_t count = a.chunk_count;
+    std::vector<ChunkSeen> seen = downloaded(device, spikes.chunks + place * count, count),
+                           all(net.table.parameters.size());
+    std::vector<Chunk> chunks = chunks_of(net.table);
+    for (size_t k = 0; k < count; ++k) {
+      ChunkSeen& sum = all[chunks[k].parameter];
+      sum.squares += seen[k].squares;
+      sum.bad_gradients |= seen[k].bad_gradients, sum.bad_weights |= seen[k].bad_weights;
     }
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      s.gradients.push_back({parameters[i].name, std::sqrt(sums[i])});
-      if (bad_gradients[i]) s.bad_gradients.push_back(parameters[i].name);
-      if (bad_weights[i]) s.bad_weights.push_back(parameters[i].name);
+    for (size_t i = 0; i < all.size(); ++i) {
+      const std::string& name = net.table.parameters[i].name;
+      s.gradients.push_back({name, std::sqrt(all[i].squares)});
+      if (all[i].bad_gradients) s.bad_gradients.push_back(name);
+      if (all[i].bad_weights) s.bad_weights.push_back(name);
     }
   }
 
@@ -1158,7 +1139,6 @@ inline void interrupt(int signal) {
 
 template <class Real>
 void print_plan(const Job& job, const Choice& choice) {
-  Plan plan = plan_of<Real>(job, choice.lean, choice.recompute);
   const TrainOptions& o = job.o;
   const Config& m = o.model;
   double parameters = double(job.table.count());
@@ -1175,8 +1155,8 @@ void print_plan(const Job& job, const Choice& choice) {
       std::printf(" %9.3f bytes a parameter", double(bytes) / parameters);
     std::printf("\n");
   };
-  for (const auto& [name, bytes] : plan.slabs) line(name, bytes);
-  line("total", plan.total());
+  for (const auto& [name, bytes] : choice.slabs) line(name, bytes);
+  line("total", choice.bytes);
 }
 
 // A run and its console: what is logged, validated, sampled and saved, and when.
@@ -1419,14 +1399,6 @@ inline double memory_limit(const Device& device) {
   return 0.99 * double(device.available() + Device::workspace_bytes(device.gpu));
 }
 
-template <class Real, class Kept>
-int start_run(Device& device, const TrainOptions& o, Dataset data, Dataset validation,
-              size_t in_use) {
-  Run<Real, Kept> run(device, o, std::move(data), validation, in_use);
-  validation = {};
-  return run.go();
-}
-
 // Fails if the run's folder holds what this run would write over and does not go on with.
 inline void refuse_to_overwrite(const TrainOptions& o) {
   auto there = [&](const char* name) { return std::filesystem::exists(o.out + "/" + name); };
@@ -1476,10 +1448,14 @@ int train(Device& device, const Machine& machine, TrainOptions o, Dataset data, 
   if (!own) own = own_folder(o.out);
   refuse_to_overwrite(o);
   print_plan<Real>(job, choice);
+  auto start = [&](auto kept) {
+    Run<Real, decltype(kept)> run(device, o, std::move(data), validation, in_use);
+    validation = {};
+    return run.go();
+  };
   if constexpr (std::is_same_v<Real, bf16>)
-    if (choice.lean)
-      return start_run<Real, Real>(device, o, std::move(data), std::move(validation), in_use);
-  return start_run<Real, AccOf<Real>>(device, o, std::move(data), std::move(validation), in_use);
+    if (choice.lean) return start(Real());
+  return start(AccOf<Real>());
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1516,9 +1492,7 @@ inline Captions prompt_text(const SampleOptions& o, const Config& m, Captions da
       row = encode_text(caption_of(prompt), m.text_tokens, m.text_dim);
       asked.names.push_back(prompt);
     } else {
-      bool number = !prompt.empty() && prompt.size() < 10 &&
-                    prompt.find_first_not_of("0123456789") == std::string::npos;
-      size_t n = number ? std::stoul(prompt) : data.captions;
+      size_t n = number_in<size_t>(prompt).value_or(data.captions);
       if (n >= data.captions)
         fail("--prompt %s: %s has captions %s", prompt.c_str(), o.data.c_str(),
              known.empty() ? ("0 to " + std::to_string(data.captions - 1)).c_str()
@@ -1576,8 +1550,8 @@ int sample(Device& device, const SampleOptions& o) {
   Network<Real> net(device, m, std::min(n, o.batch), 0, false);
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   Sampler<Real> sampler;
-  Slabs slabs;
-  slabs.add(device, [&](Carver& c) { sampler.lay(c, m, net.batch); });
+  Plan memory(&device);
+  memory.add("scratch", [&](Carver& c) { sampler.lay(c, m, net.batch); });
   std::vector<float> images = sample_images(net, sampler, text, prompts.empty_text,
                                             {n, o.steps, o.guidance, shift, o.seed});
   for (float x : images)
@@ -1666,8 +1640,8 @@ int validate(Device& device, const ValidateOptions& o) {
   load_tensors(file, o.weights, device, net.table, Stored{"", net.weights()});
   DeviceData data;
   Acc *losses, *target;
-  Slabs slabs;
-  slabs.add(device, [&](Carver& c) {
+  Plan memory(&device);
+  memory.add("scratch", [&](Carver& c) {
     data = lay_data(c, m, N, held_out.captions);
     losses = c.take<Acc>(N), target = c.take<Acc>(net.batch * m.pixels());
   });
@@ -1724,7 +1698,8 @@ class Gradcheck {
     const Table& table = net_.table;
     bool drawn = o.weights.empty();
     if (drawn)
-      initialise(device, table, net_.weights(), o.seed);
+      initialise(device, table, Master<double, double>{net_.weights(), net_.weights()}, nullptr,
+                 o.seed);
     else
       load_tensors(SafetensorsReader(o.weights), o.weights, device, table,
                    Stored{"", net_.weights()});
@@ -1960,8 +1935,8 @@ std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Data
   size_t D = m.width, B = net.batch;
   DeviceData samples;
   Acc *target, *scalars, *means, *spreads;  // (B, C, H, W), (B, 5), twice (B, 2, D)
-  Slabs slabs;
-  slabs.add(device, [&](Carver& c) {
+  Plan memory(&device);
+  memory.add("scratch", [&](Carver& c) {
     samples = lay_data(c, m, data.images, data.captions);
     target = c.take<Acc>(B * m.pixels()), scalars = c.take<Acc>(B * 5);
     means = c.take<Acc>(B * 2 * D), spreads = c.take<Acc>(B * 2 * D);
@@ -1992,7 +1967,7 @@ std::vector<Features<AccOf<Real>>> probe_features(Network<Real>& net, const Data
     net.forward(b, [&](size_t layer, const Real* X) {
       if (!std::binary_search(layers.begin(), layers.end(), layer)) return;
       Tokens tokens{b, m.image_tokens(), m.text_tokens};
-      token_means(device, means, X, tokens, D, D);
+      token_means(device, means, X, tokens, D);
       token_spreads(device, spreads, X, means, tokens, D);
       append(*next++, means, D, 2 * D), append(*next++, spreads, D, 2 * D);
       append(*next++, means + D, D, 2 * D);

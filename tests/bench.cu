@@ -114,8 +114,8 @@ struct Subject {
   Subject(Device& device, const Config& c, size_t batch, size_t recompute)
       : net(device, c, batch, recompute, true) {
     Slab master(device, net.table.size * sizeof(Acc));
-    initialise(device, net.table, reinterpret_cast<Acc*>(master.data), 1);
-    convert(device, net.weights(), reinterpret_cast<Acc*>(master.data), net.table.size);
+    initialise(device, net.table,
+               Master<Real, Acc>{net.weights(), reinterpret_cast<Acc*>(master.data)}, nullptr, 1);
     Arrays<Real>& a = net.arrays;
     auto fill = [&](auto* x, size_t n, double scale) {
       using X = std::remove_pointer_t<decltype(x)>;

@@ -461,7 +461,7 @@ TEST(Graph, EveryRunIsTheWholeSequence) {
         clock(device, std::vector<double>{1});
     Graph graph;
     auto sequence = [&] { clock_kernels(device, x.data(), x.size, clock.data()); };
-    graph.prepare(device, sequence);
+    graph.run(device, sequence, false);
     EXPECT_EQ(x.host(), std::vector<double>(500, 1)) << "not run yet";
     double expected = 1;
     for (int run = 1; run <= 4; ++run) {

@@ -1033,8 +1033,7 @@ struct SamplingNetwork {
     sampler.lay(carver, c, batch);
     Slab drawn(device, net.table.size * sizeof(AccOf<Real>));
     AccOf<Real>* values = reinterpret_cast<AccOf<Real>*>(drawn.data);
-    initialise(device, net.table, values, 3);
-    convert(device, net.weights(), values, net.table.size);
+    initialise(device, net.table, Master<Real, AccOf<Real>>{net.weights(), values}, nullptr, 3);
     device.synchronize();
   }
   static size_t bytes(const Config& c, size_t batch) {
