@@ -310,8 +310,7 @@ class Beside {
 };
 
 // Memory is planned before it is taken. A layout function takes its arrays from a Carver: first
-// from one without a base, which only counts, then, once the sum is known to fit, from the slab
-// itself.
+// from one without a base, which only counts, then, once the sum is known to fit, from a slab.
 struct Carver {
   std::byte* base = nullptr;
   size_t used = 0;
@@ -346,8 +345,7 @@ struct Slab {
 // ---------------------------------------------------------------------------------------------
 // 4. Teams: kernels written once
 
-// log2 of a power of two, to shift by: dividing by a number that the compiler does not know costs
-// twenty instructions.
+// log2 of a power of two, to shift by: an unknown divisor costs twenty instructions.
 HD inline int log2_of(int power) {
 #ifdef __CUDA_ARCH__
   return 31 - __clz(power);
