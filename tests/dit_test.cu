@@ -539,33 +539,6 @@ TEST(Table, StartsWhereTheModeSays) {
   }
 }
 
-// Linear maps start as PyTorch's do: uniform up to one over the root of what is summed; a bias as
-// its weight. No two tensors start with the same numbers.
-TEST(Table, LinearMapsStartByWhatTheySumAndEachAnew) {
-  Config c;
-  c.depth = 2, c.width = 16, c.heads = 2, c.ffn = 24, c.channels = 2, c.patch = 2, c.text_dim = 5;
-  c.writer_std = 0.1, c.final_std = 0.2;
-  Table table = parameter_table(c);
-  std::vector<double> values(table.size);
-  initialise(*devices()[0], table, values.data(), 1);
-  std::set<double> first;
-  size_t drawn = 0;
-  for (const Parameter& p : table.parameters) {
-    if (p.init == Init::constant) continue;
-    ++drawn, first.insert(values[p.offset] / p.scale);
-    if (p.init == Init::normal) continue;
-    size_t summed = p.shape.size() > 1 ? p.count() / p.shape[0] : c.patch_dim();
-    EXPECT_DOUBLE_EQ(p.scale, 1 / std::sqrt(double(summed))) << p.name;
-    auto begin = values.begin() + ptrdiff_t(p.offset), end = begin + ptrdiff_t(p.count());
-    EXPECT_GT(*std::max_element(begin, end), 0.8 * p.scale) << p.name;
-    EXPECT_LT(*std::max_element(begin, end), p.scale) << p.name;
-    EXPECT_LT(*std::min_element(begin, end), -0.8 * p.scale) << p.name;
-    EXPECT_GE(*std::min_element(begin, end), -p.scale) << p.name;
-  }
-  EXPECT_EQ(first.size(), drawn);
-  EXPECT_EQ(drawn, 3u + 2 * 6 + 1);
-}
-
 TEST(Table, HasThePapersSizes) {
   Config c;
   c.width = 1024, c.heads = 8, c.ffn = 3072, c.channels = 4, c.patch = 2, c.text_dim = 1024;

@@ -419,6 +419,34 @@ TEST_F(TrainTest, ValidationIsOnImagesAndTimesSpreadEvenly) {
 // ---------------------------------------------------------------------------------------------
 // 2. AdamW
 
+// Linear maps start as PyTorch's do: uniform up to one over the root of what is summed; a bias as
+// its weight. No two tensors start with the same numbers.
+TEST(Table, LinearMapsStartByWhatTheySumAndEachAnew) {
+  Config c;
+  c.depth = 2, c.width = 16, c.heads = 2, c.ffn = 24, c.channels = 2, c.patch = 2, c.text_dim = 5;
+  c.writer_std = 0.1, c.final_std = 0.2;
+  Table table = parameter_table(c);
+  std::vector<double> values(table.size);
+  initialise(*devices()[0], table, Master<double, double>{values.data(), values.data()}, nullptr,
+             1);
+  std::set<double> first;
+  size_t drawn = 0;
+  for (const Parameter& p : table.parameters) {
+    if (p.init == Init::constant) continue;
+    ++drawn, first.insert(values[p.offset] / p.scale);
+    if (p.init == Init::normal) continue;
+    size_t summed = p.shape.size() > 1 ? p.count() / p.shape[0] : c.patch_dim();
+    EXPECT_DOUBLE_EQ(p.scale, 1 / std::sqrt(double(summed))) << p.name;
+    auto begin = values.begin() + ptrdiff_t(p.offset), end = begin + ptrdiff_t(p.count());
+    EXPECT_GT(*std::max_element(begin, end), 0.8 * p.scale) << p.name;
+    EXPECT_LT(*std::max_element(begin, end), p.scale) << p.name;
+    EXPECT_LT(*std::min_element(begin, end), -0.8 * p.scale) << p.name;
+    EXPECT_GE(*std::min_element(begin, end), -p.scale) << p.name;
+  }
+  EXPECT_EQ(first.size(), drawn);
+  EXPECT_EQ(drawn, 3u + 2 * 6 + 1);
+}
+
 TEST(AdamW, ChunksCoverEachParameterOnce) {
   for (const Residual& residual : residuals) {
     Config c;
@@ -1581,16 +1609,16 @@ TEST(Spike, EveryChunkIsCopied) {
     watch.fired = 1, watch.pending = 2;
     device.upload(a.watch, &watch, sizeof watch);
     copy_spike(device, a, run, samples, dv, 2, 2);
-    const EventArrays& e = a.events[1];
-    EXPECT_EQ(from(device, e.squares, count), partial);
-    auto bad_gradients = from(device, e.bad_gradients, count);
-    auto bad_weights = from(device, e.bad_weights, count);
+    std::vector<ChunkSeen> seen = from(device, a.chunks + count, count);  // the second event's
     for (size_t k = 0; k < count; ++k) {
-      ASSERT_EQ(bad_gradients[k], k % 4) << k;
-      ASSERT_EQ(bad_weights[k], k % 3) << k;
+      ASSERT_EQ(seen[k].squares, partial[k]) << k;
+      ASSERT_EQ(seen[k].bad_gradients, k % 4) << k;
+      ASSERT_EQ(seen[k].bad_weights, k % 3) << k;
     }
-    EXPECT_EQ(from(device, e.losses, samples), (std::vector<double>{3, 1, 2}));
-    EXPECT_EQ(from(device, e.velocity, 6), (std::vector<double>{-4, 26, 5, 6, 20, 4}));
+    std::vector<std::vector<double>> got;
+    for (const SampleSeen& s : from(device, a.samples + samples, samples))
+      got.push_back({s.loss, s.sum, s.squares, s.largest});
+    EXPECT_EQ(got, (std::vector<std::vector<double>>{{3, -4, 26, 5}, {1, 6, 20, 4}, {2, 0, 0, 0}}));
   }
 }
 
