@@ -778,7 +778,7 @@ struct Config {
   double norm_eps = 1e-6;  // of the merges and the input norms
   std::map<std::string, std::optional<double>> gates;  // where they start, else as their merge says
   std::set<std::string> fix;                           // gates that keep these values
-  double writer_std = -1;  // W_O, W2 ~ N(0, std^2); negative: as the merge says
+  double writer_std = -1;  // W_O, W2 ~ N(0, std^2); -1: as the merge says
   double final_std = 0;    // the final projection
 
   size_t image_tokens() const { return height / patch * (image_width / patch); }
@@ -842,6 +842,8 @@ inline void Config::check() const {
         "both",
         height, image_width, patch, patch);
   if (!(norm_eps > 0) || norm_eps > 1) fail("norm-eps %g is not in (0, 1]", norm_eps);
+  if ((writer_std < 0 && writer_std != -1) || final_std < 0)
+    fail("writer-std and final-std must be at least 0 (writer-std -1: the mode's own)");
   for (const std::string& gate : fix)
     if (!has_gate(gate))
       fail("fix '%s': residual %s has no such gate", gate.c_str(), residual.c_str());

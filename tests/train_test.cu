@@ -2337,6 +2337,8 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--steps -5", "--steps -5: expected a whole number in decimal digits"},
       {"train", "--weight-decay nan", "--weight-decay nan: expected a decimal number"},
       {"train", "--clip -1", "--clip must be"},
+      {"train", "--writer-std -2", "writer-std and final-std must be at least 0"},
+      {"gradcheck", "--final-std -0.1", "writer-std and final-std must be at least 0"},
       {"train", "--steps 4 --decay-steps 5", "--decay-steps must be at most --steps"},
       {"train", "--beta nan", "--beta nan: expected a decimal number"},
       {"train", "--warmup -5", "--warmup -5: expected"},
