@@ -177,7 +177,7 @@ says '%s of its runs end at 1.27, a floor' "$(grep -cE '^[|] (front|abl|size).*m
 last=$(for run in mvsplit-beta=0.05 mvsplit-global deepnorm prenorm; do of ablations ${run}_1 loss '%s\n'; done | sort -g)
 says 'end between %s and %s after 500 steps, MV-Split at %s' "$(head -n 1 <<<"$last" | awk '{ printf "%.3f", $1 }')" \
   "$(tail -n 1 <<<"$last" | awk '{ printf "%.3f", $1 }')" "$(cell ablations mvsplit 5 %.3f)"
-says 'never learns (warm-up 50), or goes at %s and %s (100), or at %s (300).' \
+says 'never learns (warm-up 50), or goes at %s and %s (100), or at %s (300), on two' \
   "$(of ablations postnorm_1 collapse)" "$(of ablations postnorm_2 collapse)" "$collapse"
 says 'differ by up to %s in means of 20 steps (%s on average' "$(cell lean 'fp32, seed 2, less fp32, seed 1' 3 %.3f)" \
   "$(cell lean 'fp32, seed 2, less fp32, seed 1' 4)"
@@ -208,7 +208,7 @@ says 'stopped at step %s.' "$(of size 1000-mvsplit steps)"
 
 while read -r text; do given "$text"; done <<'END'
 at from step 270 on
-with the present code, seed 1,
+with later code, seed 1,
 seed, 1, does not
 the text from layer 50, the first measured
 (WRITE=1 writes
