@@ -3384,7 +3384,9 @@ TEST_F(CommandTest, AChangedConfigurationOfARunIsSaid) {
     return changed.replace(changed.find(from), from.size(), to);
   };
   const std::pair<std::string, std::string> bad[] = {
-      {ini + "dpth=3\n", "config.ini:46: 'dpth' is no option of train; did you mean depth?"},
+      {ini + "dpth=3\n",
+       "config.ini:" + std::to_string(std::count(ini.begin(), ini.end(), '\n') + 1) +
+           ": 'dpth' is no option of train; did you mean depth?"},
       {"", "config.ini has no options of train"},
       {with("\ndepth=4", "\ndepth=5"), "made with depth = 4 (now 5)"},
       {with("\nbeta=1", "\nbeta=2"), "made with beta = 1 (now 2)"},
