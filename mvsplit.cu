@@ -883,18 +883,18 @@ struct WriterModes {
 // tokens as they are and centered, over these; their Gram matrices, K and C.
 template <class Acc>
 struct WriterScratch {
-  struct Half {
+  struct Side {
     Acc *means, *scales, *tokens, *gram;  // (B, 2, n), (B), (2, B, T, n), (2, B, T, T)
   } y, delta;                             // (delta with D channels for n)
 
   void lay(Carver& c, Tokens tokens, size_t n, size_t D) {
-    auto lay_half = [&](Half& half, size_t channels) {
-      half.means = c.take<Acc>(2 * tokens.batch * channels);
-      half.scales = c.take<Acc>(tokens.batch);
-      half.tokens = c.take<Acc>(2 * tokens.rows() * channels);
-      half.gram = c.take<Acc>(2 * tokens.rows() * tokens.length());
+    auto lay_side = [&](Side& side, size_t channels) {
+      side.means = c.take<Acc>(2 * tokens.batch * channels);
+      side.scales = c.take<Acc>(tokens.batch);
+      side.tokens = c.take<Acc>(2 * tokens.rows() * channels);
+      side.gram = c.take<Acc>(2 * tokens.rows() * tokens.length());
     };
-    lay_half(y, n), lay_half(delta, D);
+    lay_side(y, n), lay_side(delta, D);
   }
 };
 
@@ -970,12 +970,12 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
                   const Real* y, const Real* delta, Tokens tokens, size_t n, size_t D) {
   using Acc = AccOf<Real>;
   size_t length = tokens.length(), squares = length * length;
-  auto prepare = [&](auto half, const Real* x, size_t channels) {
-    token_means(device, half.means, x, {tokens.batch, length, 0}, channels);
-    token_scales(device, half.scales, x, tokens, channels);
-    center_tokens(device, half.tokens, x, half.means, half.scales, tokens, channels);
-    Matrix<Acc> rows = Matrix<Acc>(half.tokens, channels).batch(length * channels, 0);
-    gemm(device, Matrix<Acc>(half.gram, length).batch(squares, 0), rows, rows.transpose(),
+  auto prepare = [&](auto side, const Real* x, size_t channels) {
+    token_means(device, side.means, x, {tokens.batch, length, 0}, channels);
+    token_scales(device, side.scales, x, tokens, channels);
+    center_tokens(device, side.tokens, x, side.means, side.scales, tokens, channels);
+    Matrix<Acc> rows = Matrix<Acc>(side.tokens, channels).batch(length * channels, 0);
+    gemm(device, Matrix<Acc>(side.gram, length).batch(squares, 0), rows, rows.transpose(),
          {length, length, channels, 2 * tokens.batch});
   };
   prepare(scratch.y, y, n), prepare(scratch.delta, delta, D);

@@ -16,6 +16,7 @@
 
 #include <chrono>
 #include <csignal>
+#include <ctime>
 #include <numeric>
 
 // ---------------------------------------------------------------------------------------------
@@ -1121,19 +1122,20 @@ inline std::vector<float> each_times(const std::vector<float>& text, size_t size
 inline volatile std::sig_atomic_t interrupted = 0;
 
 // The first one ends the run after its step, saved; another one at once. What follows within a
-// second is the same one: `timeout` and others send theirs to a process and to its group.
+// fifth of a second is the same one: `timeout` sends its signal to a process and to its group.
 inline void interrupt(int signal) {
   static const char text[] = "\nstopping after this step, to save (once more: at once, unsaved)\n";
-  static std::time_t first;
+  static timespec first;
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
-  if (interrupted && now.tv_sec - first < 2) return;
+  double since = double(now.tv_sec - first.tv_sec) + 1e-9 * double(now.tv_nsec - first.tv_nsec);
+  if (interrupted && since < 0.2) return;
   if (interrupted) {
     std::signal(signal, SIG_DFL);
     raise(signal);
     return;
   }
-  interrupted = 1, first = now.tv_sec;
+  interrupted = 1, first = now;
   if (write(STDERR_FILENO, text, sizeof text - 1) < 0) return;
 }
 
@@ -1204,7 +1206,7 @@ class Run {
   }
 
   // What the disk does not take costs no work: pictures and reports are only warned of, rows wait,
-  // a save is tried again when the next one is due.
+  // a save is tried again when the next one is due. (The last has no next.)
   int go() {
     for (int signal : {SIGINT, SIGTERM}) std::signal(signal, interrupt);
     start_ = last_ = Time::now();
@@ -1234,6 +1236,7 @@ class Run {
     for (int signal : {SIGINT, SIGTERM}) std::signal(signal, SIG_DFL);  // all is saved
     grid(samples());
     double loss = validate();
+    validation_->sync();
     std::printf("validation loss %.4f%s   weights %s/weights.safetensors   samples %s\n", loss,
                 trainer_.a.average ? " of the weights' average" : "", visible(o_.out).c_str(),
                 visible(samples()).c_str());
@@ -1298,6 +1301,7 @@ class Run {
     warn_of([&] { report_spikes(); });
     last_ = Time::now();
     if (std::isfinite(loss) && std::isfinite(now.norm)) return true;
+    warn_of([&] { log_->sync(); });
     std::fprintf(
         stderr,
         "mvsplit: the loss or the gradient is not finite at step %zu: training has diverged; "
@@ -2180,7 +2184,7 @@ int main(int argc, char** argv) {
     execv("/proc/self/exe", argv);
   }
   int status = command(argc, argv);
-  // What a command says is all that some make. (train has its files, and outlives its console.)
+  // What a command says is all that some make, or a table of it. (train has it in its files.)
   bool trains = argc > 1 && std::strcmp(argv[1], "train") == 0;
   if (status == 0 && !trains && (std::fflush(stdout) != 0 || std::ferror(stdout))) {
     std::fprintf(stderr, "mvsplit: the output could not be written: %s\n", std::strerror(errno));

@@ -176,7 +176,6 @@ inline void check_options(const TrainOptions& o) {
        "--batch and --accumulate must be from 1 to 1,048,575"},
       {o.log_every >= 1 && o.log_every <= longest_log_every, "--log-every must be from 1 to 924"},
       {o.optimizer.decay_steps <= o.steps, "--decay-steps must be at most --steps"},
-      {!o.out.empty(), "--out must name a folder"},
       {o.dropout >= 0 && o.dropout <= 1, "--dropout must be a probability, from 0 to 1"},
       {o.ema >= 0 && o.ema < 1, "--ema must be at least 0 (off) and below 1"},
       {o.memory >= 0, "--memory must be at least 0"},

@@ -124,6 +124,6 @@ while IFS= read -r line; do
     *) printf '%s\n' "$line" ;;
   esac
 done <"$(dirname "$0")/page.html" >"$page.tmp"
-tail -n 1 "$page.tmp" | grep -q '^</html>' || die "$page was not written"
+tail -n 1 "$page.tmp" | grep -q '^</html>' || { echo "$page was not written" >&2; exit 1; }
 mv -- "$page.tmp" "$page"
 echo "the whole run on one page, for a browser: ${page#./}"

@@ -86,8 +86,8 @@ class SafeFile {
   // Gives the new contents up and leaves PATH as it was; nothing to do after a commit.
   void abandon() {
     if (!file_) return;
+    std::remove(temporary_.c_str());  // while it is locked
     file_.reset();
-    std::remove(temporary_.c_str());
   }
 
  private:

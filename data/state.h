@@ -88,7 +88,7 @@ void require_room(Trainer& t) {
 }
 
 // Fails, naming all differences, if a run with these options would not be the one whose state is in
-// the file. Says what else has changed: the optimiser's settings, and what no bit depends on.
+// the file. Says what else has changed.
 template <class Real>
 void require_same_run(const SafetensorsReader& file, const std::string& path, const TrainOptions& o,
                       const Dataset& data, const Dataset& validation) {
@@ -124,7 +124,8 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
   };
   std::set<std::string> settings;
   Optimizer::each(o.optimizer, [&](auto s) {
-    if (file.metadata().count(s.name)) note(s.flag, described(file, path, s.name), exact(s.value));
+    bool none = std::string(s.name) == "decay_steps" && !file.metadata().count(s.name);
+    note(s.flag, none ? "0" : described(file, path, s.name), exact(s.value));
     settings.insert(s.flag);
   });
   for (const Change& c : o.changes)

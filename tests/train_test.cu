@@ -3177,6 +3177,7 @@ TEST(Options, EachWayToRunGivesWorkForMemory) {
     if (all[i].lean != all[i - 1].lean) continue;
     EXPECT_LT(all[i].bytes, all[i - 1].bytes) << all[i].text();
     EXPECT_GT(all[i].flops, all[i - 1].flops) << all[i].text();
+    EXPECT_GE(all[i].bytes, all.back().bytes) << all[i].text();
     ++pairs;
   }
   EXPECT_GE(pairs, 6u);
@@ -3697,6 +3698,26 @@ TEST_F(CommandTest, AKillWhileSavingLosesNothing) {
     ASSERT_TRUE(finish());
     EXPECT_TRUE(read_text(file) == end) << "after " << done << " steps and twenty kills";
     fs::remove_all(folder);
+  }
+}
+
+// The second signal ends a run at once, unless it is the first again, to the process and its group.
+TEST(Interrupt, TheSecondEndsARunAtOnce) {
+  for (useconds_t apart : {0u, 400000u}) {
+    pid_t child = fork();
+    if (child == 0) {
+      interrupted = 0;
+      interrupt(SIGINT);
+      usleep(apart);
+      interrupt(SIGINT);
+      _exit(7);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    if (apart)
+      EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGINT);
+    else
+      EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 7);
   }
 }
 
