@@ -290,7 +290,7 @@ branch_off() {
 }
 
 # Makes the run in folder $1 again, bit for bit the same, with every step diagnosed from $3 steps before step $2
-# to $4 after it, and options of train for that (not with decay-steps, which hang on the run's end); puts the rows among those of the run's diagnostics.csv.
+# to $4 after it (not with decay-steps, which hang on the run's end), and options of train for that; puts the rows among those of the run's diagnostics.csv.
 diagnose_event() {
   local run=$1 dir=$1/event first last steps
   steps=$(option steps "$1/recipe.ini")
