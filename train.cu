@@ -16,7 +16,6 @@
 
 #include <chrono>
 #include <csignal>
-#include <ctime>
 #include <numeric>
 
 // ---------------------------------------------------------------------------------------------
