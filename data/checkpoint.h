@@ -157,7 +157,7 @@ inline double read_time_shift(const SafetensorsReader& file, const std::string& 
   return 1;
 }
 
-// A slab of numbers, one for each parameter (null: none), and what goes before their names in a file.
+// A slab of numbers, one for each parameter (null: none), and what goes before their names there.
 template <class Number>
 struct Stored {
   std::string prefix;

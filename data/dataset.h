@@ -448,9 +448,9 @@ inline Split split_off(Dataset all) {
 // ---------------------------------------------------------------------------------------------
 // 4. The kinds of data sets
 //
-// A kind is a struct as these, and a call in each_data_kind() behind them: what --data takes, its help
-// and its errors follow. One that lacks a member does not compile. load() adds to `remark` what
-// belongs into the line that says what there is.
+// A kind is a struct as these, and a call in each_data_kind() behind them: what --data takes, its
+// help and its errors follow. One that lacks a member does not compile. load() adds to `remark`
+// what belongs into the line that says what there is.
 
 struct FashionMnist {  // by its name, or any folder with files of its names
   static constexpr const char* about = "fashion-mnist";  // what --data takes

@@ -92,6 +92,20 @@ run() {
   listed+=("$dir")
 }
 
+# The options of a merge at 400 layers, by the name of its runs. Keel is norm(2 L X + F), DeepNorm norm((2 L)^(1/4) X
+# + F): of a X + F RMSNorm sees X + F / a alone.
+merge() {
+  case $1 in
+    postnorm) echo "residual=postnorm" ;;
+    mvsplit) ;;
+    mvsplit-*) echo "${1#*-}" ;;
+    layerscale-*) echo "residual=layerscale lambda=${1#*-}" ;;
+    keel) echo "residual=rezero lambda=1.25e-3 fix=lambda writer-std=0" ;;
+    deepnorm) echo "residual=rezero lambda=0.188 fix=lambda writer-std=0" ;;
+    *) die "no merge is called $1" ;;
+  esac
+}
+
 # Sets what a recipe may: `columns` (of diagnostics.csv that the figures need), `bin` (steps a row of the
 # losses), `pictures` and `spikes` (runs whose samples and spike report are kept), `tables` (further
 # csv files in the runs' folders, without the .csv), and the functions `runs`, `draw`, `after` and `packed`;

@@ -100,14 +100,17 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
   size_t V = std::min(o.val_images, validation.images);
   bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
   const uint64_t hashes[] = {hash_data(data), hash_data(every_nth(validation, V))};
-  // A state need not say what no bit of it depends on any more.
-  std::set<std::string> optional = {"val_images", "val_images_hash", "no_patch_bias",
-                                    "writer_std", "final_std",       "weights"};
+  // A state need not say what no bit of it depends on any more, nor that its rate does not fall.
+  std::set<std::string> optional = {"val_images", "val_images_hash", "no_patch_bias", "writer_std",
+                                    "final_std",  "weights",         "decay_steps"};
   for (const Gate& gate : o.model.gates_of_mode()) optional.insert(gate.name);
+  auto said = [&](const std::string& key, const std::string& otherwise) {
+    return optional.count(key) && !file.metadata().count(key) ? otherwise
+                                                              : described(file, path, key);
+  };
   Words others;
   for (const auto& [key, value] : describe_state<Real>(o, lean, hashes[0], V, hashes[1])) {
-    std::string was =
-        optional.count(key) && !file.metadata().count(key) ? value : described(file, path, key);
+    std::string was = said(key, value);
     if (was == value) continue;
     others.push_back(key == "data_hash"         ? "other images or captions than " + o.data + " has"
                      : key == "val_images_hash" ? "other held-out images than " + o.data + " has"
@@ -124,8 +127,7 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
   };
   std::set<std::string> settings;
   Optimizer::each(o.optimizer, [&](auto s) {
-    bool none = std::string(s.name) == "decay_steps" && !file.metadata().count(s.name);
-    note(s.flag, none ? "0" : described(file, path, s.name), exact(s.value));
+    note(s.flag, said(s.name, "0"), exact(s.value));
     settings.insert(s.flag);
   });
   for (const Change& c : o.changes)

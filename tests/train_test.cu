@@ -550,7 +550,7 @@ using MovedBy = Moved<AdamW, Master<Real, Kept>, Kept>;
 struct PlainAdam {
   std::vector<long double> w, m, v, average;
 
-  // Step s of `steps`, with gradients g, as the formula above AdamW says; returns the gradient's norm.
+  // Step s of `steps` with gradients g, by the formula above AdamW; returns the gradient's norm.
   double step(const Table& table, const std::vector<double>& g, int s, int steps,
               const Optimizer& o, double ema) {
     long double norm = 0;

@@ -8,20 +8,16 @@ columns="" tables="quality bins"
 python=${PYTHON:-python3}
 
 runs() {
-  local shared="lr=1e-3 no-patch-bias=false save-every=0 columns=1 val-images=32"
+  local one shared="lr=1e-3 no-patch-bias=false save-every=0 columns=1 val-images=32"
   if [ "$SCALE" = tiny ]; then shared="steps=60"; fi
   [ -n "$REDRAW" ] || "$python" -c 'import numpy' 2>/dev/null ||
     die "quality needs numpy: pip install numpy, or PYTHON=python3 with the name of one that has it"
-  judged postnorm residual=postnorm lr=5e-4
-  judged mvsplit
-  judged mvsplit-beta=0.05 beta=0.05
-  judged layerscale-1e-2 residual=layerscale lambda=1e-2
-  judged keel residual=rezero lambda=1.25e-3 fix=lambda writer-std=0
-  judged deepnorm residual=rezero lambda=0.188 fix=lambda writer-std=0
+  # Later options take the place of the same ones before.
+  # shellcheck disable=SC2046,SC2086
+  for one in postnorm mvsplit mvsplit-beta=0.05 layerscale-1e-2 keel deepnorm; do
+    run "${one}_1" $shared seed=1 $(merge $one) $([ $one != postnorm ] || echo lr=5e-4)
+  done
 }
-# Later options take the place of the same ones before.
-# shellcheck disable=SC2086
-judged() { run "$1_1" $shared seed=1 "${@:2}"; }
 
 after() {
   local class prompts=() many=(--columns 100 --steps 15 --batch 250) images=10000

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # table1: does MV-Split's lead last (the paper's Table 1)? Two parts, the second of which needs the first:
-#   scan-MERGE-RATE   four rates for LayerScale 1e-2, MV-Split with beta 1/sqrt(400), Keel (norm(2 L X + F)) and
-#                     DeepNorm (norm((2 L)^(1/4) X + F)): 400 steps, warm-up 100, one seed
+#   scan-MERGE-RATE   four rates for LayerScale 1e-2, MV-Split with beta 1/sqrt(400), Keel and DeepNorm: 400 steps,
+#                     warm-up 100, one seed
 #   MERGE_SEED        MV-Split and the best of the others, each at its best rate by the scan: 5,000 steps, warm-up
 #                     300, seeds 1 to 3; the rate falls to zero over the last 1,000
 # The same command, again, goes on with the second when the first is over.
@@ -20,14 +20,11 @@ runs() {
     for ((seed = 1; seed <= seeds; seed++)); do scanned "${merge}_$seed" "$merge" "lr=$lr" $long "seed=$seed"; done
   done <"$root/table1.best"
 }
-# shellcheck disable=SC2086
+# shellcheck disable=SC2046,SC2086
 scanned() {
-  case $2 in
-    mvsplit) run "$1" $shared beta=0.05 "${@:3}" ;;
-    layerscale) run "$1" $shared residual=layerscale lambda=1e-2 "${@:3}" ;;
-    keel) run "$1" $shared residual=rezero lambda=1.25e-3 fix=lambda writer-std=0 "${@:3}" ;;
-    deepnorm) run "$1" $shared residual=rezero lambda=0.188 fix=lambda writer-std=0 "${@:3}" ;;
-  esac
+  local name=$2
+  case $2 in mvsplit) name=mvsplit-beta=0.05 ;; layerscale) name=layerscale-1e-2 ;; esac
+  run "$1" $shared $(merge $name) "${@:3}"
 }
 
 # "MERGE RATE LOSS" of MV-Split's best run of the scan, and of the best other's. Fails while the scan is not over.
