@@ -107,13 +107,14 @@ merge() {
 }
 
 # Sets what a recipe may: `columns` (of diagnostics.csv that the figures need), `bin` (steps a row of the
-# losses), `pictures` and `spikes` (runs whose samples and spike report are kept), `tables` (further
+# losses), `pictures` and `spikes` (runs whose samples and spike report are kept), `reports` (not empty: a
+# line is packed of each spike report), `tables` (further
 # csv files in the runs' folders, without the .csv), and the functions `runs`, `draw`, `after` and `packed`;
 # `after` gets the folder of a run that has trained to its end, with its weights.safetensors, and its
 # exit status says whether that went well; `packed` is called when the csv files are there, and may
 # choose `pictures` and `spikes` by them.
 read_recipe() {
-  experiment=$1 columns="" bin=5 pictures="" spikes="" tables=""
+  experiment=$1 columns="" bin=5 pictures="" spikes="" reports="" tables=""
   after() { :; }
   packed() { :; }
   # shellcheck source=/dev/null
@@ -467,6 +468,16 @@ pack_runs() {
           print "" }' "$dir/diagnostics.csv"
     done
   } | pack diagnostics
+  # The spike reports, a line each; an empty one for a run that has none.
+  [ -z "$reports" ] || {
+    echo "run,step,times,verdict,writer,layer,g_mean,g_ctr"
+    for dir in "${over[@]}"; do
+      find "$dir" -maxdepth 1 -name 'spike_*.txt' | sort | xargs -r awk -v run="${dir##*/}" '
+        FNR == 1 { printf "%s,%d,%s,", run, $4, $9 }
+        FNR == 2 { split($0, part, ": "); split(part[3], w, " "); printf "%s,%s,%s,%s,%s\n", part[2], w[3], w[6], w[8], w[14] }' |
+        grep . || echo "${dir##*/},,,,,,,"
+    done
+  } | pack reports
   local table
   for table in $tables; do
     for dir in "${over[@]}"; do

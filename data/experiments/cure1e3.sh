@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # cure1e3: the merges at the rate at which Post-Norm screams: 1e-3, warm-up 300, 700 steps, seeds 1 to 6 of each.
 # MV-Split with beta 1 and 1/sqrt(400), LayerScale 1e-2, Keel and DeepNorm.
-columns=""
+columns="" reports=yes
 others="postnorm mvsplit-beta=0.05 layerscale-1e-2 keel deepnorm"
 
 runs() {
@@ -16,6 +16,8 @@ runs() {
 # shellcheck disable=SC2086
 draw() {
   results_table
+  failures_table postnorm
+  reports_table
   draw_losses cure1e3_loss "Behind other merges, where Post-Norm screams"
   leads mvsplit $others
   draw_leads cure1e3_difference mvsplit $others

@@ -149,6 +149,55 @@ failures_table() {
   echo
 }
 
+# What the spike reports of each group say: of the runs that failed the largest from 60 steps before the
+# collapse to 25 after it, of the others the largest of all; then those of each run that failed, with the first.
+# Of runs packed without their reports nothing is known.
+reports_table() {
+  echo "Spike reports, by what they call a spike: of runs that failed the largest from 60 steps before the collapse to 25"
+  echo "after it, of those that did not the largest of all."
+  echo
+  echo "| runs with reports packed | failed: mean mode | both modes | neither | no report | not failed: mean mode | both modes | neither | no report |"
+  echo "|---|---|---|---|---|---|---|---|---|"
+  for_reports '
+    { g = group(run); if (!(g in n)) order[++groups] = g
+      n[g]++; count[g, lost, verdict[largest]]++ }
+    END { for (i = 1; i <= groups; i++) { g = order[i]; printf "| %s: %d |", g, n[g]
+      for (lost = 1; lost >= 0; lost--)
+        printf " %d | %d | %d | %d |", count[g, lost, "mean mode"], count[g, lost, "both modes"],
+          count[g, lost, "not the writers'"'"' mean mode"], count[g, lost, ""]
+      print "" } }'
+  echo
+  echo "Of each run that failed the first of these reports and the largest: the gradient's norm in times the median of the"
+  echo "100 steps before, and of the writer whose G_mean rose most how often G_mean and G_ctr are their running medians."
+  echo
+  echo "| run | collapse at | report of | norm | called | writer | G_mean | G_ctr |"
+  echo "|---|---|---|---|---|---|---|---|"
+  for_reports '
+    lost { row(first); if (largest != first) row(largest) }
+    function row(step) {
+      if (step != "") printf "| %s | %d | %d | %s | %s | %s, layer %d | %s | %s |\n", run, collapse, step, times[step],
+        verdict[step], writer[step], layer[step], g_mean[step], g_ctr[step] }'
+  echo
+}
+# awk $1 on a line for each run whose reports are packed, with `run`, whether it is `lost`, its `collapse`, and the
+# `first` and `largest` of the reports that count (steps, or "") of times, verdict, writer, layer, g_mean, g_ctr.
+for_reports() {
+  { unpacked runs; unpacked reports; } | awk -F, '
+    $1 == "run" { file++; next }
+    file == 1 { lost[$1] = $5 != "trained" && $5 != "relapsed"; at[$1] = $8; next }
+    { if ($1 != run) { if (run != "") print line first "," largest reports; run = $1; first = largest = reports = ""; most = 0
+        line = run "," lost[run] "," at[run] "," }
+      if ($2 == "" || lost[run] && at[run] != "" && ($2 < at[run] - 60 || $2 > at[run] + 25)) next
+      if (first == "") first = $2
+      if ($3 + 0 > most) { most = $3 + 0; largest = $2 }
+      reports = reports "," $2 "," $3 "," $4 "," $5 "," $6 "," $7 "," $8 }
+    END { if (run != "") print line first "," largest reports }' |
+    awk -F, "$group"'{
+      run = $1; lost = $2; collapse = $3; first = $4; largest = $5; verdict[""] = ""
+      for (i = 6; i < NF; i += 7) { s = $i; times[s] = $(i + 1); verdict[s] = $(i + 2); writer[s] = $(i + 3)
+        layer[s] = $(i + 4); g_mean[s] = $(i + 5); g_ctr[s] = $(i + 6) } }'"$1"
+}
+
 # Where, in what time and by which commit the runs were made. (Runs from before the driver have no time.)
 made_by() {
   unpacked runs | awk -F, 'NR > 1 { s += $12; if ($12 == "") untimed = 1; n++
@@ -357,7 +406,8 @@ G
 }
 
 # $work/lead.GROUP, for each of the groups $2... : step, and mean, smallest and largest over the seeds of its
-# loss less that of group $1 with the same seed; losses are means of the 50 steps that end there. Prints
+# loss less that of group $1 with the same seed; losses are means of the 50 steps that end there. $work/pairs:
+# each group's number of such seeds. Prints
 # a table: every hundredth step, with the 95% interval of the mean.
 leads() {
   echo "| loss less that of $(label "$1"), same seed; means of 50 steps to | seeds |$(seq -f ' %g |' 200 100 "$(last_step)" | tr -d '\n')"
@@ -381,15 +431,18 @@ leads() {
           mean /= k; half = half_interval(a, k); sort_numbers(a, k)
           print s "," mean "," a[1] "," a[k] >(work "/lead." g)
           if (s >= 200 && s % 100 == 0) row = row (k > 1 ? sprintf(" %.4f ± %.4f |", mean, half) : sprintf(" %.4f |", mean)) }
-        if (most) printf "| %s | %d |%s\n", g, most, row } }'
+        if (most) printf "| %s | %d |%s\n", g, most, row
+        if (most) print most >(work "/pairs") } }'
   echo
 }
 last_step() { unpacked losses | awk -F, '$2 + 0 > s { s = $2 + 0 } END { print s }'; }
 
 # $figures/$1.png: what `leads` has left for group $2 and the groups $3..., as line and band.
 draw_leads() {
-  local plot="" g out=$1 of=$2
+  local plot="" g out=$1 of=$2 pairs
   shift 2
+  pairs=$(sort -n "$work/pairs" | awk '{ if (NR == 1) least = $1; most = $1 }
+    END { print (least < most ? least " to " : "") most (most > 1 ? " seeds" : " seed") }')
   for g in "$@"; do
     [ -s "$work/lead.$g" ] || continue
     plot+=" '$work/lead.$g' using 1:3:4 with filledcurves ls $(number "$g") fs transparent solid 0.2 noborder notitle,"
@@ -399,7 +452,7 @@ draw_leads() {
 $style
 set terminal pngcairo size 1000,560 font "sans,11" noenhanced
 set output "$figures/$out.png"
-set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" "$@")\n(means of 50 steps; line: mean of the seeds, band: all seeds; what is above 0.16 is not shown)"
+set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" | sed 's/, [^,]* seeds*$//'), $pairs\n(means of 50 steps; line: mean of the seeds, band: all seeds; what is above 0.16 is not shown)"
 set ylabel "difference of training losses"
 set key outside right top samplen 1.5
 set xrange [150:*]

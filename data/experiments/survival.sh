@@ -4,7 +4,7 @@
 #   postnorm-400                      400 layers, lr 7e-4, warm-up 300, seeds 1 to 8
 #   mvsplit-200, layerscale-200, keel-200   200 layers, lr 1e-3, warm-up 100, seeds 1 to 8
 # Keel is norm(2 L X + F), the same as norm(X + F / (2 L)).
-columns=""
+columns="" reports=yes
 
 runs() {
   local seed seeds=16 few=8 shared="lr=1e-3 warmup=100 steps=700 save-every=0 save=weights columns=1 val-images=32"
@@ -29,6 +29,8 @@ lived() {
 
 draw() {
   survival_table
+  failures_table postnorm-200
+  reports_table
   draw_survival
   leads mvsplit-200 layerscale-200 keel-200
 }
