@@ -22,7 +22,7 @@ unpacked() { gzip -dc "$csv/$2_$1.csv.gz"; }
 {
   echo "| run | layers | rate | best loss | collapse at | loss, last 25 steps | validation |"
   echo "|---|---|---|---|---|---|---|"
-  for name in frontier ablations size; do
+  for name in frontier ablations size leak; do
     unpacked runs $name | awk -F, -v name=$name '$5 == "plateau" {
       printf "| %s: %s | %d | %s | %.3f | %s | %.3f | %s |\n", name, $1, $2, $3, $7, ($8 == "" ? "-" : $8), $6,
         ($11 == "" ? "-" : sprintf("%.3f", $11)) }'
@@ -77,15 +77,16 @@ cell() {
 # The value of the expression $2 by printf's $1.
 shown() { awk "BEGIN { printf \"$1\", $2 }"; }
 
+# shellcheck source=data/experiments/draw.sh
+exact=$(source data/experiments/draw.sh && echo "$exact")
+
 # The verdicts, and the README.
 best=$(of scream postnorm_1e-3 best %.3f) collapse=$(of scream postnorm_1e-3 collapse)
 event=$(of scream postnorm_1e-3 norm_step) onset=$(sed -n 's/.*The onset is at \([0-9]*\):.*/\1/p' "$work/scream")
-says 'At 1e-3 trains to %s, collapses at %s.' "$best" "$collapse"
-says 'trains to %s at a rate of 1e-3' "$best"
-another=$(of appendixj postnorm_2 collapse) in_bf16=$(of fp32event bf16 collapse) in_fp32=$(of fp32event fp32 collapse)
-says 'another collapses at %s. At' "$another"
+says 'trains to %s and collapses at %s, or holds' "$best" "$collapse"
+[ "$(of appendixj postnorm_1 outcome)" = trained ] || fault "seed 1 of appendixj has not held"
+in_bf16=$(of fp32event bf16 collapse) in_fp32=$(of fp32event fp32 collapse)
 says 'in bf16 at %s and in fp32 at %s.' "$in_bf16" "$in_fp32"
-says 'goes at step %s in bf16 and, from the same state, at %s in fp32' "$in_bf16" "$in_fp32"
 rho() {
   unpacked diagnostics fp32event | awk -F, -v run="$1" '$1 == run && $2 > 470 { print $8 }' | sort -g |
     awk '{ a[NR] = $1 } END { printf "%.3g", (a[int((NR + 1) / 2)] + a[int(NR / 2) + 1]) / 2 }'
@@ -96,8 +97,8 @@ says 'at 1e-3 %s fails with Post-Norm as it is, %s with hard centering, %s with 
   "$(fails postnorm)" "$(fails centered)" "$(fails clip0.1)" "$(fails noclip)"
 says 'its norms reach %s, its loss ends at %s)' "$(of appendixj centered_1 norm)" "$(of appendixj centered_1 loss %.2f)"
 [ "$(unpacked runs failures | grep -c '^held-.*,trained,')" = 4 ] || fault "a held rate has failed"
-says '%s of %s seeds have gone by step 700, at %s and %s (`survival`)' $(awk -F' *[|] *' '$2 == "postnorm-200" {
-  gsub(",", "", $9); print $5, $4, $9 }' "$work/survival")
+says '%s of %s seeds have gone by step 700, the first at %s, the last at %s (`survival`)' $(awk -F' *[|] *' '
+  $2 == "postnorm-200" && NF == 10 { n = split($9, at, ", "); print $5, $4, at[1], at[n] }' "$work/survival")
 says 'is %s times the mean part before' "$(shown %.0f "$(cell failures attention_g_ctr 2) / $(cell failures attention_g_mean 2)")"
 says 'and %s times at the last' "$(shown %.0f "$(cell failures attention_g_ctr 3) / $(cell failures attention_g_mean 3)")"
 says 'is diagnosed up to step %s' "$(unpacked diagnostics failures | awk -F, '/alpha/ { last = $2 } END { print last }')"
@@ -115,7 +116,7 @@ rise() {
 }
 says '%s and %s times in bf16, %s and %s in fp32 in seed 2' "$(rise bf16 attention_g_mean)" "$(rise bf16 ffn_g_mean)" \
   "$(rise fp32 attention_g_mean)" "$(rise fp32 ffn_g_mean)"
-says 'up to %s and %s times in bf16, up to %s and %s in fp32 |' "$(rise bf16 attention_g_ctr)" "$(rise bf16 ffn_g_ctr)" \
+says 'up to %s and %s times in bf16, up to %s and %s in fp32. In' "$(rise bf16 attention_g_ctr)" "$(rise bf16 ffn_g_ctr)" \
   "$(rise fp32 attention_g_ctr)" "$(rise fp32 ffn_g_ctr)"
 says '%s and %s times; at the onset, step %s, %s and %s times, where G_mean rises %s times' \
   "$(cell scream attention_g_ctr 4 %.0f)" "$(cell scream ffn_g_ctr 4 %.0f)" "$onset" \
@@ -145,6 +146,64 @@ says 'together, %s orders in bf16 and %s in fp32 |' "$(falls fp32event all bf16 
 says 'median TCS %s to %s, rho %s to %s.' "$(cell scream attention_tcs 2 %.2f)" "$(cell scream attention_tcs 3 %.2f)" \
   "$(cell scream attention_rho 2 %.2f)" "$(cell scream attention_rho 3)"
 says '| %s for good' "$(of scream postnorm_1e-3 loss %.2f)"
+
+# The seeds of cure1e3, leak and survival. Of column $2 of the runs of group $3 of $1 the smallest and the largest.
+range() {
+  unpacked runs "$1" | awk -F, -v g="$3" -v want="$2" -v f="${4:-%s}" '
+    NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i; next }
+    { run = $1; sub(/_[0-9]+$/, "", run) } run == g { print $c }' | sort -g | awk -v f="${4:-%s}" '
+    { if (NR == 1) least = $1; most = $1 } END { printf f " to " f, least, most }'
+}
+# Column $3 of the reports of the runs of group $2 that failed in $1, the first ones or the largest ($4), likewise.
+reported() {
+  awk -F' *[|] *' -v g="$2" -v c="$3" -v which="$4" '
+    index($2, g "_") == 1 && $3 ~ /^[0-9]+$/ && $5 ~ /^[0-9]/ { if (which == "largest" || !($2 in a)) a[$2] = $c }
+    END { for (run in a) print a[run] }' "$work/$1"
+}
+spread() { sort -g | awk '{ if (NR == 1) least = $1; most = $1 } END { printf "%.4g to %.4g", least, most }'; }
+called() { reported "$1" "$2" 6 "$3" | grep -cx "$4" || true; }  # how many of these reports are called $4
+word() { local words=(none one two three four five six seven eight); echo "${words[$1]}"; }
+[ "$(of cure1e3 postnorm_1 collapse)" = 400 ] || fault "seed 1 of cure1e3 has another collapse"
+collapsed=$(range cure1e3 collapse postnorm)
+says 'five seeds of five, at %s, after a best of %s; at 7e-4 two of eight, at %s and %s.' "$collapsed" "$(range cure1e3 best postnorm %.3f)" \
+  $(awk -F' *[|] *' '$2 == "postnorm-400" && NF == 10 { gsub(",", "", $9); print $9 }' "$work/survival")
+says 'or at %s (300).' "$collapsed"
+says 'is chance, %s.' "$collapsed"
+says 'between %s, about' "${collapsed/to/and}"
+says 'in five more seeds %s.' "$(range cure1e3 loss postnorm %.3f)"
+larger=$(reported cure1e3 postnorm 8 largest | spread) centered=$(reported cure1e3 postnorm 9 largest | spread)
+says 'rose most, %s times, where G_mean rose %s times.' "$centered" "$larger"
+says 'is hit most is %s times its' "$larger"
+says 'rises too, %s times.' "$centered"
+says 'has its G_mean %s times its median, its G_ctr %s. At the first report these are %s and %s.' "$larger" "$centered" \
+  "$(reported cure1e3 postnorm 8 first | spread)" "$(reported cure1e3 postnorm 9 first | spread)"
+says 'is "mean mode" in %s of five seeds, the first in %s. At 200 layers the largest is in %s of %s, the first in %s;' \
+  "$(word "$(called cure1e3 postnorm largest "mean mode")")" "$(word "$(called cure1e3 postnorm first "mean mode")")" \
+  "$(called survival postnorm-200 largest "mean mode")" "$(reported survival postnorm-200 6 first | wc -l)" \
+  "$(word "$(called survival postnorm-200 first "mean mode")")"
+[ "$(called survival postnorm-200 first "not the writers' mean mode")" = 1 ] || fault "of 200 layers not one first report is neither"
+p=$(cell cure1e3 'mvsplit | 0 of 3' 4)
+says "(Fisher's p is %s for each three)" "$p"
+says '(p is %s and %s)' "$p" "$(cell cure1e3 'layerscale-1e-2 | 0 of 4' 4)"
+[ "$(grep -cE '^[|] (mvsplit|mvsplit-beta=0.05|layerscale-1e-2|keel|deepnorm) [|] 0 of [34] ' "$work/cure1e3")" = 5 ] || fault "a merge of cure1e3 has failed"
+says 'eight of eight, Post-Norm %s of 16 (%s)' "$(shown %d "16 - $(cell survival postnorm-200 4)")" "$(cell survival 'mvsplit-200 | 0 of 8' 4)"
+depths=$(cell survival 'postnorm-100 | 1 of 16' 4)
+says "one fails at 100 layers, %s at 200 (Fisher's p is %s)" "$(cell survival postnorm-200 4)" "$depths"
+says 'one fails at 100 layers, %s at 200 (p is %s)' "$(cell survival postnorm-200 4)" "$depths"
+says 'one fails at 100 layers and %s at 200.' "$(cell survival postnorm-200 4)"
+says 'their %s of 8 say' "$(cell survival postnorm-400 4)"
+says 'The first %s runs are of older code' "$(unpacked runs survival | grep -c ',bf80e5c,')"
+held=$(cell leak mvsplit-alpha=0 2 %s "" 2)
+spiky=$(shown %d "10 - $(cell leak 'mvsplit-noleak: 10' 9)")
+p=$(cell leak 'mvsplit-alpha=0 | 8 of 10' 4)
+[ "$(cell leak 'mvsplit: 10' 9)" = 10 ] || fault "a run of MV-Split in leak has a spike"
+says 'none fails; %s with alpha fixed at 0 (p is %s); one without the leaky term, where %s have spikes that the watch reports and with it none (p is %s)' \
+  "${held% of*}" "$p" "$spiky" "$(awk "$exact"'BEGIN { printf "%.3f", fisher('"$spiky"', 10, 0, 10) }')"
+says 'held at 0 in %s of ten seeds' "${held% of*}"
+says 'held at 0, %s seeds fail, half of them on the plateau of 1.27.' "$held"
+says 'one of 10 fails, which decides nothing (p is %s). But the watch reports spikes in %s of 10 runs, and in none of the 10 with it.' \
+  "$(cell leak 'mvsplit-noleak | 1 of 10' 4)" "$spiky"
+[ "$(called leak mvsplit-alpha=0 first "mean mode") $(called leak mvsplit-alpha=0 largest "mean mode")" = "1 6" ] || fault "reports of alpha=0 are called otherwise"
 attained=$(awk -F' *[|] *' '/^[|] step [|] 3/ { split($0, s, / *[|] */) }
   /^[|] attention [|] [-0-9]/ && 3 in s { for (i = 3; i < NF; i++) if ($i > 0.95) printf "%s ", s[i] }' "$work/law")
 says 'attained at single steps (%s, %s).' $attained
@@ -154,8 +213,11 @@ says 'slopes through the origin %s; before, %s and %s.' "$origin" \
 from=$(cell cure layerscale-1e-2 3 %s "" 2) to=$(cell cure layerscale-1e-2 8 %s "" 2)
 says 'by %s at step 200, by %s at 700' "$from" "$to"
 says 'five seeds of five, Post-Norm none (p is %s)' "$(cell demo 'postnorm | 5 of 5' 4)"
-says 'in 200 layers at 1e-3 by %s and %s.' "$(cell survival layerscale-200 3 %s "" 2)" "$(cell survival layerscale-200 8 %s "" 2)"
-says 'shrinks from %s at step 200 to %s at 700 (three seeds' "$from" "$to"
+lead() { cell "$1" "$2" "$3" %s "" "$4"; }
+says 'in 200 layers by %s and %s.' "$(lead survival layerscale-200 3 3)" "$(lead survival layerscale-200 8 3)"
+says 'at 1e-3 by %s and %s,' "$(lead cure1e3 layerscale-1e-2 3 3)" "$(lead cure1e3 layerscale-1e-2 8 3)"
+says 'shrinks from %s at step 200 to %s at 700.' "$(lead cure1e3 layerscale-1e-2 3 3)" "$(lead cure1e3 layerscale-1e-2 8 3)"
+says 'their losses less its are %s and %s, of' "$(lead cure1e3 deepnorm 8 3)" "$(lead cure1e3 mvsplit-beta=0.05 8 3)"
 says 'shrinks from %s at step 200 to %s at 700' "${from% ±*}" "${to% ±*}"
 post() { cell cure postnorm "$1" %s "" 3; }
 split() { cell cure mvsplit "$1" %s "" 2; }
@@ -170,15 +232,15 @@ r2=$(unpacked probe probe | awk -F, '$3 == "image_mean" && $2 >= 200 && $1 != "m
   END { printf "%.3f to %.3f", low, high }')
 says '| %s in and behind the middle' "$r2"
 says 'scalars alone give %s.' "$(cell probe 'postnorm | z' 3 %.3f)"
-says '%s of its runs end at 1.27, a floor' "$(grep -cE '^[|] (front|abl|size).*mvsplit' "$work/plateau")"
+says '%s of its runs end at 1.27, a floor' "$(grep -c ': mvsplit\|-mvsplit' "$work/plateau")"
+[ "$(grep -c 'alpha=' "$work/plateau")" = 7 ] || fault "of the runs on the plateau not seven have alpha fixed"
+says '%s others of the same experiments fail off it.' "$(for name in frontier ablations size leak; do
+  unpacked runs $name; done | awk -F, '$1 ~ /mvsplit/ && $5 != "trained" && $5 != "plateau" { n++ } END { print n }')"
 [ "$(grep -c : "$work/plateau")" = "$(grep -c mvsplit "$work/plateau")" ] || fault "others than MV-Split are on the plateau"
 
 # What stands here.
-last=$(for run in mvsplit-beta=0.05 mvsplit-global deepnorm prenorm; do of ablations ${run}_1 loss '%s\n'; done | sort -g)
-says 'end between %s and %s after 500 steps, MV-Split at %s' "$(head -n 1 <<<"$last" | awk '{ printf "%.3f", $1 }')" \
-  "$(tail -n 1 <<<"$last" | awk '{ printf "%.3f", $1 }')" "$(cell ablations mvsplit 5 %.3f)"
-says 'never learns (warm-up 50), or goes at %s and %s (100), or at %s (300), on two' \
-  "$(of ablations postnorm_1 collapse)" "$(of ablations postnorm_2 collapse)" "$collapse"
+says 'never learns (warm-up 50), or goes at %s and %s (100),' "$(of ablations postnorm_1 collapse)" "$(of ablations postnorm_2 collapse)"
+says 'seed 1 goes at %s, at %s, or holds' "$collapse" "$(of cure1e3 postnorm_1 collapse)"
 says 'differ by up to %s in means of 20 steps (%s on average' "$(cell lean 'fp32, seed 2, less fp32, seed 1' 3 %.3f)" \
   "$(cell lean 'fp32, seed 2, less fp32, seed 1' 4)"
 says 'one spike at step %s (norm %s)' "$(of scream postnorm_7e-4 norm_step)" "$(of scream postnorm_7e-4 norm %.0f)"
@@ -195,6 +257,7 @@ says 'At 200 and 400 layers (%s and %s)' "$(ahead %.3f 200 1e-3)" "$(shown %.3f 
 says 'after the warm-up it is %s times its G_ctr' "$(unpacked diagnostics one-branch | awk -F, '$1 ~ /ffn/ && $2 > 300 { print $4 / $5 }' |
   sort -g | awk '{ a[NR] = $1 } END { printf "%.2f", a[int((NR + 1) / 2)] }')"
 says 'from layer %s on all are collapsed' "$(cell front 'wide | 10' 3)"
+says '%s runs of `survival`' "$(for name in survival leak cure1e3; do unpacked runs $name; done | grep -c ',a686b4e,')"
 says 'runs took %s s in all' "$(for file in "$csv"/*_runs.csv.gz; do gzip -dc "$file"; done | awk -F, '$13 !~ /^CPU/ { s += $12 } END { print s }')"
 says 'decide the sign at steps %s only' "$(awk -F' *[|] *' '/^[|] loss less/ { split($0, s, / *[|] */) }
   /^[|] postnorm .*±/ { for (i = 4; i < NF; i++) { split($i, x, " ± "); if (x[1] > x[2]) printf "%s%s", n++ ? " and " : "", s[i] } }' "$work/cure")"
@@ -208,11 +271,18 @@ says 'stopped at step %s.' "$(of size 1000-mvsplit steps)"
 
 while read -r text; do given "$text"; done <<'END'
 at from step 270 on
+Seed 1 by
+reproduced at 48, 200
+With alpha held at 0 the mean
+rounding (mvsplit.cu, section 4). So
+others at step 200. LayerScale
+and beta 1/sqrt(400) cannot be told from it from 400 on.
+trains to about 0.44, then
+none of eight at 200.
+1000 layers, 13.6 billion parameters, on one H200
 with later code, seed 1,
-seed, 1, does not
 the text from layer 50, the first measured
 (WRITE=1 writes
-will take about 100 minutes more
 not the 1.76 of the start
 those of 0.0566 are collapsed
 at most 0.1 above its best
@@ -239,7 +309,6 @@ near 1 does not say
 263 is the largest A - 1 possible
 beta starts at 1, and at 0.03 at 1000 layers
 alpha fixed at 0, one seed
-Fisher's p of one in two against none in two is 1.
 s = 0.02 (`paper`) and 0.0566 (`wide`: in the same proportion to 1/sqrt(D) as 0.02 is at D 1024)
 R^2 must be about 0, and
 average of the weights (0.999)
@@ -248,10 +317,7 @@ a batch of 4 for 1024, a warm-up of 100 steps for 1000,
 With beta near 1/sqrt(400)
 model of 13.64 billion
 with 10 bytes of state a parameter as with 18?
-(Fisher's p is 0.33)
-95% intervals
 starts near 1/sqrt(depth)
-and 1000 layers, 13.6 billion parameters, on one H200
 48 layers of D 48, 64 + 8 tokens, batch 16, fp32, 450 steps in
 rises by 2e-5 a step
 END
