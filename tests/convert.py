@@ -1,4 +1,4 @@
-"""Weights from PyTorch's file to safetensors and back, tensor by tensor: 54 GB take the memory of one tensor.
+"""Weights from PyTorch's file to safetensors and back: in memory are one tensor and what the system keeps of the files.
 
     tests/convert.py model.pt OUT.safetensors     of the author's model: a state_dict, alone or as "model"
     tests/convert.py IN.safetensors OUT.pt        or IN.safetensors.index.json: a state_dict for his code
