@@ -18,7 +18,7 @@ draw() {
   results_table
   failures_table postnorm
   reports_table
-  draw_losses cure1e3_loss "Behind other merges, where Post-Norm screams"
-  leads mvsplit $others
-  draw_leads cure1e3_difference mvsplit $others
+  draw_losses cure1e3_loss "Post-Norm collapses, five other merges train"
+  leads mvsplit ${others#postnorm }
+  draw_leads cure1e3_difference mvsplit ${others#postnorm }
 }

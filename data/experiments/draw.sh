@@ -452,12 +452,12 @@ draw_leads() {
 $style
 set terminal pngcairo size 1000,560 font "sans,11" noenhanced
 set output "$figures/$out.png"
-set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" | sed 's/, [^,]* seeds*$//'), $pairs\n(means of 50 steps; line: mean of the seeds, band: all seeds; what is above 0.16 is not shown)"
+set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" | sed 's/, [^,]* seeds*$//'), $pairs\n(means of 50 steps; line: mean of the seeds, band: their range; what is above 0.16 is not shown)"
 set ylabel "difference of training losses"
 set key outside right top samplen 1.5
 set xrange [150:*]
 set yrange [-0.02:0.16]
-plot $plot 0 with lines lw 1.5 lc rgb "#505050" title "$(label "$of")"
+plot $plot 0 with lines lw 1.5 dt 2 lc rgb "black" title "$(label "$of")"
 G
   echo "![loss less that of $(label "$of")]($figures/$out.png)"
   echo

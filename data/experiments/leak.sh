@@ -19,5 +19,5 @@ draw() {
   results_table
   failures_table mvsplit
   reports_table
-  draw_losses leak_loss "MV-Split, without its leak, with alpha fixed" 100
+  draw_losses leak_loss "MV-Split; without its leaky term; with alpha held at 0" 100
 }

@@ -66,17 +66,19 @@ survival_table() {
   made_by
 }
 
-# survival.png: a panel for Post-Norm at three depths, one for the merges at 200 layers. Lines that would lie on one
-# another are drawn apart, and each has its interval at its end.
+# survival.png: a panel for Post-Norm at three depths, one for the merges at 200 layers. A group has one colour in
+# both; what lies on one another is told apart by width; each line has its interval at its end.
 draw_survival() {
-  local panel g n panels="" plot
-  for panel in "postnorm-100 postnorm-200 postnorm-400" "postnorm-200 mvsplit-200 layerscale-200 keel-200"; do
+  local panel g n panels="" plot style_of widths=(0 6 4 2 2)
+  for panel in "postnorm-100 postnorm-200 postnorm-400" "mvsplit-200 layerscale-200 keel-200 postnorm-200"; do
     plot="" n=0
     for g in $panel; do
       n=$((n + 1))
       [ -s "$work/$g" ] || continue
-      plot+=" '$work/$g' using 1:(\$2 - 0.012 * $n) with lines ls $n lw 2.5 title '$(label "$g") ($(unpacked runs | grep -c "^${g}_") seeds)',"
-      plot+=" '< tail -n 1 $work/$g' using (\$1 + 12 * $n):2:3:4 with yerrorbars ls $n lw 1.5 pt 7 ps 0.7 notitle,"
+      style_of="ls $(number "$g") lw ${widths[n]}"
+      [ "$g" != postnorm-400 ] || style_of+=" dt (4, 2)"
+      plot+=" '$work/$g' using 1:2 with lines $style_of title '$(named "$g")',"
+      plot+=" '< tail -n 1 $work/$g' using (\$1 + 12 * $n):2:3:4 with yerrorbars ls $(number "$g") lw 1.5 pt 7 ps 0.7 notitle,"
     done
     [ -z "$plot" ] || panels+="plot ${plot%,}"$'\n'
   done
@@ -85,14 +87,19 @@ $style
 set terminal pngcairo size 1200,520 font "sans,11"
 set output "$figures/survival.png"
 set xrange [0:760]
-set yrange [0:1.02]
+set yrange [0:1.03]
 set ylabel "share of seeds that still train"
-set key left bottom
-set multiplot layout 1,2 title "Share of seeds that still train, at the end with its exact 95% interval: 100 and 200 layers at \\
-lr 1e-3, warm-up 100;\\n400 layers at 7e-4, warm-up 300 (lines are drawn 0.012 apart)" font ",13"
+set key left bottom spacing 1.3
+set multiplot layout 1,2 title "Share of seeds that still train, with its exact 95% interval at the end (step 700).\n\
+lr 1e-3, warm-up 100; 400 layers: 7e-4, warm-up 300" font ",13"
 $panels
 unset multiplot
 G
   echo "![seeds that still train]($figures/survival.png)"
   echo
+}
+# The label of group $1 with its seeds, and how many of them relapse.
+named() {
+  echo "$(label "$1")$([ "$1" != postnorm-400 ] || echo ", lr 7e-4"), $(unpacked runs |
+    awk -F, -v g="$1_" 'index($1, g) == 1 { n++; r += $5 == "relapsed" } END { printf "%d seeds%s", n, (r ? " (" r " relapsing at the end)" : "") }')"
 }
