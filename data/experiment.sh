@@ -108,11 +108,10 @@ merge() {
 
 # Sets what a recipe may: `columns` (of diagnostics.csv that the figures need), `bin` (steps a row of the
 # losses), `pictures` and `spikes` (runs whose samples and spike report are kept), `reports` (not empty: a
-# line is packed of each spike report), `tables` (further
-# csv files in the runs' folders, without the .csv), and the functions `runs`, `draw`, `after` and `packed`;
-# `after` gets the folder of a run that has trained to its end, with its weights.safetensors, and its
-# exit status says whether that went well; `packed` is called when the csv files are there, and may
-# choose `pictures` and `spikes` by them.
+# line of each spike report is packed), `tables` (further csv files in the runs' folders, without the .csv),
+# and the functions `runs`, `draw`, `after` and `packed`; `after` gets the folder of a run that has trained
+# to its end, with its weights.safetensors, and its exit status says whether that went well; `packed` is
+# called when the csv files are there, and may choose `pictures` and `spikes` by them.
 read_recipe() {
   experiment=$1 columns="" bin=5 pictures="" spikes="" reports="" tables=""
   after() { :; }

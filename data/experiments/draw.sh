@@ -406,9 +406,8 @@ G
 }
 
 # $work/lead.GROUP, for each of the groups $2... : step, and mean, smallest and largest over the seeds of its
-# loss less that of group $1 with the same seed; losses are means of the 50 steps that end there. $work/pairs:
-# each group's number of such seeds. Prints
-# a table: every hundredth step, with the 95% interval of the mean.
+# loss less that of group $1 with the same seed; losses are means of the 50 steps that end there. Prints a table:
+# every hundredth step, with the 95% interval of the mean. $work/pairs: how many seeds each group shares with $1.
 leads() {
   echo "| loss less that of $(label "$1"), same seed; means of 50 steps to | seeds |$(seq -f ' %g |' 200 100 "$(last_step)" | tr -d '\n')"
   echo "|---|---|$(seq 200 100 "$(last_step)" | sed 's/.*/---|/' | tr -d '\n')"

@@ -147,9 +147,10 @@ says 'median TCS %s to %s, rho %s to %s.' "$(cell scream attention_tcs 2 %.2f)" 
   "$(cell scream attention_rho 2 %.2f)" "$(cell scream attention_rho 3)"
 says '| %s for good' "$(of scream postnorm_1e-3 loss %.2f)"
 
-# The seeds of cure1e3, leak and survival. Of column $2 of the runs of group $3 of $1 the smallest and the largest.
+# The seeds of cure1e3, leak and survival. Of column $2 of the runs of group $3 of $1 the smallest and the largest, by
+# printf's $4.
 range() {
-  unpacked runs "$1" | awk -F, -v g="$3" -v want="$2" -v f="${4:-%s}" '
+  unpacked runs "$1" | awk -F, -v g="$3" -v want="$2" '
     NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i; next }
     { run = $1; sub(/_[0-9]+$/, "", run) } run == g { print $c }' | sort -g | awk -v f="${4:-%s}" '
     { if (NR == 1) least = $1; most = $1 } END { printf f " to " f, least, most }'
@@ -163,7 +164,6 @@ reported() {
 spread() { sort -g | awk '{ if (NR == 1) least = $1; most = $1 } END { printf "%.4g to %.4g", least, most }'; }
 called() { reported "$1" "$2" 6 "$3" | grep -cx "$4" || true; }  # how many of these reports are called $4
 word() { local words=(none one two three four five six seven eight); echo "${words[$1]}"; }
-[ "$(of cure1e3 postnorm_1 collapse)" = 400 ] || fault "seed 1 of cure1e3 has another collapse"
 collapsed=$(range cure1e3 collapse postnorm)
 says 'five seeds of five, at %s, after a best of %s; at 7e-4 two of eight, at %s and %s.' "$collapsed" "$(range cure1e3 best postnorm %.3f)" \
   $(awk -F' *[|] *' '$2 == "postnorm-400" && NF == 10 { gsub(",", "", $9); print $9 }' "$work/survival")
