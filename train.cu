@@ -1306,6 +1306,7 @@ class Run {
         "mvsplit: the loss or the gradient is not finite at step %zu: training has diverged; "
         "nothing was saved since then. Lower --lr or use --residual mvsplit.\n",
         size_t(trainer_.step));
+    if (o_.diagnose_every) make_page(o_.out);
     return false;
   }
 
@@ -1475,8 +1476,8 @@ void plan(const TrainOptions& o, DataSizes data, bool on_gpu) {
 }
 
 // The captions that the prompts ask for. A prompt is encoded as it is. With --data its words must
-// be among those of that data's captions, or it is the number of one of them, and nothing else
-// where captions are numbers.
+// be among those of that data's captions, or it is the number of one of them (unless captions are
+// called by numbers), and nothing else where captions are numbers.
 inline Captions prompt_text(const SampleOptions& o, const Config& m, Captions data) {
   if (!o.data.empty() && (data.text_tokens != m.text_tokens || data.text_dim != m.text_dim))
     fail("%s has captions of %zu x %zu numbers, the model takes %zu x %zu", o.data.c_str(),
@@ -1495,7 +1496,9 @@ inline Captions prompt_text(const SampleOptions& o, const Config& m, Captions da
       row = encode_text(caption_of(prompt), m.text_tokens, m.text_dim);
       asked.names.push_back(prompt);
     } else {
-      size_t n = number_in<size_t>(prompt).value_or(data.captions);
+      auto number = [](const std::string& name) { return number_in<size_t>(name).has_value(); };
+      bool named_so = std::any_of(data.names.begin(), data.names.end(), number);
+      size_t n = named_so ? data.captions : number_in<size_t>(prompt).value_or(data.captions);
       if (n >= data.captions)
         fail("--prompt %s: %s has captions %s", prompt.c_str(), o.data.c_str(),
              known.empty() ? ("0 to " + std::to_string(data.captions - 1)).c_str()
@@ -1526,8 +1529,7 @@ int sample(Device& device, const SampleOptions& o) {
     fail("--text-tokens %zu: %s says that it has %zu", *o.text_tokens, o.weights.c_str(),
          m.text_tokens);
   double shift = read_time_shift(file, o.weights, o.time_shift, assumed);
-  if (!(shift > 0) || !std::isfinite(shift) || !std::isfinite(o.guidance))
-    fail("the time shift must be positive and --cfg finite, not %g and %g", shift, o.guidance);
+  if (!(shift > 0)) fail("--time-shift must be positive, not %g", shift);
   if (!o.size && !(said("height") && said("image_width")))
     assumed.push_back("images of " + std::to_string(m.height) + "x" +
                       std::to_string(m.image_width) + " (--size)");
@@ -1610,7 +1612,12 @@ int forward(Device& device, const ForwardOptions& o) {
     for (const Parameter& p : net.table.parameters)
       out.declare("grad." + p.name, dtype_name<Acc>(), p.shape);
   }
-  auto put = [&](const Acc* from, size_t n) { out.write(downloaded(device, from, n).data(), n); };
+  auto put = [&](const Acc* from, size_t n) {
+    std::vector<Acc> host = downloaded(device, from, n);
+    for (Acc x : host)
+      if (!std::isfinite(x)) fail("the results hold NaN or infinity: are these trained weights?");
+    out.write(host.data(), n);
+  };
   put(a.velocity, b * m.pixels());
   if (backward) {
     put(a.dz, b * m.pixels());
@@ -1635,7 +1642,7 @@ int validate(Device& device, const ValidateOptions& o) {
   fit_to_data(m, held_out);
   Words assumed = read_config(file, o.weights, m, o.heads, o.norm_eps);
   double shift = read_time_shift(file, o.weights, o.time_shift, assumed);
-  if (!(shift > 0)) fail("the time shift must be positive, not %g", shift);
+  if (!(shift > 0)) fail("--time-shift must be positive, not %g", shift);
   note_assumed(o.weights, assumed);
   require_fit(o.data, held_out, o.weights, m);
   SafeFile out(o.out);  // better refused now than after the work
@@ -2055,6 +2062,65 @@ int probe(Device& device, const ProbeOptions& o) {
 // ---------------------------------------------------------------------------------------------
 // J. The command line
 
+// Is it the same file by another name, or does it lie in that folder?
+inline bool is_or_lies_in(const std::string& file, const std::string& input) {
+  std::error_code error;
+  if (fs::equivalent(file, input, error)) return true;
+  auto canonical = [&](const std::string& path) {
+    fs::path p = fs::weakly_canonical(fs::absolute(path, error), error);
+    return p.has_filename() ? p : p.parent_path();
+  };
+  fs::path a = canonical(file), b = canonical(input);
+  if (!fs::is_directory(b, error)) return a == b;
+  return std::mismatch(b.begin(), b.end(), a.begin(), a.end()).first == b.end();
+}
+
+// Fails if what a subcommand writes would take the place of what it reads, or of something else
+// than it writes.
+inline void check_output(const Subcommand& sub, const GivenOptions& given) {
+  const Option* option = sub.find("out");
+  if (!option) return;
+  const std::string out = option->write();
+  if (out.empty()) fail("--out must name a %s", sub.name == "train" ? "folder" : "file");
+  std::map<std::string, std::string> inputs;
+  if (const Option* data = sub.find("data")) inputs["data"] = data->write();
+  for (const char* name : {"weights", "inputs", "config"})  // those of a resumed run are past
+    if (given.count(name)) inputs[name] = given.at(name).texts[0];
+  Words written = {out};
+  if (sub.name == "train")
+    for (const char* name : {"weights", "ema", "state", "samples"})
+      written.push_back(out + "/" + name + ".safetensors");
+  for (const auto& [name, path] : inputs) {
+    const std::string input = FashionMnist::folder(path);
+    for (const std::string& file : written)
+      for (const char* end : {"", ".tmp"})  // SafeFile's
+        if (!input.empty() && is_or_lies_in(file + end, input))
+          fail("%s would be written over --%s %s, or into it: choose another --out", file.c_str(),
+               name.c_str(), path.c_str());
+  }
+  std::error_code none;
+  if (sub.name == "train" || !fs::is_regular_file(out, none) || fs::is_empty(out, none)) return;
+  bool tensors = true;
+  auto holds = [&](const char* tensor) {
+    try {
+      return SafetensorsReader(out).find(tensor) != nullptr;
+    } catch (const Error&) {
+      return tensors = false;
+    }
+  };
+  char start[16] = "";
+  std::ifstream(out, std::ios::binary).read(start, sizeof start - 1);
+  auto begins = [&](const char* with) { return std::string(start).rfind(with, 0) == 0; };
+  bool ours = holds(sub.name == "forward" ? "velocity" : sub.name == "sample" ? "samples" : "");
+  if (!tensors)
+    ours = sub.name == "validate" ? begins("t,loss\n")
+           : sub.name == "probe"  ? begins("# The time t,")
+                                  : sub.name == "sample" && begins("\x89PNG");
+  if (!ours)
+    fail("--out %s %s: choose another name, or remove it", out.c_str(),
+         tensors ? "holds other tensors" : ("is no output of " + sub.name).c_str());
+}
+
 // Parse and run. Returns the exit status: 0, 1 if a check or the training failed, 2 for bad input.
 inline int command(int argc, const char* const* argv) {
   CLI::App app{"MV-Split: 1000-layer diffusion transformers with mean-variance split residuals",
@@ -2082,7 +2148,15 @@ inline int command(int argc, const char* const* argv) {
     auto is = [&](const char* name) { return line.sub->name == name; };
     if (line.sub->find("out")) outlive_console();
     GivenOptions given = line.given;  // the words win
-    if (given.count("config")) given.merge(read_ini(given["config"].texts[0], all)[line.sub->name]);
+    for (const char* name : {"config", "weights", "inputs"})
+      if (given.count(name) && given[name].texts[0].empty()) fail("--%s names no file", name);
+    if (given.count("config")) {
+      const std::string path = given["config"].texts[0];
+      auto sections = read_ini(path, all);
+      if (!sections.count(line.sub->name))
+        fail("%s has no section [%s]", path.c_str(), line.sub->name.c_str());
+      given.merge(sections[line.sub->name]);
+    }
     Words missing;
     for (const std::string& name : line.sub->required)
       if (!given.count(name)) missing.push_back("--" + name);
@@ -2138,6 +2212,13 @@ inline int command(int argc, const char* const* argv) {
       Split data = load_dataset(train_options.data, device.gpu ? 1 : 2);
       TrainOptions& o = train_options;
       fit_to_data(o.model, data.train);
+      auto note_all = [&](const char* flag, size_t asked, size_t there) {
+        if (given.count(flag) && asked > there)
+          std::fprintf(stderr, "note: --%s %zu: there are %zu, and all are taken\n", flag, asked,
+                       there);
+      };
+      note_all("val-images", o.val_images, data.held_out.images);
+      note_all("diagnose-samples", o.diagnose_samples, o.batch);
       // What a run began with is in its state and its config.ini.
       bool goes_on =
           !kept.empty() && std::filesystem::exists(o.out + "/state.safetensors", ignored);
@@ -2184,7 +2265,9 @@ int main(int argc, char** argv) {
   }
   int status = command(argc, argv);
   // What a command says is all that some make, or a table of it. (train has it in its files.)
-  bool trains = argc > 1 && std::strcmp(argv[1], "train") == 0;
+  Words words(argv + 1, argv + argc);
+  size_t at = subcommand_at(words);
+  bool trains = at < words.size() && words[at] == "train";
   if (status == 0 && !trains && (std::fflush(stdout) != 0 || std::ferror(stdout))) {
     std::fprintf(stderr, "mvsplit: the output could not be written: %s\n", std::strerror(errno));
     return 2;

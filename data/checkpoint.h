@@ -4,8 +4,7 @@
 // configuration that a weights file carries or implies.
 // What it is not: the format itself (safetensors.h), or a run's state (state.h), which uses it.
 //
-// How to read it: describe() and read_config() are each other's inverse, and so are save_tensors()
-// and load_tensors().
+// How to read it: read_config() is describe()'s inverse, load_tensors() that of save_tensors().
 #pragma once
 
 #include "../dit.cu"
@@ -76,8 +75,7 @@ inline double finite_number(const std::string& text, const std::string& what) {
   return *value;
 }
 
-// Tells what neither a file nor a flag says, and what it is taken to be. On stderr: a wrong guess
-// would go unnoticed.
+// Tells, on stderr, what neither a file nor a flag says, and what it is taken to be.
 inline void note_assumed(const std::string& path, const Words& assumed) {
   if (!assumed.empty())
     std::fprintf(stderr, "note: the metadata of %s does not say all: taken are %s\n",
@@ -139,7 +137,11 @@ inline Words read_config(const SafetensorsReader& file, const std::string& path,
   if (m.count("norm_eps"))
     c.norm_eps = finite_number(m.at("norm_eps"), path + ": metadata norm_eps");
   if (norm_eps) c.norm_eps = *norm_eps;
-  c.check();
+  try {
+    c.check();
+  } catch (const Error& error) {
+    fail("%s: %s", path.c_str(), error.what());
+  }
   Words assumed;
   if (!m.count("residual")) assumed.push_back("residual " + c.residual);
   if (!m.count("means")) assumed.push_back("means " + c.means);
@@ -152,7 +154,11 @@ inline double read_time_shift(const SafetensorsReader& file, const std::string& 
                               std::optional<double> asked, Words& assumed) {
   if (asked) return *asked;
   auto at = file.metadata().find("time_shift");
-  if (at != file.metadata().end()) return finite_number(at->second, path + ": metadata time_shift");
+  if (at != file.metadata().end()) {
+    double said = finite_number(at->second, path + ": metadata time_shift");
+    if (!(said > 0)) fail("%s: metadata time_shift is %g, not positive", path.c_str(), said);
+    return said;
+  }
   assumed.push_back("time shift 1 (the author's released model has 4: --time-shift)");
   return 1;
 }

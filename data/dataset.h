@@ -4,8 +4,7 @@
 // PNGs) into one plain struct, and the frozen stand-in text encoder that makes captions numbers.
 // What it is not: a loader that streams: a data set lives in memory whole, as floats.
 //
-// How to read it: the structs, then encode_text(), then the list of kinds at the end, from which
-// load_dataset() picks one.
+// How to read it: the structs, encode_text(), and at the end the kinds that load_dataset() asks.
 #pragma once
 
 #include "png.h"

@@ -19,8 +19,7 @@ inline void outlive_console() {
   for (int signal : {SIGPIPE, SIGHUP}) std::signal(signal, SIG_IGN);
 }
 
-// An input or output that was closed is opened: its number would be that of the next file, which
-// would get the console's text.
+// Opens an input or output that was closed: the next file would get its number, and its text.
 inline void open_console() {
   std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is a write that fails
   for (int descriptor : {0, 1, 2})
@@ -74,24 +73,29 @@ inline Words logs_in(const std::string& folder) {
   if (!fs::is_directory(folder)) return logs;
   for (const auto& entry : fs::directory_iterator(folder)) {
     std::string name = entry.path().filename();
-    for (const char* pattern : {"log.csv", "validation.csv", "diagnostics.csv", "config.ini",
-                                "spike_*.txt", "samples_*.png", "samples_*.safetensors"})
+    for (const char* pattern :
+         {"log.csv", "validation.csv", "diagnostics.csv", "config.ini", "page.html", "spike_*.txt",
+          "samples_*.png", "samples_*.safetensors"})
       if (fnmatch(pattern, name.c_str(), 0) == 0) logs.push_back(entry.path());
   }
   std::sort(logs.begin(), logs.end());
   return logs;
 }
 
-// Rename them all to NAME.1, or to the first number that is free for each of them.
-inline void set_aside(const Words& logs) {
+// PATH.1, or with the first number that is free.
+inline std::string free_name(const std::string& path) {
   size_t number = 1;
-  auto aside = [&](const std::string& log) { return log + "." + std::to_string(number); };
-  auto taken = [&](const std::string& log) { return fs::exists(aside(log)); };
-  while (std::any_of(logs.begin(), logs.end(), taken)) ++number;
+  while (fs::exists(path + "." + std::to_string(number))) ++number;
+  return path + "." + std::to_string(number);
+}
+
+// Rename them all.
+inline void set_aside(const Words& logs) {
   for (const std::string& log : logs) {
-    fs::rename(log, aside(log));
+    const std::string aside = free_name(log);
+    fs::rename(log, aside);
     std::printf("%s, of a run without a state, is %s now\n", visible(log).c_str(),
-                visible(aside(log)).c_str());
+                visible(aside).c_str());
   }
 }
 
@@ -112,8 +116,9 @@ inline std::string read_text(const std::string& path, bool must_be_there = false
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// A csv of a run that goes on: rows of steps that will be done again are dropped. A row begins with
-// its step; of a step with several rows, `keys` = 2, each has a number of its own behind that, in
+// A csv of a run that goes on: rows of steps that will be done again are dropped. Whatever else is
+// not a row of it, in its place, is left out, and the file as it was is kept. A row begins with its
+// step; of a step with several rows, `keys` = 2, each has a number of its own behind that, in
 // rising order. The header is the names of the columns, after lines of comment, if any. Fails if
 // the file has rows under another header; `remedy` is what to do then.
 class CsvLog {
@@ -128,14 +133,25 @@ class CsvLog {
     std::string line, kept = header + "\n", names = header.substr(header.rfind('\n') + 1);
     auto fields = [](const std::string& s) { return std::count(s.begin(), s.end(), ','); };
     std::pair<unsigned long long, unsigned long long> last{0, ~0ull}, now;  // step, key
-    // A line without its end was cut off, and so may be its last number.
-    while (std::getline(old, line) && !old.eof()) {
+    size_t header_lines = size_t(std::count(kept.begin(), kept.end(), '\n')), lost = 0;
+    for (size_t i = 0; std::getline(old, line); ++i) {
       int numbers = std::sscanf(line.c_str(), "%llu,%llu", &now.first, &now.second);
       if (keys == 1) now.second = 0;
-      bool row = numbers >= keys && fields(line) == fields(names);
-      if (row && now.first <= steps_done && last < now) kept += line + "\n", last = now;
+      // A line without its end was cut off, and so may be its last number.
+      bool row = numbers >= keys && fields(line) == fields(names) && !old.eof();
+      if (i < header_lines || (numbers >= 1 && now.first > steps_done)) continue;
+      if (row && last < now)
+        kept += line + "\n", last = now;
+      else
+        ++lost;
     }
     last_ = last.first;
+    if (lost > 0) {
+      const std::string aside = free_name(path);
+      fs::copy_file(path, aside);
+      std::fprintf(stderr, "note: %zu lines of %s are not its rows: they are in %s\n", lost,
+                   visible(path).c_str(), visible(aside).c_str());
+    }
     SafeFile file(path);
     file.write(kept);
     file.commit();

@@ -236,6 +236,7 @@ std::string shortest(const std::optional<Number>& x) {
 // x becomes what a text says. Returns what was expected where that is something else.
 inline std::string take(const std::string& text, double& x) {
   auto number = number_in<double>(text);
+  if (number && std::fabs(*number) > 3.4e38) return "a number below 3.4e38, which fp32 holds";
   if (number) x = *number;
   return number ? "" : "a decimal number that a double holds, such as 0.001 or 1e-3";
 }
@@ -406,12 +407,18 @@ struct CommandLine {
   GivenOptions given;
 };
 
+// Where the subcommand stands among the words: --config may come before it.
+inline size_t subcommand_at(const Words& words) {
+  size_t at = 0;
+  while (at < words.size() && words[at].rfind("--config", 0) == 0)
+    at += words[at] == "--config" ? 2 : 1;
+  return at;
+}
+
 // The words behind the program's name. Fails on what is unknown, in excess or missing.
 inline CommandLine read_words(Words words, const std::vector<Subcommand>& all) {
   const std::string choices = ": choose one of " + join_list(names_of(all), ", ");
-  size_t at = 0;  // of the subcommand: --config may stand before it
-  while (at < words.size() && words[at].rfind("--config", 0) == 0)
-    at += words[at] == "--config" ? 2 : 1;
+  size_t at = subcommand_at(words);
   if (at >= words.size()) fail("no subcommand%s", choices.c_str());
   const std::string name = words[at];
   CommandLine line;
@@ -536,6 +543,7 @@ inline std::map<std::string, GivenOptions> read_ini(const std::string& path,
       if (!section)
         fail("%sthere is no section [%s]: choose one of %s%s", place.c_str(), name.c_str(),
              join_list(names_of(all), ", ").c_str(), like(name, names_of(all)).c_str());
+      sections[name];
       continue;
     }
     size_t equals = line.find('=');
@@ -554,52 +562,6 @@ inline std::map<std::string, GivenOptions> read_ini(const std::string& path,
     given.texts.push_back(ini_value(line.substr(equals + 1), o.kind == Option::list, place));
   }
   return sections;
-}
-
-// 3.4 What would be written over
-
-// Is it the same file by another name, or does it lie in that folder?
-inline bool is_or_lies_in(const std::string& file, const std::string& input) {
-  std::error_code error;
-  if (fs::equivalent(file, input, error)) return true;
-  auto canonical = [&](const std::string& path) {
-    fs::path p = fs::weakly_canonical(fs::absolute(path, error), error);
-    return p.has_filename() ? p : p.parent_path();
-  };
-  fs::path a = canonical(file), b = canonical(input);
-  if (!fs::is_directory(b, error)) return a == b;
-  return std::mismatch(b.begin(), b.end(), a.begin(), a.end()).first == b.end();
-}
-
-// Fails if what a subcommand writes would take the place of what it reads, or of other tensors.
-inline void check_output(const Subcommand& sub, const GivenOptions& given) {
-  const Option* option = sub.find("out");
-  if (!option) return;
-  const std::string out = option->write();
-  if (out.empty()) fail("--out must name a %s", sub.name == "train" ? "folder" : "file");
-  std::map<std::string, std::string> inputs;
-  if (const Option* data = sub.find("data")) inputs["data"] = data->write();
-  for (const char* name : {"weights", "inputs", "config"})  // those of a resumed run are past
-    if (given.count(name)) inputs[name] = given.at(name).texts[0];
-  Words written = {out};
-  if (sub.name == "train")
-    for (const char* name : {"weights", "ema", "state", "samples"})
-      written.push_back(out + "/" + name + ".safetensors");
-  for (const auto& [name, path] : inputs) {
-    const std::string input = FashionMnist::folder(path);
-    for (const std::string& file : written)
-      for (const char* end : {"", ".tmp"})  // SafeFile's
-        if (!input.empty() && is_or_lies_in(file + end, input))
-          fail("%s would be written over --%s %s, or into it: choose another --out", file.c_str(),
-               name.c_str(), path.c_str());
-  }
-  const char* tensor = sub.name == "sample" ? "samples" : sub.name == "forward" ? "velocity" : "";
-  bool others = false;
-  try {
-    others = !SafetensorsReader(out).find(tensor);
-  } catch (const Error&) {  // not a file of tensors
-  }
-  if (others) fail("--out %s holds other tensors: choose another name, or remove it", out.c_str());
 }
 
 // ---------------------------------------------------------------------------------------------

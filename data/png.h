@@ -149,20 +149,22 @@ inline void write_samples(const std::string& path, const std::vector<float>& ima
 
 // Fails unless the bytes are a PNG file whose checksums hold: of its chunks, each of which is a
 // length, a type, data and their CRC-32 (numbers big-endian), and of the zlib stream in its IDAT
-// chunks.
-inline void check_png(const std::string& path, const std::vector<unsigned char>& bytes,
-                      size_t most) {
+// chunks. Returns where its palette is, a chunk; 0: nowhere.
+inline size_t check_png(const std::string& path, const std::vector<unsigned char>& bytes,
+                        size_t most) {
   auto cut = [&] { fail("cannot read %s: it is not a whole PNG file", path.c_str()); };
   auto number = [&](size_t at) {
     return uint32_t(bytes[at]) << 24 | bytes[at + 1] << 16 | bytes[at + 2] << 8 | bytes[at + 3];
   };
   std::string type;
+  size_t palette = 0;
   std::vector<unsigned char> packed;
   for (size_t at = 8, length; type != "IEND"; at += 12 + length) {
     if (at + 12 > bytes.size() || (length = number(at)) > bytes.size() - at - 12) cut();
     type.assign(&bytes[at + 4], &bytes[at + 8]);
     if (crc32(0, &bytes[at + 4], uInt(4 + length)) != number(at + 8 + length))
       fail("cannot read %s: it is damaged: a checksum does not hold", path.c_str());
+    if (type == "PLTE") palette = at;
     if (type == "IDAT") packed.insert(packed.end(), &bytes[at + 8], &bytes[at + 8] + length);
   }
   if (most > UINT32_MAX) fail("cannot read %s: it is too large a picture", path.c_str());
@@ -175,6 +177,22 @@ inline void check_png(const std::string& path, const std::vector<unsigned char>&
   inflateEnd(&stream);
   if (status == Z_DATA_ERROR) fail("cannot read %s: it is damaged: %s", path.c_str(), stream.msg);
   if (status != Z_STREAM_END) cut();
+  return palette;
+}
+
+// A pixel's number may lie beyond the palette, and stb does not look. Fills the palette up with a
+// grey that it lacks, which then no pixel may have, and returns that; 256 if nothing is to be done.
+inline int fill_palette(std::vector<unsigned char>& bytes, size_t palette) {
+  size_t n = size_t(bytes[palette + 2]) << 8 | bytes[palette + 3], begin = palette + 8;
+  if (n % 3 != 0 || n >= 768) return 256;
+  std::set<int> greys;
+  for (size_t i = begin; i < begin + n; i += 3)
+    if (bytes[i] == bytes[i + 1] && bytes[i] == bytes[i + 2]) greys.insert(bytes[i]);
+  int grey = 0;
+  while (greys.count(grey)) ++grey;
+  bytes.insert(bytes.begin() + ptrdiff_t(begin + n), 768 - n, uint8_t(grey));
+  bytes[palette + 2] = 3, bytes[palette + 3] = 0;
+  return grey;
 }
 
 // Reads a PNG file as (C,H,W) in [-1,1], C = 1 if it is grey and 3 if it has colours. Transparency
@@ -191,7 +209,8 @@ inline std::vector<float> read_png(const std::string& path, size_t* C, size_t* H
   if (!known) fail("cannot read %s: it is not a whole PNG file", path.c_str());
   *C = channels < 3 ? 1 : 3, *H = size_t(height), *W = size_t(width);
   // At most 8 bytes a pixel, and the beginnings and ends of rows, of which interlacing makes more.
-  check_png(path, bytes, 8 * *H * *W + 8 * *H + 64);
+  size_t palette = check_png(path, bytes, 8 * *H * *W + 8 * *H + 64);
+  int absent = palette && bytes[25] == 3 ? fill_palette(bytes, palette) : 256;  // its kind, in IHDR
   // 16 bits hold whatever a PNG does. An 8-bit number is multiplied by 257.
   std::unique_ptr<stbi_us, void (*)(void*)> pixels(
       stbi_load_16_from_memory(bytes.data(), int(bytes.size()), &width, &height, &channels,
@@ -199,6 +218,10 @@ inline std::vector<float> read_png(const std::string& path, size_t* C, size_t* H
       stbi_image_free);
   if (!pixels) fail("cannot read %s: %s", path.c_str(), stbi_failure_reason());
   std::vector<float> image(*C * *H * *W);
+  for (size_t i = 0; i < *H * *W && absent < 256; ++i)
+    if (std::all_of(&pixels.get()[4 * i], &pixels.get()[4 * i + 3],
+                    [&](int v) { return v == 257 * absent; }))
+      fail("cannot read %s: it is damaged: a pixel's number is not in its palette", path.c_str());
   for (size_t c = 0; c < *C; ++c)
     for (size_t i = 0; i < *H * *W; ++i) {
       const stbi_us* pixel = pixels.get() + i * (*C + 1);

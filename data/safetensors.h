@@ -174,8 +174,7 @@ const char* dtype_name() {
   return found;
 }
 
-// Bytes of a tensor, by default of one number; nothing if 64 bits do not count them, or if there is
-// no such dtype.
+// Bytes of a tensor, by default of one number; nothing beyond 64 bits, or of an unknown dtype.
 inline std::optional<size_t> tensor_bytes(const std::string& dtype,
                                           const std::vector<size_t>& shape = {}) {
   size_t bytes = 0;

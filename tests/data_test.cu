@@ -714,6 +714,10 @@ TEST_F(DataTest, EveryKindOfPngIsReadForWhatItShows) {
        png_row(2, 8, 3, string("\1\0", 2), chunk("PLTE", "abcdef") + chunk("tRNS", "\xff\x33")),
        3,
        {'d' / 5.0, 'a', 'e' / 5.0, 'b', 'f' / 5.0, 'c'}},
+      {"a short palette, all of which is grey",
+       png_row(2, 1, 3, "\x40", chunk("PLTE", string("\0\0\0\1\1\1", 6))),
+       3,
+       {0, 1, 0, 1, 0, 1}},
       {"one grey unseen", png_row(2, 8, 0, "\3\4", transparent_3), 1, {0, 4}},
       {"grey, alpha", png_row(3, 8, 4, string("\x64\0\x64\x33\x64\xff", 6)), 1, {0, 20, 100}},
       {"rgb, alpha",
@@ -777,6 +781,12 @@ TEST_F(DataTest, ADamagedPngIsRefused) {
   EXPECT_PRED_FORMAT2(testing::IsSubstring, "not a whole PNG",
                       error(with(deflated(std::string(1'000'000, '\0')))));
   EXPECT_NE(error(header(3, 1, 8, 0) + chunk("IEND", "")), "no error") << "no pixels";
+  // A number beyond the palette, whatever greys this has.
+  const std::string greys("\0\0\0\1\1\1\2\2\2", 9);
+  EXPECT_EQ(error(png_row(3, 8, 3, std::string("\0\1\2", 3), chunk("PLTE", greys))), "no error");
+  for (const char* row : {"\1\2\3", "\1\2\xff"})
+    EXPECT_PRED_FORMAT2(testing::IsSubstring, "number is not in its palette",
+                        error(png_row(3, 8, 3, row, chunk("PLTE", greys))));
 }
 
 // Beside a row is its caption, and nothing else changes.
