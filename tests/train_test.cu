@@ -2252,7 +2252,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
   std::ofstream(at("lambda.ini")) << "[train]\nlambda = 1\n[plan]\nlambda = 1\n";
   fs::create_directories(at("foreign"));
   std::ofstream(at("foreign/weights.safetensors")) << "somebody's";
-  std::ofstream(at("probe.csv")) << "an earlier probe";
+  std::ofstream(at("probe.csv")) << "# The time t, of an earlier probe";
   auto save = [&](const char* name, Dataset d, const std::function<void(Dataset&)>& change) {
     change(d);
     d.pixels.resize(d.images * d.image_size()), d.empty_text.resize(d.text_tokens * d.text_dim);
