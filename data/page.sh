@@ -91,8 +91,8 @@ reports() {
   done
 }
 spikes() {
-  local bytes step name
-  while read -r bytes step name; do
+  local step name
+  while read -r _ step name; do
     echo "<details data-step=\"$step\"><summary>"
     head -n 2 "$run/$name" | escaped | at_most 1000
     echo "</summary><pre>"
@@ -114,8 +114,8 @@ pictures() {
   done
 }
 samples() {
-  local bytes step name
-  while read -r bytes step name; do
+  local step name
+  while read -r _ step name; do
     echo "<img class=\"sample\" alt=\"samples\" data-step=\"$step\" src=\"data:image/png;base64,"
     base64 <"$run/$name"
     echo "\">"
