@@ -32,7 +32,7 @@ def number(kind, good, words):
 
 
 positive = number(float, lambda x: 0 < x < math.inf, "a number, and positive")
-share = number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+fraction = number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
 count = number(int, lambda x: x > 0, "a positive integer")
 
 
@@ -146,7 +146,7 @@ if __name__ == "__main__":
     parser.add_argument("source", type=pathlib.Path)
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--heads", type=count, default=8, help="attention heads (default: 8)")
-    parser.add_argument("--norm-eps", type=share, default=1e-5, help="of the RMSNorms (default: 1e-5)")
+    parser.add_argument("--norm-eps", type=fraction, default=1e-5, help="of the RMSNorms (default: 1e-5)")
     parser.add_argument("--time-shift", type=positive, default=4.0, help="as trained (default: 4)")
     parser.add_argument("--size", type=count, default=16, help="numbers along a latent's side (default: 16)")
     options = parser.parse_args()
