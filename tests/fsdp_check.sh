@@ -141,7 +141,7 @@ bad("data", "text is torch.float64 of shape (5, 224), expected", "x['text'] = x[
 bad("data", "tensor text is missing", "del x['text']")
 bad("data", "more is not known", "x['more'] = x['text']")
 for key, value in ("heads", "0"), ("patch", "x"), ("norm_eps", "nan"), ("time_shift", "x"):
-    bad("weights", f"a number in its metadata: {value} must be", f"m['{key}'] = '{value}'")
+    bad("weights", f"metadata {key} {value} must be", f"m['{key}'] = '{value}'")
 bad("weights", "its metadata say width 32, 3 heads", "m['heads'] = 3")
 bad("weights", "its metadata say width 32, 2 heads, patch 3", "m['patch'] = 3")
 bad("weights", "patch_embed.patch_proj.weight has shape (32, 3, 1, 1), expected (16, 3, 1, 1)", "m['width'] = 16")

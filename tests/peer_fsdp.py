@@ -220,15 +220,17 @@ def read_config(path, tensors, data):
     with open(path, "rb") as file:
         metadata = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
     metadata["text_tokens"] = str(data.text.shape[1])  # a caption's own
-    for key in CONFIG:
+    metadata.setdefault("time_shift", "1")
+    values = {key: count if isinstance(value, int) else str for key, value in CONFIG.items()}
+    values |= {"norm_eps": fraction, "time_shift": positive}
+    for key, kind in values.items():
         if key not in metadata:
             sys.exit(f"{path} does not say its {key}: `mvsplit train` and tests/convert.py write it into the metadata")
-    try:
-        c = config(**{key: count(metadata[key]) for key, value in CONFIG.items() if isinstance(value, int)},
-                   residual=metadata["residual"], norm_eps=fraction(metadata["norm_eps"]))
-        positive(metadata.get("time_shift", 1))
-    except argparse.ArgumentTypeError as error:
-        sys.exit(f"{path}: a number in its metadata: {error}")
+        try:
+            values[key] = kind(metadata[key])
+        except argparse.ArgumentTypeError as error:
+            sys.exit(f"{path}: metadata {key} {error}")
+    c = config(**values)
     if c.residual not in GATES or metadata.get("means", "segment") != "segment":
         sys.exit(f"{path} is of --residual {c.residual} --means {metadata.get('means')}: here are {', '.join(GATES)}, "
                  "with means by segment")
@@ -331,7 +333,7 @@ def main(arguments):
     data = fashion_mnist() if o.data == "fashion-mnist" else latents(o.data)
     c, metadata = read_config(o.weights, tensors, data)
     network = Network(tensors, c)
-    o.time_shift = float(metadata.get("time_shift", 1)) if o.time_shift is None else o.time_shift
+    o.time_shift = c.time_shift if o.time_shift is None else o.time_shift
     metadata |= {"time_shift": str(o.time_shift), "captions": data.words}
     for name in tensors.keys() - {name for name, _ in network.named()}:
         if not (tensors[name] == 1).all():  # as the author's gains of norms
