@@ -19,6 +19,7 @@ fault() {
 convert() { "$python" tests/convert.py "$@" >"$work/log" 2>&1; }
 refused() {  # refused WORDS ARGUMENT...: fails with these words, and leaves nothing
   convert "${@:2}" && fault "not refused: $1"
+  ! grep -q Traceback "$work/log" || fault "a traceback instead of: $1"
   grep -qF -- "$1" "$work/log" || fault "no '$1' but: $(tail -n 1 "$work/log")"
   ! compgen -G "$work/new*" >/dev/null || fault "left something behind: $1"
 }
@@ -26,7 +27,7 @@ refused() {  # refused WORDS ARGUMENT...: fails with these words, and leaves not
 # The author's names; text as wide as the trunk has no projection; norms have gains of one. Two dtypes,
 # and a tensor that lies in memory otherwise than in the file.
 "$python" - "$work" <<'MODEL' || fault "no model"
-import sys, torch
+import argparse, sys, torch
 torch.manual_seed(1)
 D, F, C, L = 32, 48, 6, 3
 draw = lambda *shape: torch.randn(shape) / shape[-1] ** 0.5
@@ -47,6 +48,11 @@ torch.save({"model": {"_orig_mod." + name: x for name, x in w.items()}, "step": 
 torch.save({**w, "_orig_mod.final_proj.bias": w["final_proj.bias"]}, folder + "/twice.pt")
 torch.save({"step": 7}, folder + "/none.pt")
 torch.save({"a": w["final_proj.bias"]}, folder + "/other.pt")
+torch.save({"model": w, "args": argparse.Namespace(a=1)}, folder + "/args.pt")
+torch.save({1: w["final_proj.bias"]}, folder + "/one.pt")
+torch.save({**w, "__metadata__": w["final_proj.bias"]}, folder + "/named.pt")
+torch.save({**w, "final_proj.bias": torch.ones(C, device="meta")}, folder + "/meta.pt")
+torch.save({**w, "final_proj.bias": torch.ones(C).to_sparse()}, folder + "/sparse.pt")
 text = torch.randn(2, 5, D)
 header = '{"text":{"dtype":"F32","shape":[2,5,32],"data_offsets":[0,%d]}}' % (text.numel() * 4)
 with open(folder + "/text.safetensors", "wb") as file:
@@ -72,7 +78,13 @@ grep -q 'name a .safetensors' "$work/log" || fault "a picture of six channels is
 # And back: in one file, and in two with an index.
 convert "$work/model.safetensors" "$work/back.pt" || fault "to .pt: $(tail -n 1 "$work/log")"
 convert "$work/model.safetensors.index.json" "$work/sharded.pt" && fault "a missing index is read"
-echo '{"weight_map": {"text": "text.safetensors", "others": "model.safetensors"}}' >"$work/two.safetensors.index.json"
+index() {  # index NAME EDIT: of text and model, with what EDIT, Python, makes of the map {tensor: file}
+  "$python" -c 'import json, sys; sys.path.insert(0, "tests"); from convert import mapped
+folder, name, edit = sys.argv[1:]
+x = {t: shard for shard in ("text.safetensors", "model.safetensors") for t in mapped(f"{folder}/{shard}")}
+exec(edit); json.dump({"weight_map": x}, open(f"{folder}/{name}.safetensors.index.json", "w"))' "$work" "$@"
+}
+index two ''
 convert "$work/two.safetensors.index.json" "$work/two.pt" || fault "shards to .pt: $(tail -n 1 "$work/log")"
 "$python" - "$work" <<'SAME' || fault "what comes back is not what was there"
 import sys, torch
@@ -87,6 +99,28 @@ refused 'holds no state_dict' "$work/none.pt" "$work/new.safetensors"
 refused 'not the weights of this model' "$work/other.pt" "$work/new.safetensors"
 refused 'cannot make' "$work/absent.pt" "$work/new.safetensors"
 refused 'cannot make' "$work/absent.safetensors" "$work/new.pt"
+refused 'holds argparse.Namespace: expected tensors' "$work/args.pt" "$work/new.safetensors"
+refused 'holds no state_dict' "$work/one.pt" "$work/new.safetensors"
+refused 'can have the name __metadata__' "$work/named.pt" "$work/new.safetensors"
+refused 'final_proj.bias is torch.strided on device meta' "$work/meta.pt" "$work/new.safetensors"
+refused 'final_proj.bias is torch.sparse_coo on device cpu' "$work/sparse.pt" "$work/new.safetensors"
+for flag in --heads=-3 --norm-eps=nan --time-shift=x --size=0; do
+  refused "argument ${flag%=*}: ${flag#*=} must be" "$work/model.pt" "$work/new.safetensors" "$flag"
+done
+for edit in 'x = [x]' 'x = {}' 'x["text"] = 1'; do
+  index bad "$edit"
+  refused 'has no weight_map, {tensor: file}' "$work/bad.safetensors.index.json" "$work/new.pt"
+done
+echo '[]' >"$work/bad.safetensors.index.json"
+refused 'has no weight_map, {tensor: file}' "$work/bad.safetensors.index.json" "$work/new.pt"
+index bad 'x["more"] = "text.safetensors"'
+refused 'more is not in text.safetensors' "$work/bad.safetensors.index.json" "$work/new.pt"
+cp "$work/text.safetensors" "$work/again.safetensors"
+index bad 'x["more"] = "again.safetensors"'
+refused 'again.safetensors holds text, which the index does not place' "$work/bad.safetensors.index.json" "$work/new.pt"
+head -c 100 "$work/model.safetensors" >"$work/cut.safetensors"
+refused 'cut.safetensors is no whole .safetensors' "$work/cut.safetensors" "$work/new.pt"
+refused 'cannot make' "$work/model.pt" "$work/$(printf %0240d 1).safetensors"
 refused 'or the other way round' "$work/model.pt" "$work/new.pt"
 
 # The author's own classes, with what they fall back on where Triton is missing: the same velocities, after the way

@@ -90,13 +90,71 @@ SAME
 ! grep 'does not say' "$work/log" || fault "the metadata does not say all"
 ours on --weights "$work/latents.safetensors" "${data[@]}"
 
-refused() {  # refused WORDS ARGUMENT...
-  LOCAL_RANK=0 WORLD_SIZE=2 "$python" tests/peer_torch.py fsdp --weights "$start" --out "$work/new" "${@:2}" \
+refused() {  # refused WORDS ARGUMENT...: before step 1
+  RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 "$python" tests/peer_torch.py fsdp --weights "$start" --out "$work/new" "${@:2}" \
     >"$work/log" 2>&1 && fault "not refused: $1"
+  ! grep -q Traceback "$work/log" || fault "a traceback instead of: $1"
   grep -qF -- "$1" "$work/log" || fault "no '$1' but: $(last)"
 }
 refused 'is shared by 2 processes' --batch 3
-refused 'cannot be written' --out /dev/null
+refused 'cannot be written' --out /proc/o.safetensors
+refused 'is no .safetensors: sharded weights and .pt files are not read here' --weights w.safetensors.index.json
+refused 'cannot read none.safetensors' --data none.safetensors
 refused 'is for 1 x 32 x 32 and text of 64 numbers, the data have 3 x 4 x 6 and 32' "${data[@]}"
+
+# The same in one process: flags, and files whose tensors x or metadata m were edited.
+RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 "$python" - "$work" >"$work/log" 2>&1 <<'REFUSED' || fault "refused: $(last)"
+import contextlib, io, json, sys
+sys.path.insert(0, "tests")
+import torch, peer_fsdp, peer_torch
+work = sys.argv[1]
+files = {kind: f"{work}/{name}.safetensors" for kind, name in (("data", "data"), ("weights", "wide"))}
+def refused(words, *arguments):
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            peer_fsdp.main(["--weights", files["weights"], "--data", files["data"], "--out", work + "/new", *arguments])
+    except SystemExit as error:
+        assert words in f"{said.getvalue()}{error}", f"no '{words}' but: {said.getvalue()}{error}"
+    else:
+        raise AssertionError(f"not refused: {words}")
+def bad(kind, words, edit):
+    x, path = peer_fsdp.mapped(files[kind]), work + "/bad.safetensors"
+    with open(files[kind], "rb") as file:
+        m = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    exec(edit)
+    peer_torch.save(path, x, m)
+    refused(f"{path}: {words}", "--" + kind, path)
+for out in "/dev/null", "/proc/o.safetensors", work + "/" + 253 * "o", work + "/none/o":
+    refused(f"--out {out} cannot be written", "--out", out)
+for flag in ("clip=-1 time-shift=0 time-shift=x dropout=2 weight-decay=-1 warmup=-5 seed=-1 save-every=-1 lr=nan lr=-1 "
+             "steps=0").split():
+    refused("argument --{}: {} must be".format(*flag.split("=")), "--" + flag)
+refused("cannot read none.safetensors", "--weights", "none.safetensors")
+bad("data", "empty has shape (3, 32), expected (7, 32)", "x['empty'] = x['empty'][:3]")
+bad("data", "empty holds numbers that are not finite", "x['empty'][0] = torch.nan")
+bad("data", "caption is torch.float64 of shape (37,), expected integers", "x['caption'] = x['caption'].double()")
+bad("data", "caption holds something else than 37 numbers", "x['caption'] = x['caption'][1:]")
+bad("data", "caption is torch.int64 of shape (37, 1), expected", "x['caption'] = x['caption'][:, None]")
+bad("data", "latents is torch.int64 of shape", "x['latents'] = x['latents'].long()")
+bad("data", "latents is torch.float64 of shape (0, 3, 4, 6), expected", "x['latents'] = x['latents'][:0]")
+bad("data", "text is torch.float64 of shape (5, 224), expected", "x['text'] = x['text'].flatten(1)")
+bad("data", "tensor text is missing", "del x['text']")
+bad("data", "more is not known", "x['more'] = x['text']")
+for key, value in ("heads", "0"), ("patch", "x"), ("norm_eps", "nan"), ("time_shift", "x"):
+    bad("weights", f"metadata {key} {value} must be", f"m['{key}'] = '{value}'")
+bad("weights", "its metadata say width 32, 3 heads", "m['heads'] = 3")
+bad("weights", "its metadata say width 32, 2 heads, patch 3", "m['patch'] = 3")
+bad("weights", "patch_embed.patch_proj.weight has shape (32, 3, 1, 1), expected (16, 3, 1, 1)", "m['width'] = 16")
+bad("weights", "blocks.0.ffn.w13.weight has shape (96, 32), expected (198, 32)", "m['ffn'] = 99")
+bad("weights", "blocks.1.rezero2 is missing", "del x['blocks.1.rezero2']")
+REFUSED
+
+# Stopped, it says so, and leaves nothing half written.
+RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=0 "$python" tests/peer_torch.py fsdp --weights \
+  "$start" --batch 4 --steps 100000 --save-every 1 --out "$work/stopped" >"$work/said" 2>"$work/log" &
+until grep -q '^weights' "$work/said" || ! kill -0 $! 2>/dev/null; do sleep 0.1; done
+kill $! && ! wait $! || fault "it cannot be stopped"
+grep -q '^interrupted: what came after' "$work/log" || fault "no 'interrupted' but: $(last)"
+[ ! -e "$work/stopped.tmp" ] || fault "it left stopped.tmp"
 echo "fsdp_check: $faults faults"
 [ $faults = 0 ]

@@ -7,18 +7,23 @@ AdamW and warm-up. Each of N processes keeps 1/N of every weight, gradient and m
 weights are gathered before use (in bf16 on a GPU), freed after it, and its forward is done again in the backward.
 What it is not: resumed. OUT has the names, shapes and types of W, and no optimiser, which begins anew each time.
 """
-import argparse, gzip, json, math, os, pathlib, resource, sys, time, types
+import argparse, gzip, json, math, os, pathlib, resource, signal, sys, time, types, zlib
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from convert import mapped
-from peer_torch import BFLOAT, CONFIG, DEVICE, GATES, block_names, config, make_block, velocity, wide
+from convert import count, fraction, mapped, number, positive
+from peer_torch import BFLOAT, CONFIG, DEVICE, GATES, block_names, config, make_block, shapes, velocity, wide
 
 GPU, LOW = DEVICE == "cuda", 2**32 - 1
 ENDS = ["patch_embed.patch_proj.weight", "final_proj.weight", "final_proj.bias"]
 MAYBE = ["patch_embed.patch_proj.bias", "context_proj.weight"]
 IMAGE, TIME, NOISE, DROPOUT = range(4)  # streams of random numbers
+LATENTS = {"latents": "(N,C,H,W)", "text": "(M,L,d_text)", "caption": "(N)", "empty": "(L,d_text)"}
+
+at_least_0 = number(float, lambda x: 0 <= x < math.inf, "a number, at least 0")
+probability = number(float, lambda x: 0 <= x <= 1, "a probability, from 0 to 1")
+whole = number(int, lambda x: 0 <= x < 2**64, "an integer, at least 0")
 
 
 def random_bits(seed, stream, index):
@@ -64,7 +69,10 @@ def fashion_mnist():
         path = next((folder / name for folder in folders if (folder / name).exists()), None)
         if not path:
             sys.exit("Fashion-MNIST is not here: run `bash data/fetch.sh`, which fetches it")
-        return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)[header:]
+        try:
+            return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)[header:]
+        except (OSError, EOFError, zlib.error) as error:
+            sys.exit(f"cannot read {path}: {error}")
     images = torch.nn.functional.pad(read("train-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28), (2, 2, 2, 2))
     names = [*"t-shirt trouser pullover dress coat sandal shirt sneaker bag".split(), "ankle boot"]
     prompts = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
@@ -73,19 +81,40 @@ def fashion_mnist():
                                  text=torch.stack([encode(prompt) for prompt in [*prompts, ""]]))
 
 
+def opened(path):
+    """The tensors of a file, or one line that says why not."""
+    if not path.endswith(".safetensors"):
+        sys.exit(f"{path} is no .safetensors: sharded weights and .pt files are not read here (tests/convert.py makes "
+                 "a .pt of shards, and a .safetensors of a .pt)")
+    try:
+        return mapped(path)
+    except (OSError, ValueError) as error:
+        sys.exit(f"cannot read {path}: {error}")
+
+
 def latents(path):
     """The same of a file of latents, but for the images that are held out."""
-    x = mapped(path)
-    for name in ("latents", "text", "caption"):
+    x = opened(path)
+    for name in x.keys() - LATENTS.keys():
+        sys.exit(f"{path}: {name} is not known, expected {', '.join(LATENTS)}")
+    for name, letters in LATENTS.items():
+        if name == "empty":
+            x.setdefault(name, torch.zeros(x["text"].shape[1:]))
         if name not in x:
             sys.exit(f"{path}: tensor {name} is missing")
+        t, kind = x[name], "integers" if name == "caption" else "floating numbers"
+        if (t.dim() != letters.count(",") + 1 or not t.numel() or t.dtype == torch.bool
+                or t.is_floating_point() == (kind == "integers")):
+            sys.exit(f"{path}: {name} is {t.dtype} of shape {tuple(t.shape)}, expected {kind} {letters}, no size 0")
+        if not torch.isfinite(t.float()).all():
+            sys.exit(f"{path}: {name} holds numbers that are not finite")
+    empty, caption_shape = x["empty"], x["text"].shape[1:]
+    if empty.shape != caption_shape:
+        sys.exit(f"{path}: empty has shape {tuple(empty.shape)}, expected {tuple(caption_shape)}, as rows of text have")
     images, caption, stride = x["latents"], x["caption"].long(), min(16, len(x["latents"]))
     if len(caption) != len(images) or caption.min() < 0 or caption.max() >= len(x["text"]):
         sys.exit(f"{path}: caption holds something else than {len(images)} numbers from 0 to {len(x['text']) - 1}")
-    if not all(torch.isfinite(x[name]).all() for name in ("latents", "text")):
-        sys.exit(f"{path}: latents or text hold numbers that are not finite")
     kept = torch.tensor([i for i in range(len(images)) if i % stride != stride - 1] or [0])
-    empty = x.get("empty", torch.zeros(x["text"].shape[1:]))
     return types.SimpleNamespace(caption=caption[kept], words="file", shape=images.shape[1:],
                                  pixels=lambda i: images[kept[i]].float(),
                                  text=torch.cat([x["text"].float(), empty.float()[None]]))
@@ -109,9 +138,6 @@ class Unit(torch.nn.Module):
 
     def __init__(self, names, tensors):
         super().__init__()
-        missing = [name for name in names if name not in tensors]
-        if missing:
-            raise ValueError(f"tensor {missing[0]} is missing: not the weights of this network")
         self.names = names
         self.weights = torch.nn.ParameterList(torch.empty(tensors[name].shape, device="meta") for name in names)
 
@@ -189,15 +215,22 @@ def save(network, path, weights, tensors, metadata):
         print(f"weights {path}", flush=True)
 
 
-def read_config(path, data):
-    """The configuration that a file's metadata say, and these. Fails if it is not the twin's, or not the data's."""
+def read_config(path, tensors, data):
+    """The configuration that a file's metadata say, and these. Fails if twin, tensors or data have another."""
     with open(path, "rb") as file:
         metadata = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
     metadata["text_tokens"] = str(data.text.shape[1])  # a caption's own
-    for key in CONFIG:
+    metadata.setdefault("time_shift", "1")
+    values = {key: count if isinstance(value, int) else str for key, value in CONFIG.items()}
+    values |= {"norm_eps": fraction, "time_shift": positive}
+    for key, kind in values.items():
         if key not in metadata:
             sys.exit(f"{path} does not say its {key}: `mvsplit train` and tests/convert.py write it into the metadata")
-    c = config(**{key: type(value)(metadata[key]) for key, value in CONFIG.items()})
+        try:
+            values[key] = kind(metadata[key])
+        except argparse.ArgumentTypeError as error:
+            sys.exit(f"{path}: metadata {key} {error}")
+    c = config(**values)
     if c.residual not in GATES or metadata.get("means", "segment") != "segment":
         sys.exit(f"{path} is of --residual {c.residual} --means {metadata.get('means')}: here are {', '.join(GATES)}, "
                  "with means by segment")
@@ -205,6 +238,16 @@ def read_config(path, data):
     if have != (c.channels, c.height, c.image_width, c.text_dim):
         sys.exit(f"{path} is for {c.channels} x {c.height} x {c.image_width} and text of {c.text_dim} numbers, the "
                  f"data have {' x '.join(map(str, have[:3]))} and {have[3]}")
+    if c.width % (4 * c.heads) or c.height % c.patch or c.image_width % c.patch:
+        sys.exit(f"{path}: its metadata say width {c.width}, {c.heads} heads, patch {c.patch}: expected a head to "
+                 f"have a multiple of 4 numbers, and a patch that divides {c.height} x {c.image_width}")
+    for name, shape in shapes(c).items():
+        for i in range(c.depth if "*" in name else 1):
+            name_here, want = name.replace("*", str(i)), shape["*" in name:]
+            have = tuple(tensors[name_here].shape) if name_here in tensors else None
+            if have != want and (have or name not in (MAYBE if c.text_dim == c.width else MAYBE[:1])):
+                sys.exit(f"{path}: {name_here} {f'has shape {have}' if have else 'is missing'}, expected {want} by the "
+                         "metadata: these are not the weights of this network")
     return c, metadata
 
 
@@ -257,37 +300,40 @@ def main(arguments):
     parser.add_argument("--weights", required=True, help="a .safetensors, of train or of tests/convert.py")
     parser.add_argument("--data", default="fashion-mnist", help="fashion-mnist, or a .safetensors of latents")
     parser.add_argument("--out", required=True, help="the .safetensors to be written")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=32, help="images of a forward pass, of all processes")
-    parser.add_argument("--accumulate", type=int, default=1, help="passes of a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate after warm-up")
-    parser.add_argument("--warmup", type=int, default=100, help="steps of warm-up")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="of matrices")
-    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: none")
-    parser.add_argument("--dropout", type=float, default=0.1, help="share of captions left out")
-    parser.add_argument("--time-shift", type=float, help="as the weights' metadata say")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--save-every", type=int, default=0, help="steps; 0: at the end")
+    parser.add_argument("--steps", type=count, default=1000)
+    parser.add_argument("--batch", type=count, default=32, help="images of a forward pass, of all processes")
+    parser.add_argument("--accumulate", type=count, default=1, help="passes of a step")
+    parser.add_argument("--lr", type=positive, default=1e-3, help="learning rate after warm-up")
+    parser.add_argument("--warmup", type=whole, default=100, help="steps of warm-up")
+    parser.add_argument("--weight-decay", type=at_least_0, default=0.1, help="of matrices")
+    parser.add_argument("--clip", type=at_least_0, default=1.0, help="largest gradient norm; 0: none")
+    parser.add_argument("--dropout", type=probability, default=0.1, help="share of captions left out")
+    parser.add_argument("--time-shift", type=positive, help="as the weights' metadata say")
+    parser.add_argument("--seed", type=whole, default=1)
+    parser.add_argument("--save-every", type=whole, default=0, help="steps; 0: at the end")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16" if GPU else "fp32")
     o = parser.parse_args(arguments)
     rank, processes = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    if min(o.steps, o.batch, o.accumulate) < 1 or o.batch % processes:
-        sys.exit(f"--batch {o.batch} is shared by {processes} processes: take a multiple of it, and at least one step")
+    if o.batch % processes:
+        sys.exit(f"--batch {o.batch} is shared by {processes} processes: take a multiple of {processes}")
     if GPU and rank >= torch.cuda.device_count():
         sys.exit(f"there are {torch.cuda.device_count()} GPUs: take no more for --nproc-per-node")
-    out = pathlib.Path(o.out).absolute()
-    if not out.parent.is_dir() or out.exists() and not out.is_file():
-        sys.exit(f"--out {out} cannot be written: name a file in a folder that is there")
     if o.data != "fashion-mnist" and not o.data.endswith(".safetensors"):
         sys.exit(f"no data at {o.data}: expected fashion-mnist, a .safetensors of latents")
+    first, temporary = os.environ["RANK"] == "0", f"{o.out}.tmp"
     try:
-        tensors = mapped(o.weights)
-        data = fashion_mnist() if o.data == "fashion-mnist" else latents(o.data)
-        c, metadata = read_config(o.weights, data)
-        network = Network(tensors, c)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"cannot read {o.weights} or {o.data}: {error}")
-    o.time_shift = float(metadata.get("time_shift", 1)) if o.time_shift is None else o.time_shift
+        if os.path.exists(o.out) and not os.path.isfile(o.out):
+            raise FileExistsError("it is no file")
+        if first:
+            open(temporary, "wb").close()
+            os.unlink(temporary)
+    except OSError as error:
+        sys.exit(f"--out {o.out} cannot be written ({error}): name a file in a folder that is there")
+    tensors = opened(o.weights)
+    data = fashion_mnist() if o.data == "fashion-mnist" else latents(o.data)
+    c, metadata = read_config(o.weights, tensors, data)
+    network = Network(tensors, c)
+    o.time_shift = c.time_shift if o.time_shift is None else o.time_shift
     metadata |= {"time_shift": str(o.time_shift), "captions": data.words}
     for name in tensors.keys() - {name for name, _ in network.named()}:
         if not (tensors[name] == 1).all():  # as the author's gains of norms
@@ -296,5 +342,12 @@ def main(arguments):
         torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if GPU else "gloo")
     dtype = BFLOAT if o.precision == "bf16" else torch.float32
-    train(sharded(network, tensors, dtype), tensors, data, o, metadata, dtype)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's, when another process has failed
+    try:
+        train(sharded(network, tensors, dtype), tensors, data, o, metadata, dtype)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what came after the last --save-every is lost" if first else 1)
+    finally:
+        if first:
+            pathlib.Path(temporary).unlink(missing_ok=True)
     dist.destroy_process_group()

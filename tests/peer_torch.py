@@ -29,19 +29,23 @@ def config(**changes):
     return types.SimpleNamespace(**{**CONFIG, **changes})
 
 
-def random_weights(c):
-    """All parameters (fp64): none at 0 or 1, where an error could hide, and all exact in bf16."""
+def shapes(c):
+    """Of all parameters, by name."""
     L, D, p, dim, gate = c.depth, c.width, c.patch, c.channels * c.patch**2, 1 if c.residual == "rezero" else c.width
-    shapes = {"patch_embed.patch_proj.weight": (D, c.channels, p, p), "patch_embed.patch_proj.bias": (D,),
+    found = {"patch_embed.patch_proj.weight": (D, c.channels, p, p), "patch_embed.patch_proj.bias": (D,),
               "context_proj.weight": (D, c.text_dim), "final_proj.weight": (dim, D), "final_proj.bias": (dim,),
               "blocks.*.ffn.w13.weight": (L, 2 * c.ffn, D), "blocks.*.ffn.w2.weight": (L, D, c.ffn)}
-    shapes |= {f"blocks.*.operator.{name}.weight": (L, D, D) for name in ("q_proj", "k_proj", "v_proj", "proj")}
-    shapes |= {"blocks.*." + name % i: (L, gate) for i in (1, 2) for name in GATES[c.residual]}
+    found |= {f"blocks.*.operator.{name}.weight": (L, D, D) for name in ("q_proj", "k_proj", "v_proj", "proj")}
+    found |= {"blocks.*." + name % i: (L, gate) for i in (1, 2) for name in GATES[c.residual]}
+    return found
 
+
+def random_weights(c):
+    """All parameters (fp64): none at 0 or 1, where an error could hide, and all exact in bf16."""
     def draw(name, shape):
         x, fan_in = torch.randn(shape, dtype=DOUBLE, device=DEVICE), math.prod(shape[1 + ("*" in name):])
         return (x / fan_in ** 0.5 if name.endswith("weight") else 0.3 + 0.2 * x).to(BFLOAT).double()
-    return {name: draw(name, shape) for name, shape in shapes.items()}
+    return {name: draw(name, shape) for name, shape in shapes(c).items()}
 
 
 def wide(x):
