@@ -106,7 +106,7 @@ def latents(path):
         if (t.dim() != letters.count(",") + 1 or not t.numel() or t.dtype == torch.bool
                 or t.is_floating_point() == (kind == "integers")):
             sys.exit(f"{path}: {name} is {t.dtype} of shape {tuple(t.shape)}, expected {kind} {letters}, no size 0")
-        if not torch.isfinite(t.float()).all():
+        if not all(torch.isfinite(part.float()).all() for part in t.split(1024)):
             sys.exit(f"{path}: {name} holds numbers that are not finite")
     empty, caption_shape = x["empty"], x["text"].shape[1:]
     if empty.shape != caption_shape:
@@ -347,6 +347,8 @@ def main(arguments):
         train(sharded(network, tensors, dtype), tensors, data, o, metadata, dtype)
     except KeyboardInterrupt:
         sys.exit("interrupted: what came after the last --save-every is lost" if first else 1)
+    except OSError as error:  # as a disk that is full
+        sys.exit(f"stopped ({error}): what came after the last --save-every is lost")
     finally:
         if first:
             pathlib.Path(temporary).unlink(missing_ok=True)

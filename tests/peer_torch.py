@@ -30,11 +30,11 @@ def config(**changes):
 
 
 def shapes(c):
-    """Of all parameters, by name."""
+    """The shape of each parameter, by its name."""
     L, D, p, dim, gate = c.depth, c.width, c.patch, c.channels * c.patch**2, 1 if c.residual == "rezero" else c.width
     found = {"patch_embed.patch_proj.weight": (D, c.channels, p, p), "patch_embed.patch_proj.bias": (D,),
-              "context_proj.weight": (D, c.text_dim), "final_proj.weight": (dim, D), "final_proj.bias": (dim,),
-              "blocks.*.ffn.w13.weight": (L, 2 * c.ffn, D), "blocks.*.ffn.w2.weight": (L, D, c.ffn)}
+             "context_proj.weight": (D, c.text_dim), "final_proj.weight": (dim, D), "final_proj.bias": (dim,),
+             "blocks.*.ffn.w13.weight": (L, 2 * c.ffn, D), "blocks.*.ffn.w2.weight": (L, D, c.ffn)}
     found |= {f"blocks.*.operator.{name}.weight": (L, D, D) for name in ("q_proj", "k_proj", "v_proj", "proj")}
     found |= {"blocks.*." + name % i: (L, gate) for i in (1, 2) for name in GATES[c.residual]}
     return found
