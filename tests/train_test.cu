@@ -3752,7 +3752,7 @@ TEST(Interrupt, TheSecondEndsARunAtOnce) {
 TEST_F(CommandTest, TheEndOfAConsoleEndsNoRun) {
   int pipe_ends[2];
   ASSERT_EQ(pipe(pipe_ends), 0);
-  auto without = [](std::initializer_list<int> closed) {
+  auto without = [](std::vector<int> closed) {
     return [=] {
       for (int descriptor : closed) close(descriptor);
     };
