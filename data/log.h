@@ -149,8 +149,8 @@ class CsvLog {
     if (lost > 0) {
       const std::string aside = free_name(path);
       fs::copy_file(path, aside);
-      std::fprintf(stderr, "note: %zu lines of %s are not its rows: they are in %s\n", lost,
-                   visible(path).c_str(), visible(aside).c_str());
+      std::fprintf(stderr, "note: %s has lines that are not its rows (%zu): they are in %s\n",
+                   visible(path).c_str(), lost, visible(aside).c_str());
     }
     SafeFile file(path);
     file.write(kept);
