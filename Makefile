@@ -100,7 +100,7 @@ setup:
 data: | setup
 	@bash data/fetch.sh
 
-# Where there is no GPU: 48 layers, 64 + 8 tokens, 3 min 41 s on two cores. Stopped with Ctrl-C,
+# Where there is no GPU: 48 layers, 64 + 8 tokens, 3 min 22 s on two cores. Stopped with Ctrl-C,
 # the same command goes on; when it is done, it draws the pictures again.
 RUN_cpu := --depth 48 --width 64 --heads 4 --ffn 192 --patch 4 --batch 16 --steps 300 \
            --lr 2e-3 --warmup 50 --save-every 100 --columns 4 --diagnose-every 10

@@ -82,20 +82,21 @@ inline Words logs_in(const std::string& folder) {
   return logs;
 }
 
-// PATH.1, or with the first number that is free.
-inline std::string free_name(const std::string& path) {
+// ".1", or the first number that behind each of these names is free.
+inline std::string free_end(const Words& names) {
   size_t number = 1;
-  while (fs::exists(path + "." + std::to_string(number))) ++number;
-  return path + "." + std::to_string(number);
+  auto taken = [&](const std::string& x) { return fs::exists(x + "." + std::to_string(number)); };
+  while (std::any_of(names.begin(), names.end(), taken)) ++number;
+  return "." + std::to_string(number);
 }
 
-// Rename them all.
+// Rename them all to NAME.1, or to the first number that is free for each of them.
 inline void set_aside(const Words& logs) {
+  const std::string end = free_end(logs);
   for (const std::string& log : logs) {
-    const std::string aside = free_name(log);
-    fs::rename(log, aside);
+    fs::rename(log, log + end);
     std::printf("%s, of a run without a state, is %s now\n", visible(log).c_str(),
-                visible(aside).c_str());
+                visible(log + end).c_str());
   }
 }
 
@@ -138,16 +139,14 @@ class CsvLog {
       int numbers = std::sscanf(line.c_str(), "%llu,%llu", &now.first, &now.second);
       if (keys == 1) now.second = 0;
       // A line without its end was cut off, and so may be its last number.
-      bool row = numbers >= keys && fields(line) == fields(names) && !old.eof();
+      bool row = numbers >= keys && fields(line) == fields(names) && !old.eof() && last < now;
       if (i < header_lines || (numbers >= 1 && now.first > steps_done)) continue;
-      if (row && last < now)
-        kept += line + "\n", last = now;
-      else
-        ++lost;
+      if (row) kept += line + "\n", last = now;
+      lost += !row;
     }
     last_ = last.first;
     if (lost > 0) {
-      const std::string aside = free_name(path);
+      const std::string aside = path + free_end({path});
       fs::copy_file(path, aside);
       std::fprintf(stderr, "note: %s has lines that are not its rows (%zu): they are in %s\n",
                    visible(path).c_str(), lost, visible(aside).c_str());

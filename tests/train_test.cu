@@ -1858,8 +1858,8 @@ TEST_F(TrainTest, ConfigurationsThatContradictTheirFileAreRefused) {
                            {"heads", "many", "heads is 'many', expected a positive integer"},
                            {"heads", "0", "heads is '0'"},
                            {"heads", "5", "not divisible by 5 heads"},
-                           {"residual", "magic", "residual 'magic' is not known"},
-                           {"means", "geometric", "means 'geometric' is not known"},
+                           {"residual", "magic", "w: residual 'magic' is not known"},
+                           {"means", "geometric", "w: means 'geometric' is not known"},
                            {"norm_eps", "x", "norm_eps is 'x', expected a number"}};
   for (auto [key, value, words] : rows) {
     Metadata about = describe(c, 1);
@@ -1868,6 +1868,10 @@ TEST_F(TrainTest, ConfigurationsThatContradictTheirFileAreRefused) {
     Config read;
     EXPECT_ERROR(read_config(SafetensorsReader(at("w.safetensors")), "w", read), words);
   }
+  save_tensors(at("w.safetensors"), describe(c, -1), device, table, Stored{"", weights.data()});
+  Words assumed;
+  EXPECT_ERROR(read_time_shift(SafetensorsReader(at("w.safetensors")), "w", {}, assumed),
+               "w: metadata time_shift is -1, not positive");
   save_tensors(at("w.safetensors"), describe(c, 1), device, table, Stored{"", weights.data()});
   SafetensorsReader file(at("w.safetensors"));
   Config read;
@@ -2469,6 +2473,9 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"sample", tokens, "captions of 2 x 5 numbers, the model takes 3 x 5"},
       {"sample", dim, "captions of 3 x 4 numbers, the model takes 3 x 5"},
       {"sample", huge_weights, "the samples hold NaN or infinity"},
+      {"forward", huge_weights, "the results hold NaN or infinity"},
+      {"forward", "--inputs=", "--inputs names no file"},
+      {"train", "--weights=", "--weights names no file"},
       {"sample", "--cfg nan", "--cfg nan: expected a decimal number"},
       {"sample", "--norm-eps 0", "norm-eps 0 is not in"},
       {"probe", "--norm-eps -1", "norm-eps -1 is not in"},
@@ -2695,6 +2702,24 @@ TEST_F(TrainTest, ARunBeginsWhereItsStateHasRoom) {
   huge.o.save = "weights", huge.o.save_every = 0;
   EXPECT_ERROR(require_room(huge), "weights.safetensors: it needs 4503599627370496 bytes");
   EXPECT_TRUE(files().empty());
+}
+
+TEST_F(CommandTest, ADivergedRunHasItsPage) {
+  if (!fs::exists("data/page.sh")) GTEST_SKIP() << "it is made where the source is";
+  const std::string flags = "--warmup 0 --lr 1e30 --steps 30 --diagnose-every 1 --out " + at("far");
+  Outcome outcome = run("train", train_, flags + " --diagnose-samples 99 --val-images 99");
+  EXPECT_EQ(outcome.status, 1) << outcome.err;
+  EXPECT_TRUE(fs::exists(at("far/page.html")));
+  for (const char* flag :
+       {"note: --diagnose-samples 99: there are", "note: --val-images 99: there"})
+    EXPECT_NE(outcome.err.find(flag), std::string::npos) << outcome.err;
+}
+
+// main() asks whether it is train, whose files hold what the console does.
+TEST(CommandLineTest, ASubcommandIsFoundBehindItsConfiguration) {
+  EXPECT_EQ(subcommand_at({"sample", "--prompt", "train"}), 0u);
+  EXPECT_EQ(subcommand_at({"--config", "x.ini", "train"}), 2u);
+  EXPECT_EQ(subcommand_at({"--config=x.ini", "train", "--steps", "1"}), 1u);
 }
 
 TEST_F(CommandTest, ResumingNothingSaysSo) {
@@ -4151,6 +4176,13 @@ TEST_F(CommandTest, CaptionsOfAFolderAreAskedForByName) {
   };
   std::vector<float> cat = drawn("cat", data), dog = drawn("dog", data);
   EXPECT_TRUE(cat != dog);
+  // Where captions are called by numbers, a number is a name.
+  for (const char* name : {"numbers/10", "numbers/20"}) {
+    fs::create_directories(at(name));
+    write_png_grid(at(name) + "/1.png", all_.pixels.data(), {1, 1, 1, 8, 8, 1});
+  }
+  expect_refused(sample("1", " --data " + at("numbers")), "has captions 10, 20");
+  EXPECT_EQ(sample("20", " --data " + at("numbers")).status, 0);
   EXPECT_TRUE(drawn(" CAT\n", data) == cat);
   EXPECT_TRUE(drawn("a photo of a cat", data) == cat);
   EXPECT_TRUE(drawn("0", data) == cat);
