@@ -520,7 +520,8 @@ depth_band() {
 # seeds after the first are dashed.
 draw_modes() {
   local out=$1 title panels="" writer mode one g plot files=() name
-  title="Gradients of the writers, $(about): median and quartiles over $2"
+  # shellcheck disable=SC2046
+  title="Gradients of the writers, $(about "" $(printf '%s\n' "${@:3}" | awk "$group"'{ print group($0) }')): median and quartiles over $2"
   shift 2
   for writer in attention ffn; do
     for mode in g_mean g_ctr; do

@@ -50,15 +50,16 @@ draw() {
 
 quality_table() {
   echo "Fréchet distance from the 10,000 test images in the classifier's features, and the share of images that it sees"
-  echo "as the class that was asked for (tests/quality.py). In the last rows real images stand for samples; of the test"
-  echo "images the distance is that of one half from the other."
+  echo "as the class that was asked for, with its standard error (tests/quality.py). In the last rows real images stand for"
+  echo "samples; of the test images the distance is that of one half from the other."
   echo
   echo "| images | number | distance | accuracy |"
   echo "|---|---|---|---|"
   unpacked quality | awk -F, '
     NR == 1 { next }
-    $2 ~ /safetensors$/ { sub(/_[0-9]+$/, "", $1); printf "| %s | %d | %.2f | %.3f |\n", $1, $3, $4, $5; next }
-    !seen[$2]++ { last = last sprintf("| %s | %d | %.2f | %.3f |\n", $2, $3, $4, $5) }
+    function row(name) { return sprintf("| %s | %d | %.2f | %.3f ± %.3f |\n", name, $3, $4, $5, sqrt($5 * (1 - $5) / $3)) }
+    $2 ~ /safetensors$/ { sub(/_[0-9]+$/, "", $1); printf "%s", row($1); next }
+    !seen[$2]++ { last = last row($2) }
     END { printf "%s", last }'
   echo
 }

@@ -18,6 +18,6 @@ sized32() {
 draw() {
   local run
   results_table
-  draw_losses size32_loss "D 1024, batch 32" 100
+  draw_losses size32_loss "D 1024, batch 32: MV-Split with beta 1 collapses, with 0.05 it trains" 100
   for run in $spikes; do spike_report "$run"; done
 }
