@@ -308,25 +308,36 @@ says 'rate it trains to %s, then collapses at %s. With' "$(of size32 mvsplit_1 b
 says 'trains to %s, spikes from step 180 on, collapses at %s, and reaches norms of %s. It ends at %s; its validation loss, %s,' \
   "$(of size32 mvsplit_1 best %.3f)" "$(of size32 mvsplit_1 collapse)" "$(of size32 mvsplit_1 norm)" "$(of size32 mvsplit_1 loss %.3f)" \
   "$(of size32 mvsplit_1 validation %.3f)"
-[ "$(unpacked losses size32 | awk -F, '$1 == "mvsplit_1" && $2 > 100 && $4 > 5 { print $2; exit }')" = 180 ] || fault "the first spike of size32 is not at 180"
+[ "$(unpacked losses size32 | awk -F, '$1 == "mvsplit_1" && $2 > 100 && $4 > 5 { print $2; exit }')" = 180 ] ||
+  fault "the first spike of size32 is not at 180"
 says 'it came to no better than %s.' "$(of size 400-mvsplit_1.56e-4 best %.3f)"
 awk '/^Verdict: both modes: G_mean of W_O at layer 0/ && $11 > 3000 && $17 > 3000 { n++ } END { exit !n }' $csv/size32_mvsplit_1_spike.txt ||
   fault "the report of size32 is another"
-says 'With beta 0.05 it ends at %s, LayerScale at %s, neither' "$(of size32 mvsplit-beta=0.05_1 loss %.3f)" "$(of size32 layerscale-1e-2_1 loss %.3f)"
+says 'With beta 0.05 it ends at %s, LayerScale at %s, neither' \
+  "$(of size32 mvsplit-beta=0.05_1 loss %.3f)" "$(of size32 layerscale-1e-2_1 loss %.3f)"
 [ "$(ls $csv/size32_*_spike.txt)" = $csv/size32_mvsplit_1_spike.txt ] || fault "another run of size32 has a report"
 # The mean loss of run $1 of deep over the 50 steps to $2; the largest norm in steps $2 to $3; the range of column $3 at step $2 of Keel.
-to() { unpacked losses deep | awk -F, -v run="$1" -v to="$2" '$1 == run && $2 > to - 50 && $2 <= to { s += $3; n++ } END { printf "%.3f", s / n }'; }
-most() { unpacked losses deep | awk -F, -v run="$1" -v from="$2" -v to="$3" '$1 == run && $2 >= from && $2 <= to && ($4 == "inf" || $4 + 0 > m + 0) { m = $4 } END { print m }'; }
+to() {
+  unpacked losses deep | awk -F, -v run="$1" -v to="$2" '
+    $1 == run && $2 > to - 50 && $2 <= to { s += $3; n++ } END { printf "%.3f", s / n }'
+}
+most() {
+  unpacked losses deep | awk -F, -v run="$1" -v from="$2" -v to="$3" '
+    $1 == run && $2 >= from && $2 <= to && ($4 == "inf" || $4 + 0 > m + 0) { m = $4 } END { print m }'
+}
 within() {
   unpacked diagnostics deep | awk -F, -v step="$1" -v want="$2" 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i } $1 == "keel" && $2 == step { print $c }' |
     sort -g | awk -v f="$3" '{ if (NR == 1) least = $1; most = $1 } END { printf f " to " f, least, most }'
 }
-says 'to 100, 200, ... 600, is %s, %s, %s, %s, %s, %s, and still' $(for step in 100 200 300 400 500 600; do to keel $step; echo; done)
+says 'to 100, 200, ... 600, is %s, %s, %s, %s, %s, %s, and still' \
+  $(for step in 100 200 300 400 500 600; do to keel $step; echo; done)
 says 'the validation loss is %s. Its' "$(of deep keel validation %.3f)"
 says 'Keel does: 600 steps, training loss %s.' "$(of deep keel loss %.3f)"
-says "behind Keel's factor, to %s in 600 steps of %s s" "$(of deep keel loss %.3f)" "$(shown %.2f "$(of deep keel ms) / 1000")"
+says "behind Keel's factor, to %s in 600 steps of %s s" \
+  "$(of deep keel loss %.3f)" "$(shown %.2f "$(of deep keel ms) / 1000")"
 says 'from step 206 to 220 its norm reaches %s.' "$(most keel 206 220 | awk '{ printf "%.1f", $1 }')"
-[ "$(unpacked losses deep | awk -F, '$1 == "keel" && $2 > 25 && $4 > 5 { printf "%s ", $2 }')" = "210 215 220 " ] || fault "Keel has other spikes"
+[ "$(unpacked losses deep | awk -F, '$1 == "keel" && $2 > 25 && $4 > 5 { printf "%s ", $2 }')" = "210 215 220 " ] ||
+  fault "Keel has other spikes"
 says 'of the %s layers diagnosed is %s, rho %s. At step 150 the TCS of all is within %s:' \
   "$(unpacked diagnostics deep | grep -c '^keel,600,')" "$(within 600 attention_tcs %.2f)" "$(within 600 attention_rho %.2f)" "$(within 150 attention_tcs %.3f)"
 says "its norm reaches %s by step 50, is recorded as infinite within the next five, and the loss stays at the mean predictor's, %s, where Keel, at the same rate and warm-up, has come to %s." \
@@ -334,12 +345,16 @@ says "its norm reaches %s by step 50, is recorded as infinite within the next fi
 [ "$(most mvsplit-beta=1e-4 51 55)" = inf ] || fault "beta 1e-4 of deep has no infinite norm"
 says 'it reaches %s, bursts on the way (%s at step %s), and ends at %s.' "$(of deep mvsplit-warmup=600 best %.3f)" \
   "$(of deep mvsplit-warmup=600 norm)" "$(of deep mvsplit-warmup=600 norm_step)" "$(of deep mvsplit-warmup=600 loss %.3f)"
-says 'one burst (%s at step %s), and at %s it still' "$(of deep mvsplit-lr=1e-4 norm %.0f)" "$(of deep mvsplit-lr=1e-4 norm_step)" "$(of deep mvsplit-lr=1e-4 loss %.3f)"
-says 'in three settings of 150 steps ends at %s, near' "$(for run in beta=1e-4 lr=1e-4 warmup=600; do of deep mvsplit-$run loss; echo; done | sort -g |
+says 'one burst (%s at step %s), and at %s it still' \
+  "$(of deep mvsplit-lr=1e-4 norm %.0f)" "$(of deep mvsplit-lr=1e-4 norm_step)" "$(of deep mvsplit-lr=1e-4 loss %.3f)"
+says 'in three settings of 150 steps ends at %s, near' \
+  "$(for run in beta=1e-4 lr=1e-4 warmup=600; do of deep mvsplit-$run loss; echo; done | sort -g |
   awk '{ if (NR == 1) least = $1; most = $1 } END { printf "%.3f to %.3f", least, most }')"
 says 'with exact derivatives to %s (limit' "$(cell deep start 3 %s "" 2)"
-says 'at most %s in Q, K and V.' "$(unpacked gradcheck deep | awk -F, '/[qkv]_proj/ { x = $4 < 0 ? -$4 : $4; if (x > most) most = x } END { printf "%.1e", most }')"
-says 'A step takes %s s behind Keel and %s s behind MV-Split.' "$(shown %.2f "$(of deep keel ms) / 1000")" "$(shown %.2f "$(of deep mvsplit-beta=1e-4 ms) / 1000")"
+says 'at most %s in Q, K and V.' \
+  "$(unpacked gradcheck deep | awk -F, '/[qkv]_proj/ { x = $4 < 0 ? -$4 : $4; if (x > most) most = x } END { printf "%.1e", most }')"
+says 'A step takes %s s behind Keel and %s s behind MV-Split.' \
+  "$(shown %.2f "$(of deep keel ms) / 1000")" "$(shown %.2f "$(of deep mvsplit-beta=1e-4 ms) / 1000")"
 distance() { cell quality "$1" 3 %.1f "" 2; }
 says 'the Fréchet distance is %s against %s.' "$(distance mvsplit)" "$(distance layerscale-1e-2)"
 says "DeepNorm's are, at %s, then those of beta 0.05, at %s, MV-Split's at %s, Post-Norm's and LayerScale's at %s and %s, Keel's at %s. Real images are at %s:" \
@@ -364,11 +379,14 @@ behind() { shown %.4f "$(of table1 "scan-$1" loss) - $(of table1 "scan-$2" loss)
 says 'ahead of Keel by %s, of DeepNorm by %s, of LayerScale by %s. At 1e-3 it is ahead of LayerScale by %s, of Keel by %s:' \
   "$(behind keel-1.6e-2 mvsplit-2.5e-3)" "$(behind deepnorm-1e-3 mvsplit-2.5e-3)" "$(behind layerscale-6.3e-3 mvsplit-2.5e-3)" \
   "$(behind layerscale-1e-3 mvsplit-1e-3)" "$(behind keel-1e-3 mvsplit-1e-3)"
-[ "$(grep -oE '[*]{2}0[0-9.]*[*]{2}' "$work/table1" | tr -d '*' | xargs)" = "0.376 0.382 0.379 0.379" ] || fault "the best rates of table1 are others"
+[ "$(grep -oE '[*]{2}0[0-9.]*[*]{2}' "$work/table1" | tr -d '*' | xargs)" = "0.376 0.382 0.379 0.379" ] ||
+  fault "the best rates of table1 are others"
 says 'at 2.5e-3 collapses at step %s.' "$(of table1 scan-deepnorm-2.5e-3 collapse)"
 [ "$(unpacked runs table1 | awk -F, 'NR > 1 && $5 != "trained" { printf "%s:%s ", substr($1, 6), $5 }')" = \
-  "mvsplit-1.6e-2:plateau layerscale-1.6e-2:failed deepnorm-2.5e-3:failed deepnorm-6.3e-3:failed deepnorm-1.6e-2:failed " ] || fault "other runs of table1 have failed"
-[ "$(unpacked runs table1 | grep -vc '^scan-\|^run,')" = 0 ] || fault "table1 has long runs: what is said of it is of the scan alone"
+  "mvsplit-1.6e-2:plateau layerscale-1.6e-2:failed deepnorm-2.5e-3:failed deepnorm-6.3e-3:failed deepnorm-1.6e-2:failed " ] ||
+  fault "other runs of table1 have failed"
+[ "$(unpacked runs table1 | grep -vc '^scan-\|^run,')" = 0 ] ||
+  fault "table1 has long runs: what is said of it is of the scan alone"
 
 # --- Settings, definitions, and what is known otherwise -------------------------------------------------
 
