@@ -451,7 +451,7 @@ draw_leads() {
 $style
 set terminal pngcairo size 1000,560 font "sans,11" noenhanced
 set output "$figures/$out.png"
-set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" | sed 's/, [^,]* seeds*$//'), $pairs\n(means of 50 steps; line: mean of the seeds, band: their range; what is above 0.16 is not shown)"
+set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" | sed 's/, [^,]* seeds*$//'), $pairs\n(means of 50 steps; line: mean of the seeds, band: their range; above 0 is worse; above 0.16 is not shown)"
 set ylabel "difference of training losses"
 set key outside right top samplen 1.5
 set xrange [150:*]
@@ -462,10 +462,21 @@ G
   echo
 }
 
-# The line style of a group: its place among the groups of the experiment.
+# The line style of a group. A merge has the same colour in every figure; its variants, and what is no merge, have
+# what the others leave.
 number() {
   unpacked runs | awk -F, -v g="$1" "$group"'
-    NR > 1 && !(group($1) in seen) { seen[group($1)] = 1; n++; if (group($1) == g) print n }'
+    NR > 1 && !(group($1) in place) { name[++n] = group($1); place[name[n]] = n }
+    END {
+      m = split("postnorm 1 mvsplit 2 layerscale 4 keel 5 deepnorm 6", own, " ")
+      for (i = 1; i <= n; i++)
+        for (j = 1; j < m; j += 2)
+          if (name[i] ~ "^" own[j] "(-|$)" && !(own[j + 1] in taken)) { style[i] = own[j + 1]; taken[style[i]]; break }
+      m = split("3 7 8 9 2 4 5 6 1", left, " ")
+      for (i = j = 1; i <= n; i++) {
+        while (!style[i] && j <= m) if (!(left[j++] in taken)) style[i] = left[j - 1]
+        if (!style[i]) style[i] = i }
+      print style[place[g]] }'
 }
 
 # The name of a group in a figure.

@@ -231,7 +231,7 @@ lead() { cell "$1" "$2" "$3" %s "" "$4"; }
 says 'in 200 layers by %s and %s.' "$(lead survival layerscale-200 3 3)" "$(lead survival layerscale-200 8 3)"
 says 'at 1e-3 by %s and %s,' "$(lead cure1e3 layerscale-1e-2 3 3)" "$(lead cure1e3 layerscale-1e-2 8 3)"
 says 'by %s in 200 layers (eight' "$(lead survival layerscale-200 8 3)"
-says "less MV-Split's they are %s and %s, of" "$(lead cure1e3 deepnorm 8 3)" "$(lead cure1e3 mvsplit-beta=0.05 8 3)"
+says "less MV-Split's: %s and %s, six" "$(lead cure1e3 deepnorm 8 3)" "$(lead cure1e3 mvsplit-beta=0.05 8 3)"
 says 'still higher, by %s in 400 layers,' "$(lead cure1e3 layerscale-1e-2 8 3)"
 smaller() { local x; x=$(lead cure1e3 mvsplit-beta=0.05 "$1" 3); echo "${x#-}"; }
 says 'ahead by %s at 600 and %s at 700' "$(smaller 7)" "$(smaller 8)"
@@ -333,7 +333,7 @@ says 'to 100, 200, ... 600, is %s, %s, %s, %s, %s, %s, and still' \
   $(for step in 100 200 300 400 500 600; do to keel $step; echo; done)
 says 'the validation loss is %s. Its' "$(of deep keel validation %.3f)"
 says 'Keel does: 600 steps, training loss %s.' "$(of deep keel loss %.3f)"
-says "behind Keel's factor, to %s in 600 steps of %s s" \
+says "with Keel's factor, to %s in 600 steps of %s s" \
   "$(of deep keel loss %.3f)" "$(shown %.2f "$(of deep keel ms) / 1000")"
 says 'from step 206 to 220 its norm reaches %s.' "$(most keel 206 220 | awk '{ printf "%.1f", $1 }')"
 [ "$(unpacked losses deep | awk -F, '$1 == "keel" && $2 > 25 && $4 > 5 { printf "%s ", $2 }')" = "210 215 220 " ] ||
@@ -353,7 +353,7 @@ says 'in three settings of 150 steps ends at %s, near' \
 says 'with exact derivatives to %s (limit' "$(cell deep start 3 %s "" 2)"
 says 'at most %s in Q, K and V.' \
   "$(unpacked gradcheck deep | awk -F, '/[qkv]_proj/ { x = $4 < 0 ? -$4 : $4; if (x > most) most = x } END { printf "%.1e", most }')"
-says 'A step takes %s s behind Keel and %s s behind MV-Split.' \
+says 'A step takes %s s with Keel and %s s with MV-Split.' \
   "$(shown %.2f "$(of deep keel ms) / 1000")" "$(shown %.2f "$(of deep mvsplit-beta=1e-4 ms) / 1000")"
 distance() { cell quality "$1" 3 %.1f "" 2; }
 says 'the Fréchet distance is %s against %s.' "$(distance mvsplit)" "$(distance layerscale-1e-2)"
@@ -405,7 +405,7 @@ a collapse to 25 after it
 losses are of 32 images, as
 with alpha held at 0, which is
 and one of 400 tell
-told from it from 500 on. The smaller beta, 1/sqrt(400), cannot at 400 and 500, and
+told from it from 500 on. Beta 1/sqrt(400) is level with it at 400 and 500, and
 corrects the table's 24 intervals
 the validation images, 32 that
 `quality` has 10,000, of one
