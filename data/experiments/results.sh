@@ -168,9 +168,10 @@ collapsed=$(range cure1e3 collapse postnorm)
 says 'six seeds of six, at %s, after a best of %s; at 7e-4 two of eight, at %s and %s.' "$collapsed" "$(range cure1e3 best postnorm %.3f)" \
   $(awk -F' *[|] *' '$2 == "postnorm-400" && NF == 10 { gsub(",", "", $9); print $9 }' "$work/survival")
 says 'cards), or at %s (300).' "$collapsed"
-says 'trains to %s, then collapses as the paper says, at steps %s.' "$(range cure1e3 best postnorm %.3f)" "$collapsed"
-says 'between %s: in %s within 100 steps' "${collapsed/to/and}" \
-  "$(word "$(unpacked runs cure1e3 | awk -F, 'NR > 1 && $8 >= 200 && $8 <= 400 { n++ } END { print n }')")"
+says 'trains to a loss of %s, then collapses as the paper says, at steps %s.' "$(range cure1e3 best postnorm %.3f)" "$collapsed"
+collapses() { word "$(unpacked runs cure1e3 | awk -F, -v from="$1" -v to="$2" '$8 > from && $8 <= to { n++ } END { print n + 0 }')"; }
+says 'between %s: %s within the warm-up, %s within 100 steps after it, %s long after' "${collapsed/to/and}" \
+  "$(collapses 0 300)" "$(collapses 300 400)" "$(collapses 400 700)"
 says 'seeds 1 to 6, %s.' "$(range cure1e3 loss postnorm %.3f)"
 larger=$(reported cure1e3 postnorm 8 largest | spread) centered=$(reported cure1e3 postnorm 9 largest | spread)
 says 'whose G_mean rose most, %s times: %s.' "$larger" "$centered"
@@ -357,19 +358,18 @@ says 'A step takes %s s with Keel and %s s with MV-Split.' \
   "$(shown %.2f "$(of deep keel ms) / 1000")" "$(shown %.2f "$(of deep mvsplit-beta=1e-4 ms) / 1000")"
 distance() { cell quality "$1" 3 %.1f "" 2; }
 says 'the Fréchet distance is %s against %s.' "$(distance mvsplit)" "$(distance layerscale-1e-2)"
-says "DeepNorm's are, at %s, then those of beta 0.05, at %s, MV-Split's at %s, Post-Norm's and LayerScale's at %s and %s, Keel's at %s. Real images are at %s:" \
-  "$(distance deepnorm)" "$(distance mvsplit-beta=0.05)" "$(distance mvsplit)" "$(distance postnorm)" "$(distance layerscale-1e-2)" "$(distance keel)" \
-  "$(cell quality 'training images' 3)"
+says "real images, which are at %s, are DeepNorm's samples, at %s, then those of beta 0.05, at %s, MV-Split's at %s, Post-Norm's and LayerScale's at %s and %s, Keel's at %s:" \
+  "$(cell quality 'training images' 3)" "$(distance deepnorm)" "$(distance mvsplit-beta=0.05)" "$(distance mvsplit)" "$(distance postnorm)" "$(distance layerscale-1e-2)" "$(distance keel)"
 # By how much the accuracy of the samples of $1 is above that of $2, with its standard error.
 above() {
   unpacked quality quality | awk -F, -v a="$1_1" -v b="$2_1" '$2 ~ /safetensors/ { p[$1] = $5; v[$1] = $5 * (1 - $5) / $3 } END { printf "%.3f ± %.3f", p[a] - p[b], sqrt(v[a] + v[b]) }'
 }
 says "than LayerScale's, by %s, and Post-Norm's, by %s." "$(above mvsplit layerscale-1e-2)" "$(above mvsplit postnorm)"
-says 'from it: %s and %s more' "$(above deepnorm mvsplit)" "$(above mvsplit-beta=0.05 mvsplit)"
+says 'from it (%s and %s more' "$(above deepnorm mvsplit)" "$(above mvsplit-beta=0.05 mvsplit)"
 # Cells of the table of losses by t: postnorm 3, mvsplit-beta=0.05 4, layerscale 5, keel 6, deepnorm 7.
 bin() { local x; x=$(cell quality "$1" "$2"); echo "${x#+}"; }
 short() { local x; x=$(bin "$@"); echo "${x% ±*}"; }
-says "DeepNorm's loss is MV-Split's, +%s on the whole; LayerScale's excess is about half of Post-Norm's, +%s against +%s, at about" \
+says "DeepNorm's loss equals MV-Split's, +%s; LayerScale's excess is about half of Post-Norm's, +%s against +%s, at about" \
   "$(bin all 7)" "$(short all 5)" "$(short all 3)"
 says 'by %s below t = 0.1, and least near the noise, by %s above 0.9. LayerScale is also behind more near the image, by %s against %s. Post' \
   "$(bin '0.0 to 0.1' 6)" "$(bin '0.9 to 1.0' 6)" "$(short '0.0 to 0.1' 5)" "$(short '0.9 to 1.0' 5)"
@@ -410,7 +410,6 @@ corrects the table's 24 intervals
 the validation images, 32 that
 `quality` has 10,000, of one
 2.1 billion parameters, one seed
-the constant weight 1/(2 L),
 alike: at step 600 the
 within the warm-up. Beta 1/L:
 1e-11). Its writers
@@ -420,7 +419,6 @@ Beta starts at 1/sqrt(400).
 W_O in layer 0 both rise more than 3,000 times.
 if beta starts near 1/sqrt(400). -
 a batch of 32 for 1024, a warm-up of 100 steps for 1000, the data.
-(Seed 1 by older code holds for 500.)
 cut at 700 steps, one
 same seeds, last 25
 others at step 200. LayerScale
@@ -437,7 +435,7 @@ but not above 1.0 |
 | ended above 1.0 |
 within 0.03 of 1.2665 |
 been 0.1 below 1.44 and
-the mean of the 25 losses
+the mean of the 25 from
 it (padded to 32 x 32, black is -1); the target's noise part alone costs 1.
 the mean of all pixels costs 1.4404, each pixel position's own average 1.2665 (of test images 1.4395 and 1.2653); zero, where training starts, 1.756.
 network ends at 1.44.
