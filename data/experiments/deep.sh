@@ -47,7 +47,7 @@ draw() {
   unpacked gradcheck | awk -F, 'NR > 1 { n[$1]++; alike[$1] += $4 == $5; if ($6 + 0 >= most[$1]) { most[$1] = $6 + 0; of[$1] = $2 } }
     END { for (run in n) printf "| %s | %d | %.1e | %s | %d |\n", run, n[run], most[run], of[run], alike[run] }' | sort -r
   echo
-  draw_losses deep_loss "Keel trains; MV-Split (beta 0.01, lr 7e-4 unless named), cut off at 150, had not"
+  draw_losses deep_loss "Keel, and MV-Split (beta 0.01, lr 7e-4 unless named), cut off at step 150"
   draw_modes deep_modes depth keel
   echo "![samples of 10,000 layers]($figures/deep_keel.png)"
   echo

@@ -168,7 +168,8 @@ reports_table() {
       print "" } }'
   echo
   echo "Of each run that failed the first of these reports and the largest: the gradient's norm in times the median of the"
-  echo "100 steps before, and of the writer whose G_mean rose most how often G_mean and G_ctr are their running medians."
+  echo "100 steps before, and of the writer whose G_mean rose by the largest amount how often G_mean and G_ctr are their"
+  echo "running medians."
   echo
   echo "| run | collapse at | report of | norm | called | writer | G_mean | G_ctr |"
   echo "|---|---|---|---|---|---|---|---|"

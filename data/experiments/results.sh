@@ -83,7 +83,8 @@ exact=$(source data/experiments/draw.sh && echo "$exact") statistics=$(source da
 # The verdicts, and the README.
 best=$(of scream postnorm_1e-3 best %.3f) collapse=$(of scream postnorm_1e-3 collapse)
 event=$(of scream postnorm_1e-3 norm_step) onset=$(sed -n 's/.*The onset is at \([0-9]*\):.*/\1/p' "$work/scream")
-says 'trains to %s and collapses at %s, or holds' "$best" "$collapse"
+says 'trains to %s and collapses at %s, or holds for %s' "$best" "$collapse" "$(of appendixj postnorm_1 steps)"
+says 'seed 1 collapses at %s, or holds for %s' "$collapse" "$(of appendixj postnorm_1 steps)"
 [ "$(of appendixj postnorm_1 outcome)" = trained ] || fault "seed 1 of appendixj has not held"
 in_bf16=$(of fp32event bf16 collapse) in_fp32=$(of fp32event fp32 collapse)
 says 'in bf16 at %s and in fp32 at %s.' "$in_bf16" "$in_fp32"
@@ -116,7 +117,7 @@ rise() {
 }
 says '%s and %s times in bf16, %s and %s in fp32 in seed 2' "$(rise bf16 attention_g_mean)" "$(rise bf16 ffn_g_mean)" \
   "$(rise fp32 attention_g_mean)" "$(rise fp32 ffn_g_mean)"
-says 'up to %s and %s times in bf16, up to %s and %s in fp32. Six' "$(rise bf16 attention_g_ctr)" "$(rise bf16 ffn_g_ctr)" \
+says 'up to %s and %s times in bf16, up to %s and %s in fp32. At' "$(rise bf16 attention_g_ctr)" "$(rise bf16 ffn_g_ctr)" \
   "$(rise fp32 attention_g_ctr)" "$(rise fp32 ffn_g_ctr)"
 says '%s and %s times; at the onset, step %s, %s and %s times, where G_mean rises %s times' \
   "$(cell scream attention_g_ctr 4 %.0f)" "$(cell scream ffn_g_ctr 4 %.0f)" "$onset" \
@@ -163,7 +164,7 @@ reported() {
 }
 spread() { sort -g | awk '{ if (NR == 1) least = $1; most = $1 } END { printf "%.4g to %.4g", least, most }'; }
 called() { reported "$1" "$2" 6 "$3" | grep -cx "$4" || true; }  # how many of these reports are called $4
-word() { local words=(none one two three four five six seven eight nine); echo "${words[$1]}"; }
+word() { local words=(none one two three four five six seven eight nine ten); echo "${words[$1]}"; }
 collapsed=$(range cure1e3 collapse postnorm)
 says 'six seeds of six, at %s, after a best of %s; at 7e-4 two of eight, at %s and %s.' "$collapsed" "$(range cure1e3 best postnorm %.3f)" \
   $(awk -F' *[|] *' '$2 == "postnorm-400" && NF == 10 { gsub(",", "", $9); print $9 }' "$work/survival")
@@ -172,10 +173,20 @@ says 'trains to a loss of %s, then collapses as the paper says, at steps %s.' "$
 collapses() { word "$(unpacked runs cure1e3 | awk -F, -v from="$1" -v to="$2" '$8 > from && $8 <= to { n++ } END { print n + 0 }')"; }
 says 'between %s: %s within the warm-up, %s within 100 steps after it, %s long after' "${collapsed/to/and}" \
   "$(collapses 0 300)" "$(collapses 300 400)" "$(collapses 400 700)"
+[ "$(of cure1e3 postnorm_2 collapse)" = 306 ] || fault "seed 2 of cure1e3 collapses at another step"
+calm() {
+  unpacked losses cure1e3 | awk -F, -v from="$1" -v to="$2" '$1 == "postnorm_2" && $2 > from && $2 <= to && $4 > m { m = $4 } END { printf "%.3f", m }'
+}
+says 'a norm of %s by step 295; in the 90 steps before at most %s)' "$(calm 290 295)" "$(calm 200 290)"
 says 'seeds 1 to 6, %s.' "$(range cure1e3 loss postnorm %.3f)"
 larger=$(reported cure1e3 postnorm 8 largest | spread) centered=$(reported cure1e3 postnorm 9 largest | spread)
-says 'whose G_mean rose most, %s times: %s.' "$larger" "$centered"
-says 'hit most is %s times its median, the centered part, other than the paper says, %s.' "$larger" "$centered"
+others() { for depth in 100 200 400; do reported survival postnorm-$depth "$1" largest; done; }
+says 'of a collapse: %s, six seeds, G_mean %s; %s others %s, G_mean %s; in 48 layers %s and %s, G_mean %s and %s.' "$centered" "$larger" \
+  "$(word "$(others 9 | wc -l)")" "$(others 9 | spread)" "$(others 8 | spread)" "$(cell demo attention_g_ctr 4)" "$(cell demo ffn_g_ctr 4)" \
+  "$(cell demo attention_g_mean 4)" "$(cell demo ffn_g_mean 4)"
+says '(%s and %s times against %s and %s)' "$(cell demo attention_g_ctr 4)" "$(cell demo ffn_g_ctr 4)" \
+  "$(cell demo attention_g_mean 4)" "$(cell demo ffn_g_mean 4)"
+says 'largest amount is %s times its median, the centered part %s (the' "$larger" "$centered"
 says 'has its G_mean %s times its median, its G_ctr %s. At the first report these are %s and %s.' "$larger" "$centered" \
   "$(reported cure1e3 postnorm 8 first | spread)" "$(reported cure1e3 postnorm 9 first | spread)"
 says 'is "mean mode" in %s of six seeds at 400 layers and 1e-3, the first in %s. At 200 layers the largest is in %s of %s, the first in %s;' \
@@ -231,11 +242,17 @@ says 'five seeds of five, Post-Norm none (p is %s)' "$(cell demo 'postnorm | 5 o
 lead() { cell "$1" "$2" "$3" %s "" "$4"; }
 says 'in 200 layers by %s and %s.' "$(lead survival layerscale-200 3 3)" "$(lead survival layerscale-200 8 3)"
 says 'at 1e-3 by %s and %s,' "$(lead cure1e3 layerscale-1e-2 3 3)" "$(lead cure1e3 layerscale-1e-2 8 3)"
-says 'by %s in 200 layers (eight' "$(lead survival layerscale-200 8 3)"
-says "less MV-Split's: %s and %s, six" "$(lead cure1e3 deepnorm 8 3)" "$(lead cure1e3 mvsplit-beta=0.05 8 3)"
-says 'still higher, by %s in 400 layers,' "$(lead cure1e3 layerscale-1e-2 8 3)"
+says 'still higher, by %s, in 200 layers by %s (eight' "$(lead cure1e3 layerscale-1e-2 8 3)" "$(lead survival layerscale-200 8 3)"
 smaller() { local x; x=$(lead cure1e3 mvsplit-beta=0.05 "$1" 3); echo "${x#-}"; }
-says 'ahead by %s at 600 and %s at 700' "$(smaller 7)" "$(smaller 8)"
+says 'lower by %s at 600 and %s at 700' "$(smaller 7)" "$(smaller 8)"
+# The mean difference of column $3 of the runs of group $1 of cure1e3 and those of $2, same seed, with its interval.
+apart() {
+  unpacked runs cure1e3 | awk -F, -v g="$1" -v of="$2" -v c="$3" "$statistics"'{ n = split($1, o, "_"); loss[o[1], o[n]] = $c }
+    END { for (s = 1; s <= 6; s++) { a[s] = loss[g, s] - loss[of, s]; mean += a[s] / 6 } printf "%.4f ± %.4f", mean, half_interval(a, 6) }'
+}
+says 'are %s and %s; on 32 validation images both are lower, by %s and %s (' "$(apart deepnorm mvsplit 6)" "$(apart mvsplit-beta=0.05 mvsplit 6)" \
+  "$(apart mvsplit deepnorm 11)" "$(apart mvsplit mvsplit-beta=0.05 11)"
+says 'by %s in the last 25 steps.' "$(apart mvsplit mvsplit-beta=0.05 6)"
 # Of the intervals of the merges $1 of cure1e3 those that hold zero, by the steps at whose ends they are.
 alike() {
   awk -F' *[|] *' -v g="$1" '/^[|] loss less/ { split($0, s, / *[|] */) }
@@ -243,18 +260,23 @@ alike() {
 }
 [ "$(for g in deepnorm mvsplit-beta=0.05 layerscale-1e-2 keel; do alike $g; echo; done | xargs)" = "500 600 700 400 500" ] ||
   fault "other leads of cure1e3 hold zero"
-# By how much the validation losses of group $1 of cure1e3 are below MV-Split's, same seed.
-below() {
-  unpacked runs cure1e3 | awk -F, -v g="$1" "$statistics"'{ n = split($1, of, "_"); loss[of[1], of[n]] = $11 }
-    END { for (s = 1; s <= 6; s++) { a[s] = loss["mvsplit", s] - loss[g, s]; mean += a[s] / 6 } printf "%.4f ± %.4f", mean, half_interval(a, 6) }'
-}
-says 'DeepNorm ends %s below MV-Split, beta 1/sqrt(400) %s.' "$(below deepnorm)" "$(below mvsplit-beta=0.05)"
+says 'DeepNorm ends %s below MV-Split, beta 1/sqrt(400) %s.' "$(apart mvsplit deepnorm 11)" "$(apart mvsplit mvsplit-beta=0.05 11)"
 says 'shrinks from %s at step 200 to %s at 700' "${from% ±*}" "${to% ±*}"
 post() { cell cure postnorm "$1" %s "" 3; }
 split() { cell cure mvsplit "$1" %s "" 2; }
-says "MV-Split's G_mean is %s and %s times below Post-Norm's, its G_ctr %s%% and %s%% |" \
+# By how many percent MV-Split's median of column $1 of cure is below Post-Norm's, after the warm-up: seeds 1 to 3.
+by_seeds() {
+  unpacked diagnostics cure | awk -F, -v want="$1" "$statistics"'
+    NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i }
+    $2 > 300 && /^(postnorm|mvsplit)_/ { v[$1, ++n[$1]] = $c + 0 }
+    function middle(run,  i, a) { for (i = 1; i <= n[run]; i++) a[i] = v[run, i]; return quantile(a, n[run], 0.5) }
+    END { for (s = 1; s <= 3; s++) print 100 - 100 * middle("mvsplit_" s) / middle("postnorm_" s) }' | sort -g |
+    awk '{ if (NR == 1) least = $1; most = $1 } END { printf "%.0f%% to %.0f%%", least, most }'
+}
+says "MV-Split's G_mean is %s and %s times below Post-Norm's, its G_ctr is lower by %s%% and %s%% (by seeds %s and %s)" \
   "$(shown %.0f "$(post 2) / $(split 2)")" "$(shown %.0f "$(post 5) / $(split 5)")" \
-  "$(shown %.0f "100 - 100 * $(split 3) / $(post 3)")" "$(shown %.0f "100 - 100 * $(split 6) / $(post 6)")"
+  "$(shown %.0f "100 - 100 * $(split 3) / $(post 3)")" "$(shown %.0f "100 - 100 * $(split 6) / $(post 6)")" \
+  "$(by_seeds attention_g_ctr)" "$(by_seeds ffn_g_ctr)"
 says '%s steps, validation loss %s |' "$(of size 1000-mvsplit-beta0.03 steps)" "$(of size 1000-mvsplit-beta0.03 validation %.3f)"
 says 'at %s s a step (%s steps' "$(shown %.2f "$(of size 1000-mvsplit-beta0.03 ms) / 1000")" "$(of size 1000-mvsplit-beta0.03 steps)"
 w2=$(sed -n '/mvsplit-attention_1_spike/,/^$/p' "$work/one-branch" | tr '\n' ' ' | sed -n 's/.* \([0-9]*\) are of ffn.w2.weight.*/\1/p')
@@ -263,14 +285,21 @@ r2=$(unpacked probe probe | awk -F, '$3 == "image_mean" && $2 >= 200 && $1 != "m
   END { printf "%.3f to %.3f", low, high }')
 says '| %s in and behind the middle' "$r2"
 says 'scalars alone give %s.' "$(cell probe 'postnorm | z' 3 %.3f)"
-says '%s of its runs end at 1.27, a floor' "$(grep -c ': mvsplit\|-mvsplit' "$work/plateau")"
-[ "$(grep -c 'alpha=' "$work/plateau")" = 8 ] || fault "of the runs on the plateau not eight have alpha fixed"
-# But for one of `size` that was stopped at step 34, and for `deep`.
-others=$(for name in frontier ablations size leak failures table1 size32; do unpacked runs $name; done |
-  awk -F, '$1 ~ /mvsplit/ && $1 != "1000-mvsplit" && $5 != "trained" && $5 != "plateau" { print $1 }')
-says '%s others of the same experiments fail at other losses' "$(wc -l <<<"$others")"
-[ "$(grep -c alpha <<<"$others") $(grep -c noleak <<<"$others")" = "4 2" ] || fault "of these others not four have alpha fixed and two no leak"
+# The failures of MV-Split: experiment, run, outcome, best loss; but one of `size` that was stopped at step 34, and `deep`.
+failed=$(for name in frontier ablations size leak failures table1 size32; do unpacked runs $name | sed "s/^/$name,/"; done |
+  awk -F, '$2 ~ /mvsplit/ && $2 != "1000-mvsplit" && $6 != "trained" { print $1, $2, $6, $8 }')
+papers=$(grep -v 'alpha=\|noleak' <<<"$failed")
+says "Of %s failures of the paper's merge %s end" "$(wc -l <<<"$papers")" "$(word "$(grep -c plateau <<<"$papers")")"
+says '%s of the five never were 0.1 below it.' "$(word "$(awk '/plateau/ && $4 > 1.2665 - 0.1 { n++ } END { print n }' <<<"$papers")")"
+says 'alpha fixed %s of %s end there,' "$(grep -c 'alpha=.*plateau' <<<"$failed")" "$(grep -c alpha= <<<"$failed")"
+[ "$(grep -c 'alpha=0_1 plateau' <<<"$failed") $(grep noleak <<<"$failed" | grep -vc plateau)" = "3 2" ] ||
+  fault "alpha=0, seed 1, is not three times on the plateau, or the runs without the leaky term are there"
 [ "$(grep -c : "$work/plateau")" = "$(grep -c mvsplit "$work/plateau")" ] || fault "others than MV-Split are on the plateau"
+
+for name in quality probe size; do unpacked runs $name; done | awk -F, '/postnorm/ && $8 != "" { exit 1 }' ||
+  fault "a run of Post-Norm with the bias has collapsed"
+[ "$(for name in quality probe; do unpacked runs $name; done | awk -F, '/^postnorm/ { print $3, $5 }' | sort | xargs)" = "2.5e-4 trained 5e-4 trained" ] ||
+  fault "Post-Norm with the bias has other rates"
 
 # What stands here.
 says 'never learns (warm-up 50), or goes at %s and %s (100; both' "$(of ablations postnorm_1 collapse)" "$(of ablations postnorm_2 collapse)"
@@ -298,6 +327,9 @@ says '%s runs of `survival`' "$({
 says 'runs took %s s in all' "$(for file in "$csv"/*_runs.csv.gz; do gzip -dc "$file"; done | awk -F, '$13 !~ /^CPU/ { s += $12 } END { print s }')"
 says 'decide the sign at steps %s only' "$(awk -F' *[|] *' '/^[|] loss less/ { split($0, s, / *[|] */) }
   /^[|] postnorm .*±/ { for (i = 4; i < NF; i++) { split($i, x, " ± "); if (x[1] > x[2]) printf "%s%s", n++ ? " and " : "", s[i] } }' "$work/cure")"
+apart_at() { shown %+.3f "$(of frontier layerscale_"$1"_"$2" loss) - $(of frontier mvsplit_"$1"_"$3" loss)"; }
+says 'less its is %s at 50 layers, %s, %s and %s at 100, 200 and 400, %s at 1000' "$(apart_at 50 8e-3 4e-3)" "$(apart_at 100 8e-3 2e-3)" \
+  "$(apart_at 200 8e-3 1e-3)" "$(apart_at 400 8e-3 5e-4)" "$(apart_at 1000 4e-3 1e-3)"
 says 'At 1000 it is %s behind.' "$(shown %.3f "$(of frontier mvsplit_1000_1e-3 loss) - $(of frontier layerscale_1000_4e-3 loss)")"
 size() { cell size "400-$1" 7; }
 says 'it is %s ahead of LayerScale at the paper' "$(shown %.2f "$(size layerscale_1.56e-4) - $(size mvsplit-beta0.05_1.56e-4)")"
@@ -316,8 +348,15 @@ awk '/^Verdict: both modes: G_mean of W_O at layer 0/ && $11 > 3000 && $17 > 300
   fault "the report of size32 is another"
 says 'With beta 0.05 it ends at %s, LayerScale at %s, neither' \
   "$(of size32 mvsplit-beta=0.05_1 loss %.3f)" "$(of size32 layerscale-1e-2_1 loss %.3f)"
+leads32() {
+  unpacked losses size32 | awk -F, '$2 > 50 { b = int(($2 - 51) / 50); if ($1 ~ /^layerscale/) s[b] += $3; if ($1 ~ /^mvsplit-/) s[b] -= $3 }
+    END { for (b = 0; b < 5; b++) printf "%s%.3f", b ? ", " : "", s[b] / 50 }'
+}
+says 'its lead shrinks: %s.' "$(leads32)"
+[ "$(sed -n '1s/.*step \([0-9]*\):.*/\1/p' $csv/size32_mvsplit_1_spike.txt)" = 224 ] || fault "the report of size32 is of another step"
 [ "$(ls $csv/size32_*_spike.txt)" = $csv/size32_mvsplit_1_spike.txt ] || fault "another run of size32 has a report"
-# The mean loss of run $1 of deep over the 50 steps to $2; the largest norm in steps $2 to $3; the range of column $3 at step $2 of Keel.
+# The mean loss of run $1 of deep over the 50 steps to $2; the largest norm in steps $2 to $3; the range of
+# column $3 in steps $1 to $2 of Keel.
 to() {
   unpacked losses deep | awk -F, -v run="$1" -v to="$2" '
     $1 == run && $2 > to - 50 && $2 <= to { s += $3; n++ } END { printf "%.3f", s / n }'
@@ -327,9 +366,12 @@ most() {
     $1 == run && $2 >= from && $2 <= to && ($4 == "inf" || $4 + 0 > m + 0) { m = $4 } END { print m }'
 }
 within() {
-  unpacked diagnostics deep | awk -F, -v step="$1" -v want="$2" 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i } $1 == "keel" && $2 == step { print $c }' |
-    sort -g | awk -v f="$3" '{ if (NR == 1) least = $1; most = $1 } END { printf f " to " f, least, most }'
+  unpacked diagnostics deep | awk -F, -v from="$1" -v to="$2" -v want="$3" '
+    NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i } $1 == "keel" && $2 >= from && $2 <= to { print $c }' |
+    sort -g | awk -v f="$4" '{ if (NR == 1) least = $1; most = $1 } END { printf f " to " f, least, most }'
 }
+# The loss of run $1 of deep, mean of the 5 steps to $2, by printf's $3.
+five() { unpacked losses deep | awk -F, -v run="$1" -v at="$2" -v f="$3" '$1 == run && $2 == at { printf f, $3 }'; }
 says 'to 100, 200, ... 600, is %s, %s, %s, %s, %s, %s, and still' \
   $(for step in 100 200 300 400 500 600; do to keel $step; echo; done)
 says 'the validation loss is %s. Its' "$(of deep keel validation %.3f)"
@@ -339,19 +381,27 @@ says "with Keel's factor, to %s in 600 steps of %s s" \
 says 'from step 206 to 220 its norm reaches %s.' "$(most keel 206 220 | awk '{ printf "%.1f", $1 }')"
 [ "$(unpacked losses deep | awk -F, '$1 == "keel" && $2 > 25 && $4 > 5 { printf "%s ", $2 }')" = "210 215 220 " ] ||
   fault "Keel has other spikes"
-says 'of the %s layers diagnosed is %s, rho %s. At step 150 the TCS of all is within %s:' \
-  "$(unpacked diagnostics deep | grep -c '^keel,600,')" "$(within 600 attention_tcs %.2f)" "$(within 600 attention_rho %.2f)" "$(within 150 attention_tcs %.3f)"
-says "its norm reaches %s by step 50, is recorded as infinite within the next five, and the loss stays at the mean predictor's, %s, where Keel, at the same rate and warm-up, has come to %s." \
-  "$(most mvsplit-beta=1e-4 46 50 | awk '{ printf "%.0f", $1 }')" "$(of deep mvsplit-beta=1e-4 loss %.3f)" "$(to keel 150)"
+rho=$(within 200 600 attention_rho %.2f)
+says 'of the %s layers diagnosed is %s, rho at most %s. At step 150 the TCS of all is within %s:' \
+  "$(unpacked diagnostics deep | grep -c '^keel,600,')" "$(within 200 600 attention_tcs %.2f)" "${rho#* to }" "$(within 150 150 attention_tcs %.3f)"
+says "the norm reaches %s by step 50, is recorded as infinite within the next five, and the loss stays at the mean predictor's, %s, where Keel has come to %s." \
+  "$(most mvsplit-beta=1e-4 46 50 | awk '{ printf "%.0f", $1 }')" "$(of deep mvsplit-beta=1e-4 loss %.3f)" \
+  "$(unpacked losses deep | awk -F, '$1 == "keel" && $2 > 125 && $2 <= 150 { s += $3 / 5 } END { printf "%.3f", s }')"
 [ "$(most mvsplit-beta=1e-4 51 55)" = inf ] || fault "beta 1e-4 of deep has no infinite norm"
-says 'it reaches %s, bursts on the way (%s at step %s), and ends at %s.' "$(of deep mvsplit-warmup=600 best %.3f)" \
-  "$(of deep mvsplit-warmup=600 norm)" "$(of deep mvsplit-warmup=600 norm_step)" "$(of deep mvsplit-warmup=600 loss %.3f)"
-says 'one burst (%s at step %s), and at %s it still' \
-  "$(of deep mvsplit-lr=1e-4 norm %.0f)" "$(of deep mvsplit-lr=1e-4 norm_step)" "$(of deep mvsplit-lr=1e-4 loss %.3f)"
-says 'in three settings of 150 steps ends at %s, near' \
+says 'move it by %s times itself' "$(awk 'BEGIN { for (s = 1; s <= 50; s++) x += 7e-4 * s / 300; printf "%.0f", x / 1e-4 }')"
+says 'falls to %s, rises in bursts (%s at step %s), and falls again when it is cut off (means of 5 steps: %s, %s, %s, %s, %s; validation loss %s)' \
+  "$(five mvsplit-warmup=600 90 %.3f)" "$(of deep mvsplit-warmup=600 norm)" "$(of deep mvsplit-warmup=600 norm_step)" \
+  $(for at in 130 135 140 145 150; do five mvsplit-warmup=600 $at '%.3f\n'; done) "$(of deep mvsplit-warmup=600 validation %.3f)"
+says 'falls to %s in the last 5 steps, still' "$(five mvsplit-lr=1e-4 150 %.3f)"
+says 'largest norms of 5 steps are %s, %s, %s, %s, %s, %s, %s.' \
+  $(unpacked losses deep | awk -F, '$1 == "mvsplit-lr=1e-4" && $2 >= 120 { printf "%.0f ", $4 }')
+says 'is where Keel is at step %s, and not behind it (%s)' \
+  "$(awk 'BEGIN { for (s = 1; s <= 150; s++) x += 1e-4 * s / 300; for (k = 0; y <= x; k++) y += 7e-4 * (k + 1) / 300; print k - 1 }')" "$(five keel 60 %.3f)"
+says 'within the warm-up, ends at %s: gradients' \
   "$(for run in beta=1e-4 lr=1e-4 warmup=600; do of deep mvsplit-$run loss; echo; done | sort -g |
   awk '{ if (NR == 1) least = $1; most = $1 } END { printf "%.3f to %.3f", least, most }')"
-says 'with exact derivatives to %s (limit' "$(cell deep start 3 %s "" 2)"
+says 'one stays at %s, two still fall.' "$(of deep mvsplit-beta=1e-4 loss | awk '{ printf "%.2f", int($1 * 100) / 100 }')"
+says 'four image tokens, to %s (limit' "$(cell deep start 3 %s "" 2)"
 says 'at most %s in Q, K and V.' \
   "$(unpacked gradcheck deep | awk -F, '/[qkv]_proj/ { x = $4 < 0 ? -$4 : $4; if (x > most) most = x } END { printf "%.1e", most }')"
 says 'A step takes %s s with Keel and %s s with MV-Split.' \
@@ -360,6 +410,7 @@ distance() { cell quality "$1" 3 %.1f "" 2; }
 says 'the Fréchet distance is %s against %s.' "$(distance mvsplit)" "$(distance layerscale-1e-2)"
 says "real images, which are at %s, are DeepNorm's samples, at %s, then those of beta 0.05, at %s, MV-Split's at %s, Post-Norm's and LayerScale's at %s and %s, Keel's at %s:" \
   "$(cell quality 'training images' 3)" "$(distance deepnorm)" "$(distance mvsplit-beta=0.05)" "$(distance mvsplit)" "$(distance postnorm)" "$(distance layerscale-1e-2)" "$(distance keel)"
+says 'Fréchet distance (%s against %s, one' "$(distance deepnorm)" "$(distance mvsplit)"
 # By how much the accuracy of the samples of $1 is above that of $2, with its standard error.
 above() {
   unpacked quality quality | awk -F, -v a="$1_1" -v b="$2_1" '$2 ~ /safetensors/ { p[$1] = $5; v[$1] = $5 * (1 - $5) / $3 } END { printf "%.3f ± %.3f", p[a] - p[b], sqrt(v[a] + v[b]) }'
