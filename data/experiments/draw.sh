@@ -452,7 +452,7 @@ draw_leads() {
 $style
 set terminal pngcairo size 1000,560 font "sans,11" noenhanced
 set output "$figures/$out.png"
-set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" | sed 's/, [^,]* seeds*$//'), $pairs\n(means of 50 steps; line: mean of the seeds, band: their range; above 0 is worse; above 0.16 is not shown)"
+set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" | sed 's/, [^,]* seeds*$//'), $pairs\n(means of 50 steps; line: mean of seeds, band: range; above 0 is worse, above 0.16 not shown)"
 set ylabel "difference of training losses"
 set key outside right top samplen 1.5
 set xrange [150:*]
