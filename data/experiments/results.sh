@@ -84,7 +84,7 @@ exact=$(source data/experiments/draw.sh && echo "$exact") statistics=$(source da
 best=$(of scream postnorm_1e-3 best %.3f) collapse=$(of scream postnorm_1e-3 collapse)
 event=$(of scream postnorm_1e-3 norm_step) onset=$(sed -n 's/.*The onset is at \([0-9]*\):.*/\1/p' "$work/scream")
 says 'trains to %s and collapses at %s, or holds for %s' "$best" "$collapse" "$(of appendixj postnorm_1 steps)"
-says 'seed 1 collapses at %s, or holds for %s' "$collapse" "$(of appendixj postnorm_1 steps)"
+says 'seed 1 goes at %s, or holds for %s' "$collapse" "$(of appendixj postnorm_1 steps)"
 [ "$(of appendixj postnorm_1 outcome)" = trained ] || fault "seed 1 of appendixj has not held"
 in_bf16=$(of fp32event bf16 collapse) in_fp32=$(of fp32event fp32 collapse)
 says 'in bf16 at %s and in fp32 at %s.' "$in_bf16" "$in_fp32"
