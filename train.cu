@@ -2100,25 +2100,27 @@ inline void check_output(const Subcommand& sub, const GivenOptions& given) {
   }
   std::error_code none;
   if (sub.name == "train" || !fs::is_regular_file(out, none) || fs::is_empty(out, none)) return;
-  bool tensors = true;
-  auto holds = [&](const char* tensor) {
-    try {
-      return SafetensorsReader(out).find(tensor) != nullptr;
-    } catch (const Error&) {
-      return tensors = false;
-    }
+  // How an output of the subcommand begins, and which tensor it holds if it is a file of tensors.
+  struct Output {
+    const char *start, *tensor;
   };
+  std::map<std::string, Output> outputs = {{"forward", {nullptr, "velocity"}},
+                                           {"sample", {"\x89PNG", "samples"}},
+                                           {"validate", {"t,loss\n", nullptr}},
+                                           {"probe", {"# The time t,", nullptr}}};
+  const Output ours = outputs[sub.name];
+  std::optional<SafetensorsReader> tensors;
+  try {
+    tensors.emplace(out);
+  } catch (const Error&) {  // not a file of tensors
+  }
   char start[16] = "";
   std::ifstream(out, std::ios::binary).read(start, sizeof start - 1);
-  auto begins = [&](const char* with) { return std::string(start).rfind(with, 0) == 0; };
-  bool ours = holds(sub.name == "forward" ? "velocity" : sub.name == "sample" ? "samples" : "");
-  if (!tensors)
-    ours = sub.name == "validate" ? begins("t,loss\n")
-           : sub.name == "probe"  ? begins("# The time t,")
-                                  : sub.name == "sample" && begins("\x89PNG");
-  if (!ours)
-    fail("--out %s %s: choose another name, or remove it", out.c_str(),
-         tensors ? "holds other tensors" : ("is no output of " + sub.name).c_str());
+  if (tensors ? ours.tensor && tensors->find(ours.tensor)
+              : ours.start && std::string(start).rfind(ours.start, 0) == 0)
+    return;
+  fail("--out %s %s: choose another name, or remove it", out.c_str(),
+       tensors ? "holds other tensors" : ("is no output of " + sub.name).c_str());
 }
 
 // Parse and run. Returns the exit status: 0, 1 if a check or the training failed, 2 for bad input.
