@@ -860,7 +860,11 @@ inline void Device::fill(void* data, int byte, size_t bytes) const {
     return;
   }
 #endif
-  std::memset(data, byte, bytes);
+  // By all threads: the first to write into a page pays for it.
+  constexpr size_t piece = size_t(1) << 24;
+#pragma omp parallel for schedule(static) if (bytes > piece)
+  for (size_t i = 0; i < ceil_div(bytes, piece); ++i)
+    std::memset(static_cast<char*>(data) + i * piece, byte, std::min(piece, bytes - i * piece));
 }
 
 // The three copies differ in direction, which CUDA reads off the pointers.
@@ -1437,25 +1441,28 @@ struct HostGemm<Dual> {
   template <class, class>
   static void run(Matrix<Dual> C, Matrix<const Dual> A, Matrix<const Dual> B, Sizes s, Dual alpha,
                   Dual beta) {
-    std::vector<double> left(2 * s.m * s.k), right(4 * s.k * s.n);
+    static thread_local std::vector<double> kept;  // to zero it for each product would take longest
+    kept.resize(std::max(kept.size(), 2 * s.m * s.k + 4 * s.k * s.n));
+    double *left = kept.data(), *right = left + 2 * s.m * s.k;
     auto each = [](Matrix<const Dual> M, const Dual* x, size_t rows, size_t columns, auto put) {
+#pragma omp parallel for schedule(static) if (rows * columns > 4096)
       for (size_t i = 0; i < rows; ++i)
         for (size_t j = 0; j < columns; ++j)
           put(i, j, x[M.transposed ? j * M.stride + i : i * M.stride + j]);
     };
     for (size_t product = 0; product < s.outer * s.inner; ++product) {
       size_t o = product / s.inner, h = product % s.inner;
-      each(A, A.at(o, h), s.m, s.k, [&](size_t i, size_t p, Dual a) {
-        double* to = &left[2 * (i * s.k + p)];
+      each(A, A.at(o, h), s.m, s.k, [=](size_t i, size_t p, Dual a) {
+        double* to = left + 2 * (i * s.k + p);
         to[0] = a.v, to[1] = a.d;
       });
-      each(B, B.at(o, h), s.k, s.n, [&](size_t p, size_t j, Dual b) {
-        double* to = &right[2 * (2 * p * s.n + j)];
-        to[0] = b.v, to[1] = b.d, to[2 * s.n + 1] = b.v;
+      each(B, B.at(o, h), s.k, s.n, [=](size_t p, size_t j, Dual b) {
+        double* to = right + 2 * (2 * p * s.n + j);
+        to[0] = b.v, to[1] = b.d, to[2 * s.n] = 0, to[2 * s.n + 1] = b.v;
       });
       Matrix<double> c(reinterpret_cast<double*>(C.at(o, h)), 2 * C.stride);
-      HostGemm<double>::run<double>(c, Matrix<const double>(left.data(), 2 * s.k),
-                                    Matrix<const double>(right.data(), 2 * s.n),
+      HostGemm<double>::run<double>(c, Matrix<const double>(left, 2 * s.k),
+                                    Matrix<const double>(right, 2 * s.n),
                                     {s.m, 2 * s.n, 2 * s.k}, alpha.v, beta.v);
     }
   }

@@ -1811,8 +1811,9 @@ class Gradcheck {
     for (size_t i = 0; i < family.pieces.size(); ++i) {
       const Piece& p = family.pieces[i];
       std::vector<double> g = downloaded(net_.device, p.gradient, p.count);
+#pragma omp parallel for schedule(static)
+      for (size_t k = 0; k < p.count; ++k) p.exact[k].d = normal(1, i, k);
       for (size_t k = 0; k < p.count; ++k) {
-        p.exact[k].d = normal(1, i, k);
         by_hand += g[k] * p.exact[k].d;
         squares += g[k] * g[k], values += p.exact[k].v * p.exact[k].v;
       }

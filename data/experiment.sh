@@ -26,7 +26,7 @@ cd "$(dirname "$0")/.."
 recipes=data/experiments
 program=build/mvsplit
 all="scream cure frontier thousand law front one-branch probe ablations pictures lean size failures \
-fp32event appendixj survival leak cure1e3 deep quality demo table1 size32"
+fp32event appendixj survival leak cure1e3 deep quality demo table1 size32 long1000"
 quick="scream cure law"  # those that have a quick version
 
 die() { echo "experiment: $*" >&2; exit 2; }
@@ -113,7 +113,7 @@ merge() {
 # to its end, with its weights.safetensors, and its exit status says whether that went well; `packed` is
 # called when the csv files are there, and may choose `pictures` and `spikes` by them.
 read_recipe() {
-  experiment=$1 columns="" bin=5 pictures="" spikes="" reports="" tables=""
+  experiment=$1 columns="" bin=5 pictures="" spikes="" reports="" tables="" without=""
   after() { :; }
   packed() { :; }
   # shellcheck source=/dev/null

@@ -1,11 +1,12 @@
 # What recipes draw with: data/experiment.sh sources it. Everything is read from the packed csv files.
 # shellcheck shell=bash disable=SC2154  # root, figures, csv, experiment, work: the driver's
 
-# The packed file $1 (runs, losses, diagnostics) of experiment $2, by default the present one.
+# The packed file $1 (runs, losses, diagnostics) of experiment $2, by default the present one; not the rows that
+# begin with `without`, if that is set.
 unpacked() {
   local file=$csv/${2:-$experiment}_$1.csv.gz
   [ -e "$file" ] || die "there is no $file to draw from: run ${2:-$experiment} first"
-  gzip -dc "$file"
+  gzip -dc "$file" | sed "${without:+/^$without/d}"
 }
 
 # Puts one run's losses and diagnostics into $work/RUN as train would have written them: log.csv,
@@ -408,13 +409,21 @@ G
 
 # $work/lead.GROUP, for each of the groups $2... : step, and mean, smallest and largest over the seeds of its
 # loss less that of group $1 with the same seed; losses are means of the 50 steps that end there. Prints a table:
-# every hundredth step, with the 95% interval of the mean. $work/pairs: how many seeds each group shares with $1.
+# every hundredth step (of long runs, every tenth part), with the 95% interval of the mean. With `both` set, pairs
+# of which one did not train are left out. $work/pairs: how many seeds each group shares with $1.
 leads() {
-  echo "| loss less that of $(label "$1"), same seed; means of 50 steps to | seeds |$(seq -f ' %g |' 200 100 "$(last_step)" | tr -d '\n')"
-  echo "|---|---|$(seq 200 100 "$(last_step)" | sed 's/.*/---|/' | tr -d '\n')"
-  unpacked losses | awk -F, -v work="$work" -v of="$1" -v others="${*:2}" -v bin="$bin" "$group$statistics"'
-    BEGIN { m = split(others, other, " "); rows = 50 / bin }
-    NR == 1 { next }
+  local last every at
+  last=$(last_step)
+  every=$((last > 1000 ? last / 10 : 100))
+  at=$(seq $((every < 200 ? 200 : every)) $every "$last")
+  echo "| loss less that of $(label "$1"), same seed; means of 50 steps to | seeds |$(printf ' %s |' $at)"
+  echo "|---|---|$(printf -- '---|%.0s' $at)"
+  { unpacked runs | sed "s/^/runs,/"; unpacked losses; } |
+    awk -F, -v work="$work" -v of="$1" -v others="${*:2}" -v bin="$bin" -v both="${both:-}" -v at="$at" "$group$statistics"'
+    BEGIN { m = split(others, other, " "); rows = 50 / bin; columns = split(at, column, /[ \n]/)
+      for (i = 1; i <= columns; i++) shown[column[i]] }
+    $1 == "runs" { outcome[$2] = $6; next }
+    $1 == "run" || (both && outcome[$1] != "trained") { next }
     $1 != run { run = $1; n = sum = 0; g = group(run); seed = run; sub(/.*_/, "", seed)
       if (seed + 0 > seeds) seeds = seed + 0 }
     { i = n++ % rows; sum += $3 - (n > rows ? recent[i] : 0); recent[i] = $3
@@ -430,7 +439,7 @@ leads() {
           if (k > most) most = k
           mean /= k; half = half_interval(a, k); sort_numbers(a, k)
           print s "," mean "," a[1] "," a[k] >(work "/lead." g)
-          if (s >= 200 && s % 100 == 0) row = row (k > 1 ? sprintf(" %.4f ± %.4f |", mean, half) : sprintf(" %.4f |", mean)) }
+          if (s in shown) row = row (k > 1 ? sprintf(" %.4f ± %.4f |", mean, half) : sprintf(" %.4f |", mean)) }
         if (most) printf "| %s | %d |%s\n", g, most, row
         if (most) print most >(work "/pairs") } }'
   echo

@@ -4,12 +4,14 @@
 #                     warm-up 100, one seed
 #   MERGE_SEED        MV-Split and the best of the others, each at its best rate by the scan: 5,000 steps, warm-up
 #                     300, seeds 1 to 3; the rate falls to zero over the last 1,000
+#   layerscale-RATE_SEED  chosen when these had been seen, as the best of the others collapsed: the same of LayerScale, at
+#                     its own best rate and at MV-Split's
 # The same command, again, goes on with the second when the first is over.
-columns=""
+columns="" reports=yes
 merges="mvsplit layerscale keel deepnorm" rates="1e-3 2.5e-3 6.3e-3 1.6e-2"
 
 runs() {
-  local merge lr seed seeds=3 shared="save-every=0 save=weights columns=1 val-images=256"
+  local merge lr seed one seeds=3 shared="save-every=0 save=weights columns=1 val-images=256"
   local short="steps=400 warmup=100" long="steps=5000 decay-steps=1000"
   if [ "$SCALE" = tiny ]; then seeds=1 short="steps=40" long="steps=60 decay-steps=20"; fi
   for merge in $merges; do
@@ -19,6 +21,9 @@ runs() {
   while read -r merge lr _; do
     for ((seed = 1; seed <= seeds; seed++)); do scanned "${merge}_$seed" "$merge" "lr=$lr" $long "seed=$seed"; done
   done <"$root/table1.best"
+  for one in 6.3e-3_1 2.5e-3_1 2.5e-3_3; do
+    scanned "layerscale-$one" layerscale "lr=${one%_*}" $long "seed=${one#*_}"
+  done
 }
 # shellcheck disable=SC2046,SC2086
 scanned() {
@@ -43,12 +48,14 @@ best_rates() {
 draw() {
   local others
   scan_table
-  others=$(unpacked runs | awk -F, "$group"'NR > 1 && $1 !~ /^(scan|mvsplit)/ && !n[group($1)]++ { print group($1) }')
+  without=scan-
+  others=$(unpacked runs | awk -F, "$group"'NR > 1 && $1 !~ /^mvsplit/ && !n[group($1)]++ { print group($1) }')
   [ -n "$others" ] || return 0
   results_table
-  draw_losses table1_loss "MV-Split and the best of the others, each at its best rate" 300
-  leads mvsplit "$others"
-  draw_leads table1_difference mvsplit "$others"
+  reports_table
+  draw_losses table1_loss "5,000 steps at the rates that were best for 400" 300
+  # shellcheck disable=SC2086
+  both=yes leads mvsplit $others
 }
 
 # The scan: loss of the last 25 steps by merge and rate, or what became of the run; the lowest of a merge in bold.
