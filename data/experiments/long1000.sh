@@ -18,4 +18,5 @@ draw() {
   results_table
   reports_table
   draw_losses long1000_loss "1000 layers: LayerScale collapses at the rate that was its best for 150 steps" 300
+  leads mvsplit layerscale
 }
