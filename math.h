@@ -1434,36 +1434,67 @@ HD inline Dual rsqrt_(Dual x) {
   return {y, -0.5 * y / x.v * x.d};
 }
 
-// A product of duals is one of doubles, twice as wide: (a, a') (b, b'; 0, b) = (ab, ab' + a'b). So
-// the values are those of a network in double to the last bit, and a chaotic one has the same path.
+// A product of duals, whose sums go in the order of HostGemm<double>: the values are those of a
+// network in double to the last bit, and a chaotic one has the same path. A network of duals has few
+// rows, so that to pack B would take longer than to multiply: each column is read once, for all rows.
 template <>
 struct HostGemm<Dual> {
+  static constexpr int lanes = HostGemm<double>::lanes, columns = 4;
+  typedef HostGemm<double>::Vector Vector;  // a number of each of `lanes` rows
+  struct Rows {
+    Vector v, d;
+  };
+
+  // out (columns) = a (k) times k numbers of each column, `step` apart. Fused as in block().
+#ifndef __clang__
+  [[gnu::optimize("fp-contract=fast")]]
+#endif
+  static void
+  column_sums(Rows* out, const Rows* a, const Dual* const* b, size_t step, size_t k) {
+#ifdef __clang__
+#pragma clang fp contract(fast)
+#endif
+    Rows sum[columns] = {};
+    for (size_t p = 0; p < k; ++p)
+      for (int j = 0; j < columns; ++j) {
+        Dual x = b[j][p * step];
+        sum[j].v += a[p].v * x.v;
+        sum[j].d += a[p].v * x.d;
+        sum[j].d += a[p].d * x.v;
+      }
+    std::copy(sum, sum + columns, out);
+  }
+
   template <class, class>
   static void run(Matrix<Dual> C, Matrix<const Dual> A, Matrix<const Dual> B, Sizes s, Dual alpha,
                   Dual beta) {
-    static thread_local std::vector<double> kept;  // to zero it for each product would take longest
-    kept.resize(std::max(kept.size(), 2 * s.m * s.k + 4 * s.k * s.n));
-    double *left = kept.data(), *right = left + 2 * s.m * s.k;
-    auto each = [](Matrix<const Dual> M, const Dual* x, size_t rows, size_t columns, auto put) {
-#pragma omp parallel for schedule(static) if (rows * columns > 4096)
-      for (size_t i = 0; i < rows; ++i)
-        for (size_t j = 0; j < columns; ++j)
-          put(i, j, x[M.transposed ? j * M.stride + i : i * M.stride + j]);
-    };
+    size_t row = A.transposed ? 1 : A.stride, a_k = A.transposed ? A.stride : 1;
+    size_t column = B.transposed ? B.stride : 1, b_k = B.transposed ? 1 : B.stride;
+    std::vector<Rows> packed(ceil_div(s.m, lanes) * s.k, Rows{});
     for (size_t product = 0; product < s.outer * s.inner; ++product) {
       size_t o = product / s.inner, h = product % s.inner;
-      each(A, A.at(o, h), s.m, s.k, [=](size_t i, size_t p, Dual a) {
-        double* to = left + 2 * (i * s.k + p);
-        to[0] = a.v, to[1] = a.d;
-      });
-      each(B, B.at(o, h), s.k, s.n, [=](size_t p, size_t j, Dual b) {
-        double* to = right + 2 * (2 * p * s.n + j);
-        to[0] = b.v, to[1] = b.d, to[2 * s.n] = 0, to[2 * s.n + 1] = b.v;
-      });
-      Matrix<double> c(reinterpret_cast<double*>(C.at(o, h)), 2 * C.stride);
-      HostGemm<double>::run<double>(c, Matrix<const double>(left, 2 * s.k),
-                                    Matrix<const double>(right, 2 * s.n),
-                                    {s.m, 2 * s.n, 2 * s.k}, alpha.v, beta.v);
+      const Dual *a = A.at(o, h), *b = B.at(o, h);
+      Dual* c = C.at(o, h);
+      for (size_t i = 0; i < s.m; ++i)
+        for (size_t p = 0; p < s.k; ++p) {
+          Rows& to = packed[i / lanes * s.k + p];
+          to.v[i % lanes] = a[i * row + p * a_k].v, to.d[i % lanes] = a[i * row + p * a_k].d;
+        }
+#pragma omp parallel for schedule(static) if (s.m * s.n * s.k > 30000)
+      for (size_t first = 0; first < s.n; first += columns) {
+        const Dual* of[columns];
+        for (size_t j = 0; j < columns; ++j) of[j] = b + std::min(first + j, s.n - 1) * column;
+        for (size_t i = 0; i < s.m; i += lanes) {
+          Rows sum[columns];
+          column_sums(sum, packed.data() + i / lanes * s.k, of, b_k, s.k);
+          for (size_t n = first; n < std::min(first + columns, s.n); ++n)
+            for (size_t m = i; m < std::min(i + lanes, s.m); ++m) {
+              Dual x = alpha.v * Dual{sum[n - first].v[m - i], sum[n - first].d[m - i]};
+              Dual& to = c[m * C.stride + n];
+              to = beta.v == 0 ? x : x + beta.v * to;
+            }
+        }
+      }
     }
   }
 };
