@@ -332,7 +332,7 @@ says 'decide the sign at steps %s only' "$(awk -F' *[|] *' '/^[|] loss less/ { s
 apart_at() { shown %+.3f "$(of frontier layerscale_"$1"_"$2" loss) - $(of frontier mvsplit_"$1"_"$3" loss)"; }
 says 'less its is %s at 50 layers, %s, %s and %s at 100, 200 and 400, %s at 1000' "$(apart_at 50 8e-3 4e-3)" "$(apart_at 100 8e-3 2e-3)" \
   "$(apart_at 200 8e-3 1e-3)" "$(apart_at 400 8e-3 5e-4)" "$(apart_at 1000 4e-3 1e-3)"
-says 'At 1000 it is %s behind.' "$(shown %.3f "$(of frontier mvsplit_1000_1e-3 loss) - $(of frontier layerscale_1000_4e-3 loss)")"
+says 'At 1000 it is %s behind; over' "$(shown %.3f "$(of frontier mvsplit_1000_1e-3 loss) - $(of frontier layerscale_1000_4e-3 loss)")"
 size() { cell size "400-$1" 7; }
 says 'it is %s ahead of LayerScale at the paper' "$(shown %.2f "$(size layerscale_1.56e-4) - $(size mvsplit-beta0.05_1.56e-4)")"
 says 's rate and %s behind' "$(shown %.3f "$(size mvsplit-beta0.05_6.24e-4) - $(size layerscale_6.24e-4)")"
