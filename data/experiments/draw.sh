@@ -1,8 +1,8 @@
 # What recipes draw with: data/experiment.sh sources it. Everything is read from the packed csv files.
 # shellcheck shell=bash disable=SC2154  # root, figures, csv, experiment, work: the driver's
 
-# The packed file $1 (runs, losses, diagnostics) of experiment $2, by default the present one; not the rows that
-# begin with `without`, if that is set.
+# The packed file $1 (runs, losses, diagnostics) of experiment $2, by default the present one; less the rows
+# that begin with $without, if that is set.
 unpacked() {
   local file=$csv/${2:-$experiment}_$1.csv.gz
   [ -e "$file" ] || die "there is no $file to draw from: run ${2:-$experiment} first"
@@ -399,7 +399,7 @@ set title "$2\n$(about "${3:-}")$seeds"
 set ylabel "training loss (mean of 25 steps, up to the one shown)"
 set key outside right top samplen 1.5
 set xrange [0:*]
-set yrange [*<0.4:1.8<*<4]
+set yrange [*<0.4:1.8<*<${top:-4}]
 plot $plot 1.44 with lines dt 3 lc rgb "#505050" title "1.44: the mean of all pixels", \
   1.2665 with lines dt 2 lc rgb "#909090" title "1.27: each position's average"
 G
@@ -409,8 +409,8 @@ G
 
 # $work/lead.GROUP, for each of the groups $2... : step, and mean, smallest and largest over the seeds of its
 # loss less that of group $1 with the same seed; losses are means of the 50 steps that end there. Prints a table:
-# every hundredth step (of long runs, every tenth part), with the 95% interval of the mean. With `both` set, pairs
-# of which one did not train are left out. $work/pairs: how many seeds each group shares with $1.
+# every hundredth step (of long runs, every tenth part), with the 95% interval of the mean. With `both` set, a pair
+# counts until one of it collapses, and steps at which not all do are left open. $work/pairs: how many seeds each group shares with $1.
 leads() {
   local last every at
   last=$(last_step)
@@ -422,8 +422,8 @@ leads() {
     awk -F, -v work="$work" -v of="$1" -v others="${*:2}" -v bin="$bin" -v both="${both:-}" -v at="$at" "$group$statistics"'
     BEGIN { m = split(others, other, " "); rows = 50 / bin; columns = split(at, column, /[ \n]/)
       for (i = 1; i <= columns; i++) shown[column[i]] }
-    $1 == "runs" { outcome[$2] = $6; next }
-    $1 == "run" || (both && outcome[$1] != "trained") { next }
+    $1 == "runs" { end[$2] = $6 == "trained" ? 1e9 : $9 + 0; next }
+    $1 == "run" || (both && $2 >= end[$1]) { next }
     $1 != run { run = $1; n = sum = 0; g = group(run); seed = run; sub(/.*_/, "", seed)
       if (seed + 0 > seeds) seeds = seed + 0 }
     { i = n++ % rows; sum += $3 - (n > rows ? recent[i] : 0); recent[i] = $3
@@ -435,11 +435,12 @@ leads() {
           k = mean = 0
           for (seed = 1; seed <= seeds; seed++) if ((g, seed, s) in loss && (of, seed, s) in loss) {
             a[++k] = loss[g, seed, s] - loss[of, seed, s]; mean += a[k] }
+          if (k < most && s in shown) row = row " - |"
           if (!k) continue
           if (k > most) most = k
           mean /= k; half = half_interval(a, k); sort_numbers(a, k)
           print s "," mean "," a[1] "," a[k] >(work "/lead." g)
-          if (s in shown) row = row (k > 1 ? sprintf(" %.4f ± %.4f |", mean, half) : sprintf(" %.4f |", mean)) }
+          if (k == most && s in shown) row = row (k > 1 ? sprintf(" %.4f ± %.4f |", mean, half) : sprintf(" %.4f |", mean)) }
         if (most) printf "| %s | %d |%s\n", g, most, row
         if (most) print most >(work "/pairs") } }'
   echo
@@ -496,6 +497,7 @@ label() {
     postnorm_*) echo "Post-Norm, lr ${1#postnorm_}" ;;
     prenorm) echo "Pre-Norm" ;;
     layerscale-[0-9]00) echo "LayerScale 1e-2, ${1#*-} layers" ;;
+    layerscale-lr=*) echo "LayerScale, ${1#*-}" ;;
     layerscale-*) echo "LayerScale ${1#layerscale-}" ;;
     layerscale) echo "LayerScale" ;;
     rezero) echo "ReZero" ;;
@@ -507,6 +509,7 @@ label() {
     save) echo "Post-Norm, up to the save" ;;
     held-*) echo "Post-Norm, held at ${1#held-}" ;;
     postnorm-[0-9]*) echo "Post-Norm, ${1#*-} layers" ;;
+    keel-lr=*) echo "Keel, ${1#*-}" ;;
     keel-*) echo "Keel, ${1#*-} layers" ;;
     mvsplit-[0-9]00) echo "MV-Split, ${1#*-} layers" ;;
     mvsplit) echo "MV-Split" ;;

@@ -9,14 +9,14 @@ runs() {
   shared+=" save-every=0 save=weights columns=1 val-images=256"
   # shellcheck disable=SC2086
   for seed in 1 2; do
-    run mvsplit_$seed $shared beta=0.03 lr=1e-3 seed=$seed
-    run layerscale_$seed $shared residual=layerscale lambda=1e-2 lr=4e-3 seed=$seed
+    run mvsplit-lr=1e-3_$seed $shared beta=0.03 lr=1e-3 seed=$seed
+    run layerscale-lr=4e-3_$seed $shared residual=layerscale lambda=1e-2 lr=4e-3 seed=$seed
   done
 }
 
 draw() {
   results_table
   reports_table
-  draw_losses long1000_loss "1000 layers: LayerScale collapses at the rate that was its best for 150 steps" 300
-  leads mvsplit layerscale
+  draw_losses long1000_loss "At the rates that are best for 150 steps LayerScale collapses" 300
+  both=yes leads mvsplit-lr=1e-3 layerscale-lr=4e-3
 }

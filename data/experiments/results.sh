@@ -324,7 +324,7 @@ says 'from layer %s on all are collapsed' "$(cell front 'wide | 10' 3)"
 says '%s runs of `survival`' "$({
   for name in survival leak cure1e3; do unpacked runs $name; done | grep ',a686b4e,'
   for name in cure1e3 quality table1; do unpacked runs $name; done | grep ',fd46437,'
-  for name in table1 long1000; do unpacked runs $name; done | grep ',962c22f,' | grep -v '^layerscale-2.5e-3_3'
+  for name in table1 long1000; do unpacked runs $name; done | grep ',962c22f,' | grep -v '^layerscale-lr=2.5e-3_3'
 } | wc -l)"
 says 'runs took %s s in all' "$(for file in "$csv"/*_runs.csv.gz; do gzip -dc "$file"; done | awk -F, '$13 !~ /^CPU/ { s += $12 } END { print s }')"
 says 'decide the sign at steps %s only' "$(awk -F' *[|] *' '/^[|] loss less/ { split($0, s, / *[|] */) }
@@ -447,13 +447,13 @@ says 'at 2.5e-3 collapses at step %s.' "$(of table1 scan-deepnorm-2.5e-3 collaps
   fault "other runs of table1 have failed"
 # The long runs.
 gone() { unpacked runs "$1" | awk -F, -v of="$2_" 'index($1, of) == 1 { n++; failed += $5 == "failed" } END { print failed " of " n }'; }
-[ "$(for g in mvsplit keel layerscale-6.3e-3 layerscale-2.5e-3; do gone table1 $g; done | xargs) $(for g in mvsplit layerscale; do gone long1000 $g; done | xargs)" = \
+[ "$(for g in mvsplit-lr=2.5e-3 keel-lr=1.6e-2 layerscale-lr=6.3e-3 layerscale-lr=2.5e-3; do gone table1 $g; done | xargs) $(for g in mvsplit-lr=1e-3 layerscale-lr=4e-3; do gone long1000 $g; done | xargs)" = \
   "1 of 3 3 of 3 1 of 1 0 of 2 0 of 2 2 of 2" ] || fault "other long runs have failed"
-keel() { for seed in ${*:-1 2 3}; do of table1 keel_$seed collapse; echo; done; }
-last_to_go=$(of table1 mvsplit_2 collapse) first_to_go=$(of table1 layerscale-6.3e-3_1 collapse)
+keel() { for seed in ${*:-1 2 3}; do of table1 keel-lr=1.6e-2_$seed collapse; echo; done; }
+last_to_go=$(of table1 mvsplit-lr=2.5e-3_2 collapse) first_to_go=$(of table1 layerscale-lr=6.3e-3_1 collapse)
 long() { printf '%s and %s' "$(of long1000 "$1_1" "${@:2}")" "$(of long1000 "$1_2" "${@:2}")"; }
 says 'of three, at %s, LayerScale in one of one, at %s, MV-Split in one of three, at %s; at' "$(keel | spread %d)" "$first_to_go" "$last_to_go"
-says 'LayerScale collapses in two of two, at %s, MV-Split, at a quarter' "$(long layerscale collapse)"
+says 'LayerScale collapses in two of two, at %s, MV-Split, at a quarter' "$(long layerscale-lr=4e-3 collapse)"
 says 'seeds of three, at %s, %s and %s, MV-Split at 2.5e-3 in one of three, at %s. As' $(keel) "$last_to_go"
 says 'its best rate, 6.3e-3, it collapses at %s; at' "$first_to_go"
 says "All but MV-Split's comes from %s to 1,%s steps" "$((first_to_go - 300))" "$(($(keel | sort -n | tail -n 1) - 300 - 1000))"
@@ -461,19 +461,19 @@ says 'MV-Split in one of three, at %s to %s; in 1000' "$first_to_go" "$last_to_g
 [ "$({ unpacked runs table1; unpacked reports table1; } | awk -F, '$1 == "run" { file++; next }
   file == 1 { at[$1] = $8; next } at[$1] && !n[$1]++ && at[$1] - $2 > most { most = at[$1] - $2 } END { print most }')" = 6 ] ||
   fault "a report of table1 comes earlier"
-says "MV-Split's seed 1 has one at %s, and" "$(unpacked reports table1 | awk -F, '$1 == "mvsplit_1" { print $2 }')"
-says '(G_mean of W_2 %s times its median, G_ctr %s)' "$(cell table1 'layerscale-6.3e-3_1 | 1060 | 1060' 7)" "$(cell table1 'layerscale-6.3e-3_1 | 1060 | 1060' 8)"
-[ "$(grep -E '^[|] (mvsplit|keel|layerscale-6.3e-3): ' "$work/table1" | awk -F' *[|] *' '{ print $3, $4, $5 }' | xargs)" = "0 1 0 0 2 1 1 0 0" ] ||
+says "MV-Split's seed 1 has one at %s, and" "$(unpacked reports table1 | awk -F, '$1 == "mvsplit-lr=2.5e-3_1" { print $2 }')"
+says '(G_mean of W_2 %s times its median, G_ctr %s)' "$(cell table1 'layerscale-lr=6.3e-3_1 | 1060 | 1060' 7)" "$(cell table1 'layerscale-lr=6.3e-3_1 | 1060 | 1060' 8)"
+[ "$(grep -E '^[|] (mvsplit-lr=2.5e-3|keel-lr=1.6e-2|layerscale-lr=6.3e-3): ' "$work/table1" | awk -F' *[|] *' '{ print $3, $4, $5 }' | xargs)" = "0 1 0 0 2 1 1 0 0" ] ||
   fault "reports of table1 are called otherwise"
-says "less its is %s at step 500, %s at 1000, and %s at the end" "$(cell table1 layerscale-2.5e-3 3 %s "" 2)" "$(cell table1 layerscale-2.5e-3 4 %s "" 2)" "$(cell table1 layerscale-2.5e-3 12 %s "" 2)"
-says 'difference is %s at the end' "$(cell table1 layerscale-2.5e-3 12 %s "" 2)"
-says 'LayerScale is at %s and %s, MV-Split at %s and %s.' "$(of table1 layerscale-2.5e-3_1 validation)" \
-  "$(of table1 layerscale-2.5e-3_3 validation)" "$(of table1 mvsplit_1 validation)" "$(of table1 mvsplit_3 validation)"
-says 'both seeds, at %s; MV-Split trains in both, to %s' "$(long layerscale collapse)" "$(long mvsplit validation)"
-report() { cell long1000 "layerscale_$1 | $(of long1000 "layerscale_$1" collapse)" "$2"; }
+says "less its is %s at step 500, %s at 1000, and %s at the end" "$(cell table1 layerscale-lr=2.5e-3 3 %s "" 2)" "$(cell table1 layerscale-lr=2.5e-3 4 %s "" 2)" "$(cell table1 layerscale-lr=2.5e-3 12 %s "" 2)"
+says 'difference is %s at the end' "$(cell table1 layerscale-lr=2.5e-3 12 %s "" 2)"
+says 'LayerScale is at %s and %s, MV-Split at %s and %s.' "$(of table1 layerscale-lr=2.5e-3_1 validation)" \
+  "$(of table1 layerscale-lr=2.5e-3_3 validation)" "$(of table1 mvsplit-lr=2.5e-3_1 validation)" "$(of table1 mvsplit-lr=2.5e-3_3 validation)"
+says 'both seeds, at %s; MV-Split trains in both, to %s' "$(long layerscale-lr=4e-3 collapse)" "$(long mvsplit-lr=1e-3 validation)"
+report() { cell long1000 "layerscale-lr=4e-3_$1 | $(of long1000 "layerscale-lr=4e-3_$1" collapse)" "$2"; }
 says 'G_mean of W_O is %s and %s times its median, G_ctr %s and %s times.' "$(report 1 7)" "$(report 2 7)" "$(report 1 8)" "$(report 2 8)"
 [ "$(report 1 5) $(report 2 5)" = "mean mode mean mode" ] || fault "reports of long1000 are called otherwise"
-ahead=$(cell long1000 'layerscale | 2' 4 %s "" 2)
+ahead=$(cell long1000 'layerscale-lr=4e-3 | 2' 4 %s "" 2)
 says 'LayerScale at step 600 by %s, which' "${ahead#-}"
 says '150 steps, had LayerScale ahead by %s.' "$(shown %.3f "$(of frontier mvsplit_1000_1e-3 loss) - $(of frontier layerscale_1000_4e-3 loss)")"
 

@@ -1,11 +1,11 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# table1: does MV-Split's lead last (the paper's Table 1)? Two parts, the second of which needs the first:
+# table1: does MV-Split's lead last (the paper's Table 1)? Three parts, the second of which needs the first:
 #   scan-MERGE-RATE   four rates for LayerScale 1e-2, MV-Split with beta 1/sqrt(400), Keel and DeepNorm: 400 steps,
 #                     warm-up 100, one seed
-#   MERGE_SEED        MV-Split and the best of the others, each at its best rate by the scan: 5,000 steps, warm-up
+#   MERGE-lr=RATE_SEED MV-Split and the best of the others, each at its best rate by the scan: 5,000 steps, warm-up
 #                     300, seeds 1 to 3; the rate falls to zero over the last 1,000
-#   layerscale-RATE_SEED  chosen when these had been seen, as the best of the others collapsed: the same of LayerScale, at
-#                     its own best rate and at MV-Split's
+#   layerscale-lr=... the same of LayerScale, added when the best of the others, Keel, and MV-Split's seed 2 had
+#                     collapsed: at its own best rate, and at MV-Split's in the seeds that train there
 # The same command, again, goes on with the second when the first is over.
 columns="" reports=yes
 merges="mvsplit layerscale keel deepnorm" rates="1e-3 2.5e-3 6.3e-3 1.6e-2"
@@ -19,10 +19,10 @@ runs() {
   done
   best_rates >"$root/table1.best" || return 0
   while read -r merge lr _; do
-    for ((seed = 1; seed <= seeds; seed++)); do scanned "${merge}_$seed" "$merge" "lr=$lr" $long "seed=$seed"; done
+    for ((seed = 1; seed <= seeds; seed++)); do scanned "$merge-lr=${lr}_$seed" "$merge" "lr=$lr" $long "seed=$seed"; done
   done <"$root/table1.best"
   for one in 6.3e-3_1 2.5e-3_1 2.5e-3_3; do
-    scanned "layerscale-$one" layerscale "lr=${one%_*}" $long "seed=${one#*_}"
+    scanned "layerscale-lr=$one" layerscale "lr=${one%_*}" $long "seed=${one#*_}"
   done
 }
 # shellcheck disable=SC2046,SC2086
@@ -53,9 +53,9 @@ draw() {
   [ -n "$others" ] || return 0
   results_table
   reports_table
-  draw_losses table1_loss "5,000 steps at the rates that were best for 400" 300
+  top=2 draw_losses table1_loss "5,000 steps at rates that are best for 400, and LayerScale at MV-Split's" 300
   # shellcheck disable=SC2086
-  both=yes leads mvsplit $others
+  both=yes leads mvsplit-lr=2.5e-3 $others
 }
 
 # The scan: loss of the last 25 steps by merge and rate, or what became of the run; the lowest of a merge in bold.
