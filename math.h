@@ -860,7 +860,7 @@ inline void Device::fill(void* data, int byte, size_t bytes) const {
     return;
   }
 #endif
-  // By all threads: the first to write into a page pays for it.
+  // By all threads: a page of memory is made when it is first written to.
   constexpr size_t piece = size_t(1) << 24;
 #pragma omp parallel for schedule(static) if (bytes > piece)
   for (size_t i = 0; i < ceil_div(bytes, piece); ++i)
@@ -1207,7 +1207,8 @@ struct HostGemm {
   typedef Acc Vector __attribute__((vector_size(vector_bytes)));
 
   // acc (rows, columns) = a (k, rows)^T b (k, columns), added to what is there unless `first`. Here
-  // alone a compiler may fuse products and sums (see the Makefile): there is one way to do it.
+  // and in column_sums() alone a compiler may fuse products and sums (see the Makefile): there is one
+  // way to do it.
 #ifndef __clang__
   [[gnu::optimize("fp-contract=fast")]]
 #endif
@@ -1434,9 +1435,10 @@ HD inline Dual rsqrt_(Dual x) {
   return {y, -0.5 * y / x.v * x.d};
 }
 
-// A product of duals, whose sums go in the order of HostGemm<double>: the values are those of a
-// network in double to the last bit, and a chaotic one has the same path. A network of duals has few
-// rows, so that to pack B would take longer than to multiply: each column is read once, for all rows.
+// A product of duals. Its sums go in the order of HostGemm<double>, so the values are those of a
+// network in double to the last bit, and a chaotic one has the same path. A, of few rows (tokens), is
+// packed; B is not, as that would take longer than the product: four of its columns at a time stay in
+// the cache for all rows.
 template <>
 struct HostGemm<Dual> {
   static constexpr int lanes = HostGemm<double>::lanes, columns = 4;
@@ -1445,7 +1447,7 @@ struct HostGemm<Dual> {
     Vector v, d;
   };
 
-  // out (columns) = a (k) times k numbers of each column, `step` apart. Fused as in block().
+  // out (columns) = a (k) times k numbers, `step` apart, of each column; fused as in block().
 #ifndef __clang__
   [[gnu::optimize("fp-contract=fast")]]
 #endif
@@ -1489,9 +1491,9 @@ struct HostGemm<Dual> {
           column_sums(sum, packed.data() + i / lanes * s.k, of, b_k, s.k);
           for (size_t n = first; n < std::min(first + columns, s.n); ++n)
             for (size_t m = i; m < std::min(i + lanes, s.m); ++m) {
-              Dual x = alpha.v * Dual{sum[n - first].v[m - i], sum[n - first].d[m - i]};
-              Dual& to = c[m * C.stride + n];
-              to = beta.v == 0 ? x : x + beta.v * to;
+              Rows& of_n = sum[n - first];
+              Dual x{alpha.v * of_n.v[m - i], alpha.v * of_n.d[m - i]}, &to = c[m * C.stride + n];
+              to = beta.v == 0 ? x : Dual{x.v + beta.v * to.v, x.d + beta.v * to.d};
             }
         }
       }

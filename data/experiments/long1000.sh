@@ -2,6 +2,7 @@
 # long1000: 1000 layers for longer than the frontier's 150 steps: MV-Split with the paper's beta there and LayerScale,
 # each at its best rate by `frontier`, 3,000 steps, warm-up 300, two seeds; the rate falls to zero over the last 600.
 columns="" reports=yes
+spikes="layerscale-lr=4e-3_1 layerscale-lr=4e-3_2"
 
 runs() {
   local seed shared="depth=1000 steps=3000 decay-steps=600"
@@ -15,8 +16,10 @@ runs() {
 }
 
 draw() {
+  local run
   results_table
   reports_table
-  draw_losses long1000_loss "At the rates that are best for 150 steps LayerScale collapses" 300
+  draw_losses long1000_loss "LayerScale, at four times MV-Split's rate, collapses" 300
   both=yes leads mvsplit-lr=1e-3 layerscale-lr=4e-3
+  for run in $spikes; do spike_report "$run"; done
 }

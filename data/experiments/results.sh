@@ -341,7 +341,7 @@ says 'stopped at step %s.' "$(of size 1000-mvsplit steps)"
 # What is deep, wide, or of samples.
 both_seeds() { printf '%s and %s' "$(of size32 mvsplit_1 "$@")" "$(of size32 mvsplit_2 "$@")"; }
 says 'seeds train to %s, then collapse at %s. With' "$(both_seeds best %.3f)" "$(both_seeds collapse)"
-says 'Seed 2 trains to %s, spikes from step 166 on, collapses at %s, and ends at %s (%s).' "$(of size32 mvsplit_2 best %.3f)" \
+says 'Seed 2 trains to %s, spikes from step 166 on, collapses at %s, and ends at %s, with a validation loss of %s, between' "$(of size32 mvsplit_2 best %.3f)" \
   "$(of size32 mvsplit_2 collapse)" "$(of size32 mvsplit_2 loss %.3f)" "$(of size32 mvsplit_2 validation %.3f)"
 says 'it they are %s and %s times' $(sed -n 's/^Verdict: both modes: G_mean of W_O at layer 0 is \([0-9.]*\) .*G_ctr \([0-9.]*\) times.*/\1 \2/p' $csv/size32_mvsplit_2_spike.txt)
 says 'trains to %s, spikes from step 180 on, collapses at %s, and reaches norms of %s. It ends at %s; its validation loss, %s,' \
@@ -395,7 +395,7 @@ says "the norm reaches %s by step 50, is recorded as infinite within the next fi
   "$(most mvsplit-beta=1e-4 46 50 | awk '{ printf "%.0f", $1 }')" "$(of deep mvsplit-beta=1e-4 loss %.3f)" \
   "$(unpacked losses deep | awk -F, '$1 == "keel" && $2 > 125 && $2 <= 150 { s += $3 / 5 } END { printf "%.3f", s }')"
 [ "$(most mvsplit-beta=1e-4 51 55)" = inf ] || fault "beta 1e-4 of deep has no infinite norm"
-says 'move it by %s times itself' "$(awk 'BEGIN { for (s = 1; s <= 50; s++) x += 7e-4 * s / 300; printf "%.0f", x / 1e-4 }')"
+says 'move it by %s times its' "$(awk 'BEGIN { for (s = 1; s <= 50; s++) x += 7e-4 * s / 300; printf "%.0f", x / 1e-4 }')"
 says 'falls to %s, rises in bursts (%s at step %s), and falls again when it is cut off (means of 5 steps: %s, %s, %s, %s, %s; validation loss %s)' \
   "$(five mvsplit-warmup=600 90 %.3f)" "$(of deep mvsplit-warmup=600 norm)" "$(of deep mvsplit-warmup=600 norm_step)" \
   $(for at in 130 135 140 145 150; do five mvsplit-warmup=600 $at '%.3f\n'; done) "$(of deep mvsplit-warmup=600 validation %.3f)"
@@ -404,7 +404,7 @@ says 'falls to %s in the last 5 steps, still' "$(five mvsplit-lr=1e-4 150 %.3f)"
 says 'Bursts begin at step %s: the' "$(of deep mvsplit-lr=1e-4 norm_step)"
 says 'largest norms of 5 steps are %s, %s, %s, %s, %s, %s, %s.' \
   $(unpacked losses deep | awk -F, '$1 == "mvsplit-lr=1e-4" && $2 >= 120 { printf "%.0f ", $4 }')
-says 'is where Keel is at step %s, and not behind it (%s)' \
+says 'do by step %s, whose loss there is %s:' \
   "$(awk 'BEGIN { for (s = 1; s <= 150; s++) x += 1e-4 * s / 300; for (k = 0; y <= x; k++) y += 7e-4 * (k + 1) / 300; print k - 1 }')" "$(five keel 60 %.3f)"
 says 'within the warm-up, ends at %s: gradients' \
   "$(for run in beta=1e-4 lr=1e-4 warmup=600; do of deep mvsplit-$run loss; echo; done | spread %.3f)"
@@ -436,7 +436,7 @@ says 'by %s below t = 0.1, and least near the noise, by %s above 0.9. LayerScale
 says 'by %s against %s. - All' "$(short '0.0 to 0.1' 3)" "$(short '0.9 to 1.0' 3)"
 says 'in `cure1e3` by %s.' "$(range cure1e3 validation mvsplit | awk '{ printf "%.3f", $3 - $1 }')"
 behind() { shown %.4f "$(of table1 "scan-$1" loss) - $(of table1 "scan-$2" loss)"; }
-says 'ahead of Keel by %s, of DeepNorm by %s, of LayerScale by %s. At 1e-3 it is ahead of LayerScale by %s, of Keel by %s:' \
+says "lowest loss is %s below Keel's, %s below DeepNorm's, %s below LayerScale's. At 1e-3 it is ahead of LayerScale by %s, of Keel by %s:" \
   "$(behind keel-1.6e-2 mvsplit-2.5e-3)" "$(behind deepnorm-1e-3 mvsplit-2.5e-3)" "$(behind layerscale-6.3e-3 mvsplit-2.5e-3)" \
   "$(behind layerscale-1e-3 mvsplit-1e-3)" "$(behind keel-1e-3 mvsplit-1e-3)"
 [ "$(grep -oE '[*]{2}0[0-9.]*[*]{2}' "$work/table1" | tr -d '*' | xargs)" = "0.376 0.382 0.379 0.379" ] ||
@@ -449,33 +449,60 @@ says 'at 2.5e-3 collapses at step %s.' "$(of table1 scan-deepnorm-2.5e-3 collaps
 gone() { unpacked runs "$1" | awk -F, -v of="$2_" 'index($1, of) == 1 { n++; failed += $5 == "failed" } END { print failed " of " n }'; }
 [ "$(for g in mvsplit-lr=2.5e-3 keel-lr=1.6e-2 layerscale-lr=6.3e-3 layerscale-lr=2.5e-3; do gone table1 $g; done | xargs) $(for g in mvsplit-lr=1e-3 layerscale-lr=4e-3; do gone long1000 $g; done | xargs)" = \
   "1 of 3 3 of 3 1 of 1 0 of 2 0 of 2 2 of 2" ] || fault "other long runs have failed"
+[ "$(for e in table1 long1000; do awk -F' *[|] *' '/^[|] .*: [0-9]+ [|]/ { print $3, $4, $5 }' "$work/$e"; done | awk '{ a += $1; b += $2; c += $3 } END { print a, b, c }')" = "3 3 1" ] ||
+  fault "the reports of the late collapses are called otherwise"
 keel() { for seed in ${*:-1 2 3}; do of table1 keel-lr=1.6e-2_$seed collapse; echo; done; }
 last_to_go=$(of table1 mvsplit-lr=2.5e-3_2 collapse) first_to_go=$(of table1 layerscale-lr=6.3e-3_1 collapse)
 long() { printf '%s and %s' "$(of long1000 "$1_1" "${@:2}")" "$(of long1000 "$1_2" "${@:2}")"; }
-says 'of three, at %s, LayerScale in one of one, at %s, MV-Split in one of three, at %s; at' "$(keel | spread %d)" "$first_to_go" "$last_to_go"
-says 'LayerScale collapses in two of two, at %s, MV-Split, at a quarter' "$(long layerscale-lr=4e-3 collapse)"
-says 'seeds of three, at %s, %s and %s, MV-Split at 2.5e-3 in one of three, at %s. As' $(keel) "$last_to_go"
-says 'its best rate, 6.3e-3, it collapses at %s; at' "$first_to_go"
-says "All but MV-Split's comes from %s to 1,%s steps" "$((first_to_go - 300))" "$(($(keel | sort -n | tail -n 1) - 300 - 1000))"
-says 'MV-Split in one of three, at %s to %s; in 1000' "$first_to_go" "$last_to_go"
+says 'seeds of three, at %s, LayerScale (6.3e-3) in one of one, at %s, MV-Split (2.5e-3) in one of three, at %s; LayerScale' \
+  "$(keel | spread %d)" "$first_to_go" "$last_to_go"
+says 'LayerScale (4e-3) collapses in two of two, at %s, MV-Split (1e-3) in' "$(long layerscale-lr=4e-3 collapse)"
+says 'seeds of three, at %s, %s and %s, MV-Split at 2.5e-3 in one of three, at %s. -' $(keel) "$last_to_go"
+says 'its best rate, 6.3e-3, seed 1 collapses at %s; a' "$first_to_go"
+says 'rate, from %s to 3,%s steps after' "$((first_to_go - 300))" "$((last_to_go - 3300))"
 [ "$({ unpacked runs table1; unpacked reports table1; } | awk -F, '$1 == "run" { file++; next }
   file == 1 { at[$1] = $8; next } at[$1] && !n[$1]++ && at[$1] - $2 > most { most = at[$1] - $2 } END { print most }')" = 6 ] ||
   fault "a report of table1 comes earlier"
-says "MV-Split's seed 1 has one at %s, and" "$(unpacked reports table1 | awk -F, '$1 == "mvsplit-lr=2.5e-3_1" { print $2 }')"
-says '(G_mean of W_2 %s times its median, G_ctr %s)' "$(cell table1 'layerscale-lr=6.3e-3_1 | 1060 | 1060' 7)" "$(cell table1 'layerscale-lr=6.3e-3_1 | 1060 | 1060' 8)"
+says 'in a burst that began at %s, from' "$(unpacked reports table1 | awk -F, '$1 == "mvsplit-lr=2.5e-3_1" { print $2 }')"
+says '(G_mean of W_2 %s times its median, G_ctr %s),' "$(cell table1 'layerscale-lr=6.3e-3_1 | 1060 | 1060' 7)" "$(cell table1 'layerscale-lr=6.3e-3_1 | 1060 | 1060' 8)"
 [ "$(grep -E '^[|] (mvsplit-lr=2.5e-3|keel-lr=1.6e-2|layerscale-lr=6.3e-3): ' "$work/table1" | awk -F' *[|] *' '{ print $3, $4, $5 }' | xargs)" = "0 1 0 0 2 1 1 0 0" ] ||
   fault "reports of table1 are called otherwise"
-says "less its is %s at step 500, %s at 1000, and %s at the end" "$(cell table1 layerscale-lr=2.5e-3 3 %s "" 2)" "$(cell table1 layerscale-lr=2.5e-3 4 %s "" 2)" "$(cell table1 layerscale-lr=2.5e-3 12 %s "" 2)"
-says 'difference is %s at the end' "$(cell table1 layerscale-lr=2.5e-3 12 %s "" 2)"
+late() { cell table1 layerscale-lr=2.5e-3 "$1" %s "" 2; }
+says "minus MV-Split's is %s at step 500, %s at 1000, %s at 3500 and %s at the end" "$(late 3)" "$(late 4)" "$(late 9)" "$(late 12)"
+says 'less its is %s at step 500, %s at the end.' "$(late 3)" "$(late 12)"
+says 'at 2.5e-3, by %s (two seeds)' "$(late 12)"
+at_best() { cell table1 "$1" "$2" %s "" 2; }
+says 'MV-Split by %s, %s and %s at 500, 1000 and 1500; LayerScale at 6.3e-3, one seed, by %s and %s at' "$(at_best keel-lr=1.6e-2 3)" "$(at_best keel-lr=1.6e-2 4)" \
+  "$(at_best keel-lr=1.6e-2 5)" "$(at_best layerscale-lr=6.3e-3 3)" "$(at_best layerscale-lr=6.3e-3 4)"
+# Of the report $1 (of several: the most), the share of the squared norm that names like $2 have among the 15 largest
+# gradients: their sum, or with $3 the largest of them. How many there are.
+share() {
+  awk -v like="$2" -v one="${3:-}" '
+    FNR == 1 { on = sum = 0 } /^Largest gradients/ { on = 1; next } !NF { on = 0 }
+    on && $1 ~ like { x = $3 + 0; sum += x; n++; if (x > most && one) most = x; if (sum > most && !one) most = sum }
+    END { printf "%.1f%% %d", most, n }' "$csv"/$1_spike.txt
+}
+writers='ffn.w2.weight|operator.proj.weight' ends='patch_embed|final_proj'
+says 'Of the 15 largest gradients that each report lists a writer'\''s has at most %s of the squared norm. In' "$(share 'table1_*' "$writers" one | cut -d' ' -f1)"
+says 'final projection have %s;' "$(for seed in 1 2 3; do share "table1_keel-lr=1.6e-2_$seed" "$ends"; echo; done | sed 's/% .*//' | spread %.1f%%)"
+says 'in MV-Split'\''s %s of the 15 are gates alpha, in LayerScale'\''s %s are its' "$(share 'table1_mvsplit-lr=2.5e-3_2' alpha | cut -d' ' -f2)" \
+  "$(share 'table1_layerscale-lr=6.3e-3_1' layerscale | cut -d' ' -f2)"
+says '`scream`, %s of 15 are W_O' "$(share scream_postnorm_1e-3 operator.proj.weight | cut -d' ' -f2)"
+[ "$(share 'long1000_*' "$writers") $(share 'long1000_*' "$ends|layerscale")" = "0.0% 0 82.0% 30" ] || fault "the largest gradients of long1000 are others"
+says '(%s and %s times in W_2 of layer 0; %s and %s in W_O of layer 200)' $(awk -F'[ ()]+' '/^  layer +0 W2 / || /^  layer +200 W_O / { print $6, $8 }' \
+  "$csv/table1_mvsplit-lr=2.5e-3_2_spike.txt")
 says 'LayerScale is at %s and %s, MV-Split at %s and %s.' "$(of table1 layerscale-lr=2.5e-3_1 validation)" \
   "$(of table1 layerscale-lr=2.5e-3_3 validation)" "$(of table1 mvsplit-lr=2.5e-3_1 validation)" "$(of table1 mvsplit-lr=2.5e-3_3 validation)"
 says 'both seeds, at %s; MV-Split trains in both, to %s' "$(long layerscale-lr=4e-3 collapse)" "$(long mvsplit-lr=1e-3 validation)"
 report() { cell long1000 "layerscale-lr=4e-3_$1 | $(of long1000 "layerscale-lr=4e-3_$1" collapse)" "$2"; }
-says 'G_mean of W_O is %s and %s times its median, G_ctr %s and %s times.' "$(report 1 7)" "$(report 2 7)" "$(report 1 8)" "$(report 2 8)"
+says '(G_mean of W_O %s and %s times its median, G_ctr %s and %s times)' "$(report 1 7)" "$(report 2 7)" "$(report 1 8)" "$(report 2 8)"
 [ "$(report 1 5) $(report 2 5)" = "mean mode mean mode" ] || fault "reports of long1000 are called otherwise"
 ahead=$(cell long1000 'layerscale-lr=4e-3 | 2' 4 %s "" 2)
-says 'LayerScale at step 600 by %s, which' "${ahead#-}"
-says '150 steps, had LayerScale ahead by %s.' "$(shown %.3f "$(of frontier mvsplit_1000_1e-3 loss) - $(of frontier layerscale_1000_4e-3 loss)")"
+says 'ahead at step 600, by %s, MV-Split at 1200 and 1500, by %s and %s.' "${ahead#-}" "$(cell long1000 'layerscale-lr=4e-3 | 2' 6 %s "" 2)" \
+  "$(cell long1000 'layerscale-lr=4e-3 | 2' 7 %s "" 2)"
+says 'has two such reports, at %s and %s, and' $(unpacked reports long1000 | awk -F, '/^mvsplit.*_1,/ { print $2 }')
+[ "$(unpacked reports long1000 | grep -c '^mvsplit.*_1,.*,mean mode,')" = 2 ] || fault "reports of MV-Split in long1000 are called otherwise"
+says 'had LayerScale ahead by %s after 150 steps.' "$(shown %.3f "$(of frontier mvsplit_1000_1e-3 loss) - $(of frontier layerscale_1000_4e-3 loss)")"
 
 # --- Settings, definitions, and what is known otherwise -------------------------------------------------
 
@@ -517,7 +544,7 @@ the validation images, 32 that
 2.1 billion parameters, one seed
 depth on one H200:
 D 128 train on one H200
-Beta starts at 1/sqrt(400).
+beta starts at 1/sqrt(400).
 W_O in layer 0 both rise more than 3,000 times.
 a batch of 32 for 1024, a warm-up of 100 steps for 1000, the data.
 cut at 700 steps, one
@@ -544,10 +571,13 @@ but not above 1.0 |
 | ended above 1.0 |
 within 0.03 of 1.2665 |
 been 0.1 below 1.44 and
-the mean of the 25 from
+its best and 1.44 has
+the mean of 25, are
+a norm above 5.)
+take about 0.4 times
 it (padded to 32 x 32, black is -1); the target's noise part alone costs 1.
 the mean of all pixels costs 1.4404, each pixel position's own average 1.2665 (of test images 1.4395 and 1.2653); zero, where training starts, 1.756.
-network ends at 1.44.
+collapsed ends near 1.44.
 alpha = 0 makes small
 At alpha = 0 the centered
 failures, alpha = 0 and a

@@ -8,6 +8,7 @@
 #                     collapsed: at its own best rate, and at MV-Split's in the seeds that train there
 # The same command, again, goes on with the second when the first is over.
 columns="" reports=yes
+spikes="mvsplit-lr=2.5e-3_2 keel-lr=1.6e-2_1 keel-lr=1.6e-2_2 keel-lr=1.6e-2_3 layerscale-lr=6.3e-3_1"
 merges="mvsplit layerscale keel deepnorm" rates="1e-3 2.5e-3 6.3e-3 1.6e-2"
 
 runs() {
@@ -46,7 +47,7 @@ best_rates() {
 }
 
 draw() {
-  local others
+  local others run
   scan_table
   without=scan-
   others=$(unpacked runs | awk -F, "$group"'NR > 1 && $1 !~ /^mvsplit/ && !n[group($1)]++ { print group($1) }')
@@ -56,6 +57,7 @@ draw() {
   top=2 draw_losses table1_loss "5,000 steps at rates that are best for 400, and LayerScale at MV-Split's" 300
   # shellcheck disable=SC2086
   both=yes leads mvsplit-lr=2.5e-3 $others
+  for run in $spikes; do spike_report "$run"; done
 }
 
 # The scan: loss of the last 25 steps by merge and rate, or what became of the run; the lowest of a merge in bold.
