@@ -6,7 +6,7 @@
 #   mvsplit-lr=1e-4     beta 0.01 at a lower rate,
 #   mvsplit-warmup=600  and behind a longer warm-up
 # Of the weights of `start` and `keel` the gradients are checked against dual numbers, in fp64 and on few tokens: that
-# takes about 100 GB of memory, and minutes. Only weights are saved, so a run that is interrupted starts again.
+# takes about 100 GB of memory, and many minutes. Only weights are saved, so a run that is interrupted starts again.
 columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_tcs attention_rho"
 pictures=keel tables=gradcheck
 

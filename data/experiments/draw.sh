@@ -410,17 +410,20 @@ G
 # $work/lead.GROUP, for each of the groups $2... : step, and mean, smallest and largest over the seeds of its
 # loss less that of group $1 with the same seed; losses are means of the 50 steps that end there. Prints a table:
 # every hundredth step (of long runs, every tenth part), with the 95% interval of the mean. With `both` set, a pair
-# counts until one of it collapses, and steps at which not all do are left open. $work/pairs: how many seeds each group shares with $1.
+# counts until one of it collapses, and steps at which not all count are left open. $work/pairs: how many seeds each
+# group shares with $1.
 leads() {
   local last every at
   last=$(last_step)
   every=$((last > 1000 ? last / 10 : 100))
-  at=$(seq $((every < 200 ? 200 : every)) $every "$last")
+  at=$(seq $((every < 200 ? 200 : every)) $every "$last" | xargs)
+  # shellcheck disable=SC2086
   echo "| loss less that of $(label "$1"), same seed; means of 50 steps to | seeds |$(printf ' %s |' $at)"
+  # shellcheck disable=SC2086
   echo "|---|---|$(printf -- '---|%.0s' $at)"
   { unpacked runs | sed "s/^/runs,/"; unpacked losses; } |
     awk -F, -v work="$work" -v of="$1" -v others="${*:2}" -v bin="$bin" -v both="${both:-}" -v at="$at" "$group$statistics"'
-    BEGIN { m = split(others, other, " "); rows = 50 / bin; columns = split(at, column, /[ \n]/)
+    BEGIN { m = split(others, other, " "); rows = 50 / bin; columns = split(at, column, " ")
       for (i = 1; i <= columns; i++) shown[column[i]] }
     $1 == "runs" { end[$2] = $6 == "trained" ? 1e9 : $9 + 0; next }
     $1 == "run" || (both && $2 >= end[$1]) { next }

@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # size32: does beta 1 burst at D 1024 because of `size`'s batch of 4? 400 layers of D 1024 at batch 32, the paper's
-# rate 1e-3 / (0.2 sqrt(D)), warm-up 100, 300 steps; two seeds of what collapses. About 141 GB with the fp32 state, which all share.
+# rate 1e-3 / (0.2 sqrt(D)), warm-up 100, 300 steps; two seeds of what collapses. About 141 GB with the fp32 state,
+# which all share.
 columns="" bin=1
 spikes="mvsplit_1 mvsplit_2 mvsplit-beta=0.05_1 layerscale-1e-2_1"
 

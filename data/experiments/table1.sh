@@ -11,6 +11,7 @@ columns="" reports=yes
 spikes="mvsplit-lr=2.5e-3_2 keel-lr=1.6e-2_1 keel-lr=1.6e-2_2 keel-lr=1.6e-2_3 layerscale-lr=6.3e-3_1"
 merges="mvsplit layerscale keel deepnorm" rates="1e-3 2.5e-3 6.3e-3 1.6e-2"
 
+# shellcheck disable=SC2086
 runs() {
   local merge lr seed one seeds=3 shared="save-every=0 save=weights columns=1 val-images=256"
   local short="steps=400 warmup=100" long="steps=5000 decay-steps=1000"
