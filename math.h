@@ -1441,30 +1441,35 @@ HD inline Dual rsqrt_(Dual x) {
 // the cache for all rows.
 template <>
 struct HostGemm<Dual> {
-  static constexpr int lanes = HostGemm<double>::lanes, columns = 4;
-  typedef HostGemm<double>::Vector Vector;  // a number of each of `lanes` rows
-  struct Rows {
-    Vector v, d;
-  };
+  static constexpr int lanes = HostGemm<double>::lanes, columns = 4, both = 2 * lanes;
+  typedef HostGemm<double>::Vector Vector;
 
-  // out (columns) = a (k) times k numbers, `step` apart, of each column; fused as in block().
+  // out (columns, 2, lanes), values and derivatives, = a (k, 2, lanes) times k numbers, `step` apart,
+  // of each column; fused as in block().
 #ifndef __clang__
   [[gnu::optimize("fp-contract=fast")]]
 #endif
   static void
-  column_sums(Rows* out, const Rows* a, const Dual* const* b, size_t step, size_t k) {
+  column_sums(double* out, const double* a, const Dual* const* b, size_t step, size_t k) {
 #ifdef __clang__
 #pragma clang fp contract(fast)
 #endif
-    Rows sum[columns] = {};
-    for (size_t p = 0; p < k; ++p)
+    Vector v[columns] = {}, d[columns] = {};
+    for (size_t p = 0; p < k; ++p, a += both) {
+      Vector a_v, a_d;
+      std::memcpy(&a_v, a, sizeof a_v);
+      std::memcpy(&a_d, a + lanes, sizeof a_d);
       for (int j = 0; j < columns; ++j) {
         Dual x = b[j][p * step];
-        sum[j].v += a[p].v * x.v;
-        sum[j].d += a[p].v * x.d;
-        sum[j].d += a[p].d * x.v;
+        v[j] += a_v * x.v;
+        d[j] += a_v * x.d;
+        d[j] += a_d * x.v;
       }
-    std::copy(sum, sum + columns, out);
+    }
+    for (int j = 0; j < columns; ++j) {
+      std::memcpy(out + j * both, &v[j], sizeof v[j]);
+      std::memcpy(out + j * both + lanes, &d[j], sizeof d[j]);
+    }
   }
 
   template <class, class>
@@ -1472,28 +1477,28 @@ struct HostGemm<Dual> {
                   Dual beta) {
     size_t row = A.transposed ? 1 : A.stride, a_k = A.transposed ? A.stride : 1;
     size_t column = B.transposed ? B.stride : 1, b_k = B.transposed ? 1 : B.stride;
-    std::vector<Rows> packed(ceil_div(s.m, lanes) * s.k, Rows{});
+    std::vector<double> packed(ceil_div(s.m, lanes) * s.k * both);
     for (size_t product = 0; product < s.outer * s.inner; ++product) {
       size_t o = product / s.inner, h = product % s.inner;
       const Dual *a = A.at(o, h), *b = B.at(o, h);
       Dual* c = C.at(o, h);
       for (size_t i = 0; i < s.m; ++i)
         for (size_t p = 0; p < s.k; ++p) {
-          Rows& to = packed[i / lanes * s.k + p];
-          to.v[i % lanes] = a[i * row + p * a_k].v, to.d[i % lanes] = a[i * row + p * a_k].d;
+          double* to = &packed[(i / lanes * s.k + p) * both + i % lanes];
+          to[0] = a[i * row + p * a_k].v, to[lanes] = a[i * row + p * a_k].d;
         }
 #pragma omp parallel for schedule(static) if (s.m * s.n * s.k > 30000)
       for (size_t first = 0; first < s.n; first += columns) {
         const Dual* of[columns];
         for (size_t j = 0; j < columns; ++j) of[j] = b + std::min(first + j, s.n - 1) * column;
         for (size_t i = 0; i < s.m; i += lanes) {
-          Rows sum[columns];
-          column_sums(sum, packed.data() + i / lanes * s.k, of, b_k, s.k);
+          double sum[columns * both];
+          column_sums(sum, packed.data() + i * s.k * 2, of, b_k, s.k);
           for (size_t n = first; n < std::min(first + columns, s.n); ++n)
             for (size_t m = i; m < std::min(i + lanes, s.m); ++m) {
-              Rows& of_n = sum[n - first];
-              Dual x{alpha.v * of_n.v[m - i], alpha.v * of_n.d[m - i]}, &to = c[m * C.stride + n];
-              to = beta.v == 0 ? x : Dual{x.v + beta.v * to.v, x.d + beta.v * to.d};
+              const double* x = sum + (n - first) * both + (m - i);
+              Dual y{alpha.v * x[0], alpha.v * x[lanes]}, &to = c[m * C.stride + n];
+              to = beta.v == 0 ? y : Dual{y.v + beta.v * to.v, y.d + beta.v * to.d};
             }
         }
       }
