@@ -487,7 +487,7 @@ says 'Of the 15 that each report lists a writer'\''s has at most %s of the squar
 says 'final projection have %s;' "$(for seed in 1 2 3; do share "table1_keel-lr=1.6e-2_$seed" "$ends"; echo; done | sed 's/% .*//' | spread %.1f%%)"
 says 'in MV-Split'\''s %s of the 15 are gates alpha, in LayerScale'\''s %s are its' "$(share 'table1_mvsplit-lr=2.5e-3_2' alpha | cut -d' ' -f2)" \
   "$(share 'table1_layerscale-lr=6.3e-3_1' layerscale | cut -d' ' -f2)"
-says 'in these two the 15 together have %s and %s: what' "$(share 'table1_mvsplit-lr=2.5e-3_2' . | cut -d' ' -f1)" \
+says 'norms these 15 make %s and %s: what' "$(share 'table1_mvsplit-lr=2.5e-3_2' . | cut -d' ' -f1)" \
   "$(share 'table1_layerscale-lr=6.3e-3_1' . | cut -d' ' -f1)"
 says '`scream`, %s of 15 are W_O' "$(share scream_postnorm_1e-3 operator.proj.weight | cut -d' ' -f2)"
 [ "$(share 'long1000_*' "$writers") $(share 'long1000_*' "$ends|layerscale")" = "0.0% 0 82.0% 30" ] || fault "the largest gradients of long1000 are others"
