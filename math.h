@@ -1435,10 +1435,10 @@ HD inline Dual rsqrt_(Dual x) {
   return {y, -0.5 * y / x.v * x.d};
 }
 
-// A product of duals. Its sums go in the order of HostGemm<double>, so the values are those of a
-// network in double to the last bit, and a chaotic one has the same path. A, of few rows (tokens), is
-// packed; B is not, as that would take longer than the product: four of its columns at a time stay in
-// the cache for all rows.
+// A product of duals, (a, a') (b, b') = (a b, a b' + a' b). Its sums go in the order of
+// HostGemm<double>, so the values are those of a network in double to the last bit, and a chaotic one
+// has the same path. A, of few rows (tokens), is packed; B is not, as that would take longer than the
+// product: four of its columns at a time stay in the cache for all rows.
 template <>
 struct HostGemm<Dual> {
   static constexpr int lanes = HostGemm<double>::lanes, columns = 4, both = 2 * lanes;
@@ -1475,8 +1475,8 @@ struct HostGemm<Dual> {
   template <class, class>
   static void run(Matrix<Dual> C, Matrix<const Dual> A, Matrix<const Dual> B, Sizes s, Dual alpha,
                   Dual beta) {
-    size_t row = A.transposed ? 1 : A.stride, a_k = A.transposed ? A.stride : 1;
-    size_t column = B.transposed ? B.stride : 1, b_k = B.transposed ? 1 : B.stride;
+    size_t a_row = A.transposed ? 1 : A.stride, a_k = A.transposed ? A.stride : 1;
+    size_t b_col = B.transposed ? B.stride : 1, b_k = B.transposed ? 1 : B.stride;
     std::vector<double> packed(ceil_div(s.m, lanes) * s.k * both);
     for (size_t product = 0; product < s.outer * s.inner; ++product) {
       size_t o = product / s.inner, h = product % s.inner;
@@ -1485,12 +1485,12 @@ struct HostGemm<Dual> {
       for (size_t i = 0; i < s.m; ++i)
         for (size_t p = 0; p < s.k; ++p) {
           double* to = &packed[(i / lanes * s.k + p) * both + i % lanes];
-          to[0] = a[i * row + p * a_k].v, to[lanes] = a[i * row + p * a_k].d;
+          to[0] = a[i * a_row + p * a_k].v, to[lanes] = a[i * a_row + p * a_k].d;
         }
 #pragma omp parallel for schedule(static) if (s.m * s.n * s.k > 30000)
       for (size_t first = 0; first < s.n; first += columns) {
         const Dual* of[columns];
-        for (size_t j = 0; j < columns; ++j) of[j] = b + std::min(first + j, s.n - 1) * column;
+        for (size_t j = 0; j < columns; ++j) of[j] = b + std::min(first + j, s.n - 1) * b_col;
         for (size_t i = 0; i < s.m; i += lanes) {
           double sum[columns * both];
           column_sums(sum, packed.data() + i * s.k * 2, of, b_k, s.k);

@@ -496,11 +496,11 @@ number() {
 # The name of a group in a figure.
 label() {
   case $1 in
+    *-lr=*) echo "$(label "${1%%-*}"), ${1#*-}" ;;
     postnorm) echo "Post-Norm" ;;
     postnorm_*) echo "Post-Norm, lr ${1#postnorm_}" ;;
     prenorm) echo "Pre-Norm" ;;
     layerscale-[0-9]00) echo "LayerScale 1e-2, ${1#*-} layers" ;;
-    layerscale-lr=*) echo "LayerScale, ${1#*-}" ;;
     layerscale-*) echo "LayerScale ${1#layerscale-}" ;;
     layerscale) echo "LayerScale" ;;
     rezero) echo "ReZero" ;;
@@ -512,7 +512,6 @@ label() {
     save) echo "Post-Norm, up to the save" ;;
     held-*) echo "Post-Norm, held at ${1#held-}" ;;
     postnorm-[0-9]*) echo "Post-Norm, ${1#*-} layers" ;;
-    keel-lr=*) echo "Keel, ${1#*-}" ;;
     keel-*) echo "Keel, ${1#*-} layers" ;;
     mvsplit-[0-9]00) echo "MV-Split, ${1#*-} layers" ;;
     mvsplit) echo "MV-Split" ;;

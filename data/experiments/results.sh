@@ -446,12 +446,12 @@ says 'at 2.5e-3 collapses at step %s.' "$(of table1 scan-deepnorm-2.5e-3 collaps
   "mvsplit-1.6e-2:plateau layerscale-1.6e-2:failed deepnorm-2.5e-3:failed deepnorm-6.3e-3:failed deepnorm-1.6e-2:failed " ] ||
   fault "other runs of table1 have failed"
 # The long runs.
-gone() { unpacked runs "$1" | awk -F, -v of="$2_" 'index($1, of) == 1 { n++; failed += $5 == "failed" } END { print failed " of " n }'; }
+gone() { unpacked runs "$1" | awk -F, -v of="$2_" 'index($1, of) == 1 { n++; failed += $5 != "trained" } END { print failed " of " n }'; }
 [ "$(for g in mvsplit-lr=2.5e-3 keel-lr=1.6e-2 layerscale-lr=6.3e-3 layerscale-lr=2.5e-3; do gone table1 $g; done | xargs) $(for g in mvsplit-lr=1e-3 layerscale-lr=4e-3; do gone long1000 $g; done | xargs)" = \
   "1 of 3 3 of 3 1 of 1 0 of 2 0 of 2 2 of 2" ] || fault "other long runs have failed"
 [ "$(for e in table1 long1000; do awk -F' *[|] *' '/^[|] .*: [0-9]+ [|]/ { print $3, $4, $5 }' "$work/$e"; done | awk '{ a += $1; b += $2; c += $3 } END { print a, b, c }')" = "3 3 1" ] ||
   fault "the reports of the late collapses are called otherwise"
-keel() { for seed in ${*:-1 2 3}; do of table1 keel-lr=1.6e-2_$seed collapse; echo; done; }
+keel() { for seed in 1 2 3; do of table1 keel-lr=1.6e-2_$seed collapse; echo; done; }
 last_to_go=$(of table1 mvsplit-lr=2.5e-3_2 collapse) first_to_go=$(of table1 layerscale-lr=6.3e-3_1 collapse)
 long() { printf '%s and %s' "$(of long1000 "$1_1" "${@:2}")" "$(of long1000 "$1_2" "${@:2}")"; }
 says 'seeds of three, at %s, LayerScale (6.3e-3) in one of one, at %s, MV-Split (2.5e-3) in one of three, at %s; LayerScale' \
@@ -459,7 +459,7 @@ says 'seeds of three, at %s, LayerScale (6.3e-3) in one of one, at %s, MV-Split 
 says 'LayerScale (4e-3) collapses in two of two, at %s, MV-Split (1e-3) in' "$(long layerscale-lr=4e-3 collapse)"
 says 'seeds of three, at %s, %s and %s, MV-Split at 2.5e-3 in one of three, at %s. -' $(keel) "$last_to_go"
 says 'its best rate, 6.3e-3, seed 1 collapses at %s; a' "$first_to_go"
-says 'rate, from %s to 3,%s steps after' "$((first_to_go - 300))" "$((last_to_go - 3300))"
+says 'rate, from %s to %s steps after' "$((first_to_go - 300))" "$((last_to_go - 300))"
 [ "$({ unpacked runs table1; unpacked reports table1; } | awk -F, '$1 == "run" { file++; next }
   file == 1 { at[$1] = $8; next } at[$1] && !n[$1]++ && at[$1] - $2 > most { most = at[$1] - $2 } END { print most }')" = 6 ] ||
   fault "a report of table1 comes earlier"

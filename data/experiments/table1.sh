@@ -1,12 +1,12 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # table1: does MV-Split's lead last (the paper's Table 1)? Three parts, the second of which needs the first:
-#   scan-MERGE-RATE   four rates for LayerScale 1e-2, MV-Split with beta 1/sqrt(400), Keel and DeepNorm: 400 steps,
-#                     warm-up 100, one seed
-#   MERGE-lr=RATE_SEED MV-Split and the best of the others, each at its best rate by the scan: 5,000 steps, warm-up
-#                     300, seeds 1 to 3; the rate falls to zero over the last 1,000
-#   layerscale-lr=... the same of LayerScale, added when the best of the others, Keel, and MV-Split's seed 2 had
-#                     collapsed: at its own best rate, and at MV-Split's in the seeds that train there
-# The same command, again, goes on with the second when the first is over.
+#   scan-MERGE-RATE     four rates for LayerScale 1e-2, MV-Split with beta 1/sqrt(400), Keel and DeepNorm: 400 steps,
+#                       warm-up 100, one seed
+#   MERGE-lr=RATE_SEED  MV-Split and the best of the others, each at its best rate by the scan: 5,000 steps, warm-up
+#                       300, seeds 1 to 3; the rate falls to zero over the last 1,000
+#   layerscale-lr=...   the same of LayerScale, added when the best of the others, Keel, and MV-Split's seed 2 had
+#                       collapsed: at its own best rate, and at MV-Split's in the seeds that train there
+# The same command, again, goes on with the long runs when the scan is over.
 columns="" reports=yes
 spikes="mvsplit-lr=2.5e-3_2 keel-lr=1.6e-2_1 keel-lr=1.6e-2_2 keel-lr=1.6e-2_3 layerscale-lr=6.3e-3_1"
 merges="mvsplit layerscale keel deepnorm" rates="1e-3 2.5e-3 6.3e-3 1.6e-2"
