@@ -242,6 +242,22 @@ TEST_F(DataTest, WhatIsNotAFileCannotBeRead) {
   EXPECT_ERROR(load_dataset(at("x.safetensors"), 1), "not a regular file");
 }
 
+// 10,000 layers have 80,000 tensors. In time that grows with their square these would take minutes.
+TEST_F(DataTest, ManyTensorsAreReadInTheirNumber) {
+  const size_t many = 100'000;
+  std::string header = "{\"__metadata__\":{\"k\":\"v\"}";
+  for (size_t i = 0; i < many; ++i)
+    header += ",\"t" + std::to_string(i) + R"(":{"dtype":"U8","shape":[1],"data_offsets":[)" +
+              std::to_string(i) + "," + std::to_string(i + 1) + "]}";
+  auto start = std::chrono::steady_clock::now();
+  SafetensorsReader reader(put("many", safetensors(header + "}", std::string(many, '\7'))));
+  auto took = std::chrono::steady_clock::now() - start;
+  EXPECT_EQ(reader.tensors().size(), many);
+  EXPECT_EQ(reader.metadata().at("k"), "v");
+  EXPECT_EQ(reader.read<int64_t>(reader.require("t99999", {1})), std::vector<int64_t>{7});
+  EXPECT_LT(took, std::chrono::seconds(30));
+}
+
 TEST_F(DataTest, NamesShapesKindsAndRangesAreChecked) {
   SafetensorsReader reader(put("file", safetensors(kGood, raw<float>({1, 2}))));
   const TensorInfo& a = reader.require("a", {2});
