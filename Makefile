@@ -105,7 +105,7 @@ data: | setup
 RUN_cpu := --depth 48 --width 64 --heads 4 --ffn 192 --patch 4 --batch 16 --steps 300 \
            --lr 2e-3 --warmup 50 --save-every 100 --columns 4 --diagnose-every 10
 RUN_gpu := --depth 400 --width 128 --heads 2 --ffn 384 --patch 2 --batch 32 --steps 600 \
-           --lr 1e-3 --warmup 100 --save-every 200 --diagnose-every 10
+           --lr 1e-3 --warmup 100 --beta 0.05 --save-every 200 --diagnose-every 10
 export RUN ?= run
 run: build/mvsplit data
 	$(if $(GPU_ARCH),$(if $(NVCC),,$(info there is a GPU, but no nvcc: this build is for the CPU)))

@@ -113,7 +113,7 @@ merge() {
 # to its end, with its weights.safetensors, and its exit status says whether that went well; `packed` is
 # called when the csv files are there, and may choose `pictures` and `spikes` by them.
 read_recipe() {
-  experiment=$1 columns="" bin=5 pictures="" spikes="" reports="" tables="" without=""
+  experiment=$1 columns="" bin=5 pictures="" spikes="" reports="" tables="" without="" only=""
   after() { :; }
   packed() { :; }
   # shellcheck source=/dev/null
@@ -423,6 +423,7 @@ pack() {
     !(($1, here) in first) { first[$1, here] = n }
     { last[$1, here] = n }
     END {
+      if (header[1] == "") header[1] = header[0]  # no run here has such a file
       print header[1]
       m = split(names, name, " ")
       for (i = 1; i <= m; i++) {

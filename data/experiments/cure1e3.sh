@@ -1,24 +1,73 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # cure1e3: the merges at the rate at which Post-Norm screams: 1e-3, warm-up 300, 700 steps, seeds 1 to 6 of each.
-# MV-Split with beta 1 and 1/sqrt(400), LayerScale 1e-2, Keel and DeepNorm.
+# MV-Split with beta 1 and 1/sqrt(400), LayerScale 1e-2, Keel and DeepNorm. bias-...: the same with the paper's bias
+# in the patch embedding.
 columns="" reports=yes
 others="postnorm mvsplit-beta=0.05 layerscale-1e-2 keel deepnorm"
 
 runs() {
-  local one seed seeds=6 shared="lr=1e-3 save-every=0 save=weights columns=1 val-images=32"
+  local one bias lr seed seeds=6 shared="lr=1e-3 save-every=0 save=weights columns=1 val-images=32"
   if [ "$SCALE" = tiny ]; then seeds=1 shared="steps=60 save=weights"; fi
-  for ((seed = 1; seed <= seeds; seed++)); do
-    # shellcheck disable=SC2046,SC2086
-    for one in postnorm mvsplit ${others#postnorm }; do run "${one}_$seed" $shared seed=$seed $(merge "$one"); done
+  for bias in "" bias-; do
+    for ((seed = 1; seed <= seeds; seed++)); do
+      # shellcheck disable=SC2046,SC2086
+      for one in postnorm mvsplit ${others#postnorm }; do
+        run "$bias${one}_$seed" $shared seed=$seed ${bias:+no-patch-bias=false} $(merge "$one")
+      done
+    done
+  done
+  for lr in 1.4e-3 2e-3; do
+    for ((seed = 1; seed <= seeds; seed++)); do
+      # shellcheck disable=SC2046,SC2086
+      for one in postnorm mvsplit $([ $lr = 1.4e-3 ] || echo mvsplit-beta=0.05 layerscale-1e-2 deepnorm); do
+        run "bias-$one-lr=${lr}_$seed" $shared lr=$lr seed=$seed no-patch-bias=false $(merge "$one")
+      done
+    done
   done
 }
 
-# shellcheck disable=SC2086
+# shellcheck disable=SC2046,SC2086
 draw() {
+  local lr
   results_table
-  failures_table postnorm
-  reports_table
-  draw_losses cure1e3_loss "Post-Norm collapses, five other merges train"
-  leads mvsplit ${others#postnorm }
+  without=bias- failures_table postnorm
+  only=bias- without='.*-lr=' failures_table bias-postnorm
+  for lr in 1.4e-3 2e-3; do only="bias-.*-lr=$lr" failures_table "bias-postnorm-lr=$lr"; done
+  without=bias- draw_losses cure1e3_loss "Post-Norm collapses, five other merges train"
+  draw_rates
+  without=bias- leads mvsplit ${others#postnorm }
   draw_leads cure1e3_difference mvsplit ${others#postnorm }
+  only=bias- leads bias-mvsplit $(printf 'bias-%s ' ${others#postnorm })
+  reports_table
+}
+
+# cure1e3_bias.png: the losses of the runs with the bias, a panel a rate.
+draw_rates() {
+  local lr run one plot panels="" before
+  smooth_losses
+  for lr in 1e-3 1.4e-3 2e-3; do
+    plot="" before=""
+    for run in $(only=bias- unpacked runs | awk -F, -v lr=$lr '$3 == lr { print $1 }'); do
+      one=${run#bias-} one=${one%_*} one=${one%-lr=*}
+      plot+=" '$work/$run.loss' with lines ls $(number "$one") $(is_in "$one" "$before" && echo notitle || echo "title '$(label "$one")'"),"
+      before+=" $one"
+    done
+    [ -z "$plot" ] || panels+="set title 'lr $lr'
+plot $plot 1.44 with lines dt 3 lc rgb '#505050' notitle, 1.2665 with lines dt 2 lc rgb '#909090' notitle
+"
+  done
+  gnuplot <<G
+$style
+set terminal pngcairo size 1200,480 font "sans,11" noenhanced
+set output "$figures/cure1e3_bias.png"
+set xrange [0:*]
+set yrange [0.1:2]
+set ylabel "training loss (mean of 25 steps)"
+set key right center opaque samplen 1.5
+set multiplot layout 1,3 title "With the paper's bias in the patch embedding: 400 layers, warm-up 300, six seeds (a line a seed)" font ",13"
+$panels
+unset multiplot
+G
+  echo "![with the bias in the patch embedding]($figures/cure1e3_bias.png)"
+  echo
 }

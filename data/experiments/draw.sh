@@ -2,11 +2,11 @@
 # shellcheck shell=bash disable=SC2154  # root, figures, csv, experiment, work: the driver's
 
 # The packed file $1 (runs, losses, diagnostics) of experiment $2, by default the present one; less the rows
-# that begin with $without, if that is set.
+# that begin with $without, if that is set, and with $only none but those.
 unpacked() {
   local file=$csv/${2:-$experiment}_$1.csv.gz
   [ -e "$file" ] || die "there is no $file to draw from: run ${2:-$experiment} first"
-  gzip -dc "$file" | sed "${without:+/^$without/d}"
+  gzip -dc "$file" | sed "${without:+/^$without/d;}${only:+/^run,\|^$only/!d}"
 }
 
 # Puts one run's losses and diagnostics into $work/RUN as train would have written them: log.csv,
@@ -409,12 +409,13 @@ G
 
 # $work/lead.GROUP, for each of the groups $2... : step, and mean, smallest and largest over the seeds of its
 # loss less that of group $1 with the same seed; losses are means of the 50 steps that end there. Prints a table:
-# every hundredth step (of long runs, every tenth part), with the 95% interval of the mean. With `both` set, a pair
+# every hundredth step from 200 on (of long runs, every tenth part), with the 95% interval of the mean. With `both`, a pair
 # counts until one of it collapses, and steps at which not all count are left open. $work/pairs: how many seeds each
 # group shares with $1.
 leads() {
   local last every at
   last=$(last_step)
+  [ "${last:-0}" -ge 200 ] || return 0
   every=$((last > 1000 ? last / 10 : 100))
   at=$(seq $((every < 200 ? 200 : every)) $every "$last" | xargs)
   # shellcheck disable=SC2086
@@ -454,6 +455,7 @@ last_step() { unpacked losses | awk -F, '$2 + 0 > s { s = $2 + 0 } END { print s
 draw_leads() {
   local plot="" g out=$1 of=$2 pairs
   shift 2
+  [ -s "$work/pairs" ] || return 0
   pairs=$(sort -n "$work/pairs" | awk '{ if (NR == 1) least = $1; most = $1 }
     END { print (least < most ? least " to " : "") most (most > 1 ? " seeds" : " seed") }')
   for g in "$@"; do
@@ -485,7 +487,7 @@ number() {
       m = split("postnorm 1 mvsplit 2 layerscale 4 keel 5 deepnorm 6", own, " ")
       for (i = 1; i <= n; i++)
         for (j = 1; j < m; j += 2)
-          if (name[i] ~ "^" own[j] "(-|$)" && !(own[j + 1] in taken)) { style[i] = own[j + 1]; taken[style[i]]; break }
+          if (name[i] ~ "^(bias-|again-)?" own[j] "(-|$)" && !(own[j + 1] in taken)) { style[i] = own[j + 1]; taken[style[i]]; break }
       m = split("3 7 8 9 2 4 5 6 1", left, " ")
       for (i = j = 1; i <= n; i++) {
         while (!style[i] && j <= m) if (!(left[j++] in taken)) style[i] = left[j - 1]
@@ -496,6 +498,8 @@ number() {
 # The name of a group in a figure.
 label() {
   case $1 in
+    bias-*) echo "$(label "${1#bias-}"), bias" ;;
+    again-*) echo "$(label "${1#again-}"), again" ;;
     *-lr=*) echo "$(label "${1%%-*}"), ${1#*-}" ;;
     postnorm) echo "Post-Norm" ;;
     postnorm_*) echo "Post-Norm, lr ${1#postnorm_}" ;;

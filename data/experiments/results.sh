@@ -22,7 +22,7 @@ unpacked() { gzip -dc "$csv/$2_$1.csv.gz"; }
 {
   echo "| run | layers | rate | best loss | collapse at | loss, last 25 steps | validation |"
   echo "|---|---|---|---|---|---|---|"
-  for name in frontier ablations size leak failures table1 size32 deep; do
+  for name in frontier ablations size leak failures table1 size32 cure1e3 deep; do
     unpacked runs $name | awk -F, -v name=$name '$5 == "plateau" {
       printf "| %s: %s | %d | %s | %.3f | %s | %.3f | %s |\n", name, $1, $2, $3, $7, ($8 == "" ? "-" : $8), $6,
         ($11 == "" ? "-" : sprintf("%.3f", $11)) }'
@@ -77,6 +77,9 @@ cell() {
 # The value of the expression $2 by printf's $1.
 shown() { awk "BEGIN { printf \"$1\", $2 }"; }
 
+# "LEAST to MOST" of numbers, each by printf's $1.
+spread() { sort -g | awk -v f="${1:-%.4g}" '{ if (NR == 1) least = $1; most = $1 } END { printf f " to " f, least, most }'; }
+
 # shellcheck source=data/experiments/draw.sh
 eval "$(source data/experiments/draw.sh && declare -p exact statistics)"
 
@@ -84,7 +87,6 @@ eval "$(source data/experiments/draw.sh && declare -p exact statistics)"
 best=$(of scream postnorm_1e-3 best %.3f) collapse=$(of scream postnorm_1e-3 collapse)
 event=$(of scream postnorm_1e-3 norm_step) onset=$(sed -n 's/.*The onset is at \([0-9]*\):.*/\1/p' "$work/scream")
 says 'trains to %s and collapses at %s, or holds for %s' "$best" "$collapse" "$(of appendixj postnorm_1 steps)"
-says 'seed 1 goes at %s, or holds for %s' "$collapse" "$(of appendixj postnorm_1 steps)"
 [ "$(of appendixj postnorm_1 outcome)" = trained ] || fault "seed 1 of appendixj has not held"
 in_bf16=$(of fp32event bf16 collapse) in_fp32=$(of fp32event fp32 collapse)
 says 'in bf16 at %s and in fp32 at %s.' "$in_bf16" "$in_fp32"
@@ -100,13 +102,36 @@ says 'its norms reach %s, its loss ends at %s)' "$(of appendixj centered_1 norm)
 [ "$(unpacked runs failures | grep -c '^held-.*,trained,')" = 4 ] || fault "a held rate has failed"
 says '%s of %s seeds have gone by step 700, the first at %s, the last at %s (`survival`)' $(awk -F' *[|] *' '
   $2 == "postnorm-200" && NF == 10 { n = split($9, at, ", "); print $5, $4, at[1], at[n] }' "$work/survival")
-says 'is %s times the mean part before' "$(shown %.0f "$(cell failures attention_g_ctr 2) / $(cell failures attention_g_mean 2)")"
-says 'and %s times at the last' "$(shown %.0f "$(cell failures attention_g_ctr 3) / $(cell failures attention_g_mean 3)")"
-says 'is diagnosed up to step %s' "$(unpacked diagnostics failures | awk -F, '/alpha/ { last = $2 } END { print last }')"
-says 'The median TCS falls from %s to %s.' "$(cell failures attention_tcs 2 %.2f)" "$(cell failures attention_tcs 3 %.2f)"
-says 'rises by %s to %s times in all' "$(cell failures attention_g_mean 4 %.0f "" 2)" "$(cell failures ffn_g_ctr 4 %.0f "" 2)"
-for at in 271 122; do grep -q "Spike at step $at:" "$work/failures" || fault "no report of step $at"; done
-says 'ends on the plateau, the other at %s' "$(of failures mvsplit-warmup50_1 loss %.2f)"
+# The failures of MV-Split: of the where-tables of $work/failures in their order, cell $2 of the row of layer $3, table $1.
+where() { awk -F' *[|] *' -v nth="$1" -v c="$2" -v l="$3" '/^[*][*]/ { n++ } n == nth && /above 0.5/ { on = 1 } !NF { on = 0 } on && $2 == l { print $(c + 1) }' "$work/failures"; }
+ends() { for n in 1 2 3 4 5; do for l in 0 1 2; do where $n "$1" $l; done; done | spread %.3f; }
+says "In layers 0, 1 and 2 the FFN's |F| / |X| is %s before and %s at the end" "$(ends 4)" "$(ends 5)"
+says 'In layer 299 no branch ends above %s.' "$(for n in 1 2 3 4 5; do where $n 3 299; where $n 5 299; done | sort -g | tail -n 1)"
+says 'the median TCS falls from %s to %s, %s to %s, %s to %s;' $(for nth in 1 2 3; do cell failures attention_tcs 2 '%.2f ' "" $nth; cell failures attention_tcs 3 '%.2f ' "" $nth; done)
+says 'with alpha at 0 it is rounding, %s times below G_ctr before and %s times at the event' \
+  "$(shown %.0f "$(cell failures attention_g_ctr 2) / $(cell failures attention_g_mean 2)")" \
+  "$(shown %.0f "$(cell failures attention_g_ctr 3) / $(cell failures attention_g_mean 3)")"
+# Whether in table $1 a branch is above half of the trunk before any G_ctr is five times what it was.
+branch_first() {
+  awk -F' *[|] *' -v nth="$1" '/^[*][*]/ { n++ } n == nth && /^[|] [0-9]+ [|]/ && NF == 9 {
+      if ($7 > 0 && (!a || $7 < a)) a = $7; if ($8 > 0 && (!b || $8 < b)) b = $8 } END { exit !(a < b) }' "$work/failures"
+}
+[ "$(for n in 1 2 3 4 5; do branch_first $n && echo $n; done | xargs)" = "2 3 4" ] || fault "of the five failures others begin with a branch"
+says 'trains on this card to %s. With the bias three' "$(of failures mvsplit-warmup50_1 loss %.3f)"
+[ "$(unpacked runs failures | awk -F, '/^bias-mvsplit-warmup50/ && $5 != "trained"' | wc -l)" = 3 ] || fault "with the bias other seeds fail behind a warm-up of 50"
+says 'Alpha at 0, seed 1, collapses at %s.' "$(of failures mvsplit-alpha=0_1 collapse)"
+[ "$(unpacked runs failures | grep -c '^saved-.*,700,trained,')" = 4 ] || fault "a run from step 240 of alpha = 0 has failed"
+says '(medians: rho from %s to %s, TCS from %s to %s, mu_eff from %s to %s)' \
+  $(for column in attention_rho attention_tcs mu_eff; do cell failures $column 2 '%s ' "" 2; cell failures $column 3 '%s ' "" 2; done)
+# Of W_2's G_ctr of bias-mvsplit-alpha=0_5 at step $1, in times its medians before: the largest of layers $2 to $3.
+left() {
+  unpacked diagnostics failures | awk -F, -v at="$1" -v from="$2" -v to="$3" "$statistics"'
+    NR == 1 { for (i = 1; i <= NF; i++) if ($i == "ffn_g_ctr") c = i }
+    $1 == "bias-mvsplit-alpha=0_5" && $3 >= from && $3 <= to { l[$3]; if ($2 >= 219 && $2 <= 259) v[$3, ++n[$3]] = $c + 0; if ($2 == at) x[$3] = $c }
+    END { for (k in l) { for (i = 1; i <= n[k]; i++) a[i] = v[k, i]; y = x[k] / quantile(a, n[k], 0.5); if (y > most) most = y } printf "%.2g", most }'
+}
+says "in layers 0 to 299 is at most %s of what it was, at the window's end %s; in layer 399 it is %s times that." \
+  "$(left 301 0 299 | awk '{ printf "%.1e", $1 }')" "$(left 339 0 299 | awk '{ printf "%.1e", $1 }')" "$(left 339 399 399)"
 says '%s and %s times at step %s of seed 1' "$(cell scream attention_g_mean 4 %.0f)" "$(cell scream ffn_g_mean 4 %.0f)" "$event"
 # Column $2 of run $1 of fp32event, all layers together: the largest, in times the median of steps 401 to 412.
 rise() {
@@ -162,16 +187,14 @@ reported() {
     index($2, g "_") == 1 && $3 ~ /^[0-9]+$/ && $5 ~ /^[0-9]/ { if (which == "largest" || !($2 in a)) a[$2] = $c }
     END { for (run in a) print a[run] }' "$work/$1"
 }
-# "LEAST to MOST" of numbers, each by printf's $1.
-spread() { sort -g | awk -v f="${1:-%.4g}" '{ if (NR == 1) least = $1; most = $1 } END { printf f " to " f, least, most }'; }
 called() { reported "$1" "$2" 6 "$3" | grep -cx "$4" || true; }  # how many of these reports are called $4
 word() { local words=(none one two three four five six seven eight nine ten); echo "${words[$1]}"; }
 collapsed=$(range cure1e3 collapse postnorm)
 says 'six seeds of six, at %s, after a best of %s; at 7e-4 two of eight, at %s and %s.' "$collapsed" "$(range cure1e3 best postnorm %.3f)" \
   $(awk -F' *[|] *' '$2 == "postnorm-400" && NF == 10 { gsub(",", "", $9); print $9 }' "$work/survival")
 says 'cards), or at %s (300).' "$collapsed"
-says 'trains to a loss of %s, then collapses as the paper says, at steps %s, three' "$(range cure1e3 best postnorm %.3f)" "$collapsed"
-collapses() { word "$(unpacked runs cure1e3 | awk -F, -v from="$1" -v to="$2" '$8 > from && $8 <= to { n++ } END { print n + 0 }')"; }
+says 'at 1e-3 trains to %s, then collapses as the paper says in six seeds of six, at steps %s, three' "$(range cure1e3 best postnorm %.3f)" "$collapsed"
+collapses() { word "$(unpacked runs cure1e3 | awk -F, -v from="$1" -v to="$2" '/^postnorm/ && $8 > from && $8 <= to { n++ } END { print n + 0 }')"; }
 says 'between %s: %s within the warm-up, %s within 100 steps after it, %s long after' "${collapsed/to/and}" \
   "$(collapses 0 300)" "$(collapses 300 400)" "$(collapses 400 700)"
 [ "$(of cure1e3 postnorm_2 collapse)" = 306 ] || fault "seed 2 of cure1e3 collapses at another step"
@@ -199,7 +222,7 @@ p=$(cell cure1e3 'mvsplit | 0 of 6' 4)
 says "(Fisher's p is %s for either)" "$p"
 says '(p is %s for each)' "$p"
 [ "$(grep -cE "^[|] (mvsplit|mvsplit-beta=0.05|layerscale-1e-2|keel|deepnorm) [|] 0 of 6 .* $p [|]" "$work/cure1e3")" = 5 ] || fault "a merge of cure1e3 has failed"
-[ "$(cell cure1e3 postnorm 2) $(grep -c '^[|] [a-z].*: 6 [|] 0 [|] 0 [|] 0 [|] 0 [|] 0 [|] 0 [|] 0 [|] 6 ' "$work/cure1e3")" = "6 5" ] ||
+[ "$(cell cure1e3 postnorm 2) $(grep -cE '^[|] (mvsplit|mvsplit-beta=0.05|layerscale-1e-2|keel|deepnorm): 6 [|] 0 [|] 0 [|] 0 [|] 0 [|] 0 [|] 0 [|] 0 [|] 6 ' "$work/cure1e3")" = "6 5" ] ||
   fault "a merge of cure1e3 other than Post-Norm has a report"
 fisher() { awk "$exact"'BEGIN { printf "%.3f", fisher('"$1, $2, $3, $4"') }'; }
 lost=$(unpacked runs survival | awk -F, '{ split($1, of, "_") } of[1] == "postnorm-200" && of[2] <= 8 && $5 == "failed" { n++ } END { print n }')
@@ -212,19 +235,26 @@ says "one fails at 100 layers, %s at 200 (Fisher's p is %s; %s with one" "$(cell
 says '%s fail at 200 (p is %s with both)' "$(cell survival postnorm-200 4)" "$(fisher "$both" 16 "$(cell survival postnorm-200 4)" 16)"
 says 'one fails at 100 layers and %s at 200.' "$(cell survival postnorm-200 4)"
 says 'their %s of 8 say' "$(cell survival postnorm-400 4)"
-says '%s of the 64 runs are of older code' "$(unpacked runs survival | grep -c ',bf80e5c,')"
+says '%s of the %s runs are of older code' "$(unpacked runs survival | grep -c ',bf80e5c,')" "$(unpacked runs survival | sed 1d | wc -l)"
+[ "$(cell survival 'bias-postnorm-200 | 0 of 6' 3) $(cell survival 'bias-mvsplit-200 | 0 of 5' 3)" = "0.00 (0.00 to 0.46) 0.00 (0.00 to 0.52)" ] ||
+  fault "with the bias runs of 200 layers have failed"
 held=$(cell leak mvsplit-alpha=0 2 %s "" 2)
 spiky=$(shown %d "10 - $(cell leak 'mvsplit-noleak: 10' 9)")
 p=$(cell leak 'mvsplit-alpha=0 | 8 of 10' 4)
 [ "$(cell leak 'mvsplit: 10' 9)" = 10 ] || fault "a run of MV-Split in leak has a spike"
 alone=$(cell leak 'mvsplit-noleak | 1 of 10' 4)
-says 'none fails; %s with alpha held at 0 (p is %s), at 0.1 both of two. One without the leaky term (p is %s), where %s have spikes that the watch reports and with it none (p is %s)' \
-  "${held% of*}" "$p" "$alone" "$spiky" "$(fisher "$spiky" 10 0 10)"
-says "not the paper's, in %s of ten seeds" "${held% of*}"
-says 'With alpha held at 0 %s seeds fail. The four that collapse before step 300' "$held"
-[ "$(unpacked runs leak | awk -F, '$5 == "plateau" { n += $8 < 300 } $5 == "failed" && /alpha/ { n += $8 > 300 } END { print n }')" = 8 ] ||
-  fault "of leak with alpha 0 not those before step 300 end on the plateau"
-says 'cut off at most %s steps after' "$(unpacked runs leak | awk -F, '$5 == "failed" && /alpha/ && $4 - $8 > most { most = $4 - $8 } END { print most }')"
+again=$(cell leak 'again-mvsplit-alpha=0 | 4 of 10' 4) with_bias=$(cell leak 'bias-mvsplit-alpha=0 | 4 of 10' 4)
+says 'none fails, with the bias one. Alpha held at 0: %s fail (p is %s); the same ten seeds again on another card, 4 (%s); with the bias 4 (%s). At 0.1 both of two. One without the leaky term (p is %s), where %s have spikes that the watch reports and with it none (p is %s)' \
+  "${held% of*}" "$p" "$again" "$with_bias" "$alone" "$spiky" "$(fisher "$spiky" 10 0 10)"
+says '(%s of ten seeds; on another card 4)' "${held% of*}"
+says 'With alpha held at 0 %s seeds fail on one card, and of the same ten on another, whose sums round otherwise, 4 (' "$held"
+says 'at %s of seed 1, the setting' "$(of leak bias-mvsplit_1 collapse)"
+# The diagnosed failures of leak: steps from the collapse to where the largest |F| / |X| passes cell $1.
+passes() { awk -F' *[|] *' -v c="$1" 'NF == 8 && $2 ~ /_[0-9]+$/ && $3 ~ /^[0-9]/ { print $(c + 1) - $3 }' "$work/leak" | spread %d; }
+says 'passes 0.25 from %s steps before the collapse to %s after it, and 1 from %s after.' $(passes 3 | sed 's/-\(.*\) to \(.*\)/\1 \2/') "$(passes 5)"
+says 'training goes on it is at most %s. With alpha at 0 some train on with %s and %s:' "$(cell leak 'bias-mvsplit: the 9 that train' 6 | cut -d' ' -f3)" \
+  "$(cell leak 'bias-mvsplit-alpha=0: the 6 that train' 6 | cut -d' ' -f3)" "$(cell leak 'again-mvsplit-alpha=0: the 5 that train' 6 | cut -d' ' -f3)"
+says 'layers 0 to 25 comes to %s, while' "$(awk -F' *[|] *' 'NF == 8 && $2 ~ /_[0-9]+$/ && $7 ~ /^[0-9]/ { print $7 }' "$work/leak" | spread %.1f)"
 says 'one of 10 fails, which decides nothing (p is %s).' "$alone"
 says 'reports spikes in %s of 10 runs, and in none of the 10 with it; and the nine that train end with a loss %s higher' "$spiky" \
   "$(unpacked runs leak | awk -F, "$statistics"'{ n = split($1, of, "_"); if ($5 == "trained") loss[of[1], of[2]] = $6 }
@@ -243,7 +273,7 @@ says 'five seeds of five, Post-Norm none (p is %s)' "$(cell demo 'postnorm | 5 o
 lead() { cell "$1" "$2" "$3" %s "" "$4"; }
 says 'in 200 layers by %s and %s.' "$(lead survival layerscale-200 3 3)" "$(lead survival layerscale-200 8 3)"
 says 'at 1e-3 by %s and %s,' "$(lead cure1e3 layerscale-1e-2 3 3)" "$(lead cure1e3 layerscale-1e-2 8 3)"
-says 'is higher, by %s, in 200 layers by %s (eight' "$(lead cure1e3 layerscale-1e-2 8 3)" "$(lead survival layerscale-200 8 3)"
+says 'is higher by %s after 700 steps at 1e-3, in 200 layers by %s (eight' "$(lead cure1e3 layerscale-1e-2 8 3)" "$(lead survival layerscale-200 8 3)"
 smaller() { local x; x=$(lead cure1e3 mvsplit-beta=0.05 "$1" 3); echo "${x#-}"; }
 says 'lower by %s at 600 and %s at 700' "$(smaller 7)" "$(smaller 8)"
 # The mean difference of column $3 of the runs of group $1 of cure1e3 and those of $2, same seed, with its interval.
@@ -279,28 +309,50 @@ says "MV-Split's G_mean is %s and %s times below Post-Norm's, its G_ctr is lower
   "$(shown %.0f "100 - 100 * $(split 3) / $(post 3)")" "$(shown %.0f "100 - 100 * $(split 6) / $(post 6)")" \
   "$(by_seeds attention_g_ctr)" "$(by_seeds ffn_g_ctr)"
 says '%s steps, validation loss %s |' "$(of size 1000-mvsplit-beta0.03 steps)" "$(of size 1000-mvsplit-beta0.03 validation %.3f)"
-says 'at %s s a step (%s steps' "$(shown %.2f "$(of size 1000-mvsplit-beta0.03 ms) / 1000")" "$(of size 1000-mvsplit-beta0.03 steps)"
+says 'at %s s a step (with the bias, %s steps' "$(shown %.2f "$(of size 1000-mvsplit-beta0.03 ms) / 1000")" "$(of size 1000-mvsplit-beta0.03 steps)"
 w2=$(sed -n '/mvsplit-attention_1_spike/,/^$/p' "$work/one-branch" | tr '\n' ' ' | sed -n 's/.* \([0-9]*\) are of ffn.w2.weight.*/\1/p')
 says 'in the median layer; %s of 15.' "$w2"
 r2=$(unpacked probe probe | awk -F, '$3 == "image_mean" && $2 >= 200 && $1 != "mvsplit-nobias" { if (!n++ || $4 < low) low = $4; if ($4 > high) high = $4 }
   END { printf "%.3f to %.3f", low, high }')
 says '| %s in and behind the middle' "$r2"
 says 'scalars alone give %s.' "$(cell probe 'postnorm | z' 3 %.3f)"
-# The failures of MV-Split: experiment, run, outcome, best loss; but one of `size` that was stopped at step 34, and `deep`.
-failed=$(for name in frontier ablations size leak failures table1 size32; do unpacked runs $name | sed "s/^/$name,/"; done |
-  awk -F, '$2 ~ /mvsplit/ && $2 != "1000-mvsplit" && $6 != "trained" { print $1, $2, $6, $8 }')
+# The failures of MV-Split: experiment, run, outcome; but one of `size` that was stopped at step 34, `deep`, and the run of
+# `failures` that is one of `leak`.
+failed=$(for name in frontier ablations size leak failures table1 size32 cure1e3; do unpacked runs $name | sed "s/^/$name,/"; done |
+  awk -F, '$2 ~ /mvsplit/ && $2 != "1000-mvsplit" && $1 $2 != "failuresbias-mvsplit-alpha=0_5" && $6 != "trained" && $6 != "relapsed" { print $1, $2, $6 }')
 papers=$(grep -v 'alpha=\|noleak' <<<"$failed")
-says "Of %s failed runs of the paper's merge %s end" "$(wc -l <<<"$papers")" "$(word "$(grep -c plateau <<<"$papers")")"
-says '%s of the five never were 0.1 below it.' "$(word "$(awk '/plateau/ && $4 > 1.2665 - 0.1 { n++ } END { print n }' <<<"$papers")")"
-says 'alpha fixed %s of %s end there,' "$(grep -c 'alpha=.*plateau' <<<"$failed")" "$(grep -c alpha= <<<"$failed")"
-[ "$(grep -c 'alpha=0_1 plateau' <<<"$failed") $(grep noleak <<<"$failed" | grep -vc plateau)" = "3 2" ] ||
-  fault "alpha=0, seed 1, is not three times on the plateau, or the runs without the leaky term are there"
+says "Of %s failed runs of the paper's merge eleven end" "$(wc -l <<<"$papers")"
+[ "$(grep -c plateau <<<"$papers")" = 11 ] || fault "other runs of the paper's merge end on the plateau"
+says 'with alpha fixed %s of %s.' "$(grep -c 'alpha=.*plateau' <<<"$failed")" "$(grep -c alpha= <<<"$failed")"
 [ "$(grep -c : "$work/plateau")" = "$(grep -c mvsplit "$work/plateau")" ] || fault "others than MV-Split are on the plateau"
 
-for name in quality probe size; do unpacked runs $name; done | awk -F, '/postnorm/ && $8 != "" { exit 1 }' ||
-  fault "a run of Post-Norm with the bias has collapsed"
-[ "$(for name in quality probe; do unpacked runs $name; done | awk -F, '/^postnorm/ { print $3, $5 }' | sort | xargs)" = "2.5e-4 trained 5e-4 trained" ] ||
-  fault "Post-Norm with the bias has other rates"
+# With the bias.
+[ "$(unpacked runs cure1e3 | awk -F, '/^bias-/ { g = $1; sub(/_.*/, "", g); n[g] += $5 != "trained"; k[g]++ } END { for (g in n) if (n[g]) print g, n[g] "/" k[g] }' | sort | xargs)" = \
+  "bias-mvsplit-lr=1.4e-3 3/6 bias-mvsplit-lr=2e-3 6/6 bias-postnorm 1/6 bias-postnorm-lr=1.4e-3 6/6 bias-postnorm-lr=2e-3 6/6" ] || fault "with the bias others fail"
+ones=$(cell cure1e3 'bias-mvsplit | 0 of 6' 4) between=$(cell cure1e3 'bias-mvsplit-lr=1.4e-3 | 3 of 6' 4) cures=$(cell cure1e3 'bias-mvsplit-beta=0.05-lr=2e-3 | 0 of 6' 4)
+[ "$(grep -cE "^[|] bias-(mvsplit-beta=0.05|layerscale-1e-2|deepnorm)-lr=2e-3 [|] 0 of 6 .* $cures [|]" "$work/cure1e3")" = 3 ] || fault "a cure fails at 2e-3 with the bias"
+# Of column $1 of the runs of the groups $2... of cure1e3 the smallest and the largest, by the step or by printf's $3.
+biased() { for g in "${@:3}"; do unpacked runs cure1e3 | awk -F, -v g="bias-$g" -v want="$1" 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i; next }
+  { run = $1; sub(/_[0-9]+$/, "", run) } run == g && $c != "" { print $c }'; done | spread "$2"; }
+both_split=$(biased best %.3f mvsplit-lr=1.4e-3 mvsplit-lr=2e-3)
+says "(Fisher's p is %s); at 1.4e-3 in six and three (%s); at 2e-3 in six and six. MV-Split comes to %s first, at 1.4e-3 and 2e-3, Post-Norm to %s at best. At 1e-3" \
+  "$ones" "$between" "$both_split" "$(biased best %.3f postnorm-lr=1.4e-3 postnorm-lr=2e-3 | cut -d' ' -f1)"
+says 'and DeepNorm fail in none of six each (%s).' "$cures"
+says 'in six and three (p is %s); at 2e-3 in six and six, MV-Split later and after a loss of %s.' "$between" "$(biased best %.3f mvsplit-lr=2e-3)"
+says "With beta 1/sqrt(400) it trains there in six of six, as do LayerScale and DeepNorm's factor (each %s)" "$cures"
+says 'fails in one seed, at %s, within the warm-up.' "$(of cure1e3 bias-postnorm_1 collapse)"
+says 'fails in three of six at 1.4e-3, at %s, and in six of six at 2e-3, at %s: later than Post-Norm, and after losses of %s.' \
+  "$(biased collapse %d mvsplit-lr=1.4e-3)" "$(biased collapse %d mvsplit-lr=2e-3)" "$both_split"
+says 'at 1.4e-3 five go at %s, at 2e-3 at %s, and two never learn' "$(biased collapse %d postnorm-lr=1.4e-3)" "$(biased collapse %d postnorm-lr=2e-3)"
+[ "$(unpacked runs cure1e3 | awk -F, '/^bias-postnorm-lr/ && $8 == ""' | wc -l)" = 2 ] || fault "with the bias not two of Post-Norm never learn"
+says 'with it the loss ends at %s where without it it ends at %s.' "$(unpacked runs cure1e3 | awk -F, '/^bias-mvsplit_/ { s += $6 / 6 } END { printf "%.2f", s }')" \
+  "$(unpacked runs cure1e3 | awk -F, '/^mvsplit_/ { s += $6 / 6 } END { printf "%.2f", s }')"
+says '(the loss then ends at %s, not %s)' "$(unpacked runs cure1e3 | awk -F, '/^mvsplit_/ { s += $6 / 6 } END { printf "%.2f", s }')" \
+  "$(unpacked runs cure1e3 | awk -F, '/^bias-mvsplit_/ { s += $6 / 6 } END { printf "%.2f", s }')"
+short_lag() { local x; x=$(awk -F' *[|] *' -v g="bias-$1" '$2 == g && $3 == 6 && /±/ { print $9 }' "$work/cure1e3"); echo "${x#-}"; }
+says 'With the bias, at 1e-3, by %s and %s.' "$(awk -F' *[|] *' '$2 == "bias-layerscale-1e-2" && /±/ { print $4 }' "$work/cure1e3")" "$(short_lag layerscale-1e-2)"
+says 'DeepNorm and beta 1/sqrt(400) end %s and %s below MV-Split, means of 50 steps; LayerScale ends %s above it.' "$(short_lag deepnorm)" \
+  "$(short_lag mvsplit-beta=0.05)" "$(short_lag layerscale-1e-2)"
 
 # What stands here.
 says 'never learns (warm-up 50), or goes at %s and %s (100; both' "$(of ablations postnorm_1 collapse)" "$(of ablations postnorm_2 collapse)"
@@ -321,7 +373,8 @@ says 'At 200 and 400 layers (%s and %s)' "$(ahead %.3f 200 1e-3)" "$(shown %.3f 
 says 'after the warm-up it is %s times its G_ctr' "$(unpacked diagnostics one-branch | awk -F, '$1 ~ /ffn/ && $2 > 300 { print $4 / $5 }' |
   sort -g | awk '{ a[NR] = $1 } END { printf "%.2f", a[int((NR + 1) / 2)] }')"
 says 'from layer %s on all are collapsed' "$(cell front 'wide | 10' 3)"
-says '%s runs of `survival`' "$({
+says '%s runs of `survival`, `failures`' "$({
+  for name in survival leak cure1e3 failures; do unpacked runs $name; done | grep ',b0e3e05,'
   for name in survival leak cure1e3; do unpacked runs $name; done | grep ',a686b4e,'
   for name in cure1e3 quality table1; do unpacked runs $name; done | grep ',fd46437,'
   for name in table1 long1000; do unpacked runs $name; done | grep ',962c22f,' | grep -v '^layerscale-lr=2.5e-3_3'
@@ -382,9 +435,14 @@ five() { unpacked losses deep | awk -F, -v run="$1" -v at="$2" -v f="$3" '$1 == 
 says 'to 100, 200, ... 600, is %s, %s, %s, %s, %s, %s, and still' \
   $(for step in 100 200 300 400 500 600; do to keel $step; echo; done)
 says 'the validation loss is %s. Its' "$(of deep keel validation %.3f)"
-says 'Keel does: 600 steps, training loss %s.' "$(of deep keel loss %.3f)"
-says "with Keel's factor, to %s in 600 steps of %s s" \
-  "$(of deep keel loss %.3f)" "$(shown %.2f "$(of deep keel ms) / 1000")"
+says 'Keel does, twice: 600 steps, training loss %s and %s.' "$(of deep keel loss %.3f)" "$(of deep again-keel loss %.3f)"
+says "with Keel's factor, to %s and %s in 600 steps; with" "$(of deep keel loss %.3f)" "$(of deep again-keel loss %.3f)"
+says 'has 715 blocks: %s s a step. Its losses are the first one'"'"'s to all packed digits for %s steps, then within %s in means of 50 steps; its spike is of %s instead of %s.' \
+  "$(shown %.2f "$(of deep again-keel ms) / 1000")" $(unpacked losses deep | awk -F, '
+    $1 == "keel" { first[$2] = $3 }
+    $1 == "again-keel" { d = $3 - first[$2]; if (d == 0 && !apart) same = $2; else apart = 1
+      sum += d / 10; if ($2 % 50 == 0) { if (sum < 0) sum = -sum; if (sum > most) most = sum; sum = 0 } }
+    END { printf "%d %.4f", same, most }') "$(most again-keel 206 220)" "$(most keel 206 220 | awk '{ printf "%.1f", $1 }')"
 says 'from step 206 to 220 its norm reaches %s.' "$(most keel 206 220 | awk '{ printf "%.1f", $1 }')"
 [ "$(unpacked losses deep | awk -F, '$1 == "keel" && $2 > 25 && $4 > 5 { printf "%s ", $2 }')" = "210 215 220 " ] ||
   fault "Keel has other spikes"
@@ -413,13 +471,13 @@ says 'four image tokens, to %s (limit' "$(cell deep start 3 %s "" 2)"
 [ "$(cell deep start 2 %s "" 2)" = "$(cell deep start 5 %s "" 2)" ] || fault "not all derivatives of deep agree in all digits"
 says 'at most %s in Q, K and V.' \
   "$(unpacked gradcheck deep | awk -F, '/[qkv]_proj/ { x = $4 < 0 ? -$4 : $4; if (x > most) most = x } END { printf "%.1e", most }')"
-says 'A step takes %s s with Keel and %s s with MV-Split.' \
+says 'A step takes %s s with Keel and %s s with MV-Split on an H200.' \
   "$(shown %.2f "$(of deep keel ms) / 1000")" "$(shown %.2f "$(of deep mvsplit-beta=1e-4 ms) / 1000")"
 distance() { cell quality "$1" 3 %.1f "" 2; }
 says 'the Fréchet distance is %s against %s.' "$(distance mvsplit)" "$(distance layerscale-1e-2)"
 says "real images, which are at %s, are DeepNorm's samples, at %s, then those of beta 0.05, at %s, MV-Split's at %s, Post-Norm's and LayerScale's at %s and %s, Keel's at %s:" \
   "$(cell quality 'training images' 3)" "$(distance deepnorm)" "$(distance mvsplit-beta=0.05)" "$(distance mvsplit)" "$(distance postnorm)" "$(distance layerscale-1e-2)" "$(distance keel)"
-says 'nearer to the data (%s against %s, one' "$(distance deepnorm)" "$(distance mvsplit)"
+says 'Fréchet distance %s against %s).' "$(distance deepnorm)" "$(distance mvsplit)"
 # By how much the accuracy of the samples of $1 is above that of $2, with its standard error.
 above() {
   unpacked quality quality | awk -F, -v a="$1_1" -v b="$2_1" '$2 ~ /safetensors/ { p[$1] = $5; v[$1] = $5 * (1 - $5) / $3 } END { printf "%.3f ± %.3f", p[a] - p[b], sqrt(v[a] + v[b]) }'
@@ -470,7 +528,7 @@ says '(G_mean of W_2 %s times its median, G_ctr %s),' "$(cell table1 'layerscale
 late() { cell table1 layerscale-lr=2.5e-3 "$1" %s "" 2; }
 says "minus MV-Split's is %s at step 500, %s at 1000, %s at 3500 and %s at the end" "$(late 3)" "$(late 4)" "$(late 9)" "$(late 12)"
 says 'less its is %s at step 500, %s at the end.' "$(late 3)" "$(late 12)"
-says 'at 2.5e-3, by %s (two seeds)' "$(late 12)"
+says 'after 5,000 at 2.5e-3 by %s (two).' "$(late 12)"
 at_best() { cell table1 "$1" "$2" %s "" 2; }
 says 'MV-Split by %s, %s and %s at 500, 1000 and 1500; LayerScale at 6.3e-3, one seed, by %s and %s at' "$(at_best keel-lr=1.6e-2 3)" "$(at_best keel-lr=1.6e-2 4)" \
   "$(at_best keel-lr=1.6e-2 5)" "$(at_best layerscale-lr=6.3e-3 3)" "$(at_best layerscale-lr=6.3e-3 4)"
@@ -515,10 +573,8 @@ reproduced at 48, 200
 With alpha held at 0 the mean
 rounding (mvsplit.cu, section 4): G_mean
 whose factor of 5 was chosen
-the plateau of 1.27; the
 and Keel at 200 and 400, DeepNorm at 400 |
 yes, 200 against 100 at one
-not with alpha 0 or 0.1; whether
 a collapse to 25 after it
 losses are of 32 images, as
 off at step 150,
@@ -544,26 +600,20 @@ told from it from 500 on. Beta 1/sqrt(400) is level with it at 400 and 500, and
 the validation images, 32 that
 `quality` has 10,000, of one
 2.1 billion parameters, one seed
-depth on one H200:
-D 128 train on one H200
 beta starts at 1/sqrt(400).
 W_O in layer 0 both rise more than 3,000 times.
 a batch of 32 for 1024, a warm-up of 100 steps for 1000, the data.
 cut at 700 steps, one
 same seeds, last 25
 others at step 200. LayerScale
-(batch 4, one seed; 32, two),
 On 256 validation images
 on 256 validation images.
 5,000 steps of 32 images are
 Seed 1's nearest
 Seed 2's is of
 the last 600 with
-and with alpha held at 0,
 none of eight at 200.
 1000 layers, 13.6 billion parameters, on one H200
-with later code, seed 1,
-one stays near 1.44, two
 the text from layer 50, the first measured
 (WRITE=1 writes
 not the 1.76 of the start
@@ -580,11 +630,6 @@ take about 0.4 times
 it (padded to 32 x 32, black is -1); the target's noise part alone costs 1.
 the mean of all pixels costs 1.4404, each pixel position's own average 1.2665 (of test images 1.4395 and 1.2653); zero, where training starts, 1.756.
 collapsed ends near 1.44.
-alpha = 0 makes small
-At alpha = 0 the centered
-failures, alpha = 0 and a
-one at 271 "both modes", the other at 122 "mean mode"
-of 150 steps, still
 ± is the 95% interval
 256 + 8 tokens, batch 32, bf16, warm-up 300,
 of 4 of the batch's 32 samples
@@ -605,6 +650,27 @@ model of 13.64 billion
 with 10 bytes of state a parameter as with 18?
 48 layers of D 48, 64 + 8 tokens, batch 16, fp32, 450 steps in
 rises by 2e-5 a step
+in six of six, beta 1/sqrt(400),
+cure at 400 too, and
+its beta of 1 is the one of four that fails
+from 60 before the collapse to 60 after it, or
+a warm-up of 50, seeds 2, 3 and 4. Seed 1 of that,
+state at step 240 on it
+to step 700 at 7e-4, 5e-4 and 2.5e-4, and at 1e-3 with a clip of 0.1.
+layers. From step 301, 22 steps
+holds to step 500 at each
+a branch of layers 0 to 25 outgrows
+to be above 1 is not enough
+Beta 1/sqrt(400), LayerScale and DeepNorm train
+an H100 of 80 GB, where a
+one GPU of 80 GB
+after 150, gradients
+alpha held at 0 most often
+within 3,000, LayerScale
+With the bias 4 fail.
+alpha held at 0, seed 1, and
+fails at 200. [survival
+Post-Norm, kept from step 270 of seed 1 on
 END
 numbers=$(sed -E 's/`[^`]*`//g; s/\]\([^)]*\)//g; s/(Fig\.|App\.|Table) [0-9.]+//g
   s/[0-9,]+ (layers|steps|seeds|heads|blocks|times the rate)//g
