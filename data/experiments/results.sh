@@ -345,7 +345,7 @@ says 'fails in three of six at 1.4e-3, at %s, and in six of six at 2e-3, at %s: 
   "$(biased collapse %d mvsplit-lr=1.4e-3)" "$(biased collapse %d mvsplit-lr=2e-3)" "$both_split"
 says 'at 1.4e-3 five go at %s, at 2e-3 at %s, and two never learn' "$(biased collapse %d postnorm-lr=1.4e-3)" "$(biased collapse %d postnorm-lr=2e-3)"
 [ "$(unpacked runs cure1e3 | awk -F, '/^bias-postnorm-lr/ && $8 == ""' | wc -l)" = 2 ] || fault "with the bias not two of Post-Norm never learn"
-says 'with it the loss ends at %s where without it it ends at %s.' "$(unpacked runs cure1e3 | awk -F, '/^bias-mvsplit_/ { s += $6 / 6 } END { printf "%.2f", s }')" \
+says 'with it the loss ends at %s where without it it ends at %s (' "$(unpacked runs cure1e3 | awk -F, '/^bias-mvsplit_/ { s += $6 / 6 } END { printf "%.2f", s }')" \
   "$(unpacked runs cure1e3 | awk -F, '/^mvsplit_/ { s += $6 / 6 } END { printf "%.2f", s }')"
 says '(the loss then ends at %s, not %s)' "$(unpacked runs cure1e3 | awk -F, '/^mvsplit_/ { s += $6 / 6 } END { printf "%.2f", s }')" \
   "$(unpacked runs cure1e3 | awk -F, '/^bias-mvsplit_/ { s += $6 / 6 } END { printf "%.2f", s }')"
