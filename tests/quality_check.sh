@@ -112,5 +112,10 @@ for line in '^| [a-z].* | 200 | [0-9.]* | 0\.' '^| all | .* ± .* | .* ± .* |';
   grep -q "$line" "$work/log" || fault "the recipe's tables have no line $line"
 done
 [ "$(grep -c ' | 200 | ' "$work/log")" = 6 ] || fault "not six networks are judged"
+# What is packed stays when the runs' own files are gone.
+find "$work/copy/experiments" -name bins.csv -delete
+cp "$work"/copy/experiments/tiny/figures/csv/quality_bins.csv.gz "$work/bins"
+(cd "$work/copy" && SCALE=tiny bash data/experiment.sh quality) >"$work/log" 2>&1 || fault "the recipe's second call failed"
+cmp -s "$work/bins" "$work"/copy/experiments/tiny/figures/csv/quality_bins.csv.gz || fault "a packed table was lost"
 echo "quality_check: $faults faults"
 [ $faults = 0 ]
