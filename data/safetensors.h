@@ -268,7 +268,7 @@ class SafetensorsReader {
           tensors_.push_back(parse_tensor(name, entry));
       };
       const Json rest = parse_object(read_header(size), "the header", take);
-      for (const auto& [name, entry] : rest.items()) take(name, entry);
+      for (const auto& [name, entry] : rest.items()) take(name, entry);  // what is no object
       check_layout(size - data_start_);
     }
     for (size_t i = 0; i < tensors_.size(); ++i) index_[tensors_[i].name] = i;
@@ -391,9 +391,9 @@ class SafetensorsReader {
 
   using Take = std::function<void(const std::string&, const Json&)>;
 
-  // The JSON object that a text is, `what` in a sentence; less the objects in it, if there is a
-  // `take` that they are given to. (With a watch the library goes through all that it holds at the
-  // end of each object: minutes for a hundred thousand tensors.)
+  // Parses a text that must be one JSON object; `what` names it in errors. Where there is a `take`
+  // each object in it is given to that and left out of the result. (With a watch the library goes
+  // through all that it holds at the end of each object: minutes for a hundred thousand tensors.)
   Json parse_object(const std::string& text, const std::string& what,
                     const Take& take = nullptr) const {
     // The library keeps the last of two equal keys and nests without limit: look while it parses.
@@ -407,10 +407,10 @@ class SafetensorsReader {
       if (event == Json::parse_event_t::object_end) keys.pop_back();
       if (event == Json::parse_event_t::key && !keys.back().insert(value).second)
         reject(what + " has " + printable(value) + " twice");
-      if (event == Json::parse_event_t::key && depth == 1) name = value;
+      if (event == Json::parse_event_t::key && depth == 1) name = value;  // of a tensor
       bool taken = take && text[0] == '{' && depth == 1 && event == Json::parse_event_t::object_end;
       if (taken) take(name, value);
-      return !taken;
+      return !taken;  // false: the library drops it
     };
     try {
       Json object = Json::parse(text, watch);

@@ -6,7 +6,7 @@
 unpacked() {
   local file=$csv/${2:-$experiment}_$1.csv.gz
   [ -e "$file" ] || die "there is no $file to draw from: run ${2:-$experiment} first"
-  gzip -dc "$file" | sed "${without:+/^$without/d;}${only:+/^run,\|^$only/!d}"
+  gzip -dc "$file" | sed -E "${without:+/^$without/d;}${only:+/^(run,|$only)/!d}"
 }
 
 # Puts one run's losses and diagnostics into $work/RUN as train would have written them: log.csv,

@@ -33,35 +33,40 @@ draw() {
   reports_table
 }
 
-# The largest |F| / |X| of layers 0 to 25, of attention and of the FFN together: of each group the largest that a run
-# that trains ever has; of each run that failed when it passed 0.25, 0.5 and 1. $work/first.RUN: step and value.
+# The largest |F| / |X| of layers 0 to 25 and of the deeper ones, of attention and of the FFN together: of each group the
+# largest that a run that trains ever has; of each other run when it passed 0.25 and 1. $work/first.RUN: step and the
+# first layers' value.
 first_table() {
-  echo "The largest |F| / |X| among the branches of layers 0, 1, 2, 4, 8, 16 and 25, every fifth step, four samples: what it"
-  echo "is at most in runs that train, and the steps at which it passed 0.25, 0.5 and 1 in those that failed."
+  echo "The largest |F| / |X| among the branches of layers 0, 1, 2, 4, 8, 16 and 25, and of 50, 100, 200 and 399, every fifth"
+  echo "step, four samples: the steps at which it passed 0.25 and 1 in runs that failed or relapsed, and what it is at most in"
+  echo "those that train."
   echo
-  echo "| run | collapse at | 0.25 at | 0.5 at | 1 at | largest |"
-  echo "|---|---|---|---|---|---|"
+  echo "| run | outcome | collapse at | first layers: 0.25 at | 1 at | largest | deeper: 0.25 at | 1 at | largest |"
+  echo "|---|---|---|---|---|---|---|---|---|"
   { unpacked runs | sed "s/^/runs,/"; unpacked diagnostics; } | awk -F, -v work="$work" "$group"'
     $1 == "runs" { outcome[$2] = $6; at[$2] = $9; next }
     $1 == "run" { for (i = 1; i <= NF; i++) c[$i] = i; next }
-    $3 <= 25 {
-      if (!n[$1]++) name[++runs] = $1
-      x = $c["attention_tr"] > $c["ffn_tr"] ? $c["attention_tr"] : $c["ffn_tr"]
-      if (!(($1, $2) in most)) step[$1, ++steps[$1]] = $2
-      if (x + 0 > most[$1, $2]) most[$1, $2] = x + 0 }
+    { if (!n[$1]++) name[++runs] = $1
+      deep = $3 > 25; x = $c["attention_tr"] > $c["ffn_tr"] ? $c["attention_tr"] + 0 : $c["ffn_tr"] + 0
+      if (!seen[$1, $2]++) step[$1, ++steps[$1]] = $2
+      if (x > most[$1, $2, deep]) most[$1, $2, deep] = x }
     END {
       for (i = 1; i <= runs; i++) {
-        r = name[i]; top = quarter = half = one = 0
-        for (j = 1; j <= steps[r]; j++) {
-          s = step[r, j]; x = most[r, s]
-          print s "," x >(work "/first." r)
-          if (x > top) top = x
-          if (x > 0.25 && !quarter) quarter = s
-          if (x > 0.5 && !half) half = s
-          if (x > 1 && !one) one = s }
-        if (outcome[r] == "trained") { g = group(r); if (!k[g]++) order[++groups] = g; if (top > largest[g]) largest[g] = top }
-        else printf "| %s | %s | %s | %s | %s | %.2f |\n", r, at[r], quarter, half, one, top }
-      for (i = 1; i <= groups; i++) printf "| %s: the %d that train | - | - | - | - | at most %.2f |\n", order[i], k[order[i]], largest[order[i]] }'
+        r = name[i]; row = ""
+        for (deep = 0; deep <= 1; deep++) {
+          top[deep] = quarter = one = 0
+          for (j = 1; j <= steps[r]; j++) {
+            s = step[r, j]; x = most[r, s, deep]
+            if (!deep) print s "," x >(work "/first." r)
+            if (x > top[deep]) top[deep] = x
+            if (x > 0.25 && !quarter) quarter = s
+            if (x > 1 && !one) one = s }
+          row = row sprintf(" %s | %s | %.2f |", quarter ? quarter : "-", one ? one : "-", top[deep]) }
+        if (outcome[r] != "trained") { printf "| %s | %s | %s |%s\n", r, outcome[r], (at[r] == "" ? "-" : at[r]), row; continue }
+        g = group(r); if (!k[g]++) order[++groups] = g
+        for (deep = 0; deep <= 1; deep++) if (top[deep] > largest[g, deep]) largest[g, deep] = top[deep] }
+      for (i = 1; i <= groups; i++) { g = order[i]
+        printf "| %s | %d trained | - | - | - | at most %.2f | - | - | at most %.2f |\n", g, k[g], largest[g, 0], largest[g, 1] } }'
   echo
 }
 
@@ -78,7 +83,7 @@ draw_first() {
       plot+=" '$work/first.${run%=*}' using 1:2 with lines $style_of notitle,"
     done
     [ -z "$plot" ] || panels+="set title '$([ $bias = bias- ] && echo with the bias in the patch embedding || echo without a bias)'
-plot $plot NaN with lines ls 1 title 'alpha held at 0: fails', NaN with lines ls 4 title 'alpha held at 0: trains', NaN with lines ls 2 title 'alpha learned: fails', NaN with lines ls 6 title 'alpha learned: trains'
+plot $plot 1 with lines dt 3 lc rgb 'black' title '1: as large as the trunk', NaN with lines ls 1 title 'alpha held at 0: fails or relapses', NaN with lines ls 4 title 'alpha held at 0: trains'$([ $bias = again- ] || echo ", NaN with lines ls 2 title 'alpha learned: fails', NaN with lines ls 6 title 'alpha learned: trains'")
 "
   done
   gnuplot <<G
@@ -90,7 +95,7 @@ set yrange [0.005:90]
 set xrange [0:500]
 set ylabel "largest |F| / |X| of layers 0 to 25"
 set key left top spacing 1.2
-set multiplot layout 1,2 title "A branch of the first layers outgrows the trunk: MV-Split, 400 layers, lr 1e-3, warm-up 100" font ",13"
+set multiplot layout 1,2 title "Branches of the first layers against the trunk: MV-Split, 400 layers, lr 1e-3, warm-up 100" font ",13"
 $panels
 unset multiplot
 G
