@@ -499,6 +499,8 @@ number() {
 label() {
   case $1 in
     bias-*) echo "$(label "${1#bias-}"), bias" ;;
+    saved) echo "MV-Split, alpha=0, up to step 240" ;;
+    saved-*) echo "MV-Split, alpha=0, from there, ${1#saved-}" ;;
     again-*) echo "$(label "${1#again-}"), again" ;;
     *-lr=*) echo "$(label "${1%%-*}"), ${1#*-}" ;;
     postnorm) echo "Post-Norm" ;;

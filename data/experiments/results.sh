@@ -251,7 +251,7 @@ alone=$(cell leak 'mvsplit-noleak | 1 of 10' 4)
 again=$(cell leak 'again-mvsplit-alpha=0 | 4 of 10' 4) with_bias=$(cell leak 'bias-mvsplit-alpha=0 | 4 of 10' 4)
 says 'none fails, with the bias one. Alpha held at 0: %s fail (p is %s); the same ten seeds by later code on another card 4 (%s, against the first ones of learned alpha); with the bias 4 (%s). At 0.1 both of two. One without the leaky term (p is %s), where %s have spikes that the watch reports and with it none (p is %s)' \
   "${held% of*}" "$p" "$again" "$with_bias" "$alone" "$spiky" "$(fisher "$spiky" 10 0 10)"
-says 'Alpha held at 0 fails in %s of ten seeds, on another card in 4, with the bias in 4 of ten; learned in none, with the bias in 1.' "${held% of*}"
+says 'Alpha held at 0 fails in %s of ten seeds, on another card in 4, with the bias in 4 of ten; learned in none, with the bias in one.' "${held% of*}"
 says 'With alpha held at 0 %s seeds fail. Of the same ten by later code on another card, which round otherwise, 4 do' "$held"
 says 'at %s of seed 1, the setting' "$(of leak bias-mvsplit_1 collapse)"
 # The diagnosed failures of leak: steps from the collapse to where the largest |F| / |X| passes cell $1.
@@ -280,7 +280,7 @@ says 'five seeds of five, Post-Norm none (p is %s)' "$(cell demo 'postnorm | 5 o
 lead() { cell "$1" "$2" "$3" %s "" "$4"; }
 says 'in 200 layers by %s and %s.' "$(lead survival layerscale-200 3 3)" "$(lead survival layerscale-200 8 3)"
 says 'at 1e-3 by %s and %s,' "$(lead cure1e3 layerscale-1e-2 3 3)" "$(lead cure1e3 layerscale-1e-2 8 3)"
-says 'is higher by %s after 700 steps at 1e-3, after 5,000 at 2.5e-3 by %s (two' "$(lead cure1e3 layerscale-1e-2 8 3)" "$(cell table1 layerscale-lr=2.5e-3 12 %s "" 2)"
+says 'is higher by %s after 700 steps at 1e-3 (with the bias by %s), after 5,000 at 2.5e-3 by %s (two' "$(lead cure1e3 layerscale-1e-2 8 3)" "$(awk -F' *[|] *' '$2 == "bias-layerscale-1e-2" && /±/ { print $9 }' "$work/cure1e3")" "$(cell table1 layerscale-lr=2.5e-3 12 %s "" 2)"
 smaller() { local x; x=$(lead cure1e3 mvsplit-beta=0.05 "$1" 3); echo "${x#-}"; }
 says 'lower by %s at 600 and %s at 700' "$(smaller 7)" "$(smaller 8)"
 # The mean difference of column $3 of the runs of group $1 of cure1e3 and those of $2, same seed, with its interval.
