@@ -6,8 +6,8 @@
 #   mvsplit-beta=1e-4   what MV-Split needs there, 150 steps each: beta 1 / L,
 #   mvsplit-lr=1e-4     beta 0.01 at a lower rate,
 #   mvsplit-warmup=600  and behind a longer warm-up
-# Of the weights of `start` and of both of `keel` the gradients are checked against dual numbers, in fp64 and on few tokens: that
-# takes about 100 GB of memory. Only weights are saved, so a run that is interrupted starts again.
+# Of the weights of `start` and of both of `keel` the gradients are checked against dual numbers, in fp64 and on few
+# tokens: that takes about 100 GB of memory. Only weights are saved, so a run that is interrupted starts again.
 columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_tcs attention_rho"
 pictures=keel tables=gradcheck
 

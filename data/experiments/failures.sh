@@ -62,6 +62,7 @@ draw() {
     rise_and_fall "$one" "$at"
     spike_report "$one"
   done
+  [ -e "$csv/scream_runs.csv.gz" ] || return 0
   one=$(screamed)
   echo "**For comparison, Post-Norm in \`scream\`**: collapse at step $(collapse_of "$one" scream)."
   echo
