@@ -113,6 +113,7 @@ where_table() {
 draw_where() {
   local layers title
   title="A failure: $(label "${1%_*}"), 400 layers, lr 1e-3, seed ${1##*_}"
+  case $title in *warm-up*) ;; *) title+=", warm-up 100" ;; esac
   layers=$(awk -F, -v dir="$work" '!n[$2]++ { row[$2] = rows + 0; if (rows % 2 == 0) tics = tics (rows ? ", " : "") "\"" $2 "\" " rows + 0; rows++ }
     { print $1 "," row[$2] "," log($3 + 1e-9) / log(10) "," log($4 + 1e-9) / log(10) >(dir "/where_rows") }
     END { print tics }' "$work/where")

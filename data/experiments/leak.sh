@@ -95,7 +95,7 @@ set yrange [0.005:90]
 set xrange [0:500]
 set ylabel "largest |F| / |X| of layers 0 to 25"
 set key left top spacing 1.2
-set multiplot layout 1,2 title "Branches of the first layers against the trunk: MV-Split, 400 layers, lr 1e-3, warm-up 100" font ",13"
+set multiplot layout 1,2 title "Branches of the first layers against the trunk: MV-Split, 400 layers, lr 1e-3, warm-up 100, ten seeds of each" font ",13"
 $panels
 unset multiplot
 G
