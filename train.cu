@@ -2231,6 +2231,12 @@ inline int command(int argc, const char* const* argv) {
         require_fit(o.data, data.train, o.weights, o.model);
       }
       check_options(o);
+      bool begins = o.weights.empty() && !goes_on;
+      if (begins && o.model.residual == "mvsplit" && o.model.depth >= 200 && !given.count("beta"))
+        std::fprintf(stderr,
+                     "note: beta starts at 1; so deep a network stands higher rates with --beta "
+                     "%.2g, 1/sqrt(depth) (data/experiments/RESULTS.md, cure1e3)\n",
+                     1 / std::sqrt(double(o.model.depth)));
       return machine.with_precision([&](auto t) {
         return train<decltype(t)>(device, machine, o, std::move(data.train),
                                   std::move(data.held_out), in_use);

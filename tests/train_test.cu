@@ -2715,6 +2715,19 @@ TEST_F(CommandTest, ADivergedRunHasItsPage) {
     EXPECT_NE(outcome.err.find(flag), std::string::npos) << outcome.err;
 }
 
+// What failed at 400 layers with beta 1 held with 1/sqrt(depth) (RESULTS.md). The runs do not begin.
+TEST_F(CommandTest, DeepNetworksAreToldOfBeta) {
+  auto said = [&](const std::string& flags) {
+    Outcome outcome = run("train", train_, "--memory 1e-6 --out " + flags);
+    EXPECT_NE(outcome.err.find("not even a batch of one fits"), std::string::npos) << outcome.err;
+    return outcome.err.find("--beta 0.067, 1/sqrt(depth)") != std::string::npos;
+  };
+  EXPECT_TRUE(said(at("deep") + " --depth 225"));
+  EXPECT_FALSE(said(at("asked") + " --depth 225 --beta 1"));
+  EXPECT_FALSE(said(at("other") + " --depth 225 --residual postnorm"));
+  EXPECT_FALSE(said(at("shallow") + " --depth 199"));
+}
+
 // main() asks whether it is train, whose files hold what the console does.
 TEST(CommandLineTest, ASubcommandIsFoundBehindItsConfiguration) {
   EXPECT_EQ(subcommand_at({"sample", "--prompt", "train"}), 0u);
