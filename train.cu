@@ -2232,10 +2232,10 @@ inline int command(int argc, const char* const* argv) {
       }
       check_options(o);
       bool begins = o.weights.empty() && !goes_on;
-      if (begins && o.model.residual == "mvsplit" && o.model.depth >= 200 && !given.count("beta"))
+      if (begins && o.model.residual == "mvsplit" && o.model.depth >= 400 && !given.count("beta"))
         std::fprintf(stderr,
-                     "note: beta starts at 1; so deep a network stands higher rates with --beta "
-                     "%.2g, 1/sqrt(depth) (data/experiments/RESULTS.md, cure1e3)\n",
+                     "note: beta starts at 1; 400 layers stood higher rates with 1/sqrt(depth), "
+                     "here --beta %.2g (data/experiments/RESULTS.md, cure1e3)\n",
                      1 / std::sqrt(double(o.model.depth)));
       return machine.with_precision([&](auto t) {
         return train<decltype(t)>(device, machine, o, std::move(data.train),

@@ -408,7 +408,7 @@ class SafetensorsReader {
       if (event == Json::parse_event_t::key && !keys.back().insert(value).second)
         reject(what + " has " + printable(value) + " twice");
       if (event == Json::parse_event_t::key && depth == 1) name = value;  // of a tensor
-      bool taken = take && text[0] == '{' && depth == 1 && event == Json::parse_event_t::object_end;
+      bool taken = take && depth == 1 && event == Json::parse_event_t::object_end;
       if (taken) take(name, value);
       return !taken;  // false: the library drops it
     };

@@ -2720,12 +2720,12 @@ TEST_F(CommandTest, DeepNetworksAreToldOfBeta) {
   auto said = [&](const std::string& flags) {
     Outcome outcome = run("train", train_, "--memory 1e-6 --out " + flags);
     EXPECT_NE(outcome.err.find("not even a batch of one fits"), std::string::npos) << outcome.err;
-    return outcome.err.find("--beta 0.067, 1/sqrt(depth)") != std::string::npos;
+    return outcome.err.find("1/sqrt(depth), here --beta 0.05 (") != std::string::npos;
   };
-  EXPECT_TRUE(said(at("deep") + " --depth 225"));
-  EXPECT_FALSE(said(at("asked") + " --depth 225 --beta 1"));
-  EXPECT_FALSE(said(at("other") + " --depth 225 --residual postnorm"));
-  EXPECT_FALSE(said(at("shallow") + " --depth 199"));
+  EXPECT_TRUE(said(at("deep") + " --depth 400"));
+  EXPECT_FALSE(said(at("asked") + " --depth 400 --beta 1"));
+  EXPECT_FALSE(said(at("other") + " --depth 400 --residual postnorm"));
+  EXPECT_FALSE(said(at("shallow") + " --depth 399"));
 }
 
 // main() asks whether it is train, whose files hold what the console does.
