@@ -779,6 +779,7 @@ struct Config {
   std::map<std::string, std::optional<double>> gates;  // where they start, else as their merge says
   std::set<std::string> fix;                           // gates that keep these values
   double writer_std = -1;  // W_O, W2 ~ N(0, std^2); -1: as the merge says
+  double xavier_gain = 0;  // above 0: a block's matrices start as in DeepNorm's paper
   double final_std = 0;    // the final projection
 
   size_t image_tokens() const { return height / patch * (image_width / patch); }
@@ -844,6 +845,9 @@ inline void Config::check() const {
   if (!(norm_eps > 0) || norm_eps > 1) fail("norm-eps %g is not in (0, 1]", norm_eps);
   if ((writer_std < 0 && writer_std != -1) || final_std < 0)
     fail("writer-std and final-std must be at least 0 (writer-std -1: the mode's own)");
+  if (xavier_gain < 0) fail("xavier-gain %g is below 0", xavier_gain);
+  if (xavier_gain > 0 && writer_std >= 0)
+    fail("xavier-gain and writer-std both say how W_O and W2 start: leave one out (writer-std -1)");
   for (const std::string& gate : fix)
     if (!has_gate(gate))
       fail("fix '%s': residual %s has no such gate", gate.c_str(), residual.c_str());
@@ -909,6 +913,15 @@ inline Table parameter_table(const Config& c) {
     table.parameters.push_back(std::move(p));
   };
   auto linear = [](size_t fan_in) { return 1 / std::sqrt(double(fan_in)); };
+  // Weights of maps from `in` to `out` numbers. With xavier-gain g they are drawn from
+  // N(0, g^2 2 / (in + out)): the start that belongs to DeepNorm (arXiv 2203.00555), g = (8
+  // depth)^(-1/4), for all of a block's but W_Q and W_K, where g = 1.
+  auto add_maps = [&](std::string name, size_t maps, size_t out, size_t in, double gain, Init init,
+                      double scale) {
+    bool xavier = c.xavier_gain > 0;
+    add(std::move(name), {maps * out, in}, xavier ? Init::normal : init,
+        xavier ? gain * std::sqrt(2 / double(in + out)) : scale);
+  };
   size_t D = c.width, p = c.patch;
   add("patch_embed.patch_proj.weight", {D, c.channels, p, p}, Init::uniform, linear(c.patch_dim()));
   if (c.patch_bias) add("patch_embed.patch_proj.bias", {D}, Init::uniform, linear(c.patch_dim()));
@@ -919,11 +932,13 @@ inline Table parameter_table(const Config& c) {
     std::string block = "blocks." + std::to_string(i) + ".";
     table.size = round_up(table.size, 64);
     size_t start = table.size;
-    for (const char* name : {"q_proj", "k_proj", "v_proj"})
-      add(block + "operator." + name + ".weight", {D, D}, Init::uniform, linear(D));
-    add(block + "operator.proj.weight", {D, D}, Init::normal, c.writer_init());
-    add(block + "ffn.w13.weight", {2 * c.ffn, D}, Init::uniform, linear(D));
-    add(block + "ffn.w2.weight", {D, c.ffn}, Init::normal, c.writer_init());
+    double g = c.xavier_gain;
+    add_maps(block + "operator.q_proj.weight", 1, D, D, 1, Init::uniform, linear(D));
+    add_maps(block + "operator.k_proj.weight", 1, D, D, 1, Init::uniform, linear(D));
+    add_maps(block + "operator.v_proj.weight", 1, D, D, g, Init::uniform, linear(D));
+    add_maps(block + "operator.proj.weight", 1, D, D, g, Init::normal, c.writer_init());
+    add_maps(block + "ffn.w13.weight", 2, c.ffn, D, g, Init::uniform, linear(D));
+    add_maps(block + "ffn.w2.weight", 1, D, c.ffn, g, Init::normal, c.writer_init());
     for (int m = 0; m < 2; ++m)
       for (const Gate& gate : about(merges[m]).gates) {
         size_t size = about(merges[m]).one_number ? 1 : D;

@@ -93,7 +93,7 @@ run() {
 }
 
 # The options of a merge at 400 layers, by the name of its runs. Keel is norm(2 L X + F), DeepNorm norm((2 L)^(1/4) X
-# + F): of a X + F RMSNorm sees X + F / a alone.
+# + F): of a X + F RMSNorm sees X + F / a alone. Its own start has a gain of (8 L)^(-1/4).
 merge() {
   case $1 in
     postnorm) echo "residual=postnorm" ;;
@@ -102,6 +102,7 @@ merge() {
     layerscale-*) echo "residual=layerscale lambda=${1#*-}" ;;
     keel) echo "residual=rezero lambda=1.25e-3 fix=lambda writer-std=0" ;;
     deepnorm) echo "residual=rezero lambda=0.188 fix=lambda writer-std=0" ;;
+    deepnorm-own) echo "residual=rezero lambda=0.188 fix=lambda xavier-gain=0.133" ;;
     *) die "no merge is called $1" ;;
   esac
 }

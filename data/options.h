@@ -596,7 +596,9 @@ inline void add_model_options(Subcommand& sub, Config& m) {
   for (const auto& [name, starts] : gate_starts())
     sub.add(name, m.gates[name], "where this gate starts: " + join_list(starts, ", "));
   sub.add("writer-std", m.writer_std, "W_O and W2 start as N(0, std^2); -1: the mode's own");
-  sub.add("final-std", m.final_std, "so does the final projection");
+  sub.add("xavier-gain", m.xavier_gain,
+          "instead all of a block's as N(0, gain^2 2 / (in + out)), W_Q and W_K with gain 1");
+  sub.add("final-std", m.final_std, "the final projection starts as N(0, std^2)");
   sub.add_flag("no-patch-bias", m.patch_bias, "no bias in the patch embedding", false);
   sub.add("norm-eps", m.norm_eps, "epsilon of the RMSNorms");
 }
@@ -758,13 +760,13 @@ inline Subcommand add_plan(CLI::App& app, TrainOptions& o, DataSizes& sizes, Mac
 
 // Does an option say where drawn parameters start?
 inline bool is_start(const std::string& option) {
-  return gate_names().count(option) || ends_with(option, "-std");
+  return gate_names().count(option) || ends_with(option, "-std") || option == "xavier-gain";
 }
 
 // Is an option of train kept with the run? All but where the run is, and starts that it has not.
 inline bool is_kept(const std::string& option, const TrainOptions& o) {
   if (is_start(option))
-    return o.weights.empty() && (ends_with(option, "-std") || o.model.has_gate(option));
+    return o.weights.empty() && (!gate_names().count(option) || o.model.has_gate(option));
   return option != "config" && option != "out" && option != "resume";
 }
 

@@ -32,6 +32,7 @@ Metadata describe_state(const TrainOptions& o, bool lean, uint64_t data_hash, si
   m["weights"] = o.weights.empty() ? "nothing" : o.weights;
   if (!o.weights.empty()) return m;
   m["writer_std"] = exact(o.model.writer_std), m["final_std"] = exact(o.model.final_std);
+  m["xavier_gain"] = exact(o.model.xavier_gain);
   for (const Gate& gate : o.model.gates_of_mode()) m[gate.name] = exact(o.model.start(gate));
   return m;
 }
@@ -101,8 +102,9 @@ void require_same_run(const SafetensorsReader& file, const std::string& path, co
   bool lean = (o.state == "auto" ? described(file, path, "state") : o.state) == "lean";
   const uint64_t hashes[] = {hash_data(data), hash_data(every_nth(validation, V))};
   // A state need not say what no bit of it depends on any more, nor that its rate does not fall.
-  std::set<std::string> optional = {"val_images", "val_images_hash", "no_patch_bias", "writer_std",
-                                    "final_std",  "weights",         "decay_steps"};
+  std::set<std::string> optional = {"val_images", "val_images_hash", "no_patch_bias",
+                                    "writer_std", "final_std",       "xavier_gain",
+                                    "weights",    "decay_steps"};
   for (const Gate& gate : o.model.gates_of_mode()) optional.insert(gate.name);
   auto said = [&](const std::string& key, const std::string& otherwise) {
     return optional.count(key) && !file.metadata().count(key) ? otherwise

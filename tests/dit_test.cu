@@ -539,6 +539,37 @@ TEST(Table, StartsWhereTheModeSays) {
   }
 }
 
+// With a gain the matrices of blocks start as in DeepNorm's paper, and no other parameter otherwise.
+TEST(Table, XavierGainScalesAllMatricesOfABlockButQueriesAndKeys) {
+  Config c;
+  c.depth = 2, c.width = 16, c.ffn = 24, c.residual = "rezero", c.final_std = 0.1;
+  Table plain = parameter_table(c);
+  c.xavier_gain = 0.25;
+  Table table = parameter_table(c);
+  const std::map<std::string, double> stds = {
+      {"operator.q_proj.weight", std::sqrt(2. / 32)},
+      {"operator.k_proj.weight", std::sqrt(2. / 32)},
+      {"operator.v_proj.weight", 0.25 * std::sqrt(2. / 32)},
+      {"operator.proj.weight", 0.25 * std::sqrt(2. / 32)},
+      {"ffn.w13.weight", 0.25 * std::sqrt(2. / 40)},  // two maps from 16 to 24 numbers
+      {"ffn.w2.weight", 0.25 * std::sqrt(2. / 40)}};
+  size_t of_blocks = 0;
+  for (size_t i = 0; i < table.parameters.size(); ++i) {
+    const Parameter &p = table.parameters[i], &before = plain.parameters[i];
+    EXPECT_EQ(p.name, before.name);
+    EXPECT_EQ(p.shape, before.shape) << p.name;
+    bool in_block = p.name.rfind("blocks.", 0) == 0 && p.shape.size() == 2;
+    of_blocks += in_block;
+    EXPECT_EQ(p.init, in_block ? Init::normal : before.init) << p.name;
+    EXPECT_DOUBLE_EQ(p.scale, in_block ? stds.at(p.name.substr(9)) : before.scale) << p.name;
+  }
+  EXPECT_EQ(of_blocks, 12u);
+  c.writer_std = 0.02;
+  EXPECT_THROW(c.check(), Error);
+  c.writer_std = -1;
+  EXPECT_NO_THROW(c.check());
+}
+
 TEST(Table, HasThePapersSizes) {
   Config c;
   c.width = 1024, c.heads = 8, c.ffn = 3072, c.channels = 4, c.patch = 2, c.text_dim = 1024;

@@ -2346,6 +2346,8 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--clip -1", "--clip must be"},
       {"train", "--writer-std -2", "writer-std and final-std must be at least 0"},
       {"gradcheck", "--final-std -0.1", "writer-std and final-std must be at least 0"},
+      {"train", "--xavier-gain -1", "xavier-gain -1 is below 0"},
+      {"gradcheck", "--xavier-gain 1", "leave one out (writer-std -1)"},
       {"train", "--steps 4 --decay-steps 5", "--decay-steps must be at most --steps"},
       {"train", "--beta nan", "--beta nan: expected a decimal number"},
       {"train", "--warmup -5", "--warmup -5: expected"},
@@ -2427,6 +2429,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", begin + " --lambda 1", "--lambda is where a drawn network starts"},
       {"train", begin + " --writer-std 0", "--writer-std is where a drawn network starts"},
       {"train", begin + " --final-std 0", "--final-std is where a drawn network starts"},
+      {"train", begin + " --xavier-gain 0", "--xavier-gain is where a drawn network starts"},
       {"train", begin + " --fix lambda", "fix 'lambda': residual mvsplit has no such gate"},
       {"train", begin + " " + height,
        "numbers, the model takes 1 x 8 x 8 and 3 x 5 (" + at("run/weights.safetensors")},
@@ -3331,9 +3334,9 @@ TEST_F(CommandTest, WhatAResumedRunIsGivenIsTakenOrNamed) {
       "(now beta), precision = fp32 (now fp64), residual = mvsplit (now mvsplit-ffn), seed = "
       "1 (now 2), val-images = 4 (now 3), other held-out images than ");
   expect_refused(
-      run("train", resume + " --alpha 1 --writer-std 0.5 --final-std 1 --no-patch-bias"),
+      run("train", resume + " --alpha 1 --xavier-gain 0.5 --final-std 1 --no-patch-bias"),
       "made with alpha = 0 (now 1), final-std = 0 (now 1), no-patch-bias = false (now true), "
-      "writer-std = -1 (now 0.5): resume with the same");
+      "xavier-gain = 0 (now 0.5): resume with the same");
   EXPECT_TRUE(files() == before);
   fs::rename(at("data.safetensors"), at("moved.safetensors"));
   expect_refused(run("train", resume), "data.safetensors: No such file");

@@ -4,7 +4,7 @@
 #   bias-...           the same with the paper's bias in the patch embedding
 #   bias-...-lr=RATE   some of these at higher rates: with the bias Post-Norm trains at 1e-3, but for one seed
 columns="" reports=yes
-others="postnorm mvsplit-beta=0.05 layerscale-1e-2 keel deepnorm"
+others="postnorm mvsplit-beta=0.05 layerscale-1e-2 keel deepnorm deepnorm-own"
 
 runs() {
   local one bias lr seed seeds=6 shared="lr=1e-3 save-every=0 save=weights columns=1 val-images=32"
@@ -20,7 +20,7 @@ runs() {
   for lr in 1.4e-3 2e-3; do
     for ((seed = 1; seed <= seeds; seed++)); do
       # shellcheck disable=SC2046,SC2086
-      for one in postnorm mvsplit $([ $lr = 1.4e-3 ] || echo mvsplit-beta=0.05 layerscale-1e-2 deepnorm); do
+      for one in postnorm mvsplit $([ $lr = 1.4e-3 ] || echo mvsplit-beta=0.05 layerscale-1e-2 deepnorm deepnorm-own); do
         run "bias-$one-lr=${lr}_$seed" $shared lr=$lr seed=$seed no-patch-bias=false $(merge "$one")
       done
     done

@@ -15,6 +15,8 @@ runs() {
     for seed in 1 2 3 4 5; do
       # shellcheck disable=SC2086
       run "${residual}_$seed" $settings residual=$residual seed=$seed save-every=0
+      # shellcheck disable=SC2086
+      run "bias-${residual}_$seed" $settings residual=$residual seed=$seed save-every=0 no-patch-bias=false
     done
   done
 }
@@ -29,8 +31,9 @@ after() {
 draw() {
   local at
   results_table
-  failures_table mvsplit
-  draw_losses demo_loss "Without a GPU: 48 layers while the rate rises to 9e-3" 500
+  without=bias- failures_table mvsplit
+  only=bias- failures_table bias-mvsplit
+  without=bias- draw_losses demo_loss "Without a GPU: 48 layers while the rate rises to 9e-3" 500
   at=$(event postnorm_1)
   [ -n "$at" ] || return 0
   unpack postnorm_1

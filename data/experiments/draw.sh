@@ -510,7 +510,8 @@ label() {
     layerscale-*) echo "LayerScale ${1#layerscale-}" ;;
     layerscale) echo "LayerScale" ;;
     rezero) echo "ReZero" ;;
-    deepnorm) echo "DeepNorm" ;;
+    deepnorm) echo "DeepNorm's factor" ;;
+    deepnorm-own) echo "DeepNorm with its start" ;;
     keel) echo "Keel" ;;
     centered) echo "Hard centering" ;;
     clip0.1) echo "Post-Norm, clipped at 0.1" ;;

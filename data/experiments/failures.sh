@@ -12,6 +12,9 @@
 #   save              Post-Norm as in `scream` at 1e-3, warm-up 300, to step 270, where the rate is 9e-4; the
 #                     scream's first sign is at step 293, at 9.77e-4
 #   held-RATE         from there at this rate for good, to step 500: 7e-4, 9e-4, 9.5e-4, 1e-3
+#   bias-save         Post-Norm with the bias, at 1.4e-3, warm-up 300, seed 3, to step 110, where the rate is 5.1e-4: it
+#                     collapsed near step 152 in `cure1e3`, at 7.1e-4
+#   bias-held-RATE    from there at this rate for good: 5e-4, 7e-4, 1e-3, 1.4e-3
 columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_rho attention_tr ffn_tr attention_tcs
   mu_eff q_grad_rms k_grad_rms"
 bin=1
@@ -20,8 +23,8 @@ spikes=$failing
 
 # shellcheck disable=SC2086
 runs() {
-  local lr seed steps=500 longer=700 short=200 saved=270 quiet=240
-  if [ "$SCALE" = tiny ]; then steps=40 longer=40 short=40 saved=20 quiet=20; fi
+  local lr seed steps=500 longer=700 short=200 saved=270 quiet=240 before=110
+  if [ "$SCALE" = tiny ]; then steps=40 longer=40 short=40 saved=20 quiet=20 before=20; fi
   local held="alpha=0 fix=alpha lr=1e-3 warmup=100 save-every=0" early="lr=1e-3 warmup=50 save-every=0 steps=$short"
   run mvsplit-alpha=0_1 $held "steps=$longer"
   run bias-mvsplit-alpha=0_5 $held "steps=$longer" no-patch-bias=false seed=5
@@ -33,6 +36,11 @@ runs() {
   run save residual=postnorm lr=1e-3 warmup=300 "steps=$saved" save-every=0 keep=state
   for lr in 9e-4 9.5e-4 1e-3 7e-4; do
     run "held-$lr" from=save residual=postnorm "lr=$lr" warmup=1 "steps=$steps" save-every=0
+  done
+  local bias="residual=postnorm seed=3 no-patch-bias=false save-every=0"
+  run bias-save $bias lr=1.4e-3 "steps=$before" keep=state
+  for lr in 5e-4 7e-4 1e-3 1.4e-3; do
+    run "bias-held-$lr" from=bias-save $bias "lr=$lr" warmup=1 "steps=$steps"
   done
 }
 

@@ -14,6 +14,16 @@ runs() {
     run $precision seed=2 from=save residual=postnorm lr=1e-3 "steps=$steps" save-every=0 "precision=$precision" state=fp32 \
       diagnose-every=1 diagnose-layers="$(layers 9)"
   done
+  if [ "$SCALE" != tiny ]; then saved=110 steps=240; fi
+  local bias="residual=postnorm lr=1.4e-3 seed=3 no-patch-bias=false save-every=0"
+  # shellcheck disable=SC2086
+  {
+    run bias-save $bias "steps=$saved" precision=bf16 keep=state
+    for precision in bf16 fp32; do
+      run bias-$precision $bias from=bias-save "steps=$steps" "precision=$precision" state=fp32 diagnose-every=1 diagnose-layers="$(layers 9)"
+    done
+    run bias-whole $bias "steps=$steps" precision=fp32 diagnose-every=1 diagnose-layers="$(layers 9)"
+  }
 }
 
 draw() {

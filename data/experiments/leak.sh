@@ -16,6 +16,7 @@ runs() {
     leaking mvsplit-alpha=0 $held
     leaking again-mvsplit-alpha=0 $held $diagnosed
     leaking bias-mvsplit no-patch-bias=false $diagnosed
+    leaking bias-mvsplit-noleak residual=mvsplit-noleak no-patch-bias=false $diagnosed
     leaking bias-mvsplit-alpha=0 no-patch-bias=false $held $diagnosed
   done
 }

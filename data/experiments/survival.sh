@@ -3,7 +3,7 @@
 #   postnorm-100, postnorm-200        100 and 200 layers, lr 1e-3, warm-up 100, seeds 1 to 16
 #   postnorm-400                      400 layers, lr 7e-4, warm-up 300, seeds 1 to 8
 #   mvsplit-200, layerscale-200, keel-200   200 layers, lr 1e-3, warm-up 100, seeds 1 to 8
-#   bias-postnorm-200, bias-mvsplit-200     the same with the paper's bias in the patch embedding, seeds 1 to 8
+#   bias-...   all the same with the paper's bias in the patch embedding
 # Keel is norm(2 L X + F), the same as norm(X + F / (2 L)).
 columns="" reports=yes
 
@@ -18,8 +18,6 @@ runs() {
     lived layerscale-200 200 residual=layerscale lambda=1e-2
     lived keel-200 200 residual=rezero lambda=2.5e-3 fix=lambda writer-std=0
     lived postnorm-400 400 residual=postnorm lr=7e-4 warmup=300
-    lived bias-postnorm-200 200 residual=postnorm no-patch-bias=false
-    lived bias-mvsplit-200 200 no-patch-bias=false
   done
 }
 # Later options take the place of the same ones before.
@@ -28,6 +26,7 @@ lived() {
   local depth=$2
   if [ "$SCALE" = tiny ]; then depth=$((depth / 50)); fi
   run "$1_$seed" $shared seed=$seed "depth=$depth" "${@:3}"
+  run "bias-$1_$seed" $shared seed=$seed "depth=$depth" no-patch-bias=false "${@:3}"
 }
 
 draw() {

@@ -6,6 +6,7 @@
 #                       300, seeds 1 to 3; the rate falls to zero over the last 1,000
 #   layerscale-lr=...   the same of LayerScale, added when the best of the others, Keel, and MV-Split's seed 2 had
 #                       collapsed: at its own best rate, and at MV-Split's in the seeds that train there
+#   bias-...            the first two with the paper's bias in the patch embedding
 # The same command, again, goes on with the long runs when the scan is over.
 columns="" reports=yes
 spikes="mvsplit-lr=2.5e-3_2 keel-lr=1.6e-2_1 keel-lr=1.6e-2_2 keel-lr=1.6e-2_3 layerscale-lr=6.3e-3_1"
@@ -13,16 +14,19 @@ merges="mvsplit layerscale keel deepnorm" rates="1e-3 2.5e-3 6.3e-3 1.6e-2"
 
 # shellcheck disable=SC2086
 runs() {
-  local merge lr seed one seeds=3 shared="save-every=0 save=weights columns=1 val-images=256"
+  local merge lr seed one bias seeds=3 shared="save-every=0 save=weights columns=1 val-images=256"
   local short="steps=400 warmup=100" long="steps=5000 decay-steps=1000"
   if [ "$SCALE" = tiny ]; then seeds=1 short="steps=40" long="steps=60 decay-steps=20"; fi
-  for merge in $merges; do
-    for lr in $rates; do scanned "scan-$merge-$lr" "$merge" "lr=$lr" $short; done
+  for bias in "" bias-; do
+    for merge in $merges; do
+      for lr in $rates; do scanned "${bias}scan-$merge-$lr" "$merge" "lr=$lr" $short; done
+    done
+    best_rates >"$root/table1.best" || continue
+    while read -r merge lr _; do
+      for ((seed = 1; seed <= seeds; seed++)); do scanned "$bias$merge-lr=${lr}_$seed" "$merge" "lr=$lr" $long "seed=$seed"; done
+    done <"$root/table1.best"
   done
-  best_rates >"$root/table1.best" || return 0
-  while read -r merge lr _; do
-    for ((seed = 1; seed <= seeds; seed++)); do scanned "$merge-lr=${lr}_$seed" "$merge" "lr=$lr" $long "seed=$seed"; done
-  done <"$root/table1.best"
+  bias=""
   for one in 6.3e-3_1 2.5e-3_1 2.5e-3_3; do
     scanned "layerscale-lr=$one" layerscale "lr=${one%_*}" $long "seed=${one#*_}"
   done
@@ -31,17 +35,21 @@ runs() {
 scanned() {
   local name=$2
   case $2 in mvsplit) name=mvsplit-beta=0.05 ;; layerscale) name=layerscale-1e-2 ;; esac
-  run "$1" $shared $(merge $name) "${@:3}"
+  run "$1" $shared ${bias:+no-patch-bias=false} $(merge $name) "${@:3}"
 }
 
-# "MERGE RATE LOSS" of MV-Split's best run of the scan, and of the best other's. Fails while the scan is not over.
+# "MERGE RATE LOSS" of MV-Split's best run of the scan, and of the best other's; of runs that are not over here, as
+# packed. Fails while one of them is neither.
 best_rates() {
-  local merge lr verdict dir
+  local merge lr verdict run
   for merge in $merges; do
     for lr in $rates; do
-      dir=$root/table1/scan-$merge-$lr
-      [ -s "$dir/result" ] || return 1
-      verdict=$(judge "$dir/log.csv")
+      run=${bias}scan-$merge-$lr
+      if [ -s "$root/table1/$run/result" ]; then verdict=$(judge "$root/table1/$run/log.csv")
+      elif [ ! -e "$csv/table1_runs.csv.gz" ]; then return 1
+      else verdict=$(unpacked runs table1 | awk -F, -v run="$run" '$1 == run { print $5 "," $6 }')
+      fi
+      [ -n "$verdict" ] || return 1
       case $verdict in trained,*) echo "$merge $lr $(cut -d, -f2 <<<"$verdict")" ;; esac
     done
   done | sort -k3 -g | awk '{ kind = $1 == "mvsplit" } !n[kind]++'
