@@ -597,7 +597,7 @@ inline void add_model_options(Subcommand& sub, Config& m) {
     sub.add(name, m.gates[name], "where this gate starts: " + join_list(starts, ", "));
   sub.add("writer-std", m.writer_std, "W_O and W2 start as N(0, std^2); -1: the mode's own");
   sub.add("xavier-gain", m.xavier_gain,
-          "instead all of a block's as N(0, gain^2 2 / (in + out)), W_Q and W_K with gain 1");
+          "above 0: blocks start as N(0, gain^2 2 / (in + out)), W_Q and W_K with gain 1");
   sub.add("final-std", m.final_std, "the final projection starts as N(0, std^2)");
   sub.add_flag("no-patch-bias", m.patch_bias, "no bias in the patch embedding", false);
   sub.add("norm-eps", m.norm_eps, "epsilon of the RMSNorms");
