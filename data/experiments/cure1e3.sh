@@ -34,7 +34,7 @@ draw() {
   without=bias- failures_table postnorm
   only=bias- without='.*-lr=' failures_table bias-postnorm
   for lr in 1.4e-3 2e-3; do only="bias-.*-lr=$lr" failures_table "bias-postnorm-lr=$lr"; done
-  without=bias- draw_losses cure1e3_loss "Post-Norm collapses, five other merges train"
+  without=bias- draw_losses cure1e3_loss "Post-Norm collapses, the six others train"
   draw_rates
   without=bias- leads mvsplit ${others#postnorm }
   draw_leads cure1e3_difference mvsplit ${others#postnorm }

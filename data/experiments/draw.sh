@@ -467,11 +467,11 @@ draw_leads() {
 $style
 set terminal pngcairo size 1000,560 font "sans,11" noenhanced
 set output "$figures/$out.png"
-set title "Loss less that of $(label "$of") with the same seed: $(about "" "$of" | sed 's/, [^,]* seeds*$//'), $pairs\n(means of 50 steps; line: mean of seeds, band: range; above 0 is worse, above 0.16 not shown)"
+set title "Loss less that of $(label "$of") with the same seed\n$(about "" "$of" | sed 's/, [^,]* seeds*$//'), $pairs\n(means of 50 steps; line: mean of seeds, band: range; above 0 is worse, above ${top:-0.16} not shown)"
 set ylabel "difference of training losses"
 set key outside right top samplen 1.5
 set xrange [150:*]
-set yrange [-0.02:0.16]
+set yrange [-0.02:${top:-0.16}]
 plot $plot 0 with lines lw 1.5 dt 2 lc rgb "black" title "$(label "$of")"
 G
   echo "![loss less that of $(label "$of")]($figures/$out.png)"
@@ -510,8 +510,8 @@ label() {
     layerscale-*) echo "LayerScale ${1#layerscale-}" ;;
     layerscale) echo "LayerScale" ;;
     rezero) echo "ReZero" ;;
-    deepnorm) echo "DeepNorm's factor" ;;
-    deepnorm-own) echo "DeepNorm with its start" ;;
+    deepnorm) echo "DeepNorm, factor alone" ;;
+    deepnorm-own) echo "DeepNorm with its own start" ;;
     keel) echo "Keel" ;;
     centered) echo "Hard centering" ;;
     clip0.1) echo "Post-Norm, clipped at 0.1" ;;

@@ -55,7 +55,8 @@ after() {
 draw() {
   local one at g before=""
   results_table
-  draw_losses failures_loss "Failures of MV-Split, and Post-Norm at held rates" "100 (alpha 0), 50, 300 (Post-Norm)"
+  without='(bias-)?(save,|held)' draw_losses failures_loss "Failures of MV-Split" "100 (alpha 0), 50"
+  only='(bias-)?(save,|held)' draw_losses failures_held "Post-Norm, from one state at held rates" "300 until there"
   for one in $failing; do
     at=$(collapse_of "$one") g=${one%_*}
     [ -n "$at" ] || continue

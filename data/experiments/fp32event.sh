@@ -29,7 +29,7 @@ runs() {
 draw() {
   results_table
   both_table
-  draw_both
+  without=bias- draw_both
 }
 
 # $work/PRECISION: step, loss, norm, G_mean of W_O of all layers together, median TCS.

@@ -84,7 +84,7 @@ draw_first() {
       plot+=" '$work/first.${run%=*}' using 1:2 with lines $style_of notitle,"
     done
     [ -z "$plot" ] || panels+="set title '$([ $bias = bias- ] && echo with the bias in the patch embedding || echo without a bias)'
-plot $plot 1 with lines dt 3 lc rgb 'black' title '1: as large as the trunk', NaN with lines ls 1 title 'alpha held at 0: fails or relapses', NaN with lines ls 4 title 'alpha held at 0: trains'$([ $bias = again- ] || echo ", NaN with lines ls 2 title 'alpha learned: fails', NaN with lines ls 6 title 'alpha learned: trains'")
+plot $plot 1 with lines dt 3 lc rgb 'black' title '1: as large as the trunk', NaN with lines ls 1 title 'alpha held at 0: fails or relapses', NaN with lines ls 4 title 'alpha held at 0: trains'$([ $bias = again- ] || echo ", NaN with lines ls 2 title 'alpha learned, leaky or not: fails', NaN with lines ls 6 title 'alpha learned, leaky or not: trains'")
 "
   done
   gnuplot <<G

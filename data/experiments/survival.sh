@@ -43,8 +43,7 @@ draw() {
 survival_table() {
   echo "Runs that failed, the share that still trains at the end with its exact 95% interval (Clopper and Pearson), and the"
   echo "steps of the collapses (0: never learned). A run that relapsed, which may be one cut off in its collapse, counts as"
-  echo "one that still trains. Warm-up 100, at 400 layers 300. The recipe has 16 seeds of Post-Norm at 100 and 200 layers, 8"
-  echo "of the others: what is missing has not been run."
+  echo "one that still trains. Warm-up 100, at 400 layers 300."
   echo
   echo "| runs | lr | seeds | failed | relapsed | still train | 95% interval | collapsed at |"
   echo "|---|---|---|---|---|---|---|---|"

@@ -56,36 +56,38 @@ best_rates() {
 }
 
 draw() {
-  local others run
-  scan_table
-  without=scan-
-  others=$(unpacked runs | awk -F, "$group"'NR > 1 && $1 !~ /^mvsplit/ && !n[group($1)]++ { print group($1) }')
+  local others run bias
+  for bias in "" bias-; do scan_table; done
+  without='(bias-)?scan-'
+  others=$(unpacked runs | awk -F, "$group"'NR > 1 && $1 !~ /^(bias|mvsplit)/ && !n[group($1)]++ { print group($1) }')
   [ -n "$others" ] || return 0
   results_table
   reports_table
-  top=2 draw_losses table1_loss "5,000 steps at rates that are best for 400, and LayerScale at MV-Split's" 300
+  without='((bias-)?scan-|bias-)' top=2 draw_losses table1_loss "5,000 steps at rates that are best for 400, and LayerScale at MV-Split's" 300
   # shellcheck disable=SC2086
   both=yes leads mvsplit-lr=2.5e-3 $others
+  both=yes leads bias-mvsplit-lr=2.5e-3 bias-layerscale-lr=2.5e-3
+  top=0.04 draw_leads table1_bias bias-mvsplit-lr=2.5e-3 bias-layerscale-lr=2.5e-3
   for run in $spikes; do spike_report "$run"; done
 }
 
 # The scan: loss of the last 25 steps by merge and rate, or what became of the run; the lowest of a merge in bold.
 scan_table() {
   local lr
-  echo "The scan: loss of the last 25 of 400 steps, one seed."
+  echo "The scan$([ -z "$bias" ] || echo ", with the bias"): loss of the last 25 of 400 steps, one seed."
   echo
   echo "| merge |$(for lr in $rates; do printf ' %s |' "$lr"; done)"
   echo "|---|$(for lr in $rates; do printf -- '---|'; done)"
-  unpacked runs | awk -F, -v merges="$merges" -v rates="$rates" '
-    $1 ~ /^scan-/ { outcome[$1] = $5; loss[$1] = $6 }
+  unpacked runs | awk -F, -v merges="$merges" -v rates="$rates" -v scan="${bias}scan-" '
+    index($1, scan) == 1 { outcome[$1] = $5; loss[$1] = $6 }
     END {
       m = split(merges, merge, " "); n = split(rates, rate, " ")
       for (i = 1; i <= m; i++) {
         best = ""
-        for (j = 1; j <= n; j++) { run = "scan-" merge[i] "-" rate[j]
+        for (j = 1; j <= n; j++) { run = scan merge[i] "-" rate[j]
           if (outcome[run] == "trained" && (best == "" || loss[run] < loss[best])) best = run }
         printf "| %s |", merge[i]
-        for (j = 1; j <= n; j++) { run = "scan-" merge[i] "-" rate[j]; mark = run == best ? "**" : ""
+        for (j = 1; j <= n; j++) { run = scan merge[i] "-" rate[j]; mark = run == best ? "**" : ""
           printf " %s%s%s |", mark, (outcome[run] == "trained" ? sprintf("%.3f", loss[run]) : outcome[run] == "" ? "-" : outcome[run]), mark }
         print "" } }'
   echo
