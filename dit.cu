@@ -779,8 +779,10 @@ struct Config {
   std::map<std::string, std::optional<double>> gates;  // where they start, else as their merge says
   std::set<std::string> fix;                           // gates that keep these values
   double writer_std = -1;  // W_O, W2 ~ N(0, std^2); -1: as the merge says
-  double xavier_gain = 0;  // above 0: a block's matrices start as in DeepNorm's paper
-  double final_std = 0;    // the final projection
+  // Above 0: a block's matrices are drawn from Xavier's normal distribution with this gain, as
+  // DeepNorm's paper has it (arXiv 2203.00555), where it is (8 depth)^(-1/4).
+  double xavier_gain = 0;
+  double final_std = 0;  // the final projection
 
   size_t image_tokens() const { return height / patch * (image_width / patch); }
   size_t tokens() const { return image_tokens() + text_tokens; }
@@ -913,15 +915,6 @@ inline Table parameter_table(const Config& c) {
     table.parameters.push_back(std::move(p));
   };
   auto linear = [](size_t fan_in) { return 1 / std::sqrt(double(fan_in)); };
-  // Weights of maps from `in` to `out` numbers. With xavier-gain g they are drawn from
-  // N(0, g^2 2 / (in + out)): the start that belongs to DeepNorm (arXiv 2203.00555), g = (8
-  // depth)^(-1/4), for all of a block's but W_Q and W_K, where g = 1.
-  auto add_maps = [&](std::string name, size_t maps, size_t out, size_t in, double gain, Init init,
-                      double scale) {
-    bool xavier = c.xavier_gain > 0;
-    add(std::move(name), {maps * out, in}, xavier ? Init::normal : init,
-        xavier ? gain * std::sqrt(2 / double(in + out)) : scale);
-  };
   size_t D = c.width, p = c.patch;
   add("patch_embed.patch_proj.weight", {D, c.channels, p, p}, Init::uniform, linear(c.patch_dim()));
   if (c.patch_bias) add("patch_embed.patch_proj.bias", {D}, Init::uniform, linear(c.patch_dim()));
@@ -932,13 +925,18 @@ inline Table parameter_table(const Config& c) {
     std::string block = "blocks." + std::to_string(i) + ".";
     table.size = round_up(table.size, 64);
     size_t start = table.size;
-    double g = c.xavier_gain;
-    add_maps(block + "operator.q_proj.weight", 1, D, D, 1, Init::uniform, linear(D));
-    add_maps(block + "operator.k_proj.weight", 1, D, D, 1, Init::uniform, linear(D));
-    add_maps(block + "operator.v_proj.weight", 1, D, D, g, Init::uniform, linear(D));
-    add_maps(block + "operator.proj.weight", 1, D, D, g, Init::normal, c.writer_init());
-    add_maps(block + "ffn.w13.weight", 2, c.ffn, D, g, Init::uniform, linear(D));
-    add_maps(block + "ffn.w2.weight", 1, D, c.ffn, g, Init::normal, c.writer_init());
+    for (const char* name : {"q_proj", "k_proj", "v_proj"})
+      add(block + "operator." + name + ".weight", {D, D}, Init::uniform, linear(D));
+    add(block + "operator.proj.weight", {D, D}, Init::normal, c.writer_init());
+    add(block + "ffn.w13.weight", {2 * c.ffn, D}, Init::uniform, linear(D));
+    add(block + "ffn.w2.weight", {D, c.ffn}, Init::normal, c.writer_init());
+    if (c.xavier_gain > 0)
+      for (size_t k = 0; k < 6; ++k) {  // N(0, gain^2 2 / (in + out)), W_Q and W_K with gain 1
+        Parameter& p = table.parameters[table.parameters.size() - 6 + k];
+        size_t out = p.shape[0] / (k == 4 ? 2 : 1), in = p.shape[1];  // w13 are two matrices
+        p.init = Init::normal;
+        p.scale = (k < 2 ? 1 : c.xavier_gain) * std::sqrt(2 / double(in + out));
+      }
     for (int m = 0; m < 2; ++m)
       for (const Gate& gate : about(merges[m]).gates) {
         size_t size = about(merges[m]).one_number ? 1 : D;

@@ -2166,6 +2166,9 @@ inline int command(int argc, const char* const* argv) {
     if (!missing.empty())
       fail("%s needs %s", line.sub->name.c_str(), join_list(missing, " and ").c_str());
     set_options(*line.sub, given);
+    // gradcheck has a writer-std of its own, which gives way to what is asked for.
+    if (given.count("xavier-gain") && !given.count("writer-std"))
+      gradcheck_options.model.writer_std = -1;
     std::error_code ignored;
     GivenOptions kept;  // by the config.ini of a run that goes on
     if (is("train") && train_options.resume &&

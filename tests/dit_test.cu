@@ -539,7 +539,7 @@ TEST(Table, StartsWhereTheModeSays) {
   }
 }
 
-// With a gain the matrices of blocks start as in DeepNorm's paper, and no other parameter otherwise.
+// With a gain the matrices of blocks start as in DeepNorm's paper, and all else as without it.
 TEST(Table, XavierGainScalesAllMatricesOfABlockButQueriesAndKeys) {
   Config c;
   c.depth = 2, c.width = 16, c.ffn = 24, c.residual = "rezero", c.final_std = 0.1;

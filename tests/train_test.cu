@@ -2347,7 +2347,7 @@ TEST_F(CommandTest, BadInputIsRefusedAndNothingIsTouched) {
       {"train", "--writer-std -2", "writer-std and final-std must be at least 0"},
       {"gradcheck", "--final-std -0.1", "writer-std and final-std must be at least 0"},
       {"train", "--xavier-gain -1", "xavier-gain -1 is below 0"},
-      {"gradcheck", "--xavier-gain 1", "leave one out (writer-std -1)"},
+      {"gradcheck", "--xavier-gain 1 --writer-std 0", "leave one out (writer-std -1)"},
       {"train", "--steps 4 --decay-steps 5", "--decay-steps must be at most --steps"},
       {"train", "--beta nan", "--beta nan: expected a decimal number"},
       {"train", "--warmup -5", "--warmup -5: expected"},
@@ -3315,6 +3315,8 @@ TEST_F(CommandTest, AResumedRunHasTheOptionsOfItsFolder) {
           << folder << name;
   for (const Residual& residual : residuals) {
     std::string out = at(residual.name), name = std::string(" --residual ") + residual.name;
+    if (std::string(residual.name) == "rezero")
+      name += " --fix lambda --lambda 0.2 --xavier-gain 0.3";
     ASSERT_EQ(run("train", train_, name + " --steps 1 --columns 1 --out " + out).status, 0);
     EXPECT_EQ(run("train", "--resume --steps 2 --out " + out).status, 0) << name;
     EXPECT_EQ(run("train", "--config " + out + "/config.ini --out " + out + "2").status, 0) << name;
@@ -3337,6 +3339,8 @@ TEST_F(CommandTest, WhatAResumedRunIsGivenIsTakenOrNamed) {
       run("train", resume + " --alpha 1 --xavier-gain 0.5 --final-std 1 --no-patch-bias"),
       "made with alpha = 0 (now 1), final-std = 0 (now 1), no-patch-bias = false (now true), "
       "xavier-gain = 0 (now 0.5): resume with the same");
+  expect_refused(run("train", resume + " --writer-std 0.5"),
+                 "made with writer-std = -1 (now 0.5): resume with the same");
   EXPECT_TRUE(files() == before);
   fs::rename(at("data.safetensors"), at("moved.safetensors"));
   expect_refused(run("train", resume), "data.safetensors: No such file");
@@ -4443,6 +4447,12 @@ TEST(Gradcheck, PassesForEveryResidualAndCanFail) {
       for (const char* input : {"\ninput z ", "\ninput text "})
         EXPECT_PRED_FORMAT2(testing::IsSubstring, input, good.out);
     }
+}
+
+// Another start than gradcheck's own writers, which give way to it.
+TEST(Gradcheck, TakesAXavierGain) {
+  Outcome outcome = run("gradcheck", "--device cpu --depth 24 --residual rezero --xavier-gain 0.4");
+  EXPECT_EQ(outcome.status, 0) << outcome.out << outcome.err;
 }
 
 // One part in a hundred million of one matrix of twelve of a family shows, in whichever layer; and

@@ -92,7 +92,7 @@ in_bf16=$(of fp32event bf16 collapse) in_fp32=$(of fp32event fp32 collapse)
 says 'in bf16 at %s and in fp32 at %s.' "$in_bf16" "$in_fp32"
 says 'in fp32 %s steps later (the' "$((in_fp32 - in_bf16))"
 says 'seed 3, which on another card collapses at %s (' "$(of cure1e3 bias-postnorm-lr=1.4e-3_3 collapse)"
-says 'of step 110 it ends at %s and %s, in fp32 from the first step (bias-whole) at %s.' "$(of fp32event bias-bf16 loss %.3f)" \
+says 'of step 110 it ends at %s and %s, in fp32 from the first step (bias-whole) at %s: of formats' "$(of fp32event bias-bf16 loss %.3f)" \
   "$(of fp32event bias-fp32 loss %.3f)" "$(of fp32event bias-whole loss %.3f)"
 [ "$(unpacked runs fp32event | grep -c '^bias-.*,trained,')" = 4 ] || fault "with the bias a run of fp32event has failed"
 rho() {
@@ -107,7 +107,7 @@ says 'at 1e-3 %s fails with Post-Norm as it is, %s with hard centering, %s with 
 says 'its loss is %s and its rate %s: at' "$(of failures bias-save loss %.3f)" "$(awk 'BEGIN { printf "%.1fe-4", 1.4e-3 * 110 / 300 * 1e4 }')"
 says 'it trains, to %s and %s; with the rate set at once to 1e-3 or 1.4e-3 it collapses, at %s and %s. On' "$(of failures bias-held-5e-4 loss %.3f)" \
   "$(of failures bias-held-7e-4 loss %.3f)" "$(of failures bias-held-1e-3 collapse)" "$(of failures bias-held-1.4e-3 collapse)"
-says 'passes both rates, and trains to %s (`appendixj`)' "$(of appendixj bias-postnorm_3 loss %.3f)"
+says 'gets to 1.4e-3 and trains to %s (`appendixj`)' "$(of appendixj bias-postnorm_3 loss %.3f)"
 [ "$(of failures bias-held-1e-3 collapse)" -le 117 ] || fault "a held rate with the bias fails later"
 says '%s of %s seeds have gone by step 700, the first at %s, the last at %s (`survival`)' $(awk -F' *[|] *' '
   $2 == "postnorm-200" && NF == 10 { n = split($9, at, ", "); print $5, $4, at[1], at[n] }' "$work/survival")
@@ -119,7 +119,7 @@ among() { for n in $2; do for l in $3; do where "$n" "$1" "$l"; done; done | spr
 says 'in layers 0, 1 and 2 is %s before and %s at the end.' "$(among 2 '1 2 3 4 5' '0 1 2' %.3f)" "$(among 3 '1 2 3 4 5' '0 1 2' %.3f)"
 says 'In layers 200 and 299 it ends at %s.' "$(among 3 '1 2 3 4 5' '200 299' %.3f)"
 says 'such a rise too, to %s in layer 0:' "$(where 6 3 0)"
-says 'TCS falls from %s to %s, the contrary' "$(among 4 '1 2 3 4 5' 25 %.2f)" "$(among 5 '1 2 3 4 5' 25 %.2f)"
+says 'TCS falls from %s to %s, the contrary' "$(among 4 '1 2 3 4 5' 25 %.2f | sed 's/ to / - /')" "$(among 5 '1 2 3 4 5' 25 %.2f | sed 's/ to / - /')"
 says 'In layer 399 they stay apart with alpha at 0 and become alike behind a warm-up of 50, %s.' "$(among 5 '3 4 5' 399 %.2f)"
 says 'with alpha at 0 it is rounding, %s times below G_ctr before and %s times at the event' \
   "$(shown %.0f "$(cell failures attention_g_ctr 2) / $(cell failures attention_g_mean 2)")" \
@@ -131,7 +131,7 @@ says 'with alpha at 0 it is rounding, %s times below G_ctr before and %s times a
   fault "of the five failures others begin with a branch, or in deep layers"
 orders() { for nth in 1 2 3; do cell failures attention_g_ctr 5 '%s ' "" $nth; done | tr -d + | tr ' ' '\n' | grep . | spread %.1f; }
 says 'G_ctr, by %s orders of magnitude (W_O,' "$(orders)"
-says 'trains on this card to %s. With the bias three' "$(of failures mvsplit-warmup50_1 loss %.3f)"
+says 'trains on this card, to %s. With the bias three' "$(of failures mvsplit-warmup50_1 loss %.3f)"
 [ "$(unpacked runs failures | awk -F, '/^bias-mvsplit-warmup50/ && $5 != "trained"' | wc -l)" = 3 ] || fault "with the bias other seeds fail behind a warm-up of 50"
 says 'Alpha at 0, seed 1, collapses at %s (in runs that round otherwise at %s and %s). Continued' "$(of failures mvsplit-alpha=0_1 collapse)" \
   "$(of ablations mvsplit-alpha=0_1 collapse)" "$(of leak mvsplit-alpha=0_1 collapse)"
@@ -240,13 +240,20 @@ says '(p is %s for each)' "$p"
 [ "$(cell cure1e3 postnorm 2) $(grep -cE '^[|] (mvsplit|mvsplit-beta=0.05|layerscale-1e-2|keel|deepnorm|deepnorm-own): 6 [|] 0 [|] 0 [|] 0 [|] 0 [|] 0 [|] 0 [|] 0 [|] 6 ' "$work/cure1e3")" = "6 6" ] ||
   fault "a merge of cure1e3 other than Post-Norm has a report"
 fisher() { awk "$exact"'BEGIN { printf "%.3f", fisher('"$1, $2, $3, $4"') }'; }
-says 'four seeds each, %s fail with Post-Norm, %s without a clip, %s with a clip of 0.1, %s with hard centering.' \
-  "$(fails bias-postnorm)" "$(fails bias-noclip)" "$(fails bias-clip0.1)" "$(fails bias-centered)"
+ended() { unpacked runs appendixj | awk -F, -v of="bias-$1_" 'index($1, of) == 1 && $5 != "trained" { n++; gone += $8 != "" } END { printf "%d (%d)", n, gone }'; }
+says 'fail (of these collapse): Post-Norm %s, without a clip %s, with a clip of 0.1 %s, hard centering %s.' "$(ended postnorm)" "$(ended noclip)" "$(ended clip0.1)" "$(ended centered)"
 [ "$(unpacked runs appendixj | awk -F, '/^bias-/ && $5 == "plateau" { n++; other += !/centered/ } END { print n, other }')" = "2 0" ] || fault "others of appendixj end on the plateau"
 went=$(range appendixj collapse bias-centered)
-says 'centering fails later, at %s, and otherwise: two of the four end on the plateau, and without the bias its norms reach %s.' "$went" "$(of appendixj centered_1 norm)"
-says 'it learns, to %s, fails at %s, and two of the four' "$(range appendixj best bias-centered %.3f)" "$went"
+says 'fails later, at %s, and otherwise: two of the four end on the plateau, and without the bias its norms reach %s; it' "$went" "$(of appendixj centered_1 norm)"
+says 'It learns, to %s, and fails at %s; two of the four' "$(range appendixj best bias-centered %.3f)" "$went"
 says 'cannot be told apart (p is %s)' "$(fisher 3 4 4 4)"
+# Of the failures without centering: those that never collapse, and the collapses after a loss below 1.0 and above it.
+clipped() { unpacked runs appendixj | awk -F, '/^bias-/ && !/centered/ && $5 != "trained" { print ($8 == "" ? "none" : $7 < 1 ? "late" : "early"), $7, $8 }' | grep "^$1"; }
+[ "$(clipped none | wc -l) $(clipped early | wc -l) $(clipped late | wc -l)" = "5 4 1" ] || fault "the failures of appendixj are others"
+says 'crawl to no better than %s; four collapse at %s, after no better than %s; one, with the harder clip, at %s, after %s.' \
+  "$(clipped none | cut -d' ' -f2 | spread %.3f | cut -d' ' -f1)" "$(clipped early | cut -d' ' -f3 | spread %d)" \
+  "$(clipped early | cut -d' ' -f2 | spread %.3f | cut -d' ' -f1)" $(clipped late | awk '{ printf "%d %.3f", $3, $2 }')
+says 'is cut off %s steps after its collapse' "$(($(of appendixj bias-centered_2 steps) - $(of appendixj bias-centered_2 collapse)))"
 [ "$(of appendixj bias-postnorm_3 outcome)" = trained ] || fault "another seed of appendixj trains with the bias"
 lost=$(unpacked runs survival | awk -F, '{ split($1, of, "_") } of[1] == "postnorm-200" && of[2] <= 8 && $5 == "failed" { n++ } END { print n }')
 says 'eight of eight, Post-Norm %s of the same eight (%s), %s of 16 in all (%s)' "$((8 - lost))" "$(fisher "$lost" 8 0 8)" \
@@ -255,7 +262,7 @@ depths=$(cell survival 'postnorm-100 | 1 of 16' 4)
 both=$(shown %d "$(cell survival postnorm-100 4) + $(cell survival postnorm-100 5)")
 says "one fails at 100 layers, %s at 200 (Fisher's p is %s; %s with one" "$(cell survival postnorm-200 4)" "$depths" \
   "$(fisher "$both" 16 "$(cell survival postnorm-200 4)" 16)"
-says '%s fail at 200 (p is %s with both)' "$(cell survival postnorm-200 4)" "$(fisher "$both" 16 "$(cell survival postnorm-200 4)" 16)"
+says '%s fail at 200 (p is %s);' "$(cell survival postnorm-200 4)" "$(fisher "$both" 16 "$(cell survival postnorm-200 4)" 16)"
 says 'one fails at 100 layers and %s at 200.' "$(cell survival postnorm-200 4)"
 says 'their %s of 8 say' "$(cell survival postnorm-400 4)"
 says '%s of the %s runs are of older code' "$(unpacked runs survival | grep -c ',bf80e5c,')" "$(unpacked runs survival | sed 1d | wc -l)"
@@ -269,7 +276,7 @@ alone=$(cell leak 'mvsplit-noleak | 1 of 10' 4)
 again=$(cell leak 'again-mvsplit-alpha=0 | 4 of 10' 4) with_bias=$(cell leak 'bias-mvsplit-alpha=0 | 4 of 10' 4)
 says 'none fails, with the bias one. Alpha held at 0: %s fail (p is %s); the same ten seeds by later code on another card 4 (%s, against the first ones of learned alpha); with the bias 4 (%s). At 0.1 both of two. One without the leaky term (p is %s), where %s have spikes that the watch reports and with it none (p is %s)' \
   "${held% of*}" "$p" "$again" "$with_bias" "$alone" "$spiky" "$(fisher "$spiky" 10 0 10)"
-says 'Alpha held at 0 fails in %s of ten seeds, on another card in 4, with the bias in 4 of ten; learned in none, with the bias in one.' "${held% of*}"
+says 'alpha held at 0 fails in %s of ten seeds, on another card in 4, with the bias in 4 of ten; learned in none, with the bias in one.' "${held% of*}"
 says 'With alpha held at 0 %s seeds fail. Of the same ten by later code on another card, which round otherwise, 4 do' "$held"
 says 'at %s of seed 1, the setting' "$(of leak bias-mvsplit_1 collapse)"
 # The diagnosed failures of leak: steps from the collapse to where the largest |F| / |X| passes cell $1.
@@ -291,9 +298,10 @@ says 'reports spikes in %s of 10 runs, and in none of the 10 with it; and the ni
   "$(unpacked runs leak | awk -F, "$statistics"'{ n = split($1, of, "_"); if ($5 == "trained") loss[of[1], of[2]] = $6 }
     END { for (s = 1; s <= 10; s++) if (("mvsplit-noleak", s) in loss) { a[++k] = loss["mvsplit-noleak", s] - loss["mvsplit", s]; mean += a[k] }
       if (k == 9) printf "%.4f ± %.4f", mean / k, half_interval(a, k) }')"
-says 'in the nine others of either; those without end %s lower (eight pairs).' "$(unpacked runs leak | awk -F, "$statistics"'{ split($1, of, "_"); if ($5 == "trained") loss[of[1], of[2]] = $6 }
+biased_pairs() { unpacked runs leak | awk -F, -v c="$1" "$statistics"'{ split($1, of, "_"); if ($5 == "trained") loss[of[1], of[2]] = $c }
     END { for (s = 1; s <= 10; s++) if (("bias-mvsplit-noleak", s) in loss && ("bias-mvsplit", s) in loss) { a[++k] = loss["bias-mvsplit", s] - loss["bias-mvsplit-noleak", s]; mean += a[k] }
-      if (k == 8) printf "%.4f ± %.4f", mean / k, half_interval(a, k) }')"
+      if (k == 8) printf "%.4f ± %.4f", mean / k, half_interval(a, k) }'; }
+says 'have no report, and those without it end %s lower (eight pairs, of two kinds of card; on validation %s).' "$(biased_pairs 6)" "$(biased_pairs 11)"
 [ "$(cell leak 'bias-mvsplit-noleak | 1 of 10' 4) $(cell leak 'bias-mvsplit: 10' 9) $(cell leak 'bias-mvsplit-noleak: 10' 9)" = "1.000 9 9" ] || fault "the leaky term with the bias"
 [ "$(called leak mvsplit-alpha=0 first "mean mode") $(called leak mvsplit-alpha=0 largest "mean mode")" = "1 6" ] || fault "reports of alpha=0 are called otherwise"
 attained=$(awk -F' *[|] *' '/^[|] step [|] 3/ { split($0, s, / *[|] */) }
@@ -306,25 +314,31 @@ from=$(cell cure layerscale-1e-2 3 %s "" 2) to=$(cell cure layerscale-1e-2 8 %s 
 says 'by %s at step 200, by %s at 700' "$from" "$to"
 says 'five seeds of five, Post-Norm none (p is %s)' "$(cell demo 'postnorm | 5 of 5' 4)"
 rises=$(cell demo 'bias-postnorm | 3 of 5' 4)
-says 'Post-Norm fails in three of five, MV-Split in none (%s).' "$rises"
-says 'collapses with three of five, at %s, relapses with one and trains with one; MV-Split trains with all (p is %s).' "$(unpacked runs demo | awk -F, '/^bias-/ && $8 { print $8 }' | spread %d)" "$rises"
+cut=$(fisher 4 5 0 5)
+seconds() { unpacked runs demo | awk -F, -v on="$1 threads" 'index($13, on) { print $12 }' | spread %d; }
+says '%s s a run on two threads, %s on four.' "$(seconds 2)" "$(seconds 4)"
+[ "$(unpacked runs demo | grep -c '^bias-postnorm.*,relapsed,')" = 1 ] || fault "not one seed of the demo is cut off in its collapse"
+says 'Post-Norm fails in three of five (%s), in four with one whose collapse is cut off (%s), MV-Split in none.' "$rises" "$cut"
+says 'collapses with three of five, at %s, is cut off in its collapse with one and trains with one; MV-Split trains with all (p is %s, with the one cut off %s).' "$(unpacked runs demo | awk -F, '/^bias-/ && $8 { print $8 }' | spread %d)" "$rises" "$cut"
 [ "$(cell demo bias-postnorm 3) $(cell demo bias-mvsplit 3)" = "1 5" ] || fault "other seeds of the demo train with the bias"
 lead() { cell "$1" "$2" "$3" %s "" "$4"; }
 says 'in 200 layers by %s and %s.' "$(lead survival layerscale-200 3 3)" "$(lead survival layerscale-200 8 3)"
 says 'at 1e-3 by %s and %s,' "$(lead cure1e3 layerscale-1e-2 3 3)" "$(lead cure1e3 layerscale-1e-2 8 3)"
-says 'is higher by %s after 700 steps at 1e-3 (with the bias by %s), after 5,000 at 2.5e-3 by %s (two' "$(lead cure1e3 layerscale-1e-2 8 3)" "$(awk -F' *[|] *' '$2 == "bias-layerscale-1e-2" && /±/ { print $9 }' "$work/cure1e3")" "$(cell table1 layerscale-lr=2.5e-3 12 %s "" 2)"
+says 'is higher by %s after 700 steps at 1e-3 (with the bias by %s), after 5,000 at 2.5e-3, beta 1/sqrt(400), by %s (two' "$(lead cure1e3 layerscale-1e-2 8 3)" "$(awk -F' *[|] *' '$2 == "bias-layerscale-1e-2" && /±/ { print $9 }' "$work/cure1e3")" "$(cell table1 layerscale-lr=2.5e-3 12 %s "" 2)"
 smaller() { local x; x=$(lead cure1e3 mvsplit-beta=0.05 "$1" 3); echo "${x#-}"; }
 says 'lower by %s at 600 and %s at 700' "$(smaller 7)" "$(smaller 8)"
 biased_lead() { awk -F' *[|] *' -v g="bias-$1" -v c="$2" '$2 == g && /±/ { print $(c + 1) }' "$work/cure1e3"; }
-says "is above MV-Split's by %s at step 200 and by %s at 700, the factor's alone by %s and %s; with the bias by %s and %s." \
-  "$(lead cure1e3 deepnorm-own 3 3)" "$(lead cure1e3 deepnorm-own 8 3)" "$(lead cure1e3 deepnorm 3 3)" "$(lead cure1e3 deepnorm 8 3)" \
-  "$(biased_lead deepnorm-own 3)" "$(biased_lead deepnorm-own 8)"
+says "is above MV-Split's by %s at step 200 and by %s at 700 (with the bias by %s and %s), the factor's alone by %s and %s." \
+  "$(lead cure1e3 deepnorm-own 3 3)" "$(lead cure1e3 deepnorm-own 8 3)" "$(biased_lead deepnorm-own 3)" "$(biased_lead deepnorm-own 8)" \
+  "$(lead cure1e3 deepnorm 3 3)" "$(lead cure1e3 deepnorm 8 3)"
 # The mean difference of column $3 of the runs of group $1 of cure1e3 and those of $2, same seed, with its interval.
 apart() {
   unpacked runs cure1e3 | awk -F, -v g="$1" -v of="$2" -v c="$3" "$statistics"'{ n = split($1, o, "_"); loss[o[1], o[n]] = $c }
     END { for (s = 1; s <= 6; s++) { a[s] = loss[g, s] - loss[of, s]; mean += a[s] / 6 } printf "%.4f ± %.4f", mean, half_interval(a, 6) }'
 }
-says 'are %s and %s; on 32 validation images both are lower, by %s and %s (' "$(apart deepnorm mvsplit 6)" "$(apart mvsplit-beta=0.05 mvsplit 6)" \
+says 'are %s and %s, with the bias %s and %s (means of 50 steps; of 25 %s, %s, %s and %s); on 32 validation images, without it, both are lower, by %s and %s (' \
+  "$(lead cure1e3 deepnorm 8 3)" "$(lead cure1e3 mvsplit-beta=0.05 8 3)" "$(biased_lead deepnorm 8)" "$(biased_lead mvsplit-beta=0.05 8)" \
+  "$(apart deepnorm mvsplit 6)" "$(apart mvsplit-beta=0.05 mvsplit 6)" "$(apart bias-deepnorm bias-mvsplit 6)" "$(apart bias-mvsplit-beta=0.05 bias-mvsplit 6)" \
   "$(apart mvsplit deepnorm 11)" "$(apart mvsplit mvsplit-beta=0.05 11)"
 says 'by %s in the last 25 steps.' "$(apart mvsplit mvsplit-beta=0.05 6)"
 # Of the intervals of the merges $1 of cure1e3 those that hold zero, by the steps at whose ends they are.
@@ -364,10 +378,10 @@ says 'scalars alone give %s.' "$(cell probe 'postnorm | z' 3 %.3f)"
 failed=$(for name in frontier ablations size leak failures table1 size32 cure1e3; do unpacked runs $name | sed "s/^/$name,/"; done |
   awk -F, '$2 ~ /mvsplit/ && $2 != "1000-mvsplit" && $1 $2 != "failuresbias-mvsplit-alpha=0_5" && $6 != "trained" && $6 != "relapsed" { print $1, $2, $6 }')
 papers=$(grep -v 'alpha=\|noleak' <<<"$failed")
-says "Of %s failed runs of the paper's merge eleven end" "$(wc -l <<<"$papers")"
+says "Of %s failed runs of MV-Split as published, any beta, eleven end" "$(wc -l <<<"$papers")"
 [ "$(grep -c plateau <<<"$papers")" = 11 ] || fault "other runs of the paper's merge end on the plateau"
-says 'with alpha fixed %s of %s, and' "$(grep -c 'alpha=.*plateau' <<<"$failed")" "$(grep -c alpha= <<<"$failed")"
-says 'alpha held at 0, two of %s: a floor' "$(word "$(unpacked runs appendixj | awk -F, '/centered/ && $5 != "trained"' | wc -l)")"
+says 'with alpha fixed, %s of %s, and' "$(grep -c 'alpha=.*plateau' <<<"$failed")" "$(grep -c alpha= <<<"$failed")"
+says 'alpha held at 0, two of %s. (One' "$(word "$(unpacked runs appendixj | awk -F, '/centered/ && $5 != "trained"' | wc -l)")"
 [ "$(grep -c : "$work/plateau")" = "$(grep -c 'mvsplit\|centered' "$work/plateau")" ] || fault "others than MV-Split and hard centering are on the plateau"
 
 # With the bias.
@@ -379,12 +393,12 @@ ones=$(cell cure1e3 'bias-mvsplit | 0 of 6' 4) between=$(cell cure1e3 'bias-mvsp
 biased() { for g in "${@:3}"; do unpacked runs cure1e3 | awk -F, -v g="bias-$g" -v want="$1" 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == want) c = i; next }
   { run = $1; sub(/_[0-9]+$/, "", run) } run == g && $c != "" { print $c }'; done | spread "$2"; }
 both_split=$(unpacked runs cure1e3 | awk -F, '/^bias-mvsplit-lr/ && $5 != "trained" { print $7 }' | spread %.3f)
-says "(Fisher's p is %s); at 1.4e-3 in six and three (%s); at 2e-3 in six and six. MV-Split's nine failures come at %s, after losses of %s; of Post-Norm's twelve ten come within the warm-up, one never learns, and one learns slowly, to %s. At 1e-3" \
-  "$ones" "$between" "$(biased collapse %d mvsplit-lr=1.4e-3 mvsplit-lr=2e-3)" "$both_split" "$(of cure1e3 bias-postnorm-lr=1.4e-3_1 best %.2f)"
+says "(Fisher's p is %s); at 1.4e-3 in six and three (%s; on another card seed 3 trains behind Post-Norm, five and three give %s); at 2e-3 in six and six. MV-Split's nine failures come at %s, after losses of %s; of Post-Norm's twelve ten come within the warm-up, one never learns, and one learns slowly, to %s. At 1e-3" \
+  "$ones" "$between" "$(fisher 5 6 3 6)" "$(biased collapse %d mvsplit-lr=1.4e-3 mvsplit-lr=2e-3)" "$both_split" "$(of cure1e3 bias-postnorm-lr=1.4e-3_1 best %.2f)"
 says 'MV-Split with beta 1 fails later than Post-Norm, after losses of %s.' "$both_split"
 [ "$(biased collapse %d postnorm-lr=1.4e-3 postnorm-lr=2e-3)" = "54 to 211" ] || fault "a collapse of Post-Norm with the bias is another"
 says '| MV-Split, beta 1 (Fisher'"'"'s p against Post-Norm) | 0 (%s) | 3 (%s) | 6 (%s) |' "$ones" "$between" "$(cell cure1e3 'bias-mvsplit-lr=2e-3 | 6 of 6' 4)"
-says '| Post-Norm | %s | %s | %s |' "$(cell cure1e3 'bias-postnorm | 1 of 6' 2 | cut -d' ' -f1)" "$(cell cure1e3 'bias-postnorm-lr=1.4e-3 | 6 of 6' 2 | cut -d' ' -f1)" \
+says '| Post-Norm | %s | %s (seed 3 trains on another card) | %s |' "$(cell cure1e3 'bias-postnorm | 1 of 6' 2 | cut -d' ' -f1)" "$(cell cure1e3 'bias-postnorm-lr=1.4e-3 | 6 of 6' 2 | cut -d' ' -f1)" \
   "$(cell cure1e3 'bias-postnorm-lr=2e-3 | 6 of 6' 2 | cut -d' ' -f1)"
 says "DeepNorm | 0 each | not run | 0 each (%s) |" "$cures"
 says 'falls slowly to %s and fails' "$(of cure1e3 bias-postnorm-lr=1.4e-3_1 loss %.3f)"
@@ -397,7 +411,7 @@ says 'fails in three of six at 1.4e-3, at %s, and in six of six at 2e-3, at %s: 
 says 'at 1.4e-3 five of six go at %s, at 2e-3 five at %s, and one' "$(biased collapse %d postnorm-lr=1.4e-3)" "$(biased collapse %d postnorm-lr=2e-3)"
 [ "$(unpacked runs cure1e3 | awk -F, '/^bias-postnorm-lr/ && $8 == ""' | wc -l)" = 2 ] || fault "with the bias not two of Post-Norm never learn"
 ends_at() { unpacked runs cure1e3 | awk -F, -v g="$1_" 'index($1, g) == 1 { s += $6 / 6 } END { printf "%.2f", s }'; }  # six seeds
-says 'with it the loss ends at %s where without it it ends at %s (' "$(ends_at bias-mvsplit)" "$(ends_at mvsplit)"
+says 'with it the loss ends at %s where otherwise it ends at %s (' "$(ends_at bias-mvsplit)" "$(ends_at mvsplit)"
 says 'the loss ends at %s, not %s.' "$(ends_at mvsplit)" "$(ends_at bias-mvsplit)"
 short_lag() { local x; x=$(awk -F' *[|] *' -v g="bias-$1" '$2 == g && $3 == 6 && /±/ { print $9 }' "$work/cure1e3"); echo "${x#-}"; }
 says 'With the bias, at 1e-3, by %s and %s.' "$(awk -F' *[|] *' '$2 == "bias-layerscale-1e-2" && /±/ { print $4 }' "$work/cure1e3")" "$(short_lag layerscale-1e-2)"
@@ -526,8 +540,8 @@ says 'within the warm-up, ends at %s: gradients' \
 of deep mvsplit-beta=1e-4 loss | awk '{ exit !($1 > 1.43 && $1 < 1.45) }' || fault "beta 1e-4 of deep does not stay near 1.44"
 says 'four image tokens, to %s (limit' "$(cell deep start 3 %s "" 2)"
 says 'exact derivatives to %s after 10 steps and to %s after 600.' "$(cell deep start 3 %s "" 2)" "$(cell deep keel 3 %s "" 2)"
-says 'gradients those of exact derivatives to %s; MV-Split' "$(cell deep keel 3 %s "" 2)"
-says "of them, agree to %s (in K's), again" "$(cell deep keel 3 %s "" 2)"
+says 'its gradients by hand are exact to %s, in fp64, of' "$(cell deep keel 3 %s "" 2)"
+says "the 14 derivatives agree to %s (W_K's), again" "$(cell deep keel 3 %s "" 2)"
 [ "$(cell deep keel 2 %s "" 2)" = "$(cell deep keel 5 %s "" 2)" ] || fault "not all derivatives of the trained deep agree in all digits"
 [ "$(cell deep start 2 %s "" 2)" = "$(cell deep start 5 %s "" 2)" ] || fault "not all derivatives of deep agree in all digits"
 says 'at most %s in Q, K and V.' \
@@ -559,15 +573,21 @@ says "lowest loss is %s below Keel's, %s below DeepNorm's, %s below LayerScale's
   "$(behind keel-1.6e-2 mvsplit-2.5e-3)" "$(behind deepnorm-1e-3 mvsplit-2.5e-3)" "$(behind layerscale-6.3e-3 mvsplit-2.5e-3)" \
   "$(behind layerscale-1e-3 mvsplit-1e-3)" "$(behind keel-1e-3 mvsplit-1e-3)"
 scans=$(grep -oE '[*]{2}0[0-9.]*[*]{2}' "$work/table1" | tr -d '*' | xargs)
-says 'MV-Split %s, LayerScale %s, DeepNorm'"'"'s factor %s, Keel %s. [frontier]' $(cut -d' ' -f5,6,8 <<<"$scans") "$(cut -d' ' -f7 <<<"$scans")"
+says 'MV-Split %s, LayerScale %s, DeepNorm'"'"'s factor %s, Keel %s, the last two at' $(cut -d' ' -f5,6,8 <<<"$scans") "$(cut -d' ' -f7 <<<"$scans")"
 says 'as MV-Split is, and %s behind it.' "$(shown %.4f "$(of table1 bias-scan-layerscale-2.5e-3 loss) - $(of table1 bias-scan-mvsplit-2.5e-3 loss)")"
 biased_late() { cell table1 bias-layerscale-lr=2.5e-3 "$1" %s "" 2; }
 says 'seeds; with the bias by %s, three)' "$(biased_late 12)"
-says 'three seeds: %s at 500, %s at 3500, %s at the end.' "$(biased_late 3)" "$(biased_late 9)" "$(biased_late 12)"
-says "minus MV-Split's is %s at step 500, %s at 3500 and %s at the end; on 256 validation images %s." "$(biased_late 3)" "$(biased_late 9)" "$(biased_late 12)" \
+early=$(unpacked losses table1 | awk -F, "$statistics"'{ n = split($1, o, "_") } $2 > 100 && $2 <= 150 { v[o[1], o[n]] += $3 / 10 }
+  END { for (s = 1; s <= 3; s++) { a[s] = v["bias-layerscale-lr=2.5e-3", s] - v["bias-mvsplit-lr=2.5e-3", s]; m += a[s] / 3 } printf "%.4f ± %.4f", m, half_interval(a, 3) }')
+says 'three seeds: %s at 150, %s at 500, %s at the end.' "$early" "$(biased_late 3)" "$(biased_late 12)"
+between() { for c in 4 5 6 7 8 9 10 11; do biased_late $c; echo; done; }
+says 'From 1000 to 4500 it is lower by %s; %s of these eight intervals do not hold zero, which' "$(between | awk '{ print -$1 }' | spread %.4f)" \
+  "$(word "$(between | awk '{ n += -$1 > $3 } END { print n }')")"
+says "minus MV-Split's is %s at step 150, %s at 500 and %s at the end." "$early" "$(biased_late 3)" "$(biased_late 12)"
+says 'On 256 validation images %s.' \
   "$(unpacked runs table1 | awk -F, "$statistics"'{ n = split($1, o, "_"); v[o[1], o[2]] = $11 }
     END { for (s = 1; s <= 3; s++) { a[s] = v["bias-layerscale-lr=2.5e-3", s] - v["bias-mvsplit-lr=2.5e-3", s]; m += a[s] / 3 } printf "%.4f ± %.4f", m, half_interval(a, 3) }')"
-says 'end alike to %s, and' "$(biased_late 12 | awk '{ print ($1 < 0 ? -$1 : $1) + $3 }')"
+says 'they are within %s of each other' "$(biased_late 12 | awk '{ print ($1 < 0 ? -$1 : $1) + $3 }')"
 [ "$(cell table1 'bias-mvsplit-lr=2.5e-3: 3' 9) $(cell table1 'bias-layerscale-lr=2.5e-3: 3' 9) $(cell table1 bias-mvsplit-lr=2.5e-3 3) $(cell table1 bias-layerscale-lr=2.5e-3 3)" = "0 3 3 3" ] ||
   fault "the long runs with the bias are others"
 [ "$(cut -d' ' -f1-4 <<<"$scans")" = "0.376 0.382 0.379 0.379" ] ||
@@ -659,7 +679,6 @@ two of 30 intervals
 from step 200 on
 The rates at step 150 differ: 3.5e-4 (as Keel's), 1.75e-4 and 5e-5.
 which is 0.01, warm-up 600:
-MV-Split with beta 1/sqrt(400) is told
 place of FID: 1,000 samples of each of six networks, 100 a class
 losses are of 32 images.
 0.01 at 7e-4 behind 300, beta 1,
@@ -719,9 +738,7 @@ with 10 bytes of state a parameter as with 18?
 48 layers of D 48, 64 + 8 tokens, batch 16, fp32, 450 steps in
 rises by 2e-5 a step
 in six of six, beta 1/sqrt(400),
-its beta of 1 is the one of four that fails
 from 60 before the collapse to 60 after it, or
-a warm-up of 50, seeds 2, 3 and 4. Seed 1 of that,
 holds to step 500 at each
 Beta 1/sqrt(400), LayerScale and DeepNorm, with
 With the bias 4 fail.
@@ -736,23 +753,37 @@ the mean of the 25 from
 1000 layers, holds at 400, and so
 The layers of that first rise are among 0 to 50.
 In layer 25 tokens come apart:
-train there with either (16 and eight seeds)
 With the bias and beta 1/sqrt(400), one seed
-5,000 steps, of beta 1/sqrt(400) |
 With the bias MV-Split (beta 1/sqrt(400)) and
-It is MV-Split with alpha held at 0 and beta at 1 |
 Of seeds 1 to 4 at 1.4e-3 the third
 (1.4e-3, seed 3) nothing collapses by step 240, in
 With the bias none fails: of 16 at 100, of 16 at 200, of eight at 400 (7e-4).
 from step 110 of a ramp to 1.4e-3,
+a warm-up of 50, seeds 2, 3 and 4.
+train there with it (eight seeds) and with Post-Norm (16).
+one seed of it behind beta 1/sqrt(400) |
+with the bias, beta 1/sqrt(400), it is gone by step 500, and after 5,000 they
+(95%, three seeds) |
+is MV-Split with alpha held at 0 and beta at 1
+comes after a loss below 1.0.
+none of the other 18 has a report
+gradients, of few tokens in fp64,
+and of beta 1/sqrt(400), less that of
+its beta of 1 is the one of five that fails
+a gain of (8L)^(-1/4), W_Q and W_K with 1 (
+start at N(0, 0.02^2), those of the rest at zero. Beta 1/sqrt(400) is
+without a name beta is 1.
+a jump ten steps after a norm of 8 is
+All runs clip at a norm of 1 unless
+one of 10 fails with the term
+With the bias, on a ramp, nothing
+10,000 layers of width 128
+a norm of 8 is
+with the bias 2.5e-3 alone was run
 kept from step 110 on, where
-with a gain of (8L)^(-1/4) (
 nothing collapses by step 240: in
 without a clip; with a clip of 0.1 and with
-is MV-Split with alpha held at 0 and beta at 1, and fails
 none of 16 seeds at 100 layers, none of 16 at 200, none of eight at 400, and
-one of 10 fails with the term
-the weights after 600 steps, 2.1 billion
 END
 numbers=$(sed -E 's/`[^`]*`//g; s/\]\([^)]*\)//g; s/(Fig\.|App\.|Table) [0-9.]+//g
   s/[0-9,]+ (layers|steps|seeds|heads|blocks|times the rate)//g
