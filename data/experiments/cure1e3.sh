@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # cure1e3: the merges at the rate at which Post-Norm collapses: 1e-3, warm-up 300, 700 steps, seeds 1 to 6 of each.
-# MV-Split with beta 1 and 1/sqrt(400), LayerScale 1e-2, Keel and DeepNorm.
+# MV-Split with beta 1 and 1/sqrt(400), LayerScale 1e-2, Keel, DeepNorm's factor, and this with DeepNorm's own start.
 #   bias-...           the same with the paper's bias in the patch embedding
 #   bias-...-lr=RATE   some of these at higher rates: with the bias Post-Norm trains at 1e-3, but for one seed
 columns="" reports=yes

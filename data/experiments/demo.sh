@@ -2,6 +2,7 @@
 # demo: what QUICK=1 shows without a GPU, five seeds of it: small.ini behind Post-Norm and behind MV-Split. Seed 1 of
 # Post-Norm is made again with every step diagnosed around its collapse. With a GPU nothing is run: its bits are
 # others, and so are the steps of its collapses.
+#   bias-...   the same with the paper's bias in the patch embedding
 columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_rho attention_tr ffn_tr attention_tcs
   mu_eff q_grad_rms k_grad_rms"
 bin=1

@@ -453,8 +453,9 @@ last_step() { unpacked losses | awk -F, '$2 + 0 > s { s = $2 + 0 } END { print s
 
 # $figures/$1.png: what `leads` has left for group $2 and the groups $3..., as line and band.
 draw_leads() {
-  local plot="" g out=$1 of=$2 pairs
+  local plot="" g out=$1 of=$2 pairs name
   shift 2
+  name=${of_name:-$(label "$of")}
   [ -s "$work/pairs" ] || return 0
   pairs=$(sort -n "$work/pairs" | awk '{ if (NR == 1) least = $1; most = $1 }
     END { print (least < most ? least " to " : "") most (most > 1 ? " seeds" : " seed") }')
@@ -467,12 +468,12 @@ draw_leads() {
 $style
 set terminal pngcairo size 1000,560 font "sans,11" noenhanced
 set output "$figures/$out.png"
-set title "Loss less that of $(label "$of") with the same seed\n$(about "" "$of" | sed 's/, [^,]* seeds*$//'), $pairs\n(means of 50 steps; line: mean of seeds, band: range; above 0 is worse, above ${top:-0.16} not shown)"
+set title "Loss minus that of $name with the same seed\n$(about "" "$of" | sed 's/, [^,]* seeds*$//'), $pairs\n(means of 50 steps; band: range of seeds; above 0 is worse, above ${top:-0.16} not shown)"
 set ylabel "difference of training losses"
 set key outside right top samplen 1.5
 set xrange [150:*]
-set yrange [-0.02:${top:-0.16}]
-plot $plot 0 with lines lw 1.5 dt 2 lc rgb "black" title "$(label "$of")"
+set yrange [${bottom:--0.02}:${top:-0.16}]
+plot $plot 0 with lines lw 1.5 dt 2 lc rgb "black" title "$name"
 G
   echo "![loss less that of $(label "$of")]($figures/$out.png)"
   echo

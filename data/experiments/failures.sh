@@ -13,7 +13,7 @@
 #                     scream's first sign is at step 293, at 9.77e-4
 #   held-RATE         from there at this rate for good, to step 500: 7e-4, 9e-4, 9.5e-4, 1e-3
 #   bias-save         Post-Norm with the bias, at 1.4e-3, warm-up 300, seed 3, to step 110, where the rate is 5.1e-4: it
-#                     collapsed near step 152 in `cure1e3`, at 7.1e-4
+#                     collapses at 152 in `cure1e3`, at 7.1e-4, and trains in `appendixj`, on another card
 #   bias-held-RATE    from there at this rate for good: 5e-4, 7e-4, 1e-3, 1.4e-3
 columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_rho attention_tr ffn_tr attention_tcs
   mu_eff q_grad_rms k_grad_rms"
@@ -55,8 +55,8 @@ after() {
 draw() {
   local one at g before=""
   results_table
-  without='(bias-)?(save,|held)' draw_losses failures_loss "Failures of MV-Split" "100 (alpha 0), 50"
-  only='(bias-)?(save,|held)' draw_losses failures_held "Post-Norm, from one state at held rates" "300 until there"
+  without='(bias-)?(save,|held)' draw_losses failures_loss "Failures of MV-Split, lr 1e-3" "100 (alpha 0) or 50"
+  only='bias-(save,|held)' draw_losses failures_held "Post-Norm with the bias, seed 3, held at four rates from step 110 on" "300 until there"
   for one in $failing; do
     at=$(collapse_of "$one") g=${one%_*}
     [ -n "$at" ] || continue

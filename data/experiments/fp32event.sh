@@ -3,6 +3,8 @@
 # from step 414 on, to step 400; from this state, which has fp32 master weights and moments, to step 480 in bf16
 # as before and in fp32, every step diagnosed, 9 layers. (Other code or another card rounds otherwise, and may
 # move the event.)
+#   bias-...     with the paper's bias in the patch embedding, at 1.4e-3, seed 3, likewise from step 110 to 240
+#   bias-whole   in fp32 from its start
 columns="attention_g_mean attention_g_ctr ffn_g_mean ffn_g_ctr attention_rho attention_tcs q_grad_rms k_grad_rms"
 bin=1
 

@@ -28,7 +28,7 @@ draw() {
   without=bias- failures_table mvsplit
   only=bias- failures_table bias-mvsplit
   only=mvsplit draw_losses leak_loss "MV-Split; without its leaky term; with alpha held at 0" 100
-  only=bias- draw_losses leak_bias_loss "The same with the paper's bias in the patch embedding" 100
+  only=bias- draw_losses leak_bias_loss "MV-Split, and what it may need, with the paper's bias" 100
   first_table
   draw_first
   reports_table
