@@ -162,11 +162,14 @@ reports_table() {
   for_reports '
     { g = group(run); if (!(g in n)) order[++groups] = g
       n[g]++; count[g, lost, verdict[largest]]++ }
-    END { for (i = 1; i <= groups; i++) { g = order[i]; printf "| %s: %d |", g, n[g]
+    END { for (i = 1; i <= groups; i++) { g = order[i]
+      if (count[g, 0, ""] == n[g]) { quiet = quiet (quiet == "" ? "" : ", ") g " (" n[g] ")"; continue }
+      printf "| %s: %d |", g, n[g]
       for (lost = 1; lost >= 0; lost--)
         printf " %d | %d | %d | %d |", count[g, lost, "mean mode"], count[g, lost, "both modes"],
           count[g, lost, "not the writers'"'"' mean mode"], count[g, lost, ""]
-      print "" } }'
+      print "" }
+      if (quiet != "") print "\nNone failed or has a report: " quiet "." }'
   echo
   echo "Of each run that failed the first of these reports and the largest: the gradient's norm in times the median of the"
   echo "100 steps before, and of the writer whose G_mean rose by the largest amount how often G_mean and G_ctr are their"
