@@ -7,7 +7,7 @@ AdamW and warm-up. Each of N processes keeps 1/N of every weight, gradient and m
 weights are gathered before use (in bf16 on a GPU), freed after it, and its forward is done again in the backward.
 What it is not: resumed. OUT has the names, shapes and types of W, and no optimiser, which begins anew each time.
 """
-import argparse, gzip, json, math, os, pathlib, resource, signal, sys, time, types, zlib
+import argparse, atexit, fcntl, gzip, json, math, os, pathlib, resource, signal, sys, time, types, zlib
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -320,13 +320,16 @@ def main(arguments):
         sys.exit(f"there are {torch.cuda.device_count()} GPUs: take no more for --nproc-per-node")
     if o.data != "fashion-mnist" and not o.data.endswith(".safetensors"):
         sys.exit(f"no data at {o.data}: expected fashion-mnist, a .safetensors of latents")
-    first, temporary = os.environ["RANK"] == "0", f"{o.out}.tmp"
+    first, temporary = os.environ["RANK"] == "0", [pathlib.Path(o.out + end) for end in (".tmp", ".lock")]
     try:
         if os.path.exists(o.out) and not os.path.isfile(o.out):
             raise FileExistsError("it is no file")
         if first:
-            open(temporary, "wb").close()
-            os.unlink(temporary)
+            owner = open(temporary[1], "ab")
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for as long as it is open
+            atexit.register(lambda: [name.unlink(missing_ok=True) for name in temporary])
+    except BlockingIOError:
+        sys.exit(f"another run writes --out {o.out}: wait for its end, or name another file")
     except OSError as error:
         sys.exit(f"--out {o.out} cannot be written ({error}): name a file in a folder that is there")
     tensors = opened(o.weights)
@@ -349,7 +352,4 @@ def main(arguments):
         sys.exit("interrupted: what came after the last --save-every is lost" if first else 1)
     except OSError as error:  # as a disk that is full
         sys.exit(f"stopped ({error}): what came after the last --save-every is lost")
-    finally:
-        if first:
-            pathlib.Path(temporary).unlink(missing_ok=True)
     dist.destroy_process_group()
