@@ -7,11 +7,10 @@
 columns=""
 
 runs() {
-  local seed shared="lr=1e-3 steps=500 save-every=0 save=weights columns=1"
-  if [ "$SCALE" = tiny ]; then shared="steps=40 save=weights"; fi
-  for seed in 1 $([ "$SCALE" = tiny ] || echo 2); do four ""; done
-  if [ "$SCALE" != tiny ]; then shared+=" lr=1.4e-3"; fi
-  for seed in 1 $([ "$SCALE" = tiny ] || echo 2 3 4); do four bias- no-patch-bias=false; done
+  local seed few="1 2" more="1 2 3 4" shared="steps=500 save-every=0 save=weights columns=1"
+  if [ "$SCALE" = tiny ]; then few=1 more=1 shared="steps=40 save=weights"; fi
+  for seed in $few; do four "" lr=1e-3; done
+  for seed in $more; do four bias- lr=1.4e-3 no-patch-bias=false; done
 }
 # shellcheck disable=SC2086
 four() {

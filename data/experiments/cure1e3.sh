@@ -44,15 +44,10 @@ draw() {
 
 # cure1e3_bias.png: the losses of the runs with the bias, a panel a rate.
 draw_rates() {
-  local lr run one plot panels="" before
+  local lr plot panels=""
   smooth_losses
   for lr in 1e-3 1.4e-3 2e-3; do
-    plot="" before=""
-    for run in $(only=bias- unpacked runs | awk -F, -v lr=$lr '$3 == lr { print $1 }'); do
-      one=${run#bias-} one=${one%_*} one=${one%-lr=*}
-      plot+=" '$work/$run.loss' with lines ls $(number "$one") $(is_in "$one" "$before" && echo notitle || echo "title '$(label "$one")'"),"
-      before+=" $one"
-    done
+    plot=$(only=bias- unpacked runs | awk -F, -v lr=$lr '$3 == lr { print $1 }' | loss_lines 's/^bias-//; s/_[0-9]+$//; s/-lr=.*//')
     [ -z "$plot" ] || panels+="set title 'lr $lr'
 plot $plot 1.44 with lines dt 3 lc rgb '#505050' notitle, 1.2665 with lines dt 2 lc rgb '#909090' notitle
 unset key

@@ -382,18 +382,25 @@ smooth_losses() {
       if (rows >= smooth) printf "%d,%.4f\n", $2, sum / smooth >(work "/" run ".loss") }'
 }
 
+# For gnuplot's plot: the smoothed losses of the runs on standard input, each under the name that sed -E makes of it by
+# $1; of a name the first has a title, and all have its colour.
+loss_lines() {
+  local run name before=""
+  while read -r run; do
+    [ -s "$work/$run.loss" ] || continue
+    name=$(sed -E "$1" <<<"$run")
+    echo -n " '$work/$run.loss' with lines ls $(number "$name") $(is_in "$name" "$before" && echo notitle || echo "title '$(label "$name")'"),"
+    before+=" $name"
+  done
+}
+
 # $figures/$1.png: losses of all runs, a line each; seeds of a group have the same colour. $2: title; $3:
 # the warm-up, if it is not the scale's.
 draw_losses() {
-  local plot="" run g title before="" seeds=""
+  local plot seeds=""
   smooth_losses
-  for run in $(unpacked runs | awk -F, 'NR > 1 { print $1 }'); do
-    [ -s "$work/$run.loss" ] || continue
-    g=$(awk "$group"'BEGIN { print group(ARGV[1]) }' "$run") title="title '$(label "$g")'"
-    case " $before " in *" $g "*) title=notitle seeds=" (a line a seed)" ;; esac
-    before+=" $g"
-    plot+=" '$work/$run.loss' with lines ls $(number "$g") $title,"
-  done
+  plot=$(unpacked runs | awk -F, 'NR > 1 { print $1 }' | loss_lines 's/_[0-9]+$//')
+  case $plot in *" notitle,"*) seeds=" (a line a seed)" ;; esac
   gnuplot <<G
 $style
 set terminal pngcairo size 1000,560 font "sans,11" noenhanced
