@@ -1993,7 +1993,7 @@ bool fused_attention_forward(Device& device, const BlockSaved<Real>& s, Heads he
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count));
     size_t rows = block_rows + 4 * tile_columns;
     auto kernel = heads.dim == 64 ? attention_forward_kernel<64> : attention_forward_kernel<128>;
-    launch(device, kernel, blocks, block_threads, rows * heads.dim * sizeof(Real), s.Y, s.Y_rest,
+    launch(device, kernel, blocks, 1, block_threads, rows * heads.dim * sizeof(Real), s.Y, s.Y_rest,
            s.log_sums, s.qkv, heads);
   }
 #endif
@@ -2016,7 +2016,7 @@ bool fused_attention_backward(Device& device, const Block<Real>& block) {
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
     AttentionBackwardInputs c{scratch.dY, s.log_sums, scratch.inner, s.r_qk, block.shape.rope};
     auto kernel = heads.dim == 64 ? attention_backward_kernel<64> : attention_backward_kernel<128>;
-    launch(device, kernel, blocks, block_threads,
+    launch(device, kernel, blocks, 1, block_threads,
            rows * heads.dim * sizeof(Real) + floats * sizeof(float), scratch.dqkv, s.qkv, c, heads);
   }
 #endif

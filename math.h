@@ -238,6 +238,7 @@ struct Device {
   cublasHandle_t blas = nullptr, side_blas = nullptr;
   void* workspace = nullptr;  // one half for each stream's cuBLAS
   cudaEvent_t event = nullptr;
+  size_t cluster_bytes = 0;  // a thread block's shared memory, where blocks can reach each other's
 #endif
 
   explicit Device(bool on_gpu = false);
@@ -731,6 +732,8 @@ inline Device::Device(bool on_gpu) : gpu(on_gpu) {
   if (cudaFuncGetAttributes(&attributes, empty_kernel) != cudaSuccess)
     fail("this binary has no kernels for the %s: build it with make ARCH=sm_%d%d", properties.name,
          properties.major, properties.minor);
+  if (properties.major >= 9 && attributes.ptxVersion >= 90)  // from Hopper on
+    cluster_bytes = properties.sharedMemPerBlockOptin;
   CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   workspace = allocate(workspace_bytes(true));
   constexpr size_t half = blas_bytes / 2;
@@ -1013,11 +1016,13 @@ void sum_over_groups(const Device& device, size_t groups, size_t D, bool one_num
 }
 
 // put(row, d, make(group, row, d)) for each row. Four rows are made before one is put: what is put
-// may take the place of what others are made from.
+// may take the place of what others are made from. The last rows come first, which a walk before
+// has left in the cache.
 template <class Groups, class Make, class Put>
 void map_rows(const Device& device, Groups groups, size_t D, const Make& make, const Put& put) {
-  for_each_team(device, groups.pieces(4).rows(), threads_for_row(D, 1), [=] HD(Team team) {
-    Piece rows = groups.piece(4, team.index);
+  size_t pieces = groups.pieces(4).rows();
+  for_each_team(device, pieces, threads_for_row(D, 1), [=] HD(Team team) {
+    Piece rows = groups.piece(4, pieces - 1 - team.index);
     for (size_t d = 4 * team.rank; d < D; d += 4 * team.size) {
       decltype(make(0, 0, 0)) out[4];
       UNROLL
@@ -1133,14 +1138,19 @@ void sum_over_rows_by_sum(const Device& device, Groups groups, size_t D, Sum zer
 
 #ifdef __CUDACC__
 // A kernel of the GPU's own, written where one source for both machines would be too slow: `blocks`
-// of `threads` threads that share `shared` bytes.
+// of `threads` threads that share `shared` bytes. `together` neighbours are a cluster: they run at
+// the same time and reach each other's shared memory.
 template <class... Parameters, class... Arguments>
-void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, unsigned threads,
-            size_t shared, Arguments... arguments) {
+void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, unsigned together,
+            unsigned threads, size_t shared, Arguments... arguments) {
   CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  kernel<<<blocks, threads, shared, device.stream>>>(arguments...);
-  CUDA_CHECK(cudaGetLastError());
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension, cluster.val.clusterDim = {together, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared;
+  config.stream = device.stream, config.attrs = &cluster, config.numAttrs = together > 1;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 #endif
 

@@ -610,8 +610,7 @@ void gate_gradients(const Device& device, Gates<Number> dgates, MergeSaved<AccOf
   sum_over_groups(device, tokens.groups(), D, M::one_number, Pair<Acc>{}, term, finish);
 }
 
-// What dit.cu calls is merge_forward() and merge_backward() (appendix B): these, for the merge that
-// `gates` names.
+// dit.cu calls these through merge_forward() and merge_backward() (appendix B).
 
 // Appendix. The straight way ends here. Below: merges for comparison and the list of all (A), what
 // the network calls (B), measuring (C).
@@ -786,12 +785,196 @@ constexpr Merge merge_of{Merges::index_of<M>()};
 // ---------------------------------------------------------------------------------------------
 // B. What the network calls: the merge that `gates` names
 
+// At D = 128 a merge's launches cost more than its bytes. So there, where a GPU has clusters, a
+// merge that sums over tokens is one kernel. Three thread blocks, a cluster, have a sequence; a
+// warp has every 48th row, a lane four channels. Rows are read once, into shared memory; each block
+// adds up its rows and gives the sums to all three. Formulas and what is left behind are section
+// 5's, the order of the sums is another. (Three: a batch of 32 then has a multiprocessor for each
+// block. Of 32 clusters of four only 30 would.)
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+#include <cuda_pipeline.h>
+
+template <class Real, int arrays>
+struct Cluster {
+  static constexpr unsigned D = 128, blocks = 3, warps = 16, threads = 32 * warps;
+  static_assert(threads == 4 * D);  // a thread for each sum: two for each segment and channel
+  using Two = Pair<Quad<float>>;
+  struct Sums {
+    float of_warps[warps][4 * D], of_blocks[blocks][4 * D];
+  };
+
+  Tokens tokens;
+  unsigned block = blockIdx.x % blocks, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  unsigned d = 4 * lane, length = unsigned(tokens.length());
+  size_t sequence = blockIdx.x / blocks;
+
+  static size_t bytes(Tokens tokens) {
+    size_t rows = ceil_div(tokens.length(), size_t(blocks * warps)) * warps;
+    return sizeof(Sums) + rows * arrays * D * sizeof(Real);
+  }
+  __device__ static Sums& sums() {
+    extern __shared__ __align__(16) char memory[];
+    return *reinterpret_cast<Sums*>(memory);
+  }
+
+  // This warp's rows: the i-th one's place in the sequence and among all, its kind of segment, and
+  // its channels of an array in shared memory.
+  __device__ unsigned place(unsigned i) const { return (i * warps + warp) * blocks + block; }
+  __device__ size_t row(unsigned i) const { return sequence * length + place(i); }
+  __device__ int kind(unsigned i) const { return place(i) < tokens.image ? 0 : 1; }
+  __device__ Real* near(unsigned i, int array) const {
+    return reinterpret_cast<Real*>(&sums() + 1) + ((i * warps + warp) * arrays + array) * D + d;
+  }
+  template <class F>
+  __device__ void each_row(const F& f) const {
+#pragma unroll 2
+    for (unsigned i = 0; place(i) < length; ++i) f(i);
+  }
+
+  // Begins to read all rows; they are there after __pipeline_wait_prior(0).
+  template <class... Array>
+  __device__ void fetch(const Array*... from) const {
+    cooperative_groups::this_cluster().barrier_arrive();  // meet() waits: have all blocks begun?
+    each_row([&](unsigned i) {
+      int array = 0;
+      (__pipeline_memcpy_async(near(i, array++), from + row(i) * D + d, 4 * sizeof(Real)), ...);
+    });
+    __pipeline_commit();
+  }
+
+  // Adds up the sums of all warps of all blocks: sum(kind, which) is then finish(segment, which,
+  // channel, the whole sum).
+  template <class Finish>
+  __device__ void meet(const Two (&mine)[2], const Finish& finish) const {
+    auto cluster = cooperative_groups::this_cluster();
+    unsigned number = threadIdx.x;
+    float total = 0;
+    for (int kind = 0; kind < 2; ++kind)
+      store(sum_at(warp, kind, 0), mine[kind].a), store(sum_at(warp, kind, 1), mine[kind].b);
+    __syncthreads();
+    for (auto& of_warp : sums().of_warps) total += of_warp[number];
+    cluster.barrier_wait();
+    for (unsigned b = 0; b < blocks; ++b)
+      *cluster.map_shared_rank(&sums().of_blocks[block][number], b) = total;
+    cluster.sync();
+    total = 0;
+    for (auto& of_block : sums().of_blocks) total += of_block[number];
+    sums().of_warps[0][number] =
+        finish(2 * sequence + number / (2 * D), number / D % 2, number % D, total);
+    __syncthreads();
+  }
+  __device__ Quad<float> sum(int kind, int which) const {
+    return load<float>(sum_at(0, kind, which));
+  }
+
+ private:
+  __device__ float* sum_at(unsigned of_warp, int kind, int which) const {
+    return sums().of_warps[of_warp] + (2 * kind + which) * D + d;
+  }
+};
+
+template <class M, class Real>
+__global__ void __launch_bounds__(512)
+    merge_forward_kernel(Real* X_next, MergeSaved<float> saved, const Real* X, const Real* F,
+                         Gates<const Real> gates, Tokens tokens, float eps) {
+#if __CUDA_ARCH__ >= 900
+  Cluster<Real, 2> here{tokens};
+  constexpr size_t D = here.D;
+  here.fetch(X, F);
+  Gains<float> gains = gains_at<M>(gates, here.d);
+  __pipeline_wait_prior(0);
+  Pair<Quad<float>> sums[2] = {};
+  here.each_row([&](unsigned i) {
+    Pair<Quad<float>> x_f{load<float>(here.near(i, 0)), load<float>(here.near(i, 1))};
+    here.kind(i) == 0 ? sums[0] = sums[0] + x_f : sums[1] = sums[1] + x_f;
+  });
+  here.meet(sums, [&](size_t segment, int which, unsigned d, float sum) {
+    float mean = tokens.one_over<float>(segment) * sum;
+    if (here.block == 0) (which == 0 ? saved.xbar : saved.fbar)[segment * D + d] = mean;
+    return mean;
+  });
+  here.each_row([&](unsigned i) {
+    int kind = here.kind(i);
+    Quad<float> Z = M::Z(gains, {load<float>(here.near(i, 0)), load<float>(here.near(i, 1)),
+                                 here.sum(kind, 0), here.sum(kind, 1)});
+    float r = inverse_rms(Team{0, 0, 32}.sum(dot(Z, Z)), D, eps);
+    if (here.lane == 0) saved.r[here.row(i)] = r;
+    store(X_next + here.row(i) * D + here.d, r * Z);
+  });
+#endif
+}
+
+template <class M, class Real>
+__global__ void __launch_bounds__(512)
+    merge_backward_kernel(Real* dX, Real* dF, MergeScratch<float> scratch,
+                          MergeBackwardInputs<Real> in, Tokens tokens) {
+#if __CUDA_ARCH__ >= 900
+  Cluster<Real, 3> here{tokens};
+  constexpr size_t D = here.D;
+  here.fetch(in.G, in.X_next, in.F);
+  // Of its i-th row lane i has r and h.
+  float r = here.place(here.lane) < here.length ? in.saved.r[here.row(here.lane)] : 0, h = 0;
+  Gains<float> gains = gains_at<M>(in.gates, here.d);
+  Quad<float> fbar[2] = {};
+  for (int kind = 0; kind < 2 && M::means; ++kind)
+    fbar[kind] = load<float>(in.saved.fbar + (2 * here.sequence + size_t(kind)) * D + here.d);
+  __pipeline_wait_prior(0);
+  auto dZ = [&](unsigned i, float h_i) {  // (Delta')
+    return __shfl_sync(~0u, r, int(i)) *
+           (load<float>(here.near(i, 0)) - h_i * load<float>(here.near(i, 1)));
+  };
+  Pair<Quad<float>> sums[2] = {};
+  here.each_row([&](unsigned i) {
+    float gx = dot(load<float>(here.near(i, 0)), load<float>(here.near(i, 1)));
+    float h_i = Team{0, 0, 32}.sum(gx) / D;
+    if (here.lane == i) h = h_i;
+    int kind = here.kind(i);
+    Quad<float> dZ_i = dZ(i, h_i), x = load<float>(in.X + here.row(i) * D + here.d);
+    Joined<float> joined{x, load<float>(here.near(i, 2)), {}, kind == 0 ? fbar[0] : fbar[1]};
+    Pair<Quad<float>> terms{dZ_i, dZ_i * M::token_factor(joined)};
+    kind == 0 ? sums[0] = sums[0] + terms : sums[1] = sums[1] + terms;
+  });
+  here.meet(sums, [&](size_t segment, int which, unsigned d, float sum) {
+    if (which == 0) sum = tokens.one_over<float>(segment) * sum;
+    if (here.block == 0) (which == 0 ? scratch.dZbar : scratch.dgate)[segment * D + d] = sum;
+    return sum;
+  });
+  here.each_row([&](unsigned i) {
+    Quad<float> dZ_i = dZ(i, __shfl_sync(~0u, h, int(i)));
+    Pair<Quad<float>> dX_dF = M::gradients(gains, dZ_i, here.sum(here.kind(i), 0));
+    store(dX + here.row(i) * D + here.d, dX_dF.a), store(dF + here.row(i) * D + here.d, dX_dF.b);
+  });
+#endif
+}
+
+// Launches one of these kernels, where it can run. (No more than 512 tokens were measured.)
+template <class Real, int arrays, class... Parameters, class... Arguments>
+bool in_clusters(const Device& device, void (*kernel)(Parameters...), MergeShape shape,
+                 Arguments... arguments) {
+  using Here = Cluster<Real, arrays>;
+  size_t bytes = Here::bytes(shape.tokens);
+  if (shape.D != Here::D || shape.tokens.length() > 512 || bytes > device.cluster_bytes)
+    return false;
+  launch(device, kernel, unsigned(shape.tokens.batch) * Here::blocks, Here::blocks, Here::threads,
+         bytes, arguments...);
+  return true;
+}
+#endif
+
 // X_next = RMSNorm(Z(X, F)) and what is saved; see merge_forward_as().
 template <class Real>
 void merge_forward(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> saved, const Real* X,
                    const Real* F, Gates<const Real> gates, MergeShape shape, bool again = false) {
   Merges::with(gates.merge.index, [&](auto m) {
-    merge_forward_as<decltype(m)>(device, X_next, saved, X, F, gates, shape, again);
+    using M = decltype(m);
+#ifdef __CUDACC__
+    if constexpr (M::means && sizeof(Real) <= 4)
+      if (!again && in_clusters<Real, 2>(device, merge_forward_kernel<M, Real>, shape, X_next,
+                                         saved, X, F, gates, shape.tokens, float(shape.eps)))
+        return;
+#endif
+    merge_forward_as<M>(device, X_next, saved, X, F, gates, shape, again);
   });
 }
 
@@ -804,7 +987,13 @@ void merge_backward(Beside& beside, Real* dX, Real* dF, Gates<Number> dgates,
                     MergeShape shape, bool accumulate) {
   Merges::with(in.gates.merge.index, [&](auto m) {
     using M = decltype(m);
-    merge_backward_as<M>(beside.device, dX, dF, scratch, in, shape);
+    bool done = false;
+#ifdef __CUDACC__
+    if constexpr (!M::trunk_apart && (M::means || M::by_token >= 0) && sizeof(Real) <= 4)
+      done = in_clusters<Real, 3>(beside.device, merge_backward_kernel<M, Real>, shape, dX, dF,
+                                  scratch, in, shape.tokens);
+#endif
+    if (!done) merge_backward_as<M>(beside.device, dX, dF, scratch, in, shape);
     if constexpr (M::by_token >= 0 || M::by_segment >= 0)
       beside([&] {
         gate_gradients<M, Real>(beside.device, dgates, in.saved, scratch, shape, accumulate);

@@ -12,8 +12,10 @@ struct Shape {
 // From D 512 on other schedules walk; beyond 4096 a GPU's threads cannot keep a row.
 const Shape shapes[] = {
     {{2, 5, 3}, 8}, {{2, 37, 11}, 136}, {{1, 6, 0}, 12}, {{1, 21, 3}, 516}, {{1, 3, 2}, 4100}};
-const Shape wide_shapes[] = {{{3, 300, 7}, 128},   {{2, 70, 65}, 256}, {{2, 130, 0}, 512},
-                             {{3, 256, 64}, 1024}, {{1, 67, 9}, 1028}, {{140, 5, 3}, 1024}};
+const Shape wide_shapes[] = {{{2, 70, 65}, 256}, {{2, 130, 0}, 512},  {{3, 256, 64}, 1024},
+                             {{1, 67, 9}, 1028}, {{140, 5, 3}, 1024}, {{1, 1100, 2}, 128}};
+// Where blocks meet: several rows a warp; fewer than warps, and no text; more text than image.
+const Shape narrow_shapes[] = {{{3, 300, 7}, 128}, {{2, 20, 0}, 128}, {{33, 5, 70}, 128}};
 
 // A merge with random gates, and everything that its backward leaves behind.
 struct MergeOp : Op {
@@ -165,7 +167,8 @@ TEST(Merge, GradientsAgreeWithDifferences) {
 TEST(Merge, AgreesOnBothDevices) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
   for (Merge merge : all_merges) {
-    for (const Shape& shape : {shapes[1], shapes[3], shapes[4]}) {
+    for (const Shape& shape :
+         {shapes[1], shapes[3], shapes[4], narrow_shapes[0], narrow_shapes[1], narrow_shapes[2]}) {
       SCOPED_TRACE(testing::Message() << about(merge).name << " D " << shape.D);
       check_devices([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shape); });
     }
@@ -182,7 +185,7 @@ TEST(Merge, AReplayHasTheSameBits) {
   for (Device* device : devices())
     for (Merge merge : all_merges) {
       if (about(merge).trunk_apart) continue;
-      for (const Shape& shape : {shapes[1], shapes[3], wide_shapes[4]}) {
+      for (const Shape& shape : {shapes[1], shapes[3], wide_shapes[3], narrow_shapes[0]}) {
         SCOPED_TRACE(testing::Message() << about(merge).name << " D " << shape.D);
         MergeOp op = merge_op<bf16>(*device, merge, shape);
         op.forward(), op.backward();
