@@ -732,7 +732,7 @@ inline Device::Device(bool on_gpu) : gpu(on_gpu) {
   if (cudaFuncGetAttributes(&attributes, empty_kernel) != cudaSuccess)
     fail("this binary has no kernels for the %s: build it with make ARCH=sm_%d%d", properties.name,
          properties.major, properties.minor);
-  if (properties.major >= 9 && attributes.ptxVersion >= 90)  // from Hopper on
+  if (properties.clusterLaunch && attributes.ptxVersion >= 90)  // both from Hopper on
     cluster_bytes = properties.sharedMemPerBlockOptin;
   CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   workspace = allocate(workspace_bytes(true));
@@ -1016,8 +1016,8 @@ void sum_over_groups(const Device& device, size_t groups, size_t D, bool one_num
 }
 
 // put(row, d, make(group, row, d)) for each row. Four rows are made before one is put: what is put
-// may take the place of what others are made from. The last rows come first, which a walk before
-// has left in the cache.
+// may take the place of what others are made from. The last rows come first: in a backward the
+// walk before has left them in the cache.
 template <class Groups, class Make, class Put>
 void map_rows(const Device& device, Groups groups, size_t D, const Make& make, const Put& put) {
   size_t pieces = groups.pieces(4).rows();
@@ -1150,7 +1150,7 @@ void launch(const Device& device, void (*kernel)(Parameters...), dim3 blocks, un
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared;
   config.stream = device.stream, config.attrs = &cluster, config.numAttrs = together > 1;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 #endif
 

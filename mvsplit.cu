@@ -420,7 +420,7 @@ struct MvSplit : MergeBase {
 // A walk over the rows makes h, and with it Delta, for their sums over tokens: Dbar and the gates.
 // A second walk makes Delta, not stored, again from h, and (dX), (dF). A merge with neither means
 // nor gates needs one walk. So a merge of section 4 reads or writes (B, T, D) arrays: forward 5
-// with means, 3 without; backward 7 with gates, 4 without. (Schedules: math.h, end of section 4.)
+// with means, 3 without; backward MV-Split's 7, one walk 4. (Schedules: math.h, end of section 4.)
 
 // Which merge, and its gates (Number = const Real) or their gradients, as it lists them.
 struct Merge {
@@ -785,12 +785,14 @@ constexpr Merge merge_of{Merges::index_of<M>()};
 // ---------------------------------------------------------------------------------------------
 // B. What the network calls: the merge that `gates` names
 
-// At D = 128 a merge's launches cost more than its bytes. So there, where a GPU has clusters, a
-// merge that sums over tokens is one kernel. Three thread blocks, a cluster, have a sequence; a
-// warp has every 48th row, a lane four channels. Rows are read once, into shared memory; each block
-// adds up its rows and gives the sums to all three. Formulas and what is left behind are section
-// 5's, the order of the sums is another. (Three: a batch of 32 then has a multiprocessor for each
-// block. Of 32 clusters of four only 30 would.)
+// merge_forward() and merge_backward() stand at the end: they choose between section 5's kernels
+// and the following, for D = 128, four channels for each lane of a warp. There a merge's launches
+// cost more than its bytes, so sums over tokens and all that follows from them are one kernel. A
+// cluster is a few thread blocks that run at the same time and reach each other's shared memory;
+// three of them have a sequence and exchange their sums. A warp has every 48th row, of image and of
+// text. Formulas and what is left behind (but for h) are section 5's, the order of sums is another.
+// (Three: a batch of 32 then has one of an H200's multiprocessors for each block. A cluster must
+// lie within one part of the chip, so of clusters of four only 30 fit at once.)
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
 #include <cuda_pipeline.h>
@@ -798,7 +800,9 @@ constexpr Merge merge_of{Merges::index_of<M>()};
 template <class Real, int arrays>
 struct Cluster {
   static constexpr unsigned D = 128, blocks = 3, warps = 16, threads = 32 * warps;
-  static_assert(threads == 4 * D);  // a thread for each sum: two for each segment and channel
+  static constexpr unsigned tokens_at_most = 512;  // more were not measured
+  static_assert(threads == 4 * D, "a thread for each sum: two for each segment and channel");
+  static_assert(tokens_at_most <= blocks * warps * 32, "a lane for each row of a warp");
   using Two = Pair<Quad<float>>;
   struct Sums {
     float of_warps[warps][4 * D], of_blocks[blocks][4 * D];
@@ -813,29 +817,42 @@ struct Cluster {
     size_t rows = ceil_div(tokens.length(), size_t(blocks * warps)) * warps;
     return sizeof(Sums) + rows * arrays * D * sizeof(Real);
   }
+  static bool fits(const Device& device, MergeShape shape) {
+    return shape.D == D && shape.tokens.length() <= tokens_at_most &&
+           bytes(shape.tokens) <= device.cluster_bytes;
+  }
+  template <class... Parameters, class... Arguments>
+  static void launch(const Device& device, Tokens tokens, void (*kernel)(Parameters...),
+                     Arguments... arguments) {
+    ::launch(device, kernel, unsigned(tokens.batch) * blocks, blocks, threads, bytes(tokens),
+             arguments...);
+  }
   __device__ static Sums& sums() {
     extern __shared__ __align__(16) char memory[];
     return *reinterpret_cast<Sums*>(memory);
   }
 
-  // This warp's rows: the i-th one's place in the sequence and among all, its kind of segment, and
-  // its channels of an array in shared memory.
+  // This warp's i-th row: its place in the sequence and among all, its kind of segment, and this
+  // lane's channels of it in shared memory, behind the sums.
   __device__ unsigned place(unsigned i) const { return (i * warps + warp) * blocks + block; }
   __device__ size_t row(unsigned i) const { return sequence * length + place(i); }
   __device__ int kind(unsigned i) const { return place(i) < tokens.image ? 0 : 1; }
   __device__ Real* near(unsigned i, int array) const {
     return reinterpret_cast<Real*>(&sums() + 1) + ((i * warps + warp) * arrays + array) * D + d;
   }
+  __device__ Quad<float> read(unsigned i, int array) const { return load<float>(near(i, array)); }
   template <class F>
   __device__ void each_row(const F& f) const {
-#pragma unroll 2
+#pragma unroll 2  // all at once are so many instructions that warps wait for them
     for (unsigned i = 0; place(i) < length; ++i) f(i);
   }
 
-  // Begins to read all rows; they are there after __pipeline_wait_prior(0).
+  // Begins to read this lane's channels of all rows. After __pipeline_wait_prior(0) they are there,
+  // for this lane: no other reads them, so no barrier is needed.
   template <class... Array>
   __device__ void fetch(const Array*... from) const {
-    cooperative_groups::this_cluster().barrier_arrive();  // meet() waits: have all blocks begun?
+    // Others may write to this block's shared memory once it has begun: meet() waits for that.
+    cooperative_groups::this_cluster().barrier_arrive();
     each_row([&](unsigned i) {
       int array = 0;
       (__pipeline_memcpy_async(near(i, array++), from + row(i) * D + d, 4 * sizeof(Real)), ...);
@@ -843,12 +860,15 @@ struct Cluster {
     __pipeline_commit();
   }
 
-  // Adds up the sums of all warps of all blocks: sum(kind, which) is then finish(segment, which,
-  // channel, the whole sum).
-  template <class Finish>
-  __device__ void meet(const Two (&mine)[2], const Finish& finish) const {
+  // Once, after fetch(). mine[kind] are this lane's two sums over the warp's rows of a kind of
+  // segment. Each thread adds up one number: over its block's warps, and, told to all blocks, over
+  // these. Then sum(kind, 0) is the segment's mean of the first, sum(kind, 1) the second sum, or
+  // with `means` its mean; both are stored (B, 2, D).
+  __device__ void meet(const Two (&mine)[2], float* first, float* second, bool means) const {
     auto cluster = cooperative_groups::this_cluster();
-    unsigned number = threadIdx.x;
+    unsigned number = threadIdx.x, channel = number % D;
+    bool is_first = number / D % 2 == 0;
+    size_t segment = 2 * sequence + number / (2 * D);
     float total = 0;
     for (int kind = 0; kind < 2; ++kind)
       store(sum_at(warp, kind, 0), mine[kind].a), store(sum_at(warp, kind, 1), mine[kind].b);
@@ -857,15 +877,20 @@ struct Cluster {
     cluster.barrier_wait();
     for (unsigned b = 0; b < blocks; ++b)
       *cluster.map_shared_rank(&sums().of_blocks[block][number], b) = total;
-    cluster.sync();
+    cluster.sync();  // from here on a block reads its own memory alone, and may end
     total = 0;
     for (auto& of_block : sums().of_blocks) total += of_block[number];
-    sums().of_warps[0][number] =
-        finish(2 * sequence + number / (2 * D), number / D % 2, number % D, total);
+    if (is_first || means) total *= tokens.one_over<float>(segment);
+    if (block == 0) (is_first ? first : second)[segment * D + channel] = total;
+    sums().of_warps[0][number] = total;
     __syncthreads();
   }
   __device__ Quad<float> sum(int kind, int which) const {
     return load<float>(sum_at(0, kind, which));
+  }
+  // sums[kind] += x. (By an index they would not stay in registers.)
+  __device__ static void add(Two (&sums)[2], int kind, Two x) {
+    kind == 0 ? sums[0] = sums[0] + x : sums[1] = sums[1] + x;
   }
 
  private:
@@ -873,31 +898,30 @@ struct Cluster {
     return sums().of_warps[of_warp] + (2 * kind + which) * D + d;
   }
 };
+template <class Real>
+using ForwardCluster = Cluster<Real, 2>;
+template <class Real>
+using BackwardCluster = Cluster<Real, 3>;
 
 template <class M, class Real>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(ForwardCluster<Real>::threads)
     merge_forward_kernel(Real* X_next, MergeSaved<float> saved, const Real* X, const Real* F,
                          Gates<const Real> gates, Tokens tokens, float eps) {
-#if __CUDA_ARCH__ >= 900
-  Cluster<Real, 2> here{tokens};
+#if __CUDA_ARCH__ >= 900  // older GPUs have no clusters: it is not launched there
+  ForwardCluster<Real> here{tokens};
   constexpr size_t D = here.D;
   here.fetch(X, F);
   Gains<float> gains = gains_at<M>(gates, here.d);
   __pipeline_wait_prior(0);
   Pair<Quad<float>> sums[2] = {};
   here.each_row([&](unsigned i) {
-    Pair<Quad<float>> x_f{load<float>(here.near(i, 0)), load<float>(here.near(i, 1))};
-    here.kind(i) == 0 ? sums[0] = sums[0] + x_f : sums[1] = sums[1] + x_f;
+    here.add(sums, here.kind(i), {here.read(i, 0), here.read(i, 1)});
   });
-  here.meet(sums, [&](size_t segment, int which, unsigned d, float sum) {
-    float mean = tokens.one_over<float>(segment) * sum;
-    if (here.block == 0) (which == 0 ? saved.xbar : saved.fbar)[segment * D + d] = mean;
-    return mean;
-  });
+  here.meet(sums, saved.xbar, saved.fbar, true);
   here.each_row([&](unsigned i) {
     int kind = here.kind(i);
-    Quad<float> Z = M::Z(gains, {load<float>(here.near(i, 0)), load<float>(here.near(i, 1)),
-                                 here.sum(kind, 0), here.sum(kind, 1)});
+    Quad<float> Z =
+        M::Z(gains, {here.read(i, 0), here.read(i, 1), here.sum(kind, 0), here.sum(kind, 1)});
     float r = inverse_rms(Team{0, 0, 32}.sum(dot(Z, Z)), D, eps);
     if (here.lane == 0) saved.r[here.row(i)] = r;
     store(X_next + here.row(i) * D + here.d, r * Z);
@@ -906,14 +930,14 @@ __global__ void __launch_bounds__(512)
 }
 
 template <class M, class Real>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(BackwardCluster<Real>::threads)
     merge_backward_kernel(Real* dX, Real* dF, MergeScratch<float> scratch,
                           MergeBackwardInputs<Real> in, Tokens tokens) {
 #if __CUDA_ARCH__ >= 900
-  Cluster<Real, 3> here{tokens};
+  BackwardCluster<Real> here{tokens};
   constexpr size_t D = here.D;
   here.fetch(in.G, in.X_next, in.F);
-  // Of its i-th row lane i has r and h.
+  // Lane i keeps r and h of the warp's i-th row, and tells the others.
   float r = here.place(here.lane) < here.length ? in.saved.r[here.row(here.lane)] : 0, h = 0;
   Gains<float> gains = gains_at<M>(in.gates, here.d);
   Quad<float> fbar[2] = {};
@@ -921,44 +945,25 @@ __global__ void __launch_bounds__(512)
     fbar[kind] = load<float>(in.saved.fbar + (2 * here.sequence + size_t(kind)) * D + here.d);
   __pipeline_wait_prior(0);
   auto dZ = [&](unsigned i, float h_i) {  // (Delta')
-    return __shfl_sync(~0u, r, int(i)) *
-           (load<float>(here.near(i, 0)) - h_i * load<float>(here.near(i, 1)));
+    return __shfl_sync(~0u, r, int(i)) * (here.read(i, 0) - h_i * here.read(i, 1));
   };
   Pair<Quad<float>> sums[2] = {};
   here.each_row([&](unsigned i) {
-    float gx = dot(load<float>(here.near(i, 0)), load<float>(here.near(i, 1)));
-    float h_i = Team{0, 0, 32}.sum(gx) / D;
+    float h_i = Team{0, 0, 32}.sum(dot(here.read(i, 0), here.read(i, 1))) / D;
     if (here.lane == i) h = h_i;
     int kind = here.kind(i);
+    // X is Leaky's alone: without a use there is no load.
     Quad<float> dZ_i = dZ(i, h_i), x = load<float>(in.X + here.row(i) * D + here.d);
-    Joined<float> joined{x, load<float>(here.near(i, 2)), {}, kind == 0 ? fbar[0] : fbar[1]};
-    Pair<Quad<float>> terms{dZ_i, dZ_i * M::token_factor(joined)};
-    kind == 0 ? sums[0] = sums[0] + terms : sums[1] = sums[1] + terms;
+    Joined<float> joined{x, here.read(i, 2), {}, kind == 0 ? fbar[0] : fbar[1]};
+    here.add(sums, kind, {dZ_i, dZ_i * M::token_factor(joined)});
   });
-  here.meet(sums, [&](size_t segment, int which, unsigned d, float sum) {
-    if (which == 0) sum = tokens.one_over<float>(segment) * sum;
-    if (here.block == 0) (which == 0 ? scratch.dZbar : scratch.dgate)[segment * D + d] = sum;
-    return sum;
-  });
+  here.meet(sums, scratch.dZbar, scratch.dgate, false);
   here.each_row([&](unsigned i) {
     Quad<float> dZ_i = dZ(i, __shfl_sync(~0u, h, int(i)));
     Pair<Quad<float>> dX_dF = M::gradients(gains, dZ_i, here.sum(here.kind(i), 0));
     store(dX + here.row(i) * D + here.d, dX_dF.a), store(dF + here.row(i) * D + here.d, dX_dF.b);
   });
 #endif
-}
-
-// Launches one of these kernels, where it can run. (No more than 512 tokens were measured.)
-template <class Real, int arrays, class... Parameters, class... Arguments>
-bool in_clusters(const Device& device, void (*kernel)(Parameters...), MergeShape shape,
-                 Arguments... arguments) {
-  using Here = Cluster<Real, arrays>;
-  size_t bytes = Here::bytes(shape.tokens);
-  if (shape.D != Here::D || shape.tokens.length() > 512 || bytes > device.cluster_bytes)
-    return false;
-  launch(device, kernel, unsigned(shape.tokens.batch) * Here::blocks, Here::blocks, Here::threads,
-         bytes, arguments...);
-  return true;
 }
 #endif
 
@@ -969,10 +974,11 @@ void merge_forward(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> s
   Merges::with(gates.merge.index, [&](auto m) {
     using M = decltype(m);
 #ifdef __CUDACC__
-    if constexpr (M::means && sizeof(Real) <= 4)
-      if (!again && in_clusters<Real, 2>(device, merge_forward_kernel<M, Real>, shape, X_next,
-                                         saved, X, F, gates, shape.tokens, float(shape.eps)))
-        return;
+    using Here = ForwardCluster<Real>;
+    if constexpr (M::means && !M::trunk_apart && sizeof(Real) <= 4)
+      if (!again && Here::fits(device, shape))
+        return Here::launch(device, shape.tokens, merge_forward_kernel<M, Real>, X_next, saved, X,
+                            F, gates, shape.tokens, float(shape.eps));
 #endif
     merge_forward_as<M>(device, X_next, saved, X, F, gates, shape, again);
   });
@@ -989,9 +995,11 @@ void merge_backward(Beside& beside, Real* dX, Real* dF, Gates<Number> dgates,
     using M = decltype(m);
     bool done = false;
 #ifdef __CUDACC__
+    using Here = BackwardCluster<Real>;
     if constexpr (!M::trunk_apart && (M::means || M::by_token >= 0) && sizeof(Real) <= 4)
-      done = in_clusters<Real, 3>(beside.device, merge_backward_kernel<M, Real>, shape, dX, dF,
-                                  scratch, in, shape.tokens);
+      if ((done = Here::fits(beside.device, shape)))
+        Here::launch(beside.device, shape.tokens, merge_backward_kernel<M, Real>, dX, dF, scratch,
+                     in, shape.tokens);
 #endif
     if (!done) merge_backward_as<M>(beside.device, dX, dF, scratch, in, shape);
     if constexpr (M::by_token >= 0 || M::by_segment >= 0)

@@ -365,15 +365,16 @@ void bench(const std::vector<std::string>& parts) {
     device.synchronize();
   }
   if (wanted("ceilings")) ceilings(device);
-  if (wanted("kernels")) kernels(device);
-  if (wanted("gemms")) gemms(device, 32 * 320, 1024, 3072), gemms(device, 32 * 264, 128, 384);
-  for (size_t batch : {16, 32, 64})
-    if (wanted("block")) block(device, batch);
+  // Steps first: they are slower after `kernels` (SPEED.md, "What falls short").
   if (wanted("step400")) step(device, narrow(400));
   if (wanted("postnorm")) step(device, narrow(400, "postnorm"));
   if (wanted("step1000")) step(device, narrow(1000));
   if (wanted("depth"))
     for (size_t depth : {100, 200, 700}) step(device, narrow(depth));
+  if (wanted("kernels")) kernels(device);
+  if (wanted("gemms")) gemms(device, 32 * 320, 1024, 3072), gemms(device, 32 * 264, 128, 384);
+  for (size_t batch : {16, 32, 64})
+    if (wanted("block")) block(device, batch);
   if (wanted("optimizer")) {
     optimizer<Acc>(device, "clip and AdamW, fp32 state");
     optimizer<Real>(device, "clip and AdamW, lean state");

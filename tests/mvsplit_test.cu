@@ -14,8 +14,10 @@ const Shape shapes[] = {
     {{2, 5, 3}, 8}, {{2, 37, 11}, 136}, {{1, 6, 0}, 12}, {{1, 21, 3}, 516}, {{1, 3, 2}, 4100}};
 const Shape wide_shapes[] = {{{2, 70, 65}, 256}, {{2, 130, 0}, 512},  {{3, 256, 64}, 1024},
                              {{1, 67, 9}, 1028}, {{140, 5, 3}, 1024}, {{1, 1100, 2}, 128}};
-// Where blocks meet: several rows a warp; fewer than warps, and no text; more text than image.
-const Shape narrow_shapes[] = {{{3, 300, 7}, 128}, {{2, 20, 0}, 128}, {{33, 5, 70}, 128}};
+// For clusters: several rows a warp; fewer than warps, and no text; more text than image; in fp32
+// too long for an H200's backward.
+const Shape narrow_shapes[] = {
+    {{3, 300, 7}, 128}, {{2, 20, 0}, 128}, {{33, 5, 70}, 128}, {{2, 400, 12}, 128}};
 
 // A merge with random gates, and everything that its backward leaves behind.
 struct MergeOp : Op {
@@ -68,7 +70,7 @@ MergeOp prenorm_op(Device& device, Shape shape) {
 }
 
 template <class Real>
-MergeOp merge_op(Device& device, Merge merge, Shape shape) {
+MergeOp merge_op(Device& device, Merge merge, Shape shape, double eps = 1e-6) {
   if (about(merge).trunk_apart) return prenorm_op<Real>(device, shape);
   using Acc = AccOf<Real>;
   Tokens tokens = shape.tokens;
@@ -91,7 +93,7 @@ MergeOp merge_op(Device& device, Merge merge, Shape shape) {
     Op::Input g = gate(about(merge).gates[i].name, about(merge).one_number ? 1 : D, 3 + i);
     gates.of[i] = g.value.data<Real>(), dgates.of[i] = g.gradient.data<Acc>();
   }
-  MergeShape sizes{tokens, D, 1e-6};
+  MergeShape sizes{tokens, D, eps};
   op.output = Tensor::of<Real>(device, n), op.cotangent = Tensor::random<Real>(device, n, 6);
   Tensor r = Tensor::of<Acc>(device, tokens.rows()), h = Tensor::of<Acc>(device, tokens.rows());
   op.xbar = Tensor::of<Acc>(device, means), op.fbar = Tensor::of<Acc>(device, means);
@@ -167,10 +169,13 @@ TEST(Merge, GradientsAgreeWithDifferences) {
 TEST(Merge, AgreesOnBothDevices) {
   if (devices().size() < 2) GTEST_SKIP() << "no GPU";
   for (Merge merge : all_merges) {
-    for (const Shape& shape :
-         {shapes[1], shapes[3], shapes[4], narrow_shapes[0], narrow_shapes[1], narrow_shapes[2]}) {
+    std::vector<Shape> all = {shapes[1], shapes[3], shapes[4]};
+    all.insert(all.end(), std::begin(narrow_shapes), std::end(narrow_shapes));
+    for (const Shape& shape : all) {
       SCOPED_TRACE(testing::Message() << about(merge).name << " D " << shape.D);
-      check_devices([&](Device& d, auto t) { return merge_op<decltype(t)>(d, merge, shape); });
+      check_devices([&](Device& d, auto t) {
+        return merge_op<decltype(t)>(d, merge, shape, 1e-2);  // so large that its lack would show
+      });
     }
   }
   for (Merge merge : {merge_of<MvSplit>, merge_of<MvSplitNoLeak>})
@@ -185,18 +190,48 @@ TEST(Merge, AReplayHasTheSameBits) {
   for (Device* device : devices())
     for (Merge merge : all_merges) {
       if (about(merge).trunk_apart) continue;
-      for (const Shape& shape : {shapes[1], shapes[3], wide_shapes[3], narrow_shapes[0]}) {
+      for (const Shape& shape : {shapes[1], shapes[3], wide_shapes[3], narrow_shapes[0],
+                                 narrow_shapes[2], narrow_shapes[3]}) {
         SCOPED_TRACE(testing::Message() << about(merge).name << " D " << shape.D);
         MergeOp op = merge_op<bf16>(*device, merge, shape);
         op.forward(), op.backward();
         std::vector<double> first = op.output.get();
+        auto left = [&] {
+          std::vector<std::vector<double>> all;
+          if (about(merge).means) all = {op.xbar.get(), op.fbar.get(), op.dZbar.get()};
+          for (size_t i = 1; i < op.inputs.size(); ++i) all.push_back(op.inputs[i].gradient.get());
+          return all;
+        };
+        std::vector<std::vector<double>> left_first = left();
         op.output.set(std::vector<double>(first.size()));
         op.replay();
         EXPECT_EQ(op.output.get(), first);
         op.backward_in_place();
         EXPECT_EQ(op.cotangent.get(), op.inputs[0].gradient.get());
+        EXPECT_EQ(left(), left_first);
       }
     }
+}
+
+// Clusters run where they should: nothing else would show that they do not.
+TEST(Merge, NarrowOnesRunInClusters) {
+#ifdef __CUDACC__
+  if (devices().size() < 2) GTEST_SKIP() << "no GPU";
+  Device& device = *devices()[1];
+  cudaDeviceProp properties;
+  CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
+  ASSERT_EQ(device.cluster_bytes > 0, properties.clusterLaunch && __CUDA_ARCH_LIST__ >= 900);
+  if (device.cluster_bytes == 0) GTEST_SKIP() << "no clusters";
+  auto forward = [&](Tokens t, size_t D) { return ForwardCluster<bf16>::fits(device, {t, D, 0}); };
+  EXPECT_TRUE(forward({32, 256, 8}, 128));
+  EXPECT_FALSE(forward({32, 256, 8}, 136));
+  EXPECT_FALSE(forward({32, 500, 13}, 128));
+  // 16 warps' and 3 blocks' sums, and 6 rows a warp: 38,912 + 73,728 bytes.
+  EXPECT_EQ(BackwardCluster<bf16>::fits(device, {{32, 256, 8}, 128, 0}),
+            device.cluster_bytes >= 112640);
+#else
+  GTEST_SKIP() << "no GPU";
+#endif
 }
 
 // x + s * factor_d * dZbar of the row's segment; only in rows where keep(segment).
