@@ -922,6 +922,7 @@ __global__ void __launch_bounds__(ForwardCluster<Real>::threads)
     int kind = here.kind(i);
     Quad<float> Z =
         M::Z(gains, {here.read(i, 0), here.read(i, 1), here.sum(kind, 0), here.sum(kind, 1)});
+    // (Of 32 threads a sum asks neither for the team's number nor for the thread's.)
     float r = inverse_rms(Team{0, 0, 32}.sum(dot(Z, Z)), D, eps);
     if (here.lane == 0) saved.r[here.row(i)] = r;
     store(X_next + here.row(i) * D + here.d, r * Z);
