@@ -1305,7 +1305,7 @@ class Network {
 //
 // D.1 Heads
 
-// Several channels of both halves of a head, of one array or of two.
+// Neighbouring channels of both halves of a head, of one array or of two.
 template <class Real, int wide, int arrays>
 struct HeadPiece {
   Several<Real, wide> of[arrays][2];
@@ -1318,96 +1318,76 @@ struct HeadPiece {
 // For each head of Q and K inside x and y (B, T, 3, H, hd): found = finish(number, <x, y>, mine),
 // and x = put(x, y, R, found) for each of its points. (With one array y is x.)
 //
-// A token has 2 H head vectors, the queries, then the keys. A group of `one` threads, a warp or
-// less, takes `at_once` heads at a time: it has all its loads on the way, and reads its angles once
-// for all of them. A thread has `wide` neighbouring channels of each half, and keeps the first that
-// it has, on a GPU up to hd = 64 wide all of them.
-template <int wide, int at_once, int arrays, class Real, class Finish, class Put>
+// A team, a warp or less, takes one of a token's 2 H head vectors, the queries, then the keys. A
+// thread has `wide` neighbouring channels of each half, and keeps the first that it has, on a GPU
+// up to hd = 64 wide all of them.
+template <int wide, int arrays, class Real, class Finish, class Put>
 void replace_heads_by(const Device& device, Real* x, const Real* y, Rope<AccOf<Real>> rope,
                       Heads heads, const Finish& finish, const Put& put) {
   using Acc = AccOf<Real>;
   using Piece = HeadPiece<Real, wide, arrays>;
   using Wide = Several<Real, wide>;
-  size_t half = heads.dim / 2, all_heads = 2 * heads.count;
-  int one = threads_to_cover(heads.dim, 2 * wide, 32);
-  int threads = threads_to_cover(all_heads * size_t(one), at_once, Team::max_size, one);
-  for_each_team(device, heads.batch * heads.length, threads, [=] HD(Team team) {
-    size_t row = team.index, token = uint32_t(row) % uint32_t(heads.length);
-    bool turned = token < rope.image_tokens;
+  size_t half = heads.dim / 2, each = 2 * heads.count;
+  int threads = threads_to_cover(half, wide, 32);
+  for_each_team(device, heads.batch * heads.length * each, threads, [=] HD(Team team) {
+    size_t row = uint32_t(team.index) / uint32_t(each),
+           head = uint32_t(team.index) % uint32_t(each);
+    size_t token = uint32_t(row) % uint32_t(heads.length), own = size_t(wide * team.rank);
+    size_t at = row * 3 * heads.width() + head * heads.dim;
     auto angle = [&](const Acc* table, size_t j) {
-      size_t at = (turned ? token * half : 0) + min_(j, half - wide);
-      return *reinterpret_cast<const Several<Acc, wide>*>(table + at);
+      size_t image_token = token < rope.image_tokens ? token : 0;
+      return *reinterpret_cast<const Several<Acc, wide>*>(table + image_token * half + j);
     };
-    Team part = team.part(one);
-    size_t own = size_t(wide * part.rank), step = size_t(wide * part.size);
-    for (size_t head = at_once * part.index; head < all_heads;
-         head += at_once * size_t(team.parts(one))) {
-      auto at = [&](int k, size_t j) {  // of head + k, or the last one's again
-        return row * 3 * heads.width() + min_(head + size_t(k), all_heads - 1) * heads.dim + j;
-      };
-      auto read = [&](int k, size_t j) {
-        Piece p;
-        for (int a = 0; a < arrays; ++a)
-          for (int i = 0; i < 2; ++i)
-            p.of[a][i] = *reinterpret_cast<const Wide*>((a ? y : x) + at(k, j + size_t(i) * half));
-        return p;
-      };
-      Piece kept[at_once] = {};  // zeros, if the thread has none
-      Several<Acc, wide> cosine = angle(rope.cosine, own), sine = angle(rope.sine, own);
-      Several<Acc, at_once> sums = {};
-      for (size_t j = own; j < half; j += step) {
-        UNROLL
-        for (int k = 0; k < at_once; ++k) {
-          Piece p = read(k, j);
-          if (j == own) kept[k] = p;
-          for (int i = 0; i < wide; ++i) {
-            Point<Acc> a = p.point(0, i), b = p.point(arrays - 1, i);
-            sums.v[k] += a.x1 * b.x1 + a.x2 * b.x2;
-          }
-        }
+    auto read = [&](size_t j) {
+      Piece p;
+      for (int a = 0; a < arrays; ++a)
+        for (int i = 0; i < 2; ++i)
+          p.of[a][i] = *reinterpret_cast<const Wide*>((a ? y : x) + at + j + size_t(i) * half);
+      return p;
+    };
+    Piece kept = {};  // zeros, if the thread has none
+    Several<Acc, wide> cosine = {}, sine = {};
+    Acc sum = 0;
+    for (size_t j = own; j < half; j += size_t(wide * team.size)) {
+      Piece p = read(j);
+      if (j == own) kept = p, cosine = angle(rope.cosine, j), sine = angle(rope.sine, j);
+      for (int i = 0; i < wide; ++i) {
+        Point<Acc> u = p.point(0, i), v = p.point(arrays - 1, i);
+        sum += u.x1 * v.x1 + u.x2 * v.x2;
       }
-      sums = part.sum_rows(sums, 1);
-      decltype(finish(0, Acc(), true)) found[at_once];
-      UNROLL
-      for (int k = 0; k < at_once; ++k)
-        found[k] = finish(row * all_heads + min_(head + size_t(k), all_heads - 1), sums.v[k],
-                          part.rank == 0 && head + size_t(k) < all_heads);
-      for (size_t j = own; j < half; j += step) {
-        Several<Acc, wide> c = j == own ? cosine : angle(rope.cosine, j);
-        Several<Acc, wide> s = j == own ? sine : angle(rope.sine, j);
-        if (!turned)
-          for (int i = 0; i < wide; ++i) c.v[i] = 1, s.v[i] = 0;
-        UNROLL
-        for (int k = 0; k < at_once; ++k) {
-          if (head + size_t(k) >= all_heads) break;
-          Piece p = j == own ? kept[k] : read(k, j);
-          for (int i = 0; i < wide; ++i) {
-            Rotation<Acc> R{c.v[i], s.v[i]};
-            Point<Acc> out = put(p.point(0, i), p.point(arrays - 1, i), R, found[k]);
-            p.of[0][0].v[i] = Real(out.x1), p.of[0][1].v[i] = Real(out.x2);
-          }
-          for (int i = 0; i < 2; ++i)
-            *reinterpret_cast<Wide*>(x + at(k, j + size_t(i) * half)) = p.of[0][i];
-        }
+    }
+    auto found = finish(team.index, team.sum(sum), team.rank == 0);
+    for (size_t j = own; j < half; j += size_t(wide * team.size)) {
+      bool first = j == own;
+      Piece p = first ? kept : read(j);
+      Several<Acc, wide> c = first ? cosine : angle(rope.cosine, j);
+      Several<Acc, wide> s = first ? sine : angle(rope.sine, j);
+      for (int i = 0; i < wide; ++i) {
+        Rotation<Acc> R{c.v[i], s.v[i]};
+        if (token >= rope.image_tokens) R = {1, 0};
+        Point<Acc> out = put(p.point(0, i), p.point(arrays - 1, i), R, found);
+        p.of[0][0].v[i] = Real(out.x1), p.of[0][1].v[i] = Real(out.x2);
       }
+      for (int i = 0; i < 2; ++i)
+        *reinterpret_cast<Wide*>(x + at + j + size_t(i) * half) = p.of[0][i];
     }
   });
 }
 
-// One array: four heads at a time, and loads as wide as the halves allow.
+// One array: loads as wide as the halves allow.
 template <class Real, class Finish, class Put>
 void replace_heads(const Device& device, Real* x, Rope<AccOf<Real>> rope, Heads heads,
                    const Finish& finish, const Put& put) {
   if (heads.dim % 8 == 0)
-    replace_heads_by<4, 4, 1>(device, x, x, rope, heads, finish, put);
+    replace_heads_by<4, 1>(device, x, x, rope, heads, finish, put);
   else
-    replace_heads_by<2, 4, 1>(device, x, x, rope, heads, finish, put);
+    replace_heads_by<2, 1>(device, x, x, rope, heads, finish, put);
 }
-// Two: one at a time. Where this runs, off tensor cores, other kernels take the time.
+// Two: where this runs, off tensor cores, other kernels take the time.
 template <class Real, class Finish, class Put>
 void replace_heads(const Device& device, Real* x, const Real* y, Rope<AccOf<Real>> rope,
                    Heads heads, const Finish& finish, const Put& put) {
-  replace_heads_by<1, 1, 2>(device, x, y, rope, heads, finish, put);
+  replace_heads_by<1, 2>(device, x, y, rope, heads, finish, put);
 }
 
 // D.2 On tensor cores
@@ -1490,18 +1470,16 @@ struct Tile {
     return *static_cast<uint32_t*>(__cvta_shared_to_generic(address(row, column)));
   }
 
-  // Start to copy rows first.. of a matrix of n rows; zeros after the last.
-  __device__ void load(const bf16* from, size_t stride, int first, int n) const {
+  // Start to copy rows first.. of a matrix of n rows; zeros after the last, where nothing is read.
+  __device__ void load(const bf16* from, unsigned stride, int first, int n) const {
     constexpr int chunks = dim / 8, step = block_threads / chunks;  // step % 8 == 0: one place
     int row = int(threadIdx.x) / chunks, column = int(threadIdx.x) % chunks * 8;
-    const bf16* source = from + size_t(first + row) * stride + column;
+    const bf16* source = from + size_t(unsigned(first + row)) * stride + column;
     unsigned to = address(row, column);
     UNROLL
-    for (int i = 0; i < rows; i += step) {
-      bool inside = first + row + i < n;
+    for (int i = 0; i < rows; i += step)
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + unsigned(i) * 128),
-                   "l"(inside ? source + size_t(i) * stride : from), "r"(inside ? 16 : 0));
-    }
+                   "l"(source + size_t(i) * stride), "r"(first + row + i < n ? 16 : 0));
   }
   // Copy the warp's 16 rows, which it has written, to rows first.. of a matrix of n rows.
   __device__ void store(bf16* to, size_t stride, int first, int n) const {
@@ -1540,6 +1518,13 @@ __device__ inline void end_of_loads() { asm volatile("cp.async.commit_group;"); 
 __device__ inline Fragment as_left(const float (*x)[4]) {
   return {{packed(x[0][0], x[0][1]), packed(x[0][2], x[0][3]), packed(x[1][0], x[1][1]),
            packed(x[1][2], x[1][3])}};
+}
+// Columns from n on become zero.
+__device__ inline void zero_from(float (&x)[4][4], int n) {
+  if (n >= tile_columns) return;
+  UNROLL
+  for (int i = 0; i < 16; ++i)
+    if (i / 4 * 8 + 2 * int(threadIdx.x % 4) + i % 2 >= n) x[i / 4][i % 4] = 0;
 }
 // sum[i] += this lane's share of row g + 8 i of two left factors.
 __device__ inline void add_row_sums(float (&sum)[2], const Fragment (&x)[2]) {
@@ -1604,8 +1589,8 @@ __device__ void settled(float (&x)[n][4]) {
 // address, the distance of its panels and that of groups of eight rows; bit 62: 128-byte swizzle.
 template <int dim, int rows>
 __device__ uint64_t described(Tile<dim, rows> tile, unsigned offset) {
-  return uint64_t((tile.at + offset) / 16 % (1 << 14)) | uint64_t(tile.panel / 16) << 16 |
-         uint64_t(1024 / 16) << 32 | uint64_t(1) << 62;
+  unsigned low = tile.at / 16 + offset / 16 + (tile.panel / 16 << 16);
+  return uint64_t(1u << 30 | 1024 / 16) << 32 | low;
 }
 
 // Step k is columns 16 k to 16 k + 15, 32 bytes of a row. `add`: not in the first, which overwrites
@@ -1739,7 +1724,7 @@ __device__ inline float row_sum(float x) {
 // heads, then sequences.
 struct AttentionPlace {
   int n, first, warp, g, t;  // tokens; the block's first row; in it, the warp's; the lane 4 g + t
-  size_t b, head, pair;      // pair = b H + head
+  unsigned pair, b, head;    // pair = b H + head
 
   __device__ AttentionPlace(Heads heads)
       : n(int(heads.length)),
@@ -1748,7 +1733,8 @@ struct AttentionPlace {
         t(int(threadIdx.x % 4)) {
     int blocks = (n + block_rows - 1) / block_rows;
     first = int(blockIdx.x) % blocks * block_rows;
-    pair = blockIdx.x / unsigned(blocks), b = pair / heads.count, head = pair % heads.count;
+    pair = blockIdx.x / unsigned(blocks);
+    b = pair / unsigned(heads.count), head = pair % unsigned(heads.count);
   }
 };
 
@@ -1763,7 +1749,7 @@ __global__ void __launch_bounds__(block_threads, 4)
   Rows Q{unsigned(__cvta_generic_to_shared(shared))};
   auto columns = [&](int i) { return Columns{Q.at + Q.size + unsigned(i) * Columns::size}; };
   AttentionPlace p(heads);
-  size_t D = heads.width(), stride = 3 * D;
+  unsigned D = unsigned(heads.count) * dim, stride = 3 * D;
   const bf16* q = qkv + p.b * heads.length * stride + p.head * dim;
   float log2_scale = log2_e / sqrtf(float(dim));  // e^x = 2^(x log2 e)
   auto load_columns = [&](int tile) {
@@ -1785,10 +1771,10 @@ __global__ void __launch_bounds__(block_threads, 4)
     wait<0>(), settled(probs);
     UNROLL
     for (int i = 0; i < 16; ++i) {
-      int column = tile * tile_columns + i / 4 * 8 + 2 * p.t + i % 2;
       float& x = probs[i / 4][i % 4];
-      x = column < p.n ? power_of_2(x * log2_scale) : 0.f;
+      x = power_of_2(x * log2_scale);
     }
+    zero_from(probs, p.n - tile * tile_columns);
     const Fragment left[2] = {as_left(probs), as_left(probs + 2)};
     add_row_sums(sum, left);
     begin_products();
@@ -1837,29 +1823,30 @@ __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim
   for (int i = 0; i < 2; ++i) {
     int row = p.warp + p.g + 8 * i;
     size_t token = size_t(min(p.first + row, p.n - 1));  // rows after the last are not stored
-    float gy = 0, inverse = r[token * r_stride];
+    float factor = scale * __ldg(r + token * r_stride), gy = 0;
     UNROLL
     for (int k = 0; k < dim / 8; ++k) {
       uint32_t both = y.pair(row, 8 * k + 2 * p.t);
       gy += d[k][2 * i] * first_of(both) + d[k][2 * i + 1] * second_of(both);
     }
-    gy = scale * row_sum(gy) / dim;
+    gy = factor * row_sum(gy) / dim;
     UNROLL
     for (int k = 0; k < dim / 16; ++k) {
       int at = 8 * k + 2 * p.t;
       uint32_t &low = y.pair(row, at), &high = y.pair(row, at + half);
-      float y1[2] = {first_of(low), second_of(low)}, y2[2] = {first_of(high), second_of(high)};
-      UNROLL
-      for (int j = 0; j < 2; ++j) {
-        Rotation<float> R{1, 0};
-        size_t angle = token * half + size_t(at + j);
-        if (token < rope.image_tokens) R = {rope.cosine[angle], rope.sine[angle]};
-        float d1 = inverse * (scale * d[k][2 * i + j] - gy * y1[j]);
-        float d2 = inverse * (scale * d[k + dim / 16][2 * i + j] - gy * y2[j]);
-        Point<float> dx = turn_back(R, Point<float>{d1, d2});
-        y1[j] = dx.x1, y2[j] = dx.x2;
+      float2 cosine = {1, 1}, sine = {0, 0};
+      if (token < rope.image_tokens) {
+        size_t angle = token * half + size_t(at);
+        cosine = __ldg(reinterpret_cast<const float2*>(rope.cosine + angle));
+        sine = __ldg(reinterpret_cast<const float2*>(rope.sine + angle));
       }
-      low = packed(y1[0], y1[1]), high = packed(y2[0], y2[1]);
+      auto turned = [&](float c, float s, int j, float y1, float y2) {
+        return turn_back({c, s}, Point<float>{factor * d[k][2 * i + j] - gy * y1,
+                                              factor * d[k + dim / 16][2 * i + j] - gy * y2});
+      };
+      Point<float> first = turned(cosine.x, sine.x, 0, first_of(low), first_of(high));
+      Point<float> second = turned(cosine.y, sine.y, 1, second_of(low), second_of(high));
+      low = packed(first.x1, second.x1), high = packed(first.x2, second.x2);
     }
   }
 }
@@ -1875,7 +1862,8 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
   Rows L1{unsigned(__cvta_generic_to_shared(shared))}, L2{L1.at + Rows::size};
   auto columns = [&](int i) { return Columns{L2.at + Rows::size + unsigned(i) * Columns::size}; };
   AttentionPlace p(heads);
-  size_t D = heads.width(), stride = 3 * D, start = p.b * heads.length * stride + p.head * dim;
+  unsigned D = unsigned(heads.count) * dim, stride = 3 * D;
+  size_t start = p.b * heads.length * stride + p.head * dim;
   const bf16 *q = qkv + start, *k = q + D, *v = k + D;
   const bf16* dy = c.dY + p.b * heads.length * D + p.head * dim;
   const float *log_sums = c.log_sums + p.pair * heads.length,
@@ -1923,24 +1911,23 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
     for (int i = 0; i < 16; ++i) {
       float& x = probs[i / 4][i % 4];
       x = power_of_2(log2_scale * x - (keys ? of_tile[column(i)] : row_log[i / 2 % 2]));
-      if (!keys && tile * tile_columns + column(i) >= p.n) x = 0;
     }
+    if (!keys) zero_from(probs, p.n - tile * tile_columns);
     wait<0>(), settled(dA);
-    if constexpr (keys) {
-      const Fragment left[2] = {as_left(probs), as_left(probs + 2)};
-      begin_products();
-      add_rows(d2, left, C2);
-    }
     UNROLL
     for (int i = 0; i < 16; ++i)  // (dS)
       dA[i / 4][i % 4] =
           probs[i / 4][i % 4] *
           (dA[i / 4][i % 4] - (keys ? of_tile[tile_columns + column(i)] : row_inner[i / 2 % 2]));
-    const Fragment left[2] = {as_left(dA), as_left(dA + 2)};
-    if (!keys) add_row_sums(sum, left);
+    const Fragment dS[2] = {as_left(dA), as_left(dA + 2)};
+    const Fragment A[2] = {as_left(probs), as_left(probs + 2)};
     begin_products();
-    add_rows(d1, left, C1);
-    if (!keys) add_column_sums(key_sum, C1);
+    add_rows(d1, dS, C1);
+    if constexpr (keys) {
+      add_rows(d2, A, C2);
+    } else {
+      add_row_sums(sum, dS), add_column_sums(key_sum, C1);
+    }
     wait<0>(), settled(d1), settled(d2);
     __syncthreads();
   }

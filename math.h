@@ -912,7 +912,9 @@ HD Several<Real, n> operator+(Several<Real, n> a, Several<Real, n> b) {
 // f(row, d) for each quad of `rows` rows.
 template <class F>
 void for_each_quad(const Device& device, size_t rows, size_t D, const F& f) {
-  for_each(device, rows * D / 4, [=] HD(size_t i) { f(i / (D / 4), i % (D / 4) * 4); });
+  for_each_team(device, rows, threads_for_row(D), [=] HD(Team team) {
+    for (size_t d = 4 * size_t(team.rank); d < D; d += 4 * size_t(team.size)) f(team.index, d);
+  });
 }
 
 // The team's sum of term(d) over the quads of a row of D channels. The first four come without a

@@ -1077,13 +1077,20 @@ struct WriterModes {
   double g_mean, g_ctr, amplification, khat, image_amplification, image_kappa;
 };
 
+// What token t adds to its sequence's sums over all s: of K_ts C_ts, of the centered tokens' too, of
+// |K_ts C_ts|, and over image tokens alone of K_ts C_ts and of |M_ts| for s != t.
+struct TokenModes {
+  double energy, centered, magnitudes, image_energy, cosines;
+};
+
 // Scratch for a batch of B sequences, of y and of delta: means over all tokens; powers of two;
-// tokens as they are and centered, over these; their Gram matrices, K and C.
+// tokens as they are and centered, over these; their Gram matrices, K and C. Then (B, T).
 template <class Acc>
 struct WriterScratch {
   struct Side {
     Acc *means, *scales, *tokens, *gram;  // (B, 2, n), (B), (2, B, T, n), (2, B, T, T)
   } y, delta;                             // (delta with D channels for n)
+  TokenModes* of_tokens;
 
   void lay(Carver& c, Tokens tokens, size_t n, size_t D) {
     auto lay_side = [&](Side& side, size_t channels) {
@@ -1093,6 +1100,7 @@ struct WriterScratch {
       side.gram = c.take<Acc>(2 * tokens.rows() * tokens.length());
     };
     lay_side(y, n), lay_side(delta, D);
+    of_tokens = c.take<TokenModes>(tokens.rows());
   }
 };
 
@@ -1177,36 +1185,47 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
          {length, length, channels, 2 * tokens.batch});
   };
   prepare(scratch.y, y, n), prepare(scratch.delta, delta, D);
+  auto product = [=] HD(size_t part, size_t b, size_t t, size_t s) {
+    size_t at = (part * tokens.batch + b) * squares + t * length + s;
+    return double(scratch.y.gram[at]) * double(scratch.delta.gram[at]);
+  };
+  for_each_team(device, tokens.rows(), 32, [=] HD(Team team) {
+    size_t b = team.index / length, t = team.index % length;
+    double own = product(0, b, t, t);  // w_t^2
+    TokenModes sum = {};
+    for (size_t s = team.rank; s < length; s += team.size) {
+      double p = product(0, b, t, s);
+      sum.energy += p, sum.centered += product(1, b, t, s);
+      sum.magnitudes += fabs(p);
+      if (max_(t, s) >= tokens.image) continue;
+      sum.image_energy += p;
+      if (double both = own * product(0, b, s, s); t != s && both > 0)
+        sum.cosines += fabs(p) / sqrt(both);
+    }
+    for (double* x : {&sum.energy, &sum.centered, &sum.magnitudes, &sum.image_energy, &sum.cosines})
+      *x = team.sum(*x);
+    if (team.rank == 0) scratch.of_tokens[team.index] = sum;
+  });
   for_each_team(device, tokens.batch, Team::max_size, [=] HD(Team team) {
     size_t b = team.index;
-    auto product = [&](size_t part, size_t i) {
-      size_t at = (part * tokens.batch + b) * squares + i;
-      return double(scratch.y.gram[at]) * double(scratch.delta.gram[at]);
-    };
-    auto own = [&](size_t t) { return product(0, t * length + t); };  // w_t^2
     auto energy_of = [&](const Acc* mean, size_t channels) {
       double sum = 0;
       for (size_t d = team.rank; d < channels; d += team.size)
         sum += double(mean[d]) * double(mean[d]);
       return team.sum(sum);
     };
-    double energy[2] = {}, magnitudes = 0, w1 = 0, w2 = 0;
-    double image_energy = 0, cosines = 0, image_w2 = 0;
-    for (size_t i = team.rank; i < squares; i += team.size) {
-      size_t t = i / length, s = i % length;
-      double p = product(0, i);
-      energy[0] += p, energy[1] += product(1, i);
-      magnitudes += fabs(p);
-      if (max_(t, s) >= tokens.image) continue;
-      image_energy += p;
-      if (double both = own(t) * own(s); t != s && both > 0) cosines += fabs(p) / sqrt(both);
-    }
+    TokenModes sum = {};
+    double w1 = 0, w2 = 0, image_w2 = 0;
     for (size_t t = team.rank; t < length; t += team.size) {
-      w1 += sqrt(own(t)), w2 += own(t);
-      if (t < tokens.image) image_w2 += own(t);
+      const TokenModes& of = scratch.of_tokens[b * length + t];
+      sum.energy += of.energy, sum.centered += of.centered, sum.magnitudes += of.magnitudes;
+      sum.image_energy += of.image_energy, sum.cosines += of.cosines;
+      double own = product(0, b, t, t);
+      w1 += sqrt(own), w2 += own;
+      if (t < tokens.image) image_w2 += own;
     }
-    for (double* x :
-         {energy, energy + 1, &magnitudes, &w1, &w2, &image_energy, &cosines, &image_w2})
+    for (double* x : {&sum.energy, &sum.centered, &sum.magnitudes, &sum.image_energy, &sum.cosines,
+                      &w1, &w2, &image_w2})
       *x = team.sum(*x);
     double yy = energy_of(scratch.y.means + b * 2 * n, n);
     double dd = energy_of(scratch.delta.means + b * 2 * D, D);
@@ -1216,11 +1235,11 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
     double image_pairs = double(tokens.image) * (double(tokens.image) - 1);
     WriterModes m;
     m.g_mean = double(length) * sqrt(yy * dd);
-    m.g_ctr = scale * sqrt(max_(energy[1], 0.0));
-    m.amplification = energy[0] / w2;
-    m.khat = pairs > 1e-12 * w1 * w1 ? (magnitudes - w2) / pairs : NAN;
-    m.image_amplification = image_energy / image_w2;
-    m.image_kappa = image_w2 > 0 ? cosines / image_pairs : NAN;
+    m.g_ctr = scale * sqrt(max_(sum.centered, 0.0));
+    m.amplification = sum.energy / w2;
+    m.khat = pairs > 1e-12 * w1 * w1 ? (sum.magnitudes - w2) / pairs : NAN;
+    m.image_amplification = sum.image_energy / image_w2;
+    m.image_kappa = image_w2 > 0 ? sum.cosines / image_pairs : NAN;
     modes[b] = m;
   });
 }
