@@ -1443,6 +1443,8 @@ void head_products(const Device& device, AccOf<Real>* inner, const Real* dY, con
 }
 
 #ifdef __CUDACC__
+#include <cuda_pipeline.h>
+
 constexpr int block_rows = 64, tile_columns = 32, block_threads = 128;
 
 // A warp's 32 lanes are 8 groups of 4, lane = 4 g + t. Of a 16 x 16 piece of a left factor, a lane
@@ -1475,11 +1477,10 @@ struct Tile {
     constexpr int chunks = dim / 8, step = block_threads / chunks;  // step % 8 == 0: one place
     int row = int(threadIdx.x) / chunks, column = int(threadIdx.x) % chunks * 8;
     const bf16* source = from + size_t(unsigned(first + row)) * stride + column;
-    unsigned to = address(row, column);
     UNROLL
     for (int i = 0; i < rows; i += step)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + unsigned(i) * 128),
-                   "l"(source + size_t(i) * stride), "r"(first + row + i < n ? 16 : 0));
+      __pipeline_memcpy_async(&pair(row, column) + 32 * i, source + size_t(i) * stride, 16,
+                              first + row + i < n ? 0 : 16);
   }
   // Copy the warp's 16 rows, which it has written, to rows first.. of a matrix of n rows.
   __device__ void store(bf16* to, size_t stride, int first, int n) const {
@@ -1503,14 +1504,6 @@ __device__ inline uint32_t packed(float first, float second) {
 }
 __device__ inline float first_of(uint32_t both) { return __uint_as_float(both << 16); }
 __device__ inline float second_of(uint32_t both) { return __uint_as_float(both & 0xffff0000u); }
-
-// Start to copy one float to shared memory, or a zero.
-__device__ inline void load_float(unsigned to, const float* from, bool inside) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
-               "r"(inside ? 4 : 0));
-}
-// The loads since the last call are a group. (After the last tile an empty one keeps the count.)
-__device__ inline void end_of_loads() { asm volatile("cp.async.commit_group;"); }
 
 // A product's 64 rows are the block's, 16 a warp. Of columns 8 i to 8 i + 7 lane 4 g + t holds, as
 // x[i][0..3], (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). Rounded, x[i] and x[i + 1] are a
@@ -1565,25 +1558,25 @@ __device__ void column_means(float* means, const float (&sum)[panels][2], int n)
 // and a sum of a tile's rows,
 //     add_rows:          y (64 x dim) += x C,     x (64 x 32) rounded.
 // Hopper's wgmma reads C from shared memory; L too in the first, in the second x from registers.
-// The four warps call it together and go on while it works: begin_products() before the first, then
-// each call starts one, and wait<k>() waits for all but the latest k. `settled(x)` after that keeps
-// the compiler from reading x earlier. Other GPUs have mma, of one warp, for which each lane
-// gathers its share of the factors; it is done when the call returns.
+// The four warps call it together and go on while it works; wait<k>(x, ...) waits for all but the
+// latest k, and keeps the compiler from reading these sums earlier. Other GPUs have mma, of one
+// warp, for which each lane gathers its share of the factors; it is done when the call returns.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define QUAD(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
 
-__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void begin_product() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void end_product() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-template <int k>
-__device__ void wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(k) : "memory");
-}
 template <int n>
-__device__ void settled(float (&x)[n][4]) {
+__device__ void settle(float (&x)[n][4]) {
   UNROLL
   for (int i = 0; i < n; ++i) asm volatile("" : QUAD(x[i])::"memory");
+}
+template <int k, class... Sums>
+__device__ void wait(Sums&... x) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(k) : "memory");
+  (settle(x), ...);
 }
 // A tile, from `offset` bytes on, as the instruction is told of it: in units of 16 bytes, its
 // address, the distance of its panels and that of groups of eight rows; bit 62: 128-byte swizzle.
@@ -1598,6 +1591,7 @@ __device__ uint64_t described(Tile<dim, rows> tile, unsigned offset) {
 template <int dim>
 __device__ void product_of_rows(float (&x)[4][4], Tile<dim, block_rows> L,
                                 Tile<dim, tile_columns> C) {
+  begin_product();
   UNROLL
   for (int k = 0; k < dim / 16; ++k)
     asm volatile(
@@ -1616,6 +1610,7 @@ __device__ void product_of_rows(float (&x)[4][4], Tile<dim, block_rows> L,
 template <int dim>
 __device__ void add_rows(float (&y)[dim / 8][4], const Fragment (&x)[2],
                          Tile<dim, tile_columns> C) {
+  begin_product();
   UNROLL
   for (int k = 0; k < 2; ++k) {
     UNROLL
@@ -1637,11 +1632,8 @@ __device__ void add_rows(float (&y)[dim / 8][4], const Fragment (&x)[2],
 }
 #undef QUAD
 #else
-__device__ inline void begin_products() {}
-template <int k>
-__device__ void wait() {}
-template <int n>
-__device__ void settled(float (&)[n][4]) {}
+template <int k, class... Sums>
+__device__ void wait(Sums&...) {}
 
 // Four 8 x 8 matrices, each lane naming a row of one, as they lie or transposed.
 template <bool transposed>
@@ -1701,7 +1693,7 @@ __device__ void add_rows(float (&y)[dim / 8][4], const Fragment (&x)[2],
 
 // All but the latest group of loads are there, for every thread of the block and for wgmma.
 __device__ inline void wait_for_loads_but_one() {
-  asm volatile("cp.async.wait_group 1;");
+  __pipeline_wait_prior(1);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("fence.proxy.async.shared::cta;");
 #endif
@@ -1738,10 +1730,10 @@ struct AttentionPlace {
   }
 };
 
-// Y, Y_rest (B, T, D) and log sums (B, H, T) from qkv.
+// s.Y, s.Y_rest (B, T, D) and s.log_sums (B, H, T) from s.qkv.
 template <int dim>
 __global__ void __launch_bounds__(block_threads, 4)
-    attention_forward_kernel(bf16* Y, bf16* Y_rest, float* log_sums, const bf16* qkv, Heads heads) {
+    attention_forward_kernel(BlockSaved<bf16> s, Heads heads) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(1024) unsigned char shared[];
   using Rows = Tile<dim, block_rows>;
@@ -1750,7 +1742,7 @@ __global__ void __launch_bounds__(block_threads, 4)
   auto columns = [&](int i) { return Columns{Q.at + Q.size + unsigned(i) * Columns::size}; };
   AttentionPlace p(heads);
   unsigned D = unsigned(heads.count) * dim, stride = 3 * D;
-  const bf16* q = qkv + p.b * heads.length * stride + p.head * dim;
+  const bf16* q = s.qkv + p.b * heads.length * stride + p.head * dim;
   float log2_scale = log2_e / sqrtf(float(dim));  // e^x = 2^(x log2 e)
   auto load_columns = [&](int tile) {
     columns(tile % 2).load(q + D, stride, tile * tile_columns, p.n);
@@ -1758,17 +1750,16 @@ __global__ void __launch_bounds__(block_threads, 4)
   };
 
   Q.load(q, stride, p.first, p.n), load_columns(0);
-  end_of_loads();
+  __pipeline_commit();
   float y[dim / 8][4] = {}, sum[2] = {};
   for (int tile = 0; tile * tile_columns < p.n; ++tile) {
     if ((tile + 1) * tile_columns < p.n) load_columns(tile + 1);
-    end_of_loads();
+    __pipeline_commit();
     wait_for_loads_but_one();
     Columns K = columns(tile % 2), V = columns(2 + tile % 2);
     float probs[4][4];
-    begin_products();
     product_of_rows(probs, Q, K);
-    wait<0>(), settled(probs);
+    wait<0>(probs);
     UNROLL
     for (int i = 0; i < 16; ++i) {
       float& x = probs[i / 4][i % 4];
@@ -1777,9 +1768,8 @@ __global__ void __launch_bounds__(block_threads, 4)
     zero_from(probs, p.n - tile * tile_columns);
     const Fragment left[2] = {as_left(probs), as_left(probs + 2)};
     add_row_sums(sum, left);
-    begin_products();
     add_rows(y, left, V);
-    wait<0>(), settled(y);
+    wait<0>(y);
     __syncthreads();  // before the tile is overwritten
   }
   // Y leaves by way of Q's tile, what rounding takes from it by way of K's two.
@@ -1796,21 +1786,13 @@ __global__ void __launch_bounds__(block_threads, 4)
       rest.pair(row, 8 * k + 2 * p.t) = packed(even - first_of(both), odd - second_of(both));
     }
     if (p.t == 0 && p.first + row < p.n)
-      log_sums[p.pair * heads.length + size_t(p.first + row)] = log2f(total);
+      s.log_sums[p.pair * heads.length + size_t(p.first + row)] = log2f(total);
   }
   size_t out = p.b * heads.length * D + p.head * dim;
-  Q.store(Y + out, D, p.first, p.n);
-  if (Y_rest) rest.store(Y_rest + out, D, p.first, p.n);
+  Q.store(s.Y + out, D, p.first, p.n);
+  if (s.Y_rest) rest.store(s.Y_rest + out, D, p.first, p.n);
 #endif
 }
-
-// What the backward reads besides qkv.
-struct AttentionBackwardInputs {
-  const bf16* dY;                 // (B, T, D)
-  const float *log_sums, *inner;  // (B, H, T): l and c
-  const float* r;                 // (B, T, 2, H), of QK-norm
-  Rope<float> rope;
-};
 
 // y, normalised Q or K, becomes dx = R^T r (g - (<g, y> / hd) y), g = scale d. r: the QK-norm
 // factor of the sequence's first token, r_stride apart. (2.1)
@@ -1855,19 +1837,19 @@ __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim
 // dS below are then the transposed ones, d1 = dK, d2 = dV), or dQ (rows are queries, d1 = dQ). dS
 // is made in dA's place.
 template <int dim, bool keys>
-__device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const bf16* qkv,
-                                        AttentionBackwardInputs c, Heads heads) {
+__device__ void attention_backward_rows(unsigned char* shared, const Block<bf16>& block) {
   using Rows = Tile<dim, block_rows>;
   using Columns = Tile<dim, tile_columns>;
   Rows L1{unsigned(__cvta_generic_to_shared(shared))}, L2{L1.at + Rows::size};
   auto columns = [&](int i) { return Columns{L2.at + Rows::size + unsigned(i) * Columns::size}; };
+  Heads heads = block.shape.heads;
   AttentionPlace p(heads);
   unsigned D = unsigned(heads.count) * dim, stride = 3 * D;
   size_t start = p.b * heads.length * stride + p.head * dim;
-  const bf16 *q = qkv + start, *k = q + D, *v = k + D;
-  const bf16* dy = c.dY + p.b * heads.length * D + p.head * dim;
-  const float *log_sums = c.log_sums + p.pair * heads.length,
-              *inner = c.inner + p.pair * heads.length;
+  const bf16 *q = block.saved.qkv + start, *k = q + D, *v = k + D;
+  const bf16* dy = block.scratch.dY + p.b * heads.length * D + p.head * dim;
+  const float* log_sums = block.saved.log_sums + p.pair * heads.length;
+  const float* inner = block.scratch.inner + p.pair * heads.length;
   float scale = 1 / sqrtf(float(dim)), log2_scale = log2_e * scale;
   // l and c of a tile's queries, where these are the columns: two rows of 32 floats a stage.
   float* of_columns = reinterpret_cast<float*>(shared + 2 * Rows::size + 4 * Columns::size);
@@ -1876,14 +1858,15 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
     columns(tile % 2).load(keys ? q : k, stride, from, p.n);
     columns(2 + tile % 2).load(keys ? dy : v, keys ? D : stride, from, p.n);
     if (keys && i < 2 * tile_columns)
-      load_float(unsigned(__cvta_generic_to_shared(of_columns + tile % 2 * 2 * tile_columns + i)),
-                 (i < tile_columns ? log_sums : inner) + min(query, p.n - 1), query < p.n);
+      __pipeline_memcpy_async(of_columns + tile % 2 * 2 * tile_columns + i,
+                              (i < tile_columns ? log_sums : inner) + query, 4,
+                              query < p.n ? 0 : 4);
   };
 
   L1.load(keys ? k : q, stride, p.first, p.n);
   L2.load(keys ? v : dy, keys ? stride : D, p.first, p.n);
   load_columns(0);
-  end_of_loads();
+  __pipeline_commit();
   float d1[dim / 8][4] = {}, d2[keys ? dim / 8 : 1][4] = {}, row_log[2], row_inner[2], sum[2] = {};
   float key_sum[dim / 64][2] = {};
   if (!keys) {
@@ -1895,16 +1878,15 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
   }
   for (int tile = 0; tile * tile_columns < p.n; ++tile) {
     if ((tile + 1) * tile_columns < p.n) load_columns(tile + 1);
-    end_of_loads();
+    __pipeline_commit();
     wait_for_loads_but_one();
     Columns C1 = columns(tile % 2), C2 = columns(2 + tile % 2);
     const float* of_tile = of_columns + tile % 2 * 2 * tile_columns;
     auto column = [&](int i) { return i / 4 * 8 + 2 * p.t + i % 2; };
     float probs[4][4], dA[4][4];
-    begin_products();
     product_of_rows(probs, L1, C1);
     product_of_rows(dA, L2, C2);
-    wait<1>(), settled(probs);
+    wait<1>(probs);
     // Rows and columns after the last are zero in every tile: A, finite, adds nothing to a product.
     // But rows of dS are summed as well, so their keys must be there.
     UNROLL
@@ -1913,7 +1895,7 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
       x = power_of_2(log2_scale * x - (keys ? of_tile[column(i)] : row_log[i / 2 % 2]));
     }
     if (!keys) zero_from(probs, p.n - tile * tile_columns);
-    wait<0>(), settled(dA);
+    wait<0>(dA);
     UNROLL
     for (int i = 0; i < 16; ++i)  // (dS)
       dA[i / 4][i % 4] =
@@ -1921,14 +1903,13 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
           (dA[i / 4][i % 4] - (keys ? of_tile[tile_columns + column(i)] : row_inner[i / 2 % 2]));
     const Fragment dS[2] = {as_left(dA), as_left(dA + 2)};
     const Fragment A[2] = {as_left(probs), as_left(probs + 2)};
-    begin_products();
     add_rows(d1, dS, C1);
     if constexpr (keys) {
       add_rows(d2, A, C2);
     } else {
       add_row_sums(sum, dS), add_column_sums(key_sum, C1);
     }
-    wait<0>(), settled(d1), settled(d2);
+    wait<0>(d1, d2);
     __syncthreads();
   }
   if (!keys) {
@@ -1944,27 +1925,28 @@ __device__ void attention_backward_rows(unsigned char* shared, bf16* dqkv, const
   }
   // The sums leave by way of the rows' tiles.
   constexpr size_t part = keys ? 1 : 0;
-  const float* r = c.r + (p.b * heads.length * 2 + part) * heads.count + p.head;
-  leave_through_rope<dim>(L1, d1, scale, r, 2 * heads.count, c.rope, p);
-  L1.store(dqkv + start + part * D, stride, p.first, p.n);
+  const float* r = block.saved.r_qk + (p.b * heads.length * 2 + part) * heads.count + p.head;
+  leave_through_rope<dim>(L1, d1, scale, r, 2 * heads.count, block.shape.rope, p);
+  bf16* dqkv = block.scratch.dqkv + start;
+  L1.store(dqkv + part * D, stride, p.first, p.n);
   if constexpr (keys) {
     UNROLL
     for (int i = 0; i < dim / 4; ++i)
       L2.pair(p.warp + p.g + i % 2 * 8, i / 2 * 8 + 2 * p.t) =
           packed(d2[i / 2][i % 2 * 2], d2[i / 2][i % 2 * 2 + 1]);
-    L2.store(dqkv + start + 2 * D, stride, p.first, p.n);
+    L2.store(dqkv + 2 * D, stride, p.first, p.n);
   }
 }
 
 template <int dim>
 __global__ void __launch_bounds__(block_threads, dim == 64 ? 3 : 2)
-    attention_backward_kernel(bf16* dqkv, const bf16* qkv, AttentionBackwardInputs c, Heads heads) {
+    attention_backward_kernel(Block<bf16> block) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(1024) unsigned char shared[];
   if (blockIdx.z == 0)
-    attention_backward_rows<dim, true>(shared, dqkv, qkv, c, heads);
+    attention_backward_rows<dim, true>(shared, block);
   else
-    attention_backward_rows<dim, false>(shared, dqkv, qkv, c, heads);
+    attention_backward_rows<dim, false>(shared, block);
 #endif
 }
 #endif
@@ -1980,8 +1962,7 @@ bool fused_attention_forward(Device& device, const BlockSaved<Real>& s, Heads he
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count));
     size_t rows = block_rows + 4 * tile_columns;
     auto kernel = heads.dim == 64 ? attention_forward_kernel<64> : attention_forward_kernel<128>;
-    launch(device, kernel, blocks, 1, block_threads, rows * heads.dim * sizeof(Real), s.Y, s.Y_rest,
-           s.log_sums, s.qkv, heads);
+    launch(device, kernel, blocks, 1, block_threads, rows * heads.dim * sizeof(Real), s, heads);
   }
 #endif
   (void)device, (void)heads;
@@ -2001,10 +1982,9 @@ bool fused_attention_backward(Device& device, const Block<Real>& block) {
   if constexpr (std::is_same_v<Real, bf16>) {
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count), 1, 2);
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
-    AttentionBackwardInputs c{scratch.dY, s.log_sums, scratch.inner, s.r_qk, block.shape.rope};
     auto kernel = heads.dim == 64 ? attention_backward_kernel<64> : attention_backward_kernel<128>;
     launch(device, kernel, blocks, 1, block_threads,
-           rows * heads.dim * sizeof(Real) + floats * sizeof(float), scratch.dqkv, s.qkv, c, heads);
+           rows * heads.dim * sizeof(Real) + floats * sizeof(float), block);
   }
 #endif
   return true;
