@@ -1443,8 +1443,6 @@ void head_products(const Device& device, AccOf<Real>* inner, const Real* dY, con
 }
 
 #ifdef __CUDACC__
-#include <cuda_pipeline.h>
-
 constexpr int block_rows = 64, tile_columns = 32, block_threads = 128;
 
 // A warp's 32 lanes are 8 groups of 4, lane = 4 g + t. Of a 16 x 16 piece of a left factor, a lane
@@ -1519,38 +1517,54 @@ __device__ inline void zero_from(float (&x)[4][4], int n) {
   for (int i = 0; i < 16; ++i)
     if (i / 4 * 8 + 2 * int(threadIdx.x % 4) + i % 2 >= n) x[i / 4][i % 4] = 0;
 }
-// sum[i] += this lane's share of row g + 8 i of two left factors.
-__device__ inline void add_row_sums(float (&sum)[2], const Fragment (&x)[2]) {
-  UNROLL
-  for (int i = 0; i < 8; ++i)
-    sum[i % 2] += first_of(x[i / 4].r[i % 4]) + second_of(x[i / 4].r[i % 4]);
+// Four 8 x 8 matrices, each lane naming a row of one, as they lie or transposed.
+template <bool transposed>
+__device__ Fragment gather(unsigned row_address) {
+  Fragment f;
+  if (transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
+                 : "r"(row_address));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
+                 : "r"(row_address));
+  return f;
 }
-// sum[i] += this thread's share of columns 64 i + 2 (lane) and the next of a tile: a warp has 8
-// rows.
+// x (16 x 8) += a b, b0 and b1 being b's upper and lower eight rows.
+__device__ inline void multiply(float (&x)[4], const Fragment& a, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
+      : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
+}
+// x[0], x[1] += a b for the two 16 x 8 halves of b.
+__device__ inline void multiply(float (*x)[4], const Fragment& a, const Fragment& b) {
+  multiply(x[0], a, b.r[0], b.r[1]), multiply(x[1], a, b.r[2], b.r[3]);
+}
+
+// Sums are products with ones: all columns (or rows) of such a product are the sum.
+constexpr uint32_t ones = 0x3f803f80;  // two of bf16
+// sum[2 i] += row g + 8 i of two left factors.
+__device__ inline void add_row_sums(float (&sum)[4], const Fragment (&x)[2]) {
+  multiply(sum, x[0], ones, ones), multiply(sum, x[1], ones, ones);
+}
+// A warp has a quarter of the columns: sum[i][0], sum[i][1] += its columns 8 i + 2 t and the next.
 template <int dim>
-__device__ void add_column_sums(float (&sum)[dim / 64][2], Tile<dim, tile_columns> C) {
+__device__ void add_column_sums(float (&sum)[dim / 32][4], Tile<dim, tile_columns> C) {
+  int lane = int(threadIdx.x % 32), first = int(threadIdx.x / 32) * dim / 4;
   UNROLL
-  for (int i = 0; i < dim / 64; ++i) {
-    UNROLL
-    for (int k = 0; k < 8; ++k) {
-      uint32_t both = C.pair(int(threadIdx.x / 32) * 8 + k, 64 * i + 2 * int(threadIdx.x % 32));
-      sum[i][0] += first_of(both), sum[i][1] += second_of(both);
-    }
-  }
+  for (int i = 0; i < dim / 32; ++i)  // 16 rows of 16 columns
+    multiply(sum + i / 2 * 2, {{ones, ones, ones, ones}},
+             gather<true>(C.address(i % 2 * 16 + lane % 16, first + i / 2 * 16 + lane / 16 * 8)));
 }
-// means (dim), in shared memory: the four warps' sums over n; room for 4 dim numbers.
-template <int panels>
-__device__ void column_means(float* means, const float (&sum)[panels][2], int n) {
-  constexpr int dim = 64 * panels;
-  int thread = int(threadIdx.x), lane = thread % 32;
+// means (dim), in shared memory: those sums over n.
+template <int dim>
+__device__ void column_means(float* means, const float (&sum)[dim / 32][4], int n) {
+  int first = int(threadIdx.x / 32) * dim / 4 + 2 * int(threadIdx.x % 4);
   UNROLL
-  for (int i = 0; i < 2 * panels; ++i)
-    means[thread / 32 * dim + 64 * (i / 2) + 2 * lane + i % 2] = sum[i / 2][i % 2];
-  __syncthreads();
-  if (thread < dim) {
-    for (int warp = 1; warp < 4; ++warp) means[thread] += means[warp * dim + thread];
-    means[thread] /= float(n);
-  }
+  for (int i = 0; i < dim / 16; ++i)
+    means[first + i / 2 * 8 + i % 2] = sum[i / 2][i % 2] / float(n);
   __syncthreads();
 }
 // Two kinds of product are needed, of a tile's rows with another's,
@@ -1634,31 +1648,6 @@ __device__ void add_rows(float (&y)[dim / 8][4], const Fragment (&x)[2],
 #else
 template <int k, class... Sums>
 __device__ void wait(Sums&...) {}
-
-// Four 8 x 8 matrices, each lane naming a row of one, as they lie or transposed.
-template <bool transposed>
-__device__ Fragment gather(unsigned row_address) {
-  Fragment f;
-  if (transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
-                 : "r"(row_address));
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
-                 : "r"(row_address));
-  return f;
-}
-// x[0], x[1] += a b for the two 16 x 8 halves of b.
-__device__ inline void multiply(float (*x)[4], const Fragment& a, const Fragment& b) {
-  UNROLL
-  for (int half = 0; half < 2; ++half)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(x[half][0]), "+f"(x[half][1]), "+f"(x[half][2]), "+f"(x[half][3])
-        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[2 * half]),
-          "r"(b.r[2 * half + 1]));
-}
 
 template <int dim>
 __device__ void product_of_rows(float (&x)[4][4], Tile<dim, block_rows> L,
@@ -1751,7 +1740,7 @@ __global__ void __launch_bounds__(block_threads, 4)
 
   Q.load(q, stride, p.first, p.n), load_columns(0);
   __pipeline_commit();
-  float y[dim / 8][4] = {}, sum[2] = {};
+  float y[dim / 8][4] = {}, sum[4] = {};
   for (int tile = 0; tile * tile_columns < p.n; ++tile) {
     if ((tile + 1) * tile_columns < p.n) load_columns(tile + 1);
     __pipeline_commit();
@@ -1776,7 +1765,7 @@ __global__ void __launch_bounds__(block_threads, 4)
   Rows rest{columns(0).at};
   UNROLL
   for (int i = 0; i < 2; ++i) {
-    float total = row_sum(sum[i]), inverse = 1 / total;
+    float total = sum[2 * i], inverse = 1 / total;
     int row = p.warp + p.g + 8 * i;
     UNROLL
     for (int k = 0; k < dim / 8; ++k) {
@@ -1867,8 +1856,8 @@ __device__ void attention_backward_rows(unsigned char* shared, const Block<bf16>
   L2.load(keys ? v : dy, keys ? stride : D, p.first, p.n);
   load_columns(0);
   __pipeline_commit();
-  float d1[dim / 8][4] = {}, d2[keys ? dim / 8 : 1][4] = {}, row_log[2], row_inner[2], sum[2] = {};
-  float key_sum[dim / 64][2] = {};
+  float d1[dim / 8][4] = {}, d2[keys ? dim / 8 : 1][4] = {}, row_log[2], row_inner[2], sum[4] = {};
+  float key_sum[dim / 32][4] = {};
   if (!keys) {
     UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -1914,14 +1903,10 @@ __device__ void attention_backward_rows(unsigned char* shared, const Block<bf16>
   }
   if (!keys) {
     float* kbar = reinterpret_cast<float*>(shared + 2 * Rows::size);  // where the tiles were
-    column_means(kbar, key_sum, p.n);
+    column_means<dim>(kbar, key_sum, p.n);
     UNROLL
-    for (int i = 0; i < 2; ++i) {
-      float total = row_sum(sum[i]);
-      UNROLL
-      for (int k = 0; k < dim / 4; ++k)
-        d1[k / 2][2 * i + k % 2] -= total * kbar[k / 2 * 8 + 2 * p.t + k % 2];
-    }
+    for (int i = 0; i < dim / 2; ++i)
+      d1[i / 4][i % 4] -= sum[i % 4 / 2 * 2] * kbar[i / 4 * 8 + 2 * p.t + i % 2];
   }
   // The sums leave by way of the rows' tiles.
   constexpr size_t part = keys ? 1 : 0;

@@ -48,7 +48,9 @@ inline int omp_get_max_threads() { return 1; }
 #endif
 
 #ifdef __CUDACC__
+#include <cooperative_groups.h>
 #include <cublas_v2.h>
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 #define HD __host__ __device__  // for both machines
 #else
@@ -65,7 +67,7 @@ inline int omp_get_max_threads() { return 1; }
 // 1. Errors
 //
 // Two kinds. Bad input (a flag, a file) is the user's to mend: fail() throws one clear sentence,
-// and main() prints it and exits with status 2. A CUDA status that is not success is ours: die()
+// and main() prints it and exits with status 2. A CUDA status that is not success is ours: check()
 // says where and exits with status 1.
 
 // A text that may come from a file, fit for a terminal.
@@ -89,23 +91,17 @@ struct Error : std::runtime_error {
   throw Error(visible(text));
 }
 
-[[noreturn]] inline void die(const char* file, int line, const char* call, const char* status) {
-  std::fprintf(stderr, "%s:%d: %s: %s\n", file, line, call, status);
+// Of a CUDA library: a status other than zero is not success.
+template <class Status>
+void check(Status status, const char* (*text)(Status), const char* file, int line,
+           const char* call) {
+  if (status == Status(0)) return;
+  std::fprintf(stderr, "%s:%d: %s: %s\n", file, line, call, text(status));
   std::exit(1);
 }
-
 #ifdef __CUDACC__
-#define CUDA_CHECK(call)                                                                     \
-  do {                                                                                       \
-    cudaError_t status_ = (call);                                                            \
-    if (status_ != cudaSuccess) die(__FILE__, __LINE__, #call, cudaGetErrorString(status_)); \
-  } while (0)
-#define CUBLAS_CHECK(call)                                            \
-  do {                                                                \
-    cublasStatus_t status_ = (call);                                  \
-    if (status_ != CUBLAS_STATUS_SUCCESS)                             \
-      die(__FILE__, __LINE__, #call, cublasGetStatusString(status_)); \
-  } while (0)
+#define CUDA_CHECK(call) check(call, cudaGetErrorString, __FILE__, __LINE__, #call)
+#define CUBLAS_CHECK(call) check(call, cublasGetStatusString, __FILE__, __LINE__, #call)
 #endif
 
 // ---------------------------------------------------------------------------------------------

@@ -794,9 +794,6 @@ constexpr Merge merge_of{Merges::index_of<M>()};
 // (Three: a batch of 32 then has one of an H200's multiprocessors for each block. A cluster must
 // lie within one part of the chip, so of clusters of four only 30 fit at once.)
 #ifdef __CUDACC__
-#include <cooperative_groups.h>
-#include <cuda_pipeline.h>
-
 template <class Real, int arrays>
 struct Cluster {
   static constexpr unsigned D = 128, blocks = 3, warps = 16, threads = 32 * warps;
@@ -836,6 +833,7 @@ struct Cluster {
   // lane's channels of it in shared memory, behind the sums.
   __device__ unsigned place(unsigned i) const { return (i * warps + warp) * blocks + block; }
   __device__ size_t row(unsigned i) const { return sequence * length + place(i); }
+  __device__ size_t at(unsigned i) const { return row(i) * D + d; }
   __device__ int kind(unsigned i) const { return place(i) < tokens.image ? 0 : 1; }
   __device__ Real* near(unsigned i, int array) const {
     return reinterpret_cast<Real*>(&sums() + 1) + ((i * warps + warp) * arrays + array) * D + d;
@@ -855,7 +853,7 @@ struct Cluster {
     cooperative_groups::this_cluster().barrier_arrive();
     each_row([&](unsigned i) {
       int array = 0;
-      (__pipeline_memcpy_async(near(i, array++), from + row(i) * D + d, 4 * sizeof(Real)), ...);
+      (__pipeline_memcpy_async(near(i, array++), from + at(i), 4 * sizeof(Real)), ...);
     });
     __pipeline_commit();
   }
@@ -898,18 +896,12 @@ struct Cluster {
     return sums().of_warps[of_warp] + (2 * kind + which) * D + d;
   }
 };
-template <class Real>
-using ForwardCluster = Cluster<Real, 2>;
-template <class Real>
-using BackwardCluster = Cluster<Real, 3>;
-
 template <class M, class Real>
-__global__ void __launch_bounds__(ForwardCluster<Real>::threads)
+__global__ void __launch_bounds__(Cluster<Real, 2>::threads)
     merge_forward_kernel(Real* X_next, MergeSaved<float> saved, const Real* X, const Real* F,
                          Gates<const Real> gates, Tokens tokens, float eps) {
 #if __CUDA_ARCH__ >= 900  // older GPUs have no clusters: it is not launched there
-  ForwardCluster<Real> here{tokens};
-  constexpr size_t D = here.D;
+  Cluster<Real, 2> here{tokens};
   here.fetch(X, F);
   Gains<float> gains = gains_at<M>(gates, here.d);
   __pipeline_wait_prior(0);
@@ -923,38 +915,37 @@ __global__ void __launch_bounds__(ForwardCluster<Real>::threads)
     Quad<float> Z =
         M::Z(gains, {here.read(i, 0), here.read(i, 1), here.sum(kind, 0), here.sum(kind, 1)});
     // (Of 32 threads a sum asks neither for the team's number nor for the thread's.)
-    float r = inverse_rms(Team{0, 0, 32}.sum(dot(Z, Z)), D, eps);
+    float r = inverse_rms(Team{0, 0, 32}.sum(dot(Z, Z)), here.D, eps);
     if (here.lane == 0) saved.r[here.row(i)] = r;
-    store(X_next + here.row(i) * D + here.d, r * Z);
+    store(X_next + here.at(i), r * Z);
   });
 #endif
 }
 
 template <class M, class Real>
-__global__ void __launch_bounds__(BackwardCluster<Real>::threads)
+__global__ void __launch_bounds__(Cluster<Real, 3>::threads)
     merge_backward_kernel(Real* dX, Real* dF, MergeScratch<float> scratch,
                           MergeBackwardInputs<Real> in, Tokens tokens) {
 #if __CUDA_ARCH__ >= 900
-  BackwardCluster<Real> here{tokens};
-  constexpr size_t D = here.D;
+  Cluster<Real, 3> here{tokens};
   here.fetch(in.G, in.X_next, in.F);
   // Lane i keeps r and h of the warp's i-th row, and tells the others.
   float r = here.place(here.lane) < here.length ? in.saved.r[here.row(here.lane)] : 0, h = 0;
   Gains<float> gains = gains_at<M>(in.gates, here.d);
   Quad<float> fbar[2] = {};
   for (int kind = 0; kind < 2 && M::means; ++kind)
-    fbar[kind] = load<float>(in.saved.fbar + (2 * here.sequence + size_t(kind)) * D + here.d);
+    fbar[kind] = load<float>(in.saved.fbar + (2 * here.sequence + size_t(kind)) * here.D + here.d);
   __pipeline_wait_prior(0);
   auto dZ = [&](unsigned i, float h_i) {  // (Delta')
     return __shfl_sync(~0u, r, int(i)) * (here.read(i, 0) - h_i * here.read(i, 1));
   };
   Pair<Quad<float>> sums[2] = {};
   here.each_row([&](unsigned i) {
-    float h_i = Team{0, 0, 32}.sum(dot(here.read(i, 0), here.read(i, 1))) / D;
+    float h_i = Team{0, 0, 32}.sum(dot(here.read(i, 0), here.read(i, 1))) / here.D;
     if (here.lane == i) h = h_i;
     int kind = here.kind(i);
     // X is Leaky's alone: without a use there is no load.
-    Quad<float> dZ_i = dZ(i, h_i), x = load<float>(in.X + here.row(i) * D + here.d);
+    Quad<float> dZ_i = dZ(i, h_i), x = load<float>(in.X + here.at(i));
     Joined<float> joined{x, here.read(i, 2), {}, kind == 0 ? fbar[0] : fbar[1]};
     here.add(sums, kind, {dZ_i, dZ_i * M::token_factor(joined)});
   });
@@ -962,7 +953,7 @@ __global__ void __launch_bounds__(BackwardCluster<Real>::threads)
   here.each_row([&](unsigned i) {
     Quad<float> dZ_i = dZ(i, __shfl_sync(~0u, h, int(i)));
     Pair<Quad<float>> dX_dF = M::gradients(gains, dZ_i, here.sum(here.kind(i), 0));
-    store(dX + here.row(i) * D + here.d, dX_dF.a), store(dF + here.row(i) * D + here.d, dX_dF.b);
+    store(dX + here.at(i), dX_dF.a), store(dF + here.at(i), dX_dF.b);
   });
 #endif
 }
@@ -975,7 +966,7 @@ void merge_forward(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> s
   Merges::with(gates.merge.index, [&](auto m) {
     using M = decltype(m);
 #ifdef __CUDACC__
-    using Here = ForwardCluster<Real>;
+    using Here = Cluster<Real, 2>;
     if constexpr (M::means && !M::trunk_apart && sizeof(Real) <= 4)
       if (!again && Here::fits(device, shape))
         return Here::launch(device, shape.tokens, merge_forward_kernel<M, Real>, X_next, saved, X,
@@ -996,7 +987,7 @@ void merge_backward(Beside& beside, Real* dX, Real* dF, Gates<Number> dgates,
     using M = decltype(m);
     bool done = false;
 #ifdef __CUDACC__
-    using Here = BackwardCluster<Real>;
+    using Here = Cluster<Real, 3>;
     if constexpr (!M::trunk_apart && (M::means || M::by_token >= 0) && sizeof(Real) <= 4)
       if ((done = Here::fits(beside.device, shape)))
         Here::launch(beside.device, shape.tokens, merge_backward_kernel<M, Real>, dX, dF, scratch,
@@ -1077,8 +1068,8 @@ struct WriterModes {
   double g_mean, g_ctr, amplification, khat, image_amplification, image_kappa;
 };
 
-// What token t adds to its sequence's sums over all s: of K_ts C_ts, of the centered tokens' too, of
-// |K_ts C_ts|, and over image tokens alone of K_ts C_ts and of |M_ts| for s != t.
+// What token t adds to its sequence's sums over all s: of K_ts C_ts, of the centered tokens' too,
+// of |K_ts C_ts|, and over image tokens alone of K_ts C_ts and of |M_ts| for s != t.
 struct TokenModes {
   double energy, centered, magnitudes, image_energy, cosines;
 };

@@ -72,9 +72,11 @@ TEST(Errors, FailThrowsTheFormattedSentence) {
             half + "..." + end);
 }
 
-TEST(ErrorsDeathTest, DieSaysWhereAndExits) {
+TEST(ErrorsDeathTest, CheckSaysWhereAndExits) {
+  const char* (*text)(int) = [](int) { return "no luck"; };
+  check(0, text, "a.cu", 6, "cudaMalloc(x)");
   GTEST_FLAG_SET(death_test_style, "threadsafe");  // OpenMP's threads do not survive a fork
-  EXPECT_EXIT(die("a.cu", 7, "cudaFree(x)", "no luck"), testing::ExitedWithCode(1),
+  EXPECT_EXIT(check(2, text, "a.cu", 7, "cudaFree(x)"), testing::ExitedWithCode(1),
               "a.cu:7: cudaFree\\(x\\): no luck");
 }
 

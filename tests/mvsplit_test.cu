@@ -222,13 +222,12 @@ TEST(Merge, NarrowOnesRunInClusters) {
   CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
   ASSERT_EQ(device.cluster_bytes > 0, properties.clusterLaunch && __CUDA_ARCH_LIST__ >= 900);
   if (device.cluster_bytes == 0) GTEST_SKIP() << "no clusters";
-  auto forward = [&](Tokens t, size_t D) { return ForwardCluster<bf16>::fits(device, {t, D, 0}); };
+  auto forward = [&](Tokens t, size_t D) { return Cluster<bf16, 2>::fits(device, {t, D, 0}); };
   EXPECT_TRUE(forward({32, 256, 8}, 128));
   EXPECT_FALSE(forward({32, 256, 8}, 136));
   EXPECT_FALSE(forward({32, 500, 13}, 128));
   // 16 warps' and 3 blocks' sums, and 6 rows a warp: 38,912 + 73,728 bytes.
-  EXPECT_EQ(BackwardCluster<bf16>::fits(device, {{32, 256, 8}, 128, 0}),
-            device.cluster_bytes >= 112640);
+  EXPECT_EQ(Cluster<bf16, 3>::fits(device, {{32, 256, 8}, 128, 0}), device.cluster_bytes >= 112640);
 #else
   GTEST_SKIP() << "no GPU";
 #endif
