@@ -1475,10 +1475,11 @@ struct Tile {
     constexpr int chunks = dim / 8, step = block_threads / chunks;  // step % 8 == 0: one place
     int row = int(threadIdx.x) / chunks, column = int(threadIdx.x) % chunks * 8;
     const bf16* source = from + size_t(unsigned(first + row)) * stride + column;
+    unsigned to = address(row, column);
     UNROLL
     for (int i = 0; i < rows; i += step)
-      __pipeline_memcpy_async(&pair(row, column) + 32 * i, source + size_t(i) * stride, 16,
-                              first + row + i < n ? 0 : 16);
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + unsigned(i) * 128),
+                   "l"(source + size_t(i) * stride), "r"(first + row + i < n ? 16 : 0));
   }
   // Copy the warp's 16 rows, which it has written, to rows first.. of a matrix of n rows.
   __device__ void store(bf16* to, size_t stride, int first, int n) const {
@@ -1704,34 +1705,28 @@ __device__ inline float row_sum(float x) {
 // Where a thread block, and this thread in it, works. Blocks count 64 rows of a head first, then
 // heads, then sequences.
 struct AttentionPlace {
-  int n, first, warp, g, t;  // tokens; the block's first row; in it, the warp's; the lane 4 g + t
-  unsigned pair, b, head;    // pair = b H + head
-
-  __device__ AttentionPlace(Heads heads)
-      : n(int(heads.length)),
-        warp(int(threadIdx.x / 32) * 16),
-        g(int(threadIdx.x % 32 / 4)),
-        t(int(threadIdx.x % 4)) {
-    int blocks = (n + block_rows - 1) / block_rows;
-    first = int(blockIdx.x) % blocks * block_rows;
-    pair = blockIdx.x / unsigned(blocks);
-    b = pair / unsigned(heads.count), head = pair % unsigned(heads.count);
-  }
+  Heads heads;
+  int n = int(heads.length), blocks = (n + block_rows - 1) / block_rows;
+  int first = int(blockIdx.x) % blocks * block_rows;  // of the block's rows
+  int warp = int(threadIdx.x / 32) * 16;              // in them, the warp's
+  int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
+  unsigned H = unsigned(heads.count), pair = blockIdx.x / unsigned(blocks), head = pair % H;
+  size_t before = pair / H * heads.length;  // tokens of earlier sequences
 };
 
-// s.Y, s.Y_rest (B, T, D) and s.log_sums (B, H, T) from s.qkv.
+// Y, Y_rest (B, T, D) and log_sums (B, H, T) from qkv.
 template <int dim>
 __global__ void __launch_bounds__(block_threads, 4)
-    attention_forward_kernel(BlockSaved<bf16> s, Heads heads) {
+    attention_forward_kernel(bf16* Y, bf16* Y_rest, float* log_sums, const bf16* qkv, Heads heads) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(1024) unsigned char shared[];
   using Rows = Tile<dim, block_rows>;
   using Columns = Tile<dim, tile_columns>;
   Rows Q{unsigned(__cvta_generic_to_shared(shared))};
   auto columns = [&](int i) { return Columns{Q.at + Q.size + unsigned(i) * Columns::size}; };
-  AttentionPlace p(heads);
-  unsigned D = unsigned(heads.count) * dim, stride = 3 * D;
-  const bf16* q = s.qkv + p.b * heads.length * stride + p.head * dim;
+  AttentionPlace p{heads};
+  unsigned D = p.H * dim, stride = 3 * D;
+  const bf16* q = qkv + p.before * stride + p.head * dim;
   float log2_scale = log2_e / sqrtf(float(dim));  // e^x = 2^(x log2 e)
   auto load_columns = [&](int tile) {
     columns(tile % 2).load(q + D, stride, tile * tile_columns, p.n);
@@ -1775,13 +1770,22 @@ __global__ void __launch_bounds__(block_threads, 4)
       rest.pair(row, 8 * k + 2 * p.t) = packed(even - first_of(both), odd - second_of(both));
     }
     if (p.t == 0 && p.first + row < p.n)
-      s.log_sums[p.pair * heads.length + size_t(p.first + row)] = log2f(total);
+      log_sums[p.pair * heads.length + size_t(p.first + row)] = log2f(total);
   }
-  size_t out = p.b * heads.length * D + p.head * dim;
-  Q.store(s.Y + out, D, p.first, p.n);
-  if (s.Y_rest) rest.store(s.Y_rest + out, D, p.first, p.n);
+  size_t out = p.before * D + p.head * dim;
+  Q.store(Y + out, D, p.first, p.n);
+  if (Y_rest) rest.store(Y_rest + out, D, p.first, p.n);
 #endif
 }
+
+// What the backward reads, and dqkv (B, T, 3, H, hd), which it writes.
+struct AttentionBackward {
+  bf16* dqkv;
+  const bf16 *qkv, *dY;               // dY (B, T, D)
+  const float *log_sums, *inner, *r;  // l and c (B, H, T); r (B, T, 2, H), of QK-norm
+  Rope<float> rope;
+  Heads heads;
+};
 
 // y, normalised Q or K, becomes dx = R^T r (g - (<g, y> / hd) y), g = scale d. r: the QK-norm
 // factor of the sequence's first token, r_stride apart. (2.1)
@@ -1826,19 +1830,18 @@ __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim
 // dS below are then the transposed ones, d1 = dK, d2 = dV), or dQ (rows are queries, d1 = dQ). dS
 // is made in dA's place.
 template <int dim, bool keys>
-__device__ void attention_backward_rows(unsigned char* shared, const Block<bf16>& block) {
+__device__ void attention_backward_rows(unsigned char* shared, const AttentionBackward& c) {
   using Rows = Tile<dim, block_rows>;
   using Columns = Tile<dim, tile_columns>;
   Rows L1{unsigned(__cvta_generic_to_shared(shared))}, L2{L1.at + Rows::size};
   auto columns = [&](int i) { return Columns{L2.at + Rows::size + unsigned(i) * Columns::size}; };
-  Heads heads = block.shape.heads;
-  AttentionPlace p(heads);
-  unsigned D = unsigned(heads.count) * dim, stride = 3 * D;
-  size_t start = p.b * heads.length * stride + p.head * dim;
-  const bf16 *q = block.saved.qkv + start, *k = q + D, *v = k + D;
-  const bf16* dy = block.scratch.dY + p.b * heads.length * D + p.head * dim;
-  const float* log_sums = block.saved.log_sums + p.pair * heads.length;
-  const float* inner = block.scratch.inner + p.pair * heads.length;
+  AttentionPlace p{c.heads};
+  unsigned D = p.H * dim, stride = 3 * D;
+  size_t start = p.before * stride + p.head * dim;
+  const bf16 *q = c.qkv + start, *k = q + D, *v = k + D;
+  const bf16* dy = c.dY + p.before * D + p.head * dim;
+  const float* log_sums = c.log_sums + p.pair * c.heads.length;
+  const float* inner = c.inner + p.pair * c.heads.length;
   float scale = 1 / sqrtf(float(dim)), log2_scale = log2_e * scale;
   // l and c of a tile's queries, where these are the columns: two rows of 32 floats a stage.
   float* of_columns = reinterpret_cast<float*>(shared + 2 * Rows::size + 4 * Columns::size);
@@ -1910,28 +1913,27 @@ __device__ void attention_backward_rows(unsigned char* shared, const Block<bf16>
   }
   // The sums leave by way of the rows' tiles.
   constexpr size_t part = keys ? 1 : 0;
-  const float* r = block.saved.r_qk + (p.b * heads.length * 2 + part) * heads.count + p.head;
-  leave_through_rope<dim>(L1, d1, scale, r, 2 * heads.count, block.shape.rope, p);
-  bf16* dqkv = block.scratch.dqkv + start;
-  L1.store(dqkv + part * D, stride, p.first, p.n);
+  const float* r = c.r + (p.before * 2 + part) * p.H + p.head;
+  leave_through_rope<dim>(L1, d1, scale, r, 2 * p.H, c.rope, p);
+  L1.store(c.dqkv + start + part * D, stride, p.first, p.n);
   if constexpr (keys) {
     UNROLL
     for (int i = 0; i < dim / 4; ++i)
       L2.pair(p.warp + p.g + i % 2 * 8, i / 2 * 8 + 2 * p.t) =
           packed(d2[i / 2][i % 2 * 2], d2[i / 2][i % 2 * 2 + 1]);
-    L2.store(dqkv + 2 * D, stride, p.first, p.n);
+    L2.store(c.dqkv + start + 2 * D, stride, p.first, p.n);
   }
 }
 
 template <int dim>
 __global__ void __launch_bounds__(block_threads, dim == 64 ? 3 : 2)
-    attention_backward_kernel(Block<bf16> block) {
+    attention_backward_kernel(AttentionBackward c) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(1024) unsigned char shared[];
   if (blockIdx.z == 0)
-    attention_backward_rows<dim, true>(shared, block);
+    attention_backward_rows<dim, true>(shared, c);
   else
-    attention_backward_rows<dim, false>(shared, block);
+    attention_backward_rows<dim, false>(shared, c);
 #endif
 }
 #endif
@@ -1947,7 +1949,8 @@ bool fused_attention_forward(Device& device, const BlockSaved<Real>& s, Heads he
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count));
     size_t rows = block_rows + 4 * tile_columns;
     auto kernel = heads.dim == 64 ? attention_forward_kernel<64> : attention_forward_kernel<128>;
-    launch(device, kernel, blocks, 1, block_threads, rows * heads.dim * sizeof(Real), s, heads);
+    launch(device, kernel, blocks, 1, block_threads, rows * heads.dim * sizeof(Real), s.Y, s.Y_rest,
+           s.log_sums, s.qkv, heads);
   }
 #endif
   (void)device, (void)heads;
@@ -1967,9 +1970,11 @@ bool fused_attention_backward(Device& device, const Block<Real>& block) {
   if constexpr (std::is_same_v<Real, bf16>) {
     dim3 blocks(unsigned(ceil_div(heads.length, block_rows) * heads.batch * heads.count), 1, 2);
     size_t rows = 2 * block_rows + 4 * tile_columns, floats = 4 * tile_columns;
+    AttentionBackward c{scratch.dqkv,  s.qkv,  scratch.dY,       s.log_sums,
+                        scratch.inner, s.r_qk, block.shape.rope, heads};
     auto kernel = heads.dim == 64 ? attention_backward_kernel<64> : attention_backward_kernel<128>;
     launch(device, kernel, blocks, 1, block_threads,
-           rows * heads.dim * sizeof(Real) + floats * sizeof(float), block);
+           rows * heads.dim * sizeof(Real) + floats * sizeof(float), c);
   }
 #endif
   return true;

@@ -1032,11 +1032,12 @@ void map_rows(const Device& device, Groups groups, size_t D, const Make& make, c
   });
 }
 
-// map_rows_by_sum() for teams with n rows at a time, of which a thread has and keeps `quads` quads,
-// on a GPU all of the row up to D = 1024 `quads`. Others are made again.
-template <int n, int quads, class Acc, class Groups, class Make, class Weigh, class Find, class Put>
+// map_rows_by_sum() for teams with two rows at a time, of which a thread has and keeps `quads`
+// quads, on a GPU all of the row up to D = 1024 `quads`. Others are made again.
+template <int quads, class Acc, class Groups, class Make, class Weigh, class Find, class Put>
 void map_tiles_by_sum(const Device& device, Groups groups, size_t D, const Make& make,
                       const Weigh& weigh, const Find& find, const Put& put) {
+  constexpr int n = 2;
   using V = decltype(make(0, 0, 0));
   for_each_team(device, groups.pieces(n).rows(), threads_for_row(D, quads), [=] HD(Team team) {
     Piece rows = groups.piece(n, team.index);
@@ -1082,9 +1083,9 @@ template <class Acc, class Groups, class Make, class Weigh, class Find, class Pu
 void map_rows_by_sum(const Device& device, Groups groups, size_t D, const Make& make,
                      const Weigh& weigh, const Find& find, const Put& put) {
   if (D < 512)
-    map_tiles_by_sum<4, 1, Acc>(device, groups, D, make, weigh, find, put);
+    map_tiles_by_sum<1, Acc>(device, groups, D, make, weigh, find, put);
   else
-    map_tiles_by_sum<2, 4, Acc>(device, groups, D, make, weigh, find, put);
+    map_tiles_by_sum<4, Acc>(device, groups, D, make, weigh, find, put);
 }
 
 // Rows that a team of sum_over_rows_by_sum() adds up, and how many sums all leave in `partial`.

@@ -810,6 +810,7 @@ struct Cluster {
   unsigned d = 4 * lane, length = unsigned(tokens.length());
   size_t sequence = blockIdx.x / blocks;
 
+  static unsigned grid(Tokens tokens) { return unsigned(tokens.batch) * blocks; }
   static size_t bytes(Tokens tokens) {
     size_t rows = ceil_div(tokens.length(), size_t(blocks * warps)) * warps;
     return sizeof(Sums) + rows * arrays * D * sizeof(Real);
@@ -817,12 +818,6 @@ struct Cluster {
   static bool fits(const Device& device, MergeShape shape) {
     return shape.D == D && shape.tokens.length() <= tokens_at_most &&
            bytes(shape.tokens) <= device.cluster_bytes;
-  }
-  template <class... Parameters, class... Arguments>
-  static void launch(const Device& device, Tokens tokens, void (*kernel)(Parameters...),
-                     Arguments... arguments) {
-    ::launch(device, kernel, unsigned(tokens.batch) * blocks, blocks, threads, bytes(tokens),
-             arguments...);
   }
   __device__ static Sums& sums() {
     extern __shared__ __align__(16) char memory[];
@@ -969,8 +964,9 @@ void merge_forward(const Device& device, Real* X_next, MergeSaved<AccOf<Real>> s
     using Here = Cluster<Real, 2>;
     if constexpr (M::means && !M::trunk_apart && sizeof(Real) <= 4)
       if (!again && Here::fits(device, shape))
-        return Here::launch(device, shape.tokens, merge_forward_kernel<M, Real>, X_next, saved, X,
-                            F, gates, shape.tokens, float(shape.eps));
+        return launch(device, merge_forward_kernel<M, Real>, Here::grid(shape.tokens), Here::blocks,
+                      Here::threads, Here::bytes(shape.tokens), X_next, saved, X, F, gates,
+                      shape.tokens, float(shape.eps));
 #endif
     merge_forward_as<M>(device, X_next, saved, X, F, gates, shape, again);
   });
@@ -990,8 +986,9 @@ void merge_backward(Beside& beside, Real* dX, Real* dF, Gates<Number> dgates,
     using Here = Cluster<Real, 3>;
     if constexpr (!M::trunk_apart && (M::means || M::by_token >= 0) && sizeof(Real) <= 4)
       if ((done = Here::fits(beside.device, shape)))
-        Here::launch(beside.device, shape.tokens, merge_backward_kernel<M, Real>, dX, dF, scratch,
-                     in, shape.tokens);
+        launch(beside.device, merge_backward_kernel<M, Real>, Here::grid(shape.tokens),
+               Here::blocks, Here::threads, Here::bytes(shape.tokens), dX, dF, scratch, in,
+               shape.tokens);
 #endif
     if (!done) merge_backward_as<M>(beside.device, dX, dF, scratch, in, shape);
     if constexpr (M::by_token >= 0 || M::by_segment >= 0)
@@ -1134,9 +1131,12 @@ void token_scales(const Device& device, AccOf<Real>* scales, const Real* x, Toke
   size_t count = tokens.length() * n;
   for_each_team(device, tokens.batch, Team::max_size, [=] HD(Team team) {
     Acc largest = 0;
-    for (size_t i = 4 * team.rank; i < count; i += 4 * team.size) {
-      Quad<Acc> v = load<Acc>(x + team.index * count + i);
-      for (int k = 0; k < 4; ++k) largest = max_(largest, Acc(fabs(v[k])));
+    for (size_t i = 4 * team.rank, step = 4 * team.size; i < count; i += 8 * step) {
+      Quad<Acc> v[8];  // eight loads at once, past the end the last quad again
+      UNROLL
+      for (int n = 0; n < 8; ++n)
+        v[n] = load<Acc>(x + team.index * count + min_(i + size_t(n) * step, count - 4));
+      for (int n = 0; n < 32; ++n) largest = max_(largest, Acc(fabs(v[n / 4][n % 4])));
     }
     largest = team.max(largest);
     // Within what the scale and one over it can be in fp32.

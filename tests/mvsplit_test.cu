@@ -227,7 +227,8 @@ TEST(Merge, NarrowOnesRunInClusters) {
   EXPECT_FALSE(forward({32, 256, 8}, 136));
   EXPECT_FALSE(forward({32, 500, 13}, 128));
   // 16 warps' and 3 blocks' sums, and 6 rows a warp: 38,912 + 73,728 bytes.
-  EXPECT_EQ(Cluster<bf16, 3>::fits(device, {{32, 256, 8}, 128, 0}), device.cluster_bytes >= 112640);
+  EXPECT_EQ((Cluster<bf16, 3>::fits(device, {{32, 256, 8}, 128, 0})),
+            device.cluster_bytes >= 112640);
 #else
   GTEST_SKIP() << "no GPU";
 #endif
