@@ -1320,22 +1320,22 @@ struct HeadPiece {
 //
 // A team, a warp or less, takes one of a token's 2 H head vectors, the queries, then the keys. A
 // thread has `wide` neighbouring channels of each half, and keeps the first that it has, on a GPU
-// up to hd = 64 wide all of them.
+// all of them up to hd = 64 `wide`.
 template <int wide, int arrays, class Real, class Finish, class Put>
 void replace_heads_by(const Device& device, Real* x, const Real* y, Rope<AccOf<Real>> rope,
                       Heads heads, const Finish& finish, const Put& put) {
   using Acc = AccOf<Real>;
   using Piece = HeadPiece<Real, wide, arrays>;
   using Wide = Several<Real, wide>;
-  size_t half = heads.dim / 2, each = 2 * heads.count;
+  size_t half = heads.dim / 2, vectors = 2 * heads.count;  // of a token
   int threads = threads_to_cover(half, wide, 32);
-  for_each_team(device, heads.batch * heads.length * each, threads, [=] HD(Team team) {
-    size_t row = uint32_t(team.index) / uint32_t(each),
-           head = uint32_t(team.index) % uint32_t(each);
+  for_each_team(device, heads.batch * heads.length * vectors, threads, [=] HD(Team team) {
+    size_t row = uint32_t(team.index) / uint32_t(vectors),
+           head = uint32_t(team.index) % uint32_t(vectors);
     size_t token = uint32_t(row) % uint32_t(heads.length), own = size_t(wide * team.rank);
     size_t at = row * 3 * heads.width() + head * heads.dim;
     auto angle = [&](const Acc* table, size_t j) {
-      size_t image_token = token < rope.image_tokens ? token : 0;
+      size_t image_token = token < rope.image_tokens ? token : 0;  // text: not used, no branch
       return *reinterpret_cast<const Several<Acc, wide>*>(table + image_token * half + j);
     };
     auto read = [&](size_t j) {
@@ -1345,7 +1345,7 @@ void replace_heads_by(const Device& device, Real* x, const Real* y, Rope<AccOf<R
           p.of[a][i] = *reinterpret_cast<const Wide*>((a ? y : x) + at + j + size_t(i) * half);
       return p;
     };
-    Piece kept = {};  // zeros, if the thread has none
+    Piece kept = {};
     Several<Acc, wide> cosine = {}, sine = {};
     Acc sum = 0;
     for (size_t j = own; j < half; j += size_t(wide * team.size)) {
@@ -1383,7 +1383,7 @@ void replace_heads(const Device& device, Real* x, Rope<AccOf<Real>> rope, Heads 
   else
     replace_heads_by<2, 1>(device, x, x, rope, heads, finish, put);
 }
-// Two: where this runs, off tensor cores, other kernels take the time.
+// Two: a channel at a time. This runs off tensor cores alone, where other kernels take the time.
 template <class Real, class Finish, class Put>
 void replace_heads(const Device& device, Real* x, const Real* y, Rope<AccOf<Real>> rope,
                    Heads heads, const Finish& finish, const Put& put) {
@@ -1422,6 +1422,17 @@ void replace_heads(const Device& device, Real* x, const Real* y, Rope<AccOf<Real
 //
 // dQ and dK leave through RoPE and QK-norm's backward (2.1), since a thread that holds channel j of
 // a row also holds channel j + hd/2.
+//
+// Two kinds of product are needed, of 64 rows, L, with 32 rows, C,
+//     product_of_rows:   x (64 x 32) = L C^T,
+// and a sum of C's rows,
+//     add_rows:          y (64 x hd) += x C,     x (64 x 32) rounded.
+// Hopper's wgmma reads C from shared memory; L too in the first, in the second x from registers.
+// The four warps call it together and go on while it works; wait<k>(x, ...) waits for all calls but
+// the latest k, and keeps the compiler from reading the sums x earlier. mma is a product of one
+// warp's, done when the call returns. Before Hopper it makes these two products as well. Sums are
+// products with ones, by mma everywhere, which need no exchange between lanes: of x 1 all columns
+// are the sum of each row, of 1 C all rows that of each column.
 
 // inner (B, H, T), c_i = <G_i, Y_i> for each head, from dY and Y (B, T, D), given as Y and what
 // rounding took from it.
@@ -1470,7 +1481,7 @@ struct Tile {
     return *static_cast<uint32_t*>(__cvta_shared_to_generic(address(row, column)));
   }
 
-  // Start to copy rows first.. of a matrix of n rows; zeros after the last, where nothing is read.
+  // Start to copy rows first.. of a matrix of n rows; after the last, zeros and no read.
   __device__ void load(const bf16* from, unsigned stride, int first, int n) const {
     constexpr int chunks = dim / 8, step = block_threads / chunks;  // step % 8 == 0: one place
     int row = int(threadIdx.x) / chunks, column = int(threadIdx.x) % chunks * 8;
@@ -1544,20 +1555,23 @@ __device__ inline void multiply(float (*x)[4], const Fragment& a, const Fragment
   multiply(x[0], a, b.r[0], b.r[1]), multiply(x[1], a, b.r[2], b.r[3]);
 }
 
-// Sums are products with ones: all columns (or rows) of such a product are the sum.
 constexpr uint32_t ones = 0x3f803f80;  // two of bf16
-// sum[2 i] += row g + 8 i of two left factors.
+// sum[0], sum[2] += rows g, g + 8 of two left factors, side by side. ([1] and [3] are the same.)
 __device__ inline void add_row_sums(float (&sum)[4], const Fragment (&x)[2]) {
   multiply(sum, x[0], ones, ones), multiply(sum, x[1], ones, ones);
 }
-// A warp has a quarter of the columns: sum[i][0], sum[i][1] += its columns 8 i + 2 t and the next.
+// A warp has dim / 4 columns, from `first` on: sum[i][0], sum[i][1] += columns 8 i + 2 t of these,
+// and the next.
 template <int dim>
 __device__ void add_column_sums(float (&sum)[dim / 32][4], Tile<dim, tile_columns> C) {
   int lane = int(threadIdx.x % 32), first = int(threadIdx.x / 32) * dim / 4;
   UNROLL
-  for (int i = 0; i < dim / 32; ++i)  // 16 rows of 16 columns
-    multiply(sum + i / 2 * 2, {{ones, ones, ones, ones}},
-             gather<true>(C.address(i % 2 * 16 + lane % 16, first + i / 2 * 16 + lane / 16 * 8)));
+  for (int half = 0; half < 2; ++half) {
+    UNROLL
+    for (int i = 0; i < dim / 32; i += 2)
+      multiply(sum + i, {{ones, ones, ones, ones}},
+               gather<true>(C.address(16 * half + lane % 16, first + 8 * i + lane / 16 * 8)));
+  }
 }
 // means (dim), in shared memory: those sums over n.
 template <int dim>
@@ -1568,14 +1582,6 @@ __device__ void column_means(float* means, const float (&sum)[dim / 32][4], int 
     means[first + i / 2 * 8 + i % 2] = sum[i / 2][i % 2] / float(n);
   __syncthreads();
 }
-// Two kinds of product are needed, of a tile's rows with another's,
-//     product_of_rows:   x (64 x 32) = L C^T,
-// and a sum of a tile's rows,
-//     add_rows:          y (64 x dim) += x C,     x (64 x 32) rounded.
-// Hopper's wgmma reads C from shared memory; L too in the first, in the second x from registers.
-// The four warps call it together and go on while it works; wait<k>(x, ...) waits for all but the
-// latest k, and keeps the compiler from reading these sums earlier. Other GPUs have mma, of one
-// warp, for which each lane gathers its share of the factors; it is done when the call returns.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define QUAD(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
 
@@ -1594,11 +1600,12 @@ __device__ void wait(Sums&... x) {
   (settle(x), ...);
 }
 // A tile, from `offset` bytes on, as the instruction is told of it: in units of 16 bytes, its
-// address, the distance of its panels and that of groups of eight rows; bit 62: 128-byte swizzle.
+// address (14 bits: shared memory is smaller), the distance of its panels and, in the upper half,
+// that of groups of eight rows; bit 30 there: 128-byte swizzle.
 template <int dim, int rows>
 __device__ uint64_t described(Tile<dim, rows> tile, unsigned offset) {
   unsigned low = tile.at / 16 + offset / 16 + (tile.panel / 16 << 16);
-  return uint64_t(1u << 30 | 1024 / 16) << 32 | low;
+  return (uint64_t(1u << 30 | 1024 / 16) << 32) | low;
 }
 
 // Step k is columns 16 k to 16 k + 15, 32 bytes of a row. `add`: not in the first, which overwrites
@@ -1681,7 +1688,8 @@ __device__ void add_rows(float (&y)[dim / 8][4], const Fragment (&x)[2],
 }
 #endif
 
-// All but the latest group of loads are there, for every thread of the block and for wgmma.
+// All but the latest group of loads are there, for every thread of the block and for wgmma. (Each
+// __pipeline_commit() ends a group: after the last tile an empty one, which keeps the count.)
 __device__ inline void wait_for_loads_but_one() {
   __pipeline_wait_prior(1);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -1696,22 +1704,18 @@ __device__ inline float power_of_2(float x) {
   return y;
 }
 constexpr float log2_e = 1.4426950408889634f;
-// Sum over the four lanes that share a row of a product.
-__device__ inline float row_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 // Where a thread block, and this thread in it, works. Blocks count 64 rows of a head first, then
 // heads, then sequences.
 struct AttentionPlace {
   Heads heads;
-  int n = int(heads.length), blocks = (n + block_rows - 1) / block_rows;
-  int first = int(blockIdx.x) % blocks * block_rows;  // of the block's rows
-  int warp = int(threadIdx.x / 32) * 16;              // in them, the warp's
-  int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
-  unsigned H = unsigned(heads.count), pair = blockIdx.x / unsigned(blocks), head = pair % H;
-  size_t before = pair / H * heads.length;  // tokens of earlier sequences
+  int n = int(heads.length), blocks = (n + block_rows - 1) / block_rows;  // T; of one head
+  int first = int(blockIdx.x) % blocks * block_rows;                      // the block's first row
+  int warp = int(threadIdx.x / 32) * 16;  // in the block, the warp's first row
+  int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);               // the lane is 4 g + t
+  unsigned H = unsigned(heads.count), pair = blockIdx.x / unsigned(blocks);  // b H + head
+  unsigned head = pair % H;
+  size_t before = pair / H * heads.length;  // b T, tokens of earlier sequences
 };
 
 // Y, Y_rest (B, T, D) and log_sums (B, H, T) from qkv.
@@ -1787,7 +1791,7 @@ struct AttentionBackward {
   Heads heads;
 };
 
-// y, normalised Q or K, becomes dx = R^T r (g - (<g, y> / hd) y), g = scale d. r: the QK-norm
+// y, normalised Q or K, becomes dx = R^T (r g - r (<g, y> / hd) y), g = scale d. r: the QK-norm
 // factor of the sequence's first token, r_stride apart. (2.1)
 template <int dim>
 __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim / 8][4],
@@ -1798,13 +1802,14 @@ __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim
   for (int i = 0; i < 2; ++i) {
     int row = p.warp + p.g + 8 * i;
     size_t token = size_t(min(p.first + row, p.n - 1));  // rows after the last are not stored
-    float factor = scale * __ldg(r + token * r_stride), gy = 0;
+    float r_scale = scale * __ldg(r + token * r_stride), dy = 0;
     UNROLL
     for (int k = 0; k < dim / 8; ++k) {
       uint32_t both = y.pair(row, 8 * k + 2 * p.t);
-      gy += d[k][2 * i] * first_of(both) + d[k][2 * i + 1] * second_of(both);
+      dy += d[k][2 * i] * first_of(both) + d[k][2 * i + 1] * second_of(both);
     }
-    gy = factor * row_sum(gy) / dim;
+    for (int lane = 1; lane < 4; lane *= 2) dy += __shfl_xor_sync(~0u, dy, lane);
+    float along_y = r_scale * dy / dim;  // r <g, y> / hd
     UNROLL
     for (int k = 0; k < dim / 16; ++k) {
       int at = 8 * k + 2 * p.t;
@@ -1815,9 +1820,9 @@ __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim
         cosine = __ldg(reinterpret_cast<const float2*>(rope.cosine + angle));
         sine = __ldg(reinterpret_cast<const float2*>(rope.sine + angle));
       }
-      auto turned = [&](float c, float s, int j, float y1, float y2) {
-        return turn_back({c, s}, Point<float>{factor * d[k][2 * i + j] - gy * y1,
-                                              factor * d[k + dim / 16][2 * i + j] - gy * y2});
+      auto turned = [&](float c, float s, int j, float y1, float y2) {  // channel at + j
+        return turn_back({c, s}, Point<float>{r_scale * d[k][2 * i + j] - along_y * y1,
+                                              r_scale * d[k + dim / 16][2 * i + j] - along_y * y2});
       };
       Point<float> first = turned(cosine.x, sine.x, 0, first_of(low), first_of(high));
       Point<float> second = turned(cosine.y, sine.y, 1, second_of(low), second_of(high));
@@ -1852,7 +1857,7 @@ __device__ void attention_backward_rows(unsigned char* shared, const AttentionBa
     if (keys && i < 2 * tile_columns)
       __pipeline_memcpy_async(of_columns + tile % 2 * 2 * tile_columns + i,
                               (i < tile_columns ? log_sums : inner) + query, 4,
-                              query < p.n ? 0 : 4);
+                              query < p.n ? 0 : 4);  // so many are zeros, not read
   };
 
   L1.load(keys ? k : q, stride, p.first, p.n);
@@ -1908,7 +1913,7 @@ __device__ void attention_backward_rows(unsigned char* shared, const AttentionBa
     float* kbar = reinterpret_cast<float*>(shared + 2 * Rows::size);  // where the tiles were
     column_means<dim>(kbar, key_sum, p.n);
     UNROLL
-    for (int i = 0; i < dim / 2; ++i)
+    for (int i = 0; i < dim / 2; ++i)  // less (dS 1) kbar^T
       d1[i / 4][i % 4] -= sum[i % 4 / 2 * 2] * kbar[i / 4 * 8 + 2 * p.t + i % 2];
   }
   // The sums leave by way of the rows' tiles.
@@ -1930,7 +1935,7 @@ __global__ void __launch_bounds__(block_threads, dim == 64 ? 3 : 2)
     attention_backward_kernel(AttentionBackward c) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(1024) unsigned char shared[];
-  if (blockIdx.z == 0)
+  if (blockIdx.z == 0)  // the longer walks first
     attention_backward_rows<dim, true>(shared, c);
   else
     attention_backward_rows<dim, false>(shared, c);

@@ -91,7 +91,7 @@ struct Error : std::runtime_error {
   throw Error(visible(text));
 }
 
-// Of a CUDA library: a status other than zero is not success.
+// Exits, if what a call of a CUDA library returned is not zero, and says where and what.
 template <class Status>
 void check(Status status, const char* (*text)(Status), const char* file, int line,
            const char* call) {
@@ -1032,8 +1032,8 @@ void map_rows(const Device& device, Groups groups, size_t D, const Make& make, c
   });
 }
 
-// map_rows_by_sum() for teams with two rows at a time, of which a thread has and keeps `quads`
-// quads, on a GPU all of the row up to D = 1024 `quads`. Others are made again.
+// map_rows_by_sum() for teams with n rows at a time. Of each a thread has and keeps `quads` quads,
+// on a GPU all of the row up to D = 1024 `quads`; further quads are made again.
 template <int quads, class Acc, class Groups, class Make, class Weigh, class Find, class Put>
 void map_tiles_by_sum(const Device& device, Groups groups, size_t D, const Make& make,
                       const Weigh& weigh, const Find& find, const Put& put) {
@@ -1216,8 +1216,8 @@ struct HostGemm {
   typedef Acc Vector __attribute__((vector_size(vector_bytes)));
 
   // acc (rows, columns) = a (k, rows)^T b (k, columns), added to what is there unless `first`. Here
-  // and in column_sums() alone a compiler may fuse products and sums (see the Makefile): there is one
-  // way to do it.
+  // and in column_sums() alone a compiler may fuse products and sums (see the Makefile): there is
+  // one way to do it.
 #ifndef __clang__
   [[gnu::optimize("fp-contract=fast")]]
 #endif
@@ -1445,16 +1445,16 @@ HD inline Dual rsqrt_(Dual x) {
 }
 
 // A product of duals, (a, a') (b, b') = (a b, a b' + a' b). Its sums go in the order of
-// HostGemm<double>, so the values are those of a network in double to the last bit, and a chaotic one
-// has the same path. A, of few rows (tokens), is packed; B is not, as that would take longer than the
-// product: four of its columns at a time stay in the cache for all rows.
+// HostGemm<double>, so the values are those of a network in double to the last bit, and a chaotic
+// one has the same path. A, of few rows (tokens), is packed; B is not, as that would take longer
+// than the product: four of its columns at a time stay in the cache for all rows.
 template <>
 struct HostGemm<Dual> {
   static constexpr int lanes = HostGemm<double>::lanes, columns = 4, both = 2 * lanes;
   typedef HostGemm<double>::Vector Vector;
 
-  // out (columns, 2, lanes), values and derivatives, = a (k, 2, lanes) times k numbers, `step` apart,
-  // of each column; fused as in block().
+  // out (columns, 2, lanes), values and derivatives, = a (k, 2, lanes) times k numbers, `step`
+  // apart, of each column; fused as in block().
 #ifndef __clang__
   [[gnu::optimize("fp-contract=fast")]]
 #endif

@@ -791,6 +791,8 @@ constexpr Merge merge_of{Merges::index_of<M>()};
 // cluster is a few thread blocks that run at the same time and reach each other's shared memory;
 // three of them have a sequence and exchange their sums. A warp has every 48th row, of image and of
 // text. Formulas and what is left behind (but for h) are section 5's, the order of sums is another.
+// Rows wait in shared memory, forward of two arrays, X and F, backward of three, G, X_next and F:
+// read(i, k) is of the k-th that fetch() was given.
 // (Three: a batch of 32 then has one of an H200's multiprocessors for each block. A cluster must
 // lie within one part of the chip, so of clusters of four only 30 fit at once.)
 #ifdef __CUDACC__
@@ -825,7 +827,7 @@ struct Cluster {
   }
 
   // This warp's i-th row: its place in the sequence and among all, its kind of segment, and this
-  // lane's channels of it in shared memory, behind the sums.
+  // lane's channels of it, at d, in an array and in shared memory, behind the sums.
   __device__ unsigned place(unsigned i) const { return (i * warps + warp) * blocks + block; }
   __device__ size_t row(unsigned i) const { return sequence * length + place(i); }
   __device__ size_t at(unsigned i) const { return row(i) * D + d; }
@@ -1065,20 +1067,21 @@ struct WriterModes {
   double g_mean, g_ctr, amplification, khat, image_amplification, image_kappa;
 };
 
-// What token t adds to its sequence's sums over all s: of K_ts C_ts, of the centered tokens' too,
-// of |K_ts C_ts|, and over image tokens alone of K_ts C_ts and of |M_ts| for s != t.
+// Token t's part of the sums over t and s, summed over s: of K_ts C_ts, of the same of centered
+// tokens, and of |K_ts C_ts|; of image tokens t and s alone, of K_ts C_ts and, for s != t, of
+// |M_ts|.
 struct TokenModes {
   double energy, centered, magnitudes, image_energy, cosines;
 };
 
 // Scratch for a batch of B sequences, of y and of delta: means over all tokens; powers of two;
-// tokens as they are and centered, over these; their Gram matrices, K and C. Then (B, T).
+// tokens as they are and centered, over these; their Gram matrices, K and C.
 template <class Acc>
 struct WriterScratch {
   struct Side {
     Acc *means, *scales, *tokens, *gram;  // (B, 2, n), (B), (2, B, T, n), (2, B, T, T)
   } y, delta;                             // (delta with D channels for n)
-  TokenModes* of_tokens;
+  TokenModes* of_tokens;                  // (B, T)
 
   void lay(Carver& c, Tokens tokens, size_t n, size_t D) {
     auto lay_side = [&](Side& side, size_t channels) {
@@ -1132,11 +1135,11 @@ void token_scales(const Device& device, AccOf<Real>* scales, const Real* x, Toke
   for_each_team(device, tokens.batch, Team::max_size, [=] HD(Team team) {
     Acc largest = 0;
     for (size_t i = 4 * team.rank, step = 4 * team.size; i < count; i += 8 * step) {
-      Quad<Acc> v[8];  // eight loads at once, past the end the last quad again
+      Quad<Acc> v[8];  // eight loads on the way at once, past the end the last quad again
       UNROLL
-      for (int n = 0; n < 8; ++n)
-        v[n] = load<Acc>(x + team.index * count + min_(i + size_t(n) * step, count - 4));
-      for (int n = 0; n < 32; ++n) largest = max_(largest, Acc(fabs(v[n / 4][n % 4])));
+      for (int k = 0; k < 8; ++k)
+        v[k] = load<Acc>(x + team.index * count + min_(i + size_t(k) * step, count - 4));
+      for (int j = 0; j < 32; ++j) largest = max_(largest, Acc(fabs(v[j / 4][j % 4])));
     }
     largest = team.max(largest);
     // Within what the scale and one over it can be in fp32.
@@ -1176,10 +1179,12 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
          {length, length, channels, 2 * tokens.batch});
   };
   prepare(scratch.y, y, n), prepare(scratch.delta, delta, D);
+  // K_ts C_ts of sequence b, of tokens as they are (part 0) or centered (1).
   auto product = [=] HD(size_t part, size_t b, size_t t, size_t s) {
     size_t at = (part * tokens.batch + b) * squares + t * length + s;
     return double(scratch.y.gram[at]) * double(scratch.delta.gram[at]);
   };
+  // A team a token first: teams for sequences alone would leave most of a GPU idle.
   for_each_team(device, tokens.rows(), 32, [=] HD(Team team) {
     size_t b = team.index / length, t = team.index % length;
     double own = product(0, b, t, t);  // w_t^2
