@@ -1400,7 +1400,7 @@ void replace_heads(const Device& device, Real* x, const Real* y, Rope<AccOf<Real
 // - QK-norm bounds |S| by sqrt(hd), 11.3 for hd = 128, so exp(S) needs no running maximum. The
 //   forward is
 //       Y_i = sum_j e^(S_ij) V_j / sum_j e^(S_ij),   and keeps   l_i = log_2 sum_j e^(S_ij),
-//   both sums of what is rounded for the product: then Y is vbar where all V_j are (2.2).
+//   both sums of what is rounded for the product: then Y is vbar, to fp32, where all V_j are (2.2).
 // - The backward makes A_ij = e^(S_ij) / 2^(l_i) again. Since <a, dA> = sum_j a_j <g, V_j> = <g,
 //   y>, the inner product of 2.2 is c_i = <G_i, Y_i>, known before any S is. (Not of the rounded Y:
 //   an error d of c_i is one of -d A_ij in all of row i of dS, which does not average out as those
@@ -1481,10 +1481,11 @@ struct Tile {
     return *static_cast<uint32_t*>(__cvta_shared_to_generic(address(row, column)));
   }
 
-  // Start to copy rows first.. of a matrix of n rows; after the last, zeros and no read.
+  // Start to copy rows first.. of a matrix of n rows; after the last, zeros, and nothing is read.
   __device__ void load(const bf16* from, unsigned stride, int first, int n) const {
     constexpr int chunks = dim / 8, step = block_threads / chunks;  // step % 8 == 0: one place
     int row = int(threadIdx.x) / chunks, column = int(threadIdx.x) % chunks * 8;
+    // (A product of 32-bit factors is one instruction. The CUDA library's copy would branch.)
     const bf16* source = from + size_t(unsigned(first + row)) * stride + column;
     unsigned to = address(row, column);
     UNROLL
@@ -1545,7 +1546,8 @@ __device__ Fragment gather(unsigned row_address) {
 }
 // x (16 x 8) += a b, b0 and b1 being b's upper and lower eight rows.
 __device__ inline void multiply(float (&x)[4], const Fragment& a, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
       "{%8,%9}, {%0,%1,%2,%3};"
       : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
       : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
@@ -1573,7 +1575,7 @@ __device__ void add_column_sums(float (&sum)[dim / 32][4], Tile<dim, tile_column
                gather<true>(C.address(16 * half + lane % 16, first + 8 * i + lane / 16 * 8)));
   }
 }
-// means (dim), in shared memory: those sums over n.
+// means (dim), in shared memory: those sums over n. (Eight lanes store the same.)
 template <int dim>
 __device__ void column_means(float* means, const float (&sum)[dim / 32][4], int n) {
   int first = int(threadIdx.x / 32) * dim / 4 + 2 * int(threadIdx.x % 4);
@@ -1900,12 +1902,10 @@ __device__ void attention_backward_rows(unsigned char* shared, const AttentionBa
           (dA[i / 4][i % 4] - (keys ? of_tile[tile_columns + column(i)] : row_inner[i / 2 % 2]));
     const Fragment dS[2] = {as_left(dA), as_left(dA + 2)};
     const Fragment A[2] = {as_left(probs), as_left(probs + 2)};
+    // Before the product: until it is done, its left factor must not be read.
+    if (!keys) add_row_sums(sum, dS), add_column_sums(key_sum, C1);
     add_rows(d1, dS, C1);
-    if constexpr (keys) {
-      add_rows(d2, A, C2);
-    } else {
-      add_row_sums(sum, dS), add_column_sums(key_sum, C1);
-    }
+    if constexpr (keys) add_rows(d2, A, C2);
     wait<0>(d1, d2);
     __syncthreads();
   }

@@ -1073,6 +1073,10 @@ struct WriterModes {
 struct TokenModes {
   double energy, centered, magnitudes, image_energy, cosines;
 };
+HD inline TokenModes operator+(TokenModes x, TokenModes y) {
+  return {x.energy + y.energy, x.centered + y.centered, x.magnitudes + y.magnitudes,
+          x.image_energy + y.image_energy, x.cosines + y.cosines};
+}
 
 // Scratch for a batch of B sequences, of y and of delta: means over all tokens; powers of two;
 // tokens as they are and centered, over these; their Gram matrices, K and C.
@@ -1198,8 +1202,7 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
       if (double both = own * product(0, b, s, s); t != s && both > 0)
         sum.cosines += fabs(p) / sqrt(both);
     }
-    for (double* x : {&sum.energy, &sum.centered, &sum.magnitudes, &sum.image_energy, &sum.cosines})
-      *x = team.sum(*x);
+    sum = team.sum(sum);
     if (team.rank == 0) scratch.of_tokens[team.index] = sum;
   });
   for_each_team(device, tokens.batch, Team::max_size, [=] HD(Team team) {
@@ -1213,16 +1216,13 @@ void writer_modes(Device& device, WriterModes* modes, WriterScratch<AccOf<Real>>
     TokenModes sum = {};
     double w1 = 0, w2 = 0, image_w2 = 0;
     for (size_t t = team.rank; t < length; t += team.size) {
-      const TokenModes& of = scratch.of_tokens[b * length + t];
-      sum.energy += of.energy, sum.centered += of.centered, sum.magnitudes += of.magnitudes;
-      sum.image_energy += of.image_energy, sum.cosines += of.cosines;
+      sum = sum + scratch.of_tokens[b * length + t];
       double own = product(0, b, t, t);
       w1 += sqrt(own), w2 += own;
       if (t < tokens.image) image_w2 += own;
     }
-    for (double* x : {&sum.energy, &sum.centered, &sum.magnitudes, &sum.image_energy, &sum.cosines,
-                      &w1, &w2, &image_w2})
-      *x = team.sum(*x);
+    sum = team.sum(sum);
+    for (double* x : {&w1, &w2, &image_w2}) *x = team.sum(*x);
     double yy = energy_of(scratch.y.means + b * 2 * n, n);
     double dd = energy_of(scratch.delta.means + b * 2 * D, D);
     if (team.rank != 0) return;

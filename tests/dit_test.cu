@@ -133,13 +133,16 @@ Op rope_op(Device& device, Heads heads, size_t grid_rows, size_t grid_columns, d
 const Heads some_heads{2, 9, 3, 8};  // 2 x 3 image tokens and 3 text tokens
 
 TEST(RopeQkNorm, GradientsAgreeWithDifferences) {
-  check_gradients([](Device& d, auto t) { return rope_op<decltype(t)>(d, some_heads, 2, 3); });
+  for (size_t dim : {4, 8, 12})
+    check_gradients([=](Device& d, auto t) {
+      return rope_op<decltype(t)>(d, Heads{2, 9, 3, dim}, 2, 3);
+    });
 }
 TEST(RopeQkNorm, AgreesOnBothDevices) {
   check_devices([](Device& d, auto t) {
     return rope_op<decltype(t)>(d, Heads{2, 70, 2, 68}, 8, 8);  // more pairs than a warp has lanes
   });
-  // Four channels a thread: fours of heads and a rest, and more channels than a warp has at once.
+  // Four channels a thread: part of a warp, a warp, and more channels than it has at once.
   for (Heads heads : {Heads{2, 70, 3, 64}, Heads{2, 70, 5, 128}, Heads{1, 70, 1, 320}})
     check_devices([&](Device& d, auto t) { return rope_op<decltype(t)>(d, heads, 8, 8); });
 }
@@ -187,6 +190,14 @@ TEST(RopeQkNorm, ScoresDependOnRelativePositionsAndTextIsNotTurned) {
   for (size_t k = 0; k < 8; ++k) squares += x[k] * x[k];
   for (size_t k = 0; k < 8; ++k)
     EXPECT_NEAR(y[text * 24 + k], x[k] / std::sqrt(squares / 8 + qk_eps), 1e-14);
+  // Whatever the table begins with, which text is not turned by.
+  std::vector<double> sine = op.kept[1].get();
+  sine[0] = 1;
+  op.kept[1].set(sine);
+  op.forward();
+  std::vector<double> other = op.output.get();
+  EXPECT_NE(other[0], y[0]);
+  for (size_t k = 0; k < 8; ++k) EXPECT_EQ(other[text * 24 + k], y[text * 24 + k]);
 }
 
 struct AttentionOp : Op {
@@ -422,7 +433,7 @@ TEST(Attention, OnTensorCoresIsExactForAnyLength) {
   if (devices().size() < 2 || !Device::has_bf16()) GTEST_SKIP() << "no GPU with tensor cores";
   Device& gpu = *devices()[1];
   for (size_t dim : {64, 128}) {
-    for (size_t length : {5, 16, 72, 130, 264, 320}) {
+    for (size_t length : {5, 16, 31, 33, 63, 72, 130, 264, 320}) {
       AttentionInBf16 attention{{2, length, 3, dim}, 1, 1, true};
       expect_exact(gpu, attention);
       attention.forget = true;

@@ -645,6 +645,24 @@ TEST(WriterModes, OneTokenHasNoPartner) {
       WriterModes m = writer.modes(*device)[0];
       EXPECT_NEAR(m.amplification, 1, 1e-6);
       EXPECT_TRUE(std::isnan(m.khat)) << m.khat;
+      EXPECT_EQ(m.image_kappa, 0);
+    }
+  }
+}
+
+// The scale is that of the largest number, wherever it stands: a GPU's team has 8192 at once.
+TEST(WriterModes, ScalesFindTheLargestNumber) {
+  for (Device* device : devices()) {
+    Tokens tokens{2, 700, 3};
+    size_t n = 24, count = tokens.length() * n;
+    Tensor x = Tensor::of<float>(*device, 2 * count), scales = Tensor::of<float>(*device, 2);
+    for (size_t at :
+         {size_t(0), size_t(1030), size_t(4099), size_t(8191), size_t(8196), count - 1}) {
+      std::vector<double> values(2 * count, -1.0);
+      values[at] = -1000, values[count + at] = 3;
+      x.set(values);
+      token_scales(*device, scales.data<float>(), x.data<float>(), tokens, n);
+      EXPECT_EQ(scales.get(), (std::vector<double>{512, 2})) << device->name << ", number " << at;
     }
   }
 }
