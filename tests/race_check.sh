@@ -23,9 +23,8 @@ race() {  # race PROGRAM TESTS KERNELS: the kernels with that in their names
 }
 for folder; do
   race "$folder/math_test" 'Teams.*' team_kernel
-  race "$folder/mvsplit_test" 'Merge.A*' team_kernel
-  race "$folder/mvsplit_test" 'Merge.A*' merge_forward_kernel
-  race "$folder/mvsplit_test" 'Merge.A*' merge_backward_kernel
+  # All of them: where kernels on clusters are left out, racecheck of CUDA 13.0 fails as they begin.
+  race "$folder/mvsplit_test" 'Merge.A*' _kernel
   race "$folder/dit_test" 'Attention.OnTensorCores*' attention_
 done
 [ "$faults" -eq 0 ]
