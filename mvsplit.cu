@@ -893,6 +893,7 @@ struct Cluster {
     return sums().of_warps[of_warp] + (2 * kind + which) * D + d;
   }
 };
+
 template <class M, class Real>
 __global__ void __launch_bounds__(Cluster<Real, 2>::threads)
     merge_forward_kernel(Real* X_next, MergeSaved<float> saved, const Real* X, const Real* F,
