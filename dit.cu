@@ -1330,6 +1330,7 @@ void replace_heads_by(const Device& device, Real* x, const Real* y, Rope<AccOf<R
   size_t half = heads.dim / 2, vectors = 2 * heads.count;  // of a token
   int threads = threads_to_cover(half, wide, 32);
   for_each_team(device, heads.batch * heads.length * vectors, threads, [=] HD(Team team) {
+    // (In 32 bits, which all teams of a GPU have: 64-bit divisions take long.)
     size_t row = uint32_t(team.index) / uint32_t(vectors),
            head = uint32_t(team.index) % uint32_t(vectors);
     size_t token = uint32_t(row) % uint32_t(heads.length), own = size_t(wide * team.rank);
