@@ -1805,14 +1805,14 @@ __device__ void leave_through_rope(Tile<dim, block_rows> y, const float (&d)[dim
   for (int i = 0; i < 2; ++i) {
     int row = p.warp + p.g + 8 * i;
     size_t token = size_t(min(p.first + row, p.n - 1));  // rows after the last are not stored
-    float r_scale = scale * __ldg(r + token * r_stride), dy = 0;
+    float r_scale = scale * __ldg(r + token * r_stride), d_y = 0;  // <d, y>
     UNROLL
     for (int k = 0; k < dim / 8; ++k) {
       uint32_t both = y.pair(row, 8 * k + 2 * p.t);
-      dy += d[k][2 * i] * first_of(both) + d[k][2 * i + 1] * second_of(both);
+      d_y += d[k][2 * i] * first_of(both) + d[k][2 * i + 1] * second_of(both);
     }
-    for (int lane = 1; lane < 4; lane *= 2) dy += __shfl_xor_sync(~0u, dy, lane);
-    float along_y = r_scale * dy / dim;  // r <g, y> / hd
+    for (int bit = 1; bit < 4; bit *= 2) d_y += __shfl_xor_sync(~0u, d_y, bit);
+    float along_y = r_scale * d_y / dim;  // r <g, y> / hd
     UNROLL
     for (int k = 0; k < dim / 16; ++k) {
       int at = 8 * k + 2 * p.t;
